@@ -1,0 +1,1 @@
+"""The framework-agnostic core: pure torch, no host, no user interface, no global state."""

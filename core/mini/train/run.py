@@ -1,0 +1,89 @@
+"""What every training stage shares: resumable checkpoints, a log of JSON lines, a learning rate schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Run:
+    """State of one stage under `folder`: `<name>.pt` (resumable) and `<name>.log.jsonl` (a line a report).
+
+    Args:
+        modules: what to train and keep, by name.
+        optimizer: its state is kept beside the modules.
+        steps: length of the run; `step` counts from 0 and survives a restart.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        modules: dict[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        peak_lr: float,
+        save_every: int = 200,
+    ) -> None:
+        self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.log.jsonl"
+        self.modules, self.optimizer, self.steps, self.peak_lr = modules, optimizer, steps, peak_lr
+        self.save_every, self.step, self.seconds = save_every, 0, 0.0
+        self._began = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+
+    def lr(self) -> float:
+        """Linear warm-up over 3 % of the run, then a cosine to 2 % of the peak."""
+        warm = max(1, round(0.03 * self.steps))
+        if self.step < warm:
+            return self.peak_lr * (self.step + 1) / warm
+        along = min(1.0, (self.step - warm) / max(1, self.steps - warm))
+        return self.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * along)))
+
+    def update(self, loss: torch.Tensor, clip: float = 1.0) -> None:
+        """Back-propagate, clip, step the optimiser; checkpoint when due."""
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"step {self.step}: the loss is {loss.item()}; resume from {self.path} with a lower rate")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr() * group.get("lr_scale", 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], clip)
+        self.optimizer.step()
+        self.step += 1
+        if self.step % self.save_every == 0 or self.step == self.steps:
+            self.save()
+
+    def save(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._began
+        self._began = now
+        state: dict[str, Any] = {
+            "modules": {key: module.state_dict() for key, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def log(self, **values: float) -> None:
+        """Append one line to the log and show it."""
+        seconds = self.seconds + time.perf_counter() - self._began
+        line = {"step": self.step, "lr": self.lr(), "seconds": round(seconds, 1)}
+        line |= {key: float(f"{value:.6g}") for key, value in values.items()}
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{self.path.stem}: {line}", flush=True)
