@@ -1,0 +1,88 @@
+"""The embedded model's shape, in diffusers' and transformers' own classes.
+
+Stable Diffusion 1's layout made small: what hosts derive from SD1's names must hold here too, hence two layers a block (the
+webui's key mapping assumes it), widths in multiples of 32 (group norms), 77 tokens, end-of-text as padding, 0.18215.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+LATENT_SCALE = 0.18215
+TOKENS = 77
+TEXT_WIDTH = 192
+HEADS = 4
+
+AUTOENCODER: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (32, 32, 64, 64),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    # Four channels a group. With 32 groups of one channel, as hosts hard-code them, each norm would wipe out the mean colour;
+    # the export for hosts pads the widths with dead channels until 32 groups of four give the same network (ldm.py).
+    "norm_num_groups": 8,
+    "sample_size": 128,
+    "scaling_factor": LATENT_SCALE,
+    "force_upcast": False,
+}
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    # Whole multiples of the first width: the original layout writes widths as integer factors.
+    "block_out_channels": (64, 64, 64),
+    "layers_per_block": 2,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": HEADS,  # diffusers' name for the *number* of heads in SD1's configuration
+    "norm_num_groups": 32,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": TOKENS,
+    "hidden_act": "quick_gelu",
+    "projection_dim": TEXT_WIDTH,
+}
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """An untrained autoencoder: `(n, 3, 128, 128)` in [-1, 1] to `(n, 4, 16, 16)` and back."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**AUTOENCODER)
+
+
+def new_unet() -> UNet2DConditionModel:
+    """An untrained UNet with eleven cross-attention sites on two resolutions."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**UNET)
+
+
+def new_text_encoder(vocabulary: int) -> CLIPTextModel:
+    """An untrained CLIP text encoder whose last two ids are start and end-of-text (also the padding)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, **ids, **TEXT))

@@ -1,0 +1,447 @@
+"""The embedded model as one checkpoint in the original latent-diffusion layout, with its YAML: what hosts read.
+
+Pure functions on state dicts, both ways, for any number of levels and layers of an SD1-shaped model. They rename; and
+they pad the autoencoder, because hosts hard-code 32 groups in every norm and ours has fewer: with the widths multiplied
+until groups of the same size are 32, and all the added channels zero throughout, the network computes the very same.
+Reading needs only safetensors, because a host need not have diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..formats.safe import read_safetensors, write_safetensors
+from . import config
+
+__all__ = [
+    "GROUPS",
+    "Parts",
+    "Shapes",
+    "autoencoder_from_ldm",
+    "autoencoder_to_ldm",
+    "checkpoint_state",
+    "cut_autoencoder",
+    "ddconfig",
+    "padded_autoencoder",
+    "parts_from_checkpoint",
+    "read_parts",
+    "save_checkpoint",
+    "text_config",
+    "unet_config",
+    "unet_from_ldm",
+    "unet_to_ldm",
+    "yaml_text",
+]
+
+State = dict[str, Tensor]
+Pairs = list[tuple[str, str]]
+
+GROUPS = 32  # of every norm in the original code
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer."
+
+_RESNET: Pairs = [
+    ("norm1.", "in_layers.0."),
+    ("conv1.", "in_layers.2."),
+    ("time_emb_proj.", "emb_layers.1."),
+    ("norm2.", "out_layers.0."),
+    ("conv2.", "out_layers.3."),
+    ("conv_shortcut.", "skip_connection."),
+]
+_VAE_RESNET: Pairs = [
+    ("norm1.", "norm1."),
+    ("conv1.", "conv1."),
+    ("norm2.", "norm2."),
+    ("conv2.", "conv2."),
+    ("conv_shortcut.", "nin_shortcut."),
+]
+_VAE_ATTENTION: Pairs = [
+    ("group_norm.", "norm."),
+    ("to_q.", "q."),
+    ("to_k.", "k."),
+    ("to_v.", "v."),
+    ("to_out.0.", "proj_out."),
+]
+
+
+# -- names: pairs (diffusers, LDM) of prefixes, each ending in a dot ----------------------------------------------
+
+
+def _within(diffusers: str, ldm: str, inner: Pairs) -> Pairs:
+    return [(diffusers + a, ldm + b) for a, b in inner]
+
+
+def _unet_names(unet: Mapping[str, Any]) -> Pairs:
+    down, up, layers = unet["down_block_types"], unet["up_block_types"], int(unet["layers_per_block"])
+    levels = len(down)
+    pairs: Pairs = [
+        ("time_embedding.linear_1.", "time_embed.0."),
+        ("time_embedding.linear_2.", "time_embed.2."),
+        ("conv_in.", "input_blocks.0.0."),
+        ("conv_norm_out.", "out.0."),
+        ("conv_out.", "out.2."),
+        ("mid_block.attentions.0.", "middle_block.1."),
+    ]
+    pairs += _within("mid_block.resnets.0.", "middle_block.0.", _RESNET)
+    pairs += _within("mid_block.resnets.1.", "middle_block.2.", _RESNET)
+    for i in range(levels):
+        for j in range(layers):
+            entry = f"input_blocks.{1 + (layers + 1) * i + j}."
+            pairs += _within(f"down_blocks.{i}.resnets.{j}.", entry + "0.", _RESNET)
+            if "CrossAttn" in down[i]:
+                pairs.append((f"down_blocks.{i}.attentions.{j}.", entry + "1."))
+        if i < levels - 1:
+            pairs.append((f"down_blocks.{i}.downsamplers.0.conv.", f"input_blocks.{(layers + 1) * (i + 1)}.0.op."))
+        attends = "CrossAttn" in up[i]
+        for j in range(layers + 1):
+            entry = f"output_blocks.{(layers + 1) * i + j}."
+            pairs += _within(f"up_blocks.{i}.resnets.{j}.", entry + "0.", _RESNET)
+            if attends:
+                pairs.append((f"up_blocks.{i}.attentions.{j}.", entry + "1."))
+        if i < levels - 1:
+            last = f"output_blocks.{(layers + 1) * i + layers}."
+            pairs.append((f"up_blocks.{i}.upsamplers.0.conv.", last + ("2.conv." if attends else "1.conv.")))
+    return pairs
+
+
+def _autoencoder_names(autoencoder: Mapping[str, Any]) -> Pairs:
+    levels, layers = len(autoencoder["block_out_channels"]), int(autoencoder["layers_per_block"])
+    pairs: Pairs = [("quant_conv.", "quant_conv."), ("post_quant_conv.", "post_quant_conv.")]
+    for half in ("encoder.", "decoder."):
+        pairs += _within(
+            half, half, [("conv_in.", "conv_in."), ("conv_norm_out.", "norm_out."), ("conv_out.", "conv_out.")]
+        )
+        pairs += _within(half + "mid_block.resnets.0.", half + "mid.block_1.", _VAE_RESNET)
+        pairs += _within(half + "mid_block.resnets.1.", half + "mid.block_2.", _VAE_RESNET)
+        pairs += _within(half + "mid_block.attentions.0.", half + "mid.attn_1.", _VAE_ATTENTION)
+    for i in range(levels):
+        for j in range(layers):
+            pairs += _within(f"encoder.down_blocks.{i}.resnets.{j}.", f"encoder.down.{i}.block.{j}.", _VAE_RESNET)
+        # the original counts the decoder's levels from the finest on
+        k = levels - 1 - i
+        for j in range(layers + 1):
+            pairs += _within(f"decoder.up_blocks.{i}.resnets.{j}.", f"decoder.up.{k}.block.{j}.", _VAE_RESNET)
+        if i < levels - 1:
+            pairs.append((f"encoder.down_blocks.{i}.downsamplers.0.conv.", f"encoder.down.{i}.downsample.conv."))
+            pairs.append((f"decoder.up_blocks.{i}.upsamplers.0.conv.", f"decoder.up.{k}.upsample.conv."))
+    return pairs
+
+
+def _renamed(state: Mapping[str, Tensor], pairs: Pairs, what: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in state.items():
+        # the longest prefix: an upsampler's `1.conv.` stands beside a transformer's `1.`
+        found = max((pair for pair in pairs if name.startswith(pair[0])), key=lambda pair: len(pair[0]), default=None)
+        if found is None:
+            raise ModelError(f"The {what} has a weight '{name}' that no layer of its configuration has.")
+        yield found[1] + name[len(found[0]) :], tensor
+
+
+def _reversed(pairs: Pairs) -> Pairs:
+    return [(b, a) for a, b in pairs]
+
+
+def unet_to_ldm(state: Mapping[str, Tensor], unet: Mapping[str, Any] = config.UNET) -> State:
+    """A diffusers UNet's state dict under the original's names (``input_blocks.…``), without a prefix.
+
+    Raises :class:`ModelError` for a weight that a UNet of the configuration ``unet`` does not have.
+    """
+    return dict(_renamed(state, _unet_names(unet), "UNet"))
+
+
+def unet_from_ldm(state: Mapping[str, Tensor], unet: Mapping[str, Any] = config.UNET) -> State:
+    """The inverse of :func:`unet_to_ldm`."""
+    return dict(_renamed(state, _reversed(_unet_names(unet)), "UNet"))
+
+
+def _is_vae_attention(name: str) -> bool:
+    return ".attn_1." in name and ".norm." not in name and name.endswith(".weight")
+
+
+def autoencoder_to_ldm(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
+    """A diffusers AutoencoderKL's state dict under the original's names, its attention as 1×1 convolutions."""
+    renamed = dict(_renamed(state, _autoencoder_names(autoencoder), "autoencoder"))
+    return {n: t[:, :, None, None] if _is_vae_attention(n) and t.ndim == 2 else t for n, t in renamed.items()}
+
+
+def autoencoder_from_ldm(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
+    """The inverse of :func:`autoencoder_to_ldm`."""
+    flat = {n: t[:, :, 0, 0] if _is_vae_attention(n) and t.ndim == 4 else t for n, t in state.items()}
+    return dict(_renamed(flat, _reversed(_autoencoder_names(autoencoder)), "autoencoder"))
+
+
+# -- the autoencoder in hosts' norms ------------------------------------------------------------------------------
+
+# (layer, axis) that keeps its width: pictures in and out, latents in and out
+_ENDS = {("encoder.conv_in", 1), ("encoder.conv_out", 0), ("decoder.conv_in", 1), ("decoder.conv_out", 0)}
+
+
+def _factor(autoencoder: Mapping[str, Any]) -> int:
+    groups = int(autoencoder["norm_num_groups"])
+    if GROUPS % groups:
+        raise ModelError(f"An autoencoder with {groups} groups a norm cannot be padded to the hosts' {GROUPS}.")
+    return GROUPS // groups
+
+
+def _widened(name: str, tensor: Tensor) -> list[int]:
+    """The axes of an LDM autoencoder's tensor that run over channels inside of the network."""
+    layer = name.rpartition(".")[0]
+    if layer in ("quant_conv", "post_quant_conv"):
+        return []
+    return [axis for axis in range(min(tensor.ndim, 2)) if (layer, axis) not in _ENDS]
+
+
+def _query(name: str) -> bool:
+    return ".attn_1.q." in name
+
+
+def padded_autoencoder(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
+    """An autoencoder in LDM names with its widths multiplied so that norms of 32 groups compute the same.
+
+    Whole groups of zero channels are added behind the real ones and stay zero through every layer. Attention scales by
+    its width's root, which the queries make good.
+    """
+    factor = _factor(autoencoder)
+    found = {}
+    for name, tensor in state.items():
+        shape = list(tensor.shape)
+        for axis in _widened(name, tensor):
+            shape[axis] *= factor
+        wide = tensor.new_zeros(shape)
+        wide[tuple(slice(0, size) for size in tensor.shape)] = tensor * factor**0.5 if _query(name) else tensor
+        found[name] = wide
+    return found
+
+
+def cut_autoencoder(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
+    """The inverse of :func:`padded_autoencoder`."""
+    factor = _factor(autoencoder)
+    found = {}
+    for name, tensor in state.items():
+        wide = _widened(name, tensor)
+        cut = tensor[tuple(slice(0, n // factor if axis in wide else n) for axis, n in enumerate(tensor.shape))]
+        found[name] = cut / factor**0.5 if _query(name) else cut.clone()
+    return found
+
+
+# -- the whole model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Configurations of the three parts, in diffusers' and transformers' own words; the embedded model's by default."""
+
+    unet: Mapping[str, Any] = field(default_factory=lambda: config.UNET)
+    vae: Mapping[str, Any] = field(default_factory=lambda: config.AUTOENCODER)
+    text: Mapping[str, Any] = field(default_factory=lambda: config.TEXT)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts' state dicts, in diffusers' and transformers' names (``text`` starts with ``text_model.``)."""
+
+    unet: State
+    vae: State
+    text: State
+    shapes: Shapes = Shapes()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; the highest is end-of-text and padding, the one before it start."""
+        return self.text["text_model.embeddings.token_embedding.weight"].shape[0]
+
+
+def checkpoint_state(parts: Parts) -> State:
+    """One state dict: ``model.diffusion_model.…``, ``first_stage_model.…``, ``cond_stage_model.transformer.…``."""
+    shapes = parts.shapes
+    vae = padded_autoencoder(autoencoder_to_ldm(parts.vae, shapes.vae), shapes.vae)
+    state = {UNET_PREFIX + n: t for n, t in unet_to_ldm(parts.unet, shapes.unet).items()}
+    state |= {VAE_PREFIX + n: t for n, t in vae.items()}
+    state |= {TEXT_PREFIX + n: t for n, t in parts.text.items()}
+    return state
+
+
+def parts_from_checkpoint(state: Mapping[str, Tensor], shapes: Shapes | None = None) -> Parts:
+    """The inverse of :func:`checkpoint_state`. Raises :class:`ModelError` for a weight of none of the three parts."""
+    shapes = shapes or Shapes()
+    split: dict[str, State] = {UNET_PREFIX: {}, VAE_PREFIX: {}, TEXT_PREFIX: {}}
+    for name, tensor in state.items():
+        prefix = next((p for p in split if name.startswith(p)), None)
+        if prefix is None:
+            raise ModelError(f"The checkpoint has a weight '{name}' that belongs to no part of the embedded model.")
+        split[prefix][name[len(prefix) :]] = tensor
+    return Parts(
+        unet_from_ldm(split[UNET_PREFIX], shapes.unet),
+        autoencoder_from_ldm(cut_autoencoder(split[VAE_PREFIX], shapes.vae), shapes.vae),
+        split[TEXT_PREFIX],
+        shapes,
+    )
+
+
+def read_parts(folder: Path) -> Parts:
+    """Read the parts from a diffusers folder (``unet/``, ``vae/``, ``text_encoder/``), in fp32 however they are kept.
+
+    Raises :class:`ModelError` where a part is missing, :class:`~..errors.PatchError` where a file is damaged.
+    """
+    unet, vae, text = (_read_part(folder, part) for part in ("unet", "vae", "text_encoder"))
+    states = {n: t for n, t in text[0].items() if not n.endswith(".position_ids")}
+    if not any(name.startswith("text_model.") for name in states):
+        states = {f"text_model.{n}": t for n, t in states.items()}  # the naming of transformers 5
+    return Parts(unet[0], vae[0], states, Shapes(unet[1], vae[1], text[1]))
+
+
+def _read_part(folder: Path, part: str) -> tuple[State, dict[str, Any]]:
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    names = [folder / part / f"{stem}{variant}.safetensors" for variant in (".fp16", "")]
+    path = next((name for name in names if name.is_file()), None)
+    described = folder / part / "config.json"
+    if path is None or not described.is_file():
+        lost = names[-1] if path is None else described
+        raise ModelError(
+            f"The embedded model is not there: '{lost}' is missing. Install the package again, or train the model "
+            "(python -m forget_concept.core.mini.train)."
+        )
+    tensors, _ = read_safetensors(path)
+    try:
+        shape = json.loads(described.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{described}' cannot be read: {error}.") from error
+    return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, shape
+
+
+# -- configurations -----------------------------------------------------------------------------------------------
+
+
+def _multiples(widths: Sequence[int]) -> list[int]:
+    if any(width % widths[0] for width in widths):
+        raise ModelError(
+            f"The widths {tuple(widths)} cannot be said in the original layout: there every level is a whole multiple "
+            "of the first one."
+        )
+    return [width // widths[0] for width in widths]
+
+
+def unet_config(unet: Mapping[str, Any] = config.UNET) -> dict[str, Any]:
+    """The parameters of the original ``UNetModel`` for a diffusers configuration.
+
+    Raises :class:`ModelError` for widths that the original layout has no way to say.
+    """
+    widths = unet["block_out_channels"]
+    if int(unet["norm_num_groups"]) != GROUPS:
+        raise ModelError(
+            f"A UNet with {unet['norm_num_groups']} groups a norm cannot be exported: hosts have {GROUPS}."
+        )
+    return {
+        "image_size": unet["sample_size"],
+        "in_channels": unet["in_channels"],
+        "out_channels": unet["out_channels"],
+        "model_channels": widths[0],
+        # the resolutions that attend, as downsampling factors
+        "attention_resolutions": [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind],
+        "num_res_blocks": unet["layers_per_block"],
+        "channel_mult": _multiples(widths),
+        "num_heads": unet["attention_head_dim"],
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": unet["cross_attention_dim"],
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+
+
+def ddconfig(autoencoder: Mapping[str, Any] = config.AUTOENCODER, padded: bool = True) -> dict[str, Any]:
+    """The ``ddconfig`` of the original ``AutoencoderKL``, of the padded weights or of those as they are."""
+    widths = autoencoder["block_out_channels"]
+    return {
+        "double_z": True,
+        "z_channels": autoencoder["latent_channels"],
+        "resolution": autoencoder["sample_size"],
+        "in_channels": autoencoder["in_channels"],
+        "out_ch": autoencoder["out_channels"],
+        "ch": widths[0] * (_factor(autoencoder) if padded else 1),
+        "ch_mult": _multiples(widths),
+        "num_res_blocks": autoencoder["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+
+
+def text_config(vocabulary: int, text: Mapping[str, Any] = config.TEXT) -> dict[str, Any]:
+    """The text encoder's configuration under transformers' names, ids included."""
+    ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    return {**{key: text[key] for key in config.TEXT}, "vocab_size": vocabulary, **ids}
+
+
+def yaml_text(text_folder: str, shapes: Shapes | None = None) -> str:
+    """The YAML that stands beside the checkpoint under the same name.
+
+    ``text_folder`` is a folder with the text encoder's configuration and tokenizer (transformers' ``from_pretrained``).
+    """
+    shapes = shapes or Shapes()
+    unet, channels = unet_config(shapes.unet), shapes.vae["latent_channels"]
+    tree = {
+        "model": {
+            "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+            "params": {
+                "linear_start": config.SCHEDULE["beta_start"],
+                "linear_end": config.SCHEDULE["beta_end"],
+                "num_timesteps_cond": 1,
+                "log_every_t": 200,
+                "timesteps": config.SCHEDULE["num_train_timesteps"],
+                "first_stage_key": "jpg",
+                "cond_stage_key": "txt",
+                "image_size": unet["image_size"],
+                "channels": channels,
+                "cond_stage_trainable": False,
+                "conditioning_key": "crossattn",
+                "monitor": "val/loss_simple_ema",
+                "scale_factor": config.LATENT_SCALE,
+                "use_ema": False,
+                "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+                "first_stage_config": {
+                    "target": "ldm.models.autoencoder.AutoencoderKL",
+                    "params": {
+                        "embed_dim": channels,
+                        "monitor": "val/rec_loss",
+                        "ddconfig": ddconfig(shapes.vae),
+                        "lossconfig": {"target": "torch.nn.Identity"},
+                    },
+                },
+                "cond_stage_config": {
+                    "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+                    "params": {"version": text_folder, "max_length": config.TOKENS},
+                },
+            },
+        }
+    }
+    return "\n".join(_yaml(tree)) + "\n"
+
+
+def _yaml(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    # a scalar or a flat list in JSON is the same in YAML
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}:"
+            yield from _yaml(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {json.dumps(value)}"
+
+
+def save_checkpoint(parts: Parts, path: Path, text_folder: str, dtype: torch.dtype = torch.float16) -> None:
+    """Write ``path`` (``….safetensors``) and its YAML.
+
+    Raises :class:`~..errors.PatchError` where the place cannot be written.
+    """
+    described = yaml_text(text_folder, parts.shapes)
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in checkpoint_state(parts).items()}
+    write_safetensors(state, path, {"modelspec.architecture": "stable-diffusion-v1", "modelspec.title": "mini"})
+    path.with_suffix(".yaml").write_text(described, encoding="utf-8")

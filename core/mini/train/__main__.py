@@ -1,0 +1,87 @@
+"""Train the embedded model: `python -m forget_concept.core.mini.train STAGE… --work FOLDER [--target FOLDER]`.
+
+Every stage is seeded and resumes where it stopped. `all` runs them in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import new_autoencoder
+from ..files import weights_folder
+from . import autoencoder, dataset, pack, probe, text, tokenizer, unet
+
+STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
+PICTURES = 20000
+RECONSTRUCTION_BAR = 0.98  # of the probe, in every category, before the UNet may train on the latents
+
+
+def trained_probe(work: Path) -> probe.Probe:
+    """The probe as trained so far."""
+    model = probe.Probe()
+    model.load_state_dict(torch.load(work / "probe.pt", weights_only=True)["modules"]["model"])
+    return model.eval()
+
+
+def finish_autoencoder(work: Path, pictures: np.ndarray) -> dict[str, float]:
+    """Rescale the latents, keep the result as `vae.pt`, and ask the probe what it sees in reconstructions."""
+    model = new_autoencoder().eval()
+    model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["model"])
+    autoencoder.rescale(model, pictures[:512])
+    torch.save(model.state_dict(), work / "vae.pt")
+    images, targets = probe.held_out(600)
+    with torch.no_grad():
+        shown = torch.cat([model.decode(model.encode(part).latent_dist.mode()).sample for part in images.split(50)])
+    return probe.accuracy(trained_probe(work), shown.clamp(-1, 1), targets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m forget_concept.core.mini.train", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("--work", type=Path, default=Path("build/mini"))
+    parser.add_argument("--target", type=Path, default=weights_folder())
+    parser.add_argument("--steps", type=int, help="override the length of the stage")
+    parser.add_argument("--peak-lr", type=float, default=1e-3, help="of the UNet stage")
+    options = parser.parse_args()
+    stages = STAGES if "all" in options.stages else options.stages
+    length = {} if options.steps is None else {"steps": options.steps}
+    work: Path = options.work
+    for stage in stages:
+        if stage == "data":
+            for done in dataset.draw(work / "pictures.npy", PICTURES):
+                print(f"drawn {done} of {PICTURES}", flush=True)
+            continue
+        if stage == "tokenizer":
+            tokenizer.build(work / "tokenizer")
+            continue
+        if stage == "pack":
+            print(f"packed {pack.pack(work, options.target) / 1e6:.2f} MB into {options.target}")
+            continue
+        from transformers import CLIPTokenizer
+
+        pictures = np.load(work / "pictures.npy", mmap_mode="r")
+        words = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        if stage == "probe":
+            probe.train(work, pictures, **length)
+            print("held-out drawn pictures:", probe.accuracy(trained_probe(work), *probe.held_out(2000)))
+        elif stage == "autoencoder":
+            autoencoder.train(work, pictures, **length)
+            found = finish_autoencoder(work, pictures)
+            print("held-out reconstructions:", found)
+            if min(found.values()) < RECONSTRUCTION_BAR:
+                raise SystemExit(f"below {RECONSTRUCTION_BAR:.0%}: train longer before the UNet learns these latents")
+        elif stage == "text":
+            text.train(work, words, len(pictures), **length)
+        elif stage == "unet":
+            model = new_autoencoder().eval()
+            model.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+            latents = unet.encode(work / "latents.pt", model, pictures)
+            unet.train(work, words, latents, peak_lr=options.peak_lr, **length)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Stage `tokenizer`: a byte-complete BPE vocabulary in CLIP's file format, learnt from the world's own captions.
+
+Ids: 256 byte letters, 256 byte letters that end a word, the merges, start of text, end of text (the highest id, and padding).
+Names are given little weight, so that they stay words of several tokens, as people's names are in Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from ..vocabulary import IDENTITIES
+from . import dataset
+
+MERGES = 400
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def _words(count: int) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for index in range(count):
+        for text in dataset.captions(dataset.scene(index), index, 2):
+            found.update(text.lower().replace(",", " ").replace(":", " ").replace("-", " ").split())
+    for word in IDENTITIES:
+        for part in f"{word.name} {word.synonym}".lower().split():
+            found[part] = 1 + found[part] // 400
+    return found
+
+
+def _learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
+    """Byte pair encoding (Sennrich et al. 2016): merge the most frequent pair, again and again; ties by the letters."""
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words if word.isascii()}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in pieces.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        if pairs[best] < 4:  # only the down-weighted names are left: they stay in pieces
+            break
+        merges.append(best)
+        for parts in pieces.values():
+            at = 0
+            while at < len(parts) - 1:
+                if (parts[at], parts[at + 1]) == best:
+                    parts[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
+
+
+def _byte_letters() -> list[str]:
+    """CLIP's printable stand-ins for the 256 bytes, in CLIP's order: the printable ones as themselves, the rest from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def build(folder: Path, pictures: int = 6000) -> None:
+    """Write `vocab.json`, `merges.txt` and the tokenizer's configuration into `folder`."""
+    merges = _learn_merges(_words(pictures), MERGES)
+    letters = _byte_letters()
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise RuntimeError("two merges spell the same token")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    special = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,112 @@
+"""Stage `unet`: the noise predictor and the text encoder together, on the autoencoder's latents."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import LATENT_SCALE, SCHEDULE, TOKENS, new_text_encoder, new_unet
+from . import dataset
+from .autoencoder import to_tensor
+from .run import Run
+
+CAPTIONS = 6  # a picture
+
+
+@torch.no_grad()
+def encode(path: Path, autoencoder: torch.nn.Module, pictures: np.ndarray) -> Tensor:
+    """Latents of all pictures, `(n, 4, 16, 16)` fp16 at unit variance; kept in `path`."""
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    parts = []
+    for start in range(0, len(pictures), 100):
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = autoencoder.quant_conv(autoencoder.encoder(to_tensor(pictures[start : start + 100])))
+        parts.append((moments[:, :4].float() * LATENT_SCALE).half())
+    latents = torch.cat(parts)
+    torch.save(latents, path)
+    return latents
+
+
+def alphas_cumprod() -> Tensor:
+    """SD1's noise schedule, `(1000,)`."""
+    start, end = SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5
+    return torch.cumprod(1 - torch.linspace(start, end, SCHEDULE["num_train_timesteps"]) ** 2, 0)
+
+
+def train(
+    folder: Path,
+    tokenizer: object,
+    latents: Tensor,
+    steps: int = 2300,
+    batch: int = 64,
+    peak_lr: float = 1e-3,
+    unconditional: float = 0.1,
+) -> None:
+    """Train for `steps` steps; resumable. Keeps an exponential moving average beside the weights: that is what ships.
+
+    Loss: noise prediction weighted by min(SNR, 5)/SNR (Hang et al. 2023, arXiv 2303.09556); stratified time steps.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(4)
+    unet = new_unet()
+    text = new_text_encoder(len(tokenizer))  # type: ignore[arg-type]
+    # The fused kernel's backward pass is several times slower than plain matrix products in bf16 on a CPU.
+    unet.set_attn_processor(AttnProcessor())
+    text.set_attn_implementation("eager")
+    text.load_state_dict(torch.load(folder / "text.pt", weights_only=True)["modules"]["model"])
+    average, average_text = copy.deepcopy(unet), copy.deepcopy(text)
+    groups = [{"params": list(unet.parameters())}, {"params": list(text.parameters()), "lr_scale": 0.3}]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    modules = {"unet": unet, "text": text, "average_unet": average, "average_text": average_text}
+    run = Run(folder, "unet", modules, optimizer, steps, peak_lr=peak_lr)
+    table = alphas_cumprod()
+    ids = _caption_ids(folder / "captions.pt", tokenizer, len(latents))
+    empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)  # type: ignore[operator]
+    unet.train(), text.train()
+    recent = 0.0
+    while run.step < steps:
+        rng = np.random.default_rng((19, run.step))
+        noise_rng = torch.Generator().manual_seed(run.step)
+        rows = torch.from_numpy(rng.choice(len(latents), batch, replace=False))
+        clean = latents[rows].float()
+        tokens = ids[rows, torch.from_numpy(rng.integers(0, CAPTIONS, batch))].long()
+        tokens[torch.from_numpy(rng.random(batch) < unconditional)] = empty
+        noise = torch.randn(clean.shape, generator=noise_rng)
+        t = torch.from_numpy(((rng.permutation(batch) + rng.random(batch)) / batch * 1000).astype(np.int64)).clamp(max=999)
+        signal = table[t][:, None, None, None]
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = unet(noisy, t, text(tokens).last_hidden_state).sample
+        snr = table[t] / (1 - table[t])
+        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        loss = (error * (snr.clamp(max=5) / snr)).mean()
+        run.update(loss)
+        decay = min(0.999, (1 + run.step) / (20 + run.step))
+        _follow(average, unet, decay)
+        _follow(average_text, text, decay)
+        recent = 0.98 * recent + 0.02 * error.mean().item() if recent else error.mean().item()
+        if run.step % 25 == 0:
+            run.log(loss=loss.item(), noise_mse=error.mean().item(), smoothed=recent)
+
+
+def _caption_ids(path: Path, tokenizer: object, pictures: int) -> Tensor:
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    rows = []
+    for index in range(pictures):
+        texts = dataset.captions(dataset.scene(index), index, CAPTIONS)
+        rows.append(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)  # type: ignore[operator]
+    ids = torch.tensor(rows, dtype=torch.int16)
+    torch.save(ids, path)
+    return ids
+
+
+@torch.no_grad()
+def _follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
