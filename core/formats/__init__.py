@@ -1,0 +1,26 @@
+"""Patches as files: kohya LoRA (what hosts load), and the context map (the smallest form of a closed-form edit)."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import PatchError
+from ..patch import Patch
+from ..unet import UNetSurvey
+from . import context_map, kohya
+from .safe import read_metadata
+
+__all__ = ["context_map", "kohya", "load_patch"]
+
+
+def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
+    """Read a patch file of any kind that is written here.
+
+    A context map needs ``survey``, the base it is expanded for. Raises :class:`~..errors.PatchError` in words.
+    """
+    if read_metadata(path).get("forget_concept.format") != "context_map":
+        return kohya.load(path, survey)
+    if survey is None:
+        raise PatchError(f"'{path}' is a context map: it needs a model to be expanded for.")
+    loaded, metadata = context_map.load(path)
+    return context_map.expand(loaded, survey, metadata)

@@ -1,0 +1,76 @@
+"""The context map as a file, and its expansion into a LoRA for one base model.
+
+A closed form over all K and V with one solve gives ``ΔW = W M`` at every site (METHODS §5): the edit *is* the linear
+map ``c ↦ (I + M) c`` of the text states. ``M``'s two factors fit every checkpoint that shares the text encoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import PatchError
+from ..patch import LowRank, Patch
+from ..unet import UNetSurvey
+from .safe import read_safetensors, write_safetensors
+
+__all__ = ["expand", "load", "save"]
+
+_UP, _DOWN = "context_map.up", "context_map.down"
+_PROJECTIONS = "forget_concept.projections"
+
+
+def save(patch: Patch, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+    """Write a patch's context map. Raises :class:`PatchError` where it has none or the place cannot be written."""
+    if patch.context_map is None:
+        raise PatchError("This patch has no context map: only a closed form with one solve for all sites has one.")
+    tensors = {_UP: patch.context_map.up.to(dtype), _DOWN: patch.context_map.down.to(dtype)}
+    write_safetensors(tensors, path, {**patch.metadata, "forget_concept.format": "context_map"})
+
+
+def load(path: str | os.PathLike[str]) -> tuple[LowRank, dict[str, str]]:
+    """The map and its metadata. Raises :class:`PatchError` where the file is no context map."""
+    tensors, metadata = read_safetensors(path)
+    if set(tensors) != {_UP, _DOWN}:
+        raise PatchError(f"'{path}' is not a context map.")
+    context_map = LowRank(tensors[_UP], tensors[_DOWN])
+    if context_map.shape[0] != context_map.shape[1]:
+        raise PatchError(
+            f"'{path}' is not a context map: it maps {context_map.shape[1]} to {context_map.shape[0]} values."
+        )
+    return context_map, metadata
+
+
+def expand(
+    context_map: LowRank,
+    survey: UNetSurvey,
+    metadata: Mapping[str, str] | None = None,
+    projections: tuple[str, ...] | None = None,
+) -> Patch:
+    """The patch for one base: at every site ``up = W · M.up``, ``down = M.down`` (fp32, on the CPU).
+
+    ``projections`` default to those in ``metadata``, else K and V. Raises :class:`PatchError` where the model's text
+    states have another width than the map.
+    """
+    if context_map.shape[1] != survey.context_dim:
+        raise PatchError(
+            f"This edit is for text states of width {context_map.shape[1]}; this model (family {survey.family}) takes "
+            f"{survey.context_dim}: it has another text encoder."
+        )
+    metadata = dict(metadata or {})
+    metadata.pop("forget_concept.format", None)
+    if projections is None:
+        projections = tuple(metadata.get(_PROJECTIONS, "to_k,to_v").split(","))
+    if not projections or set(projections) - {"to_k", "to_v"}:
+        raise PatchError(f"A context map changes to_k and to_v, not {', '.join(projections) or 'nothing'}.")
+    down = context_map.down.detach().float().cpu()
+    factors = {}
+    for site in survey:
+        for which in projections:
+            weight = site.projection(which).weight.detach()
+            up = weight.float() @ context_map.up.to(weight.device, torch.float32)
+            factors[site.key(which)] = LowRank(up.cpu(), down)
+    metadata[_PROJECTIONS] = ",".join(projections)
+    return Patch(factors, metadata, context_map)

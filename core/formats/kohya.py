@@ -1,0 +1,179 @@
+"""Patches as kohya LoRA files: what ComfyUI, the webui, Forge and diffusers load without this plugin.
+
+Written: ``lora_unet_<layer>.lora_up.weight`` / ``.lora_down.weight`` / ``.alpha`` with ``alpha = rank`` (so that a
+host's ``alpha / rank`` is 1), the layer in diffusers naming, or in LDM naming for SDXL, as kohya's own trainer does.
+Read: both namings, flattened or dotted, with ``lora_up``/``lora_down`` or ``lora_A``/``lora_B``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, PatchError, listed
+from ..patch import LowRank, Patch
+from ..unet import PROJECTIONS, UNetSurvey, canonical_from_ldm, ldm_from_canonical
+from .safe import read_safetensors, write_safetensors
+
+__all__ = ["from_state", "load", "save", "to_state"]
+
+_PREFIXES = ("base_model.model.", "diffusion_model.", "model.diffusion_model.", "lora_unet_", "unet.")
+_UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight")
+_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
+_WORDS = (
+    "down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|attentions|transformer_blocks|"
+    "attn1|attn2|to_q|to_k|to_v|to_out"
+)
+_FLAT = re.compile(rf"({_WORDS}|\d+)(?:[._]|$)")
+
+
+def to_state(
+    patch: Patch, survey: UNetSurvey | None = None, dtype: torch.dtype = torch.float32, dotted: bool = False
+) -> dict[str, Tensor]:
+    """The patch as a LoRA state dict.
+
+    ``survey`` gives LDM names where they are needed (SDXL); without it two layers a block are assumed, as SDXL has.
+    ``dotted`` gives ComfyUI's native ``diffusion_model.<ldm path>`` keys instead of kohya's flattened ones.
+    Raises :class:`PatchError` where a value does not fit into ``dtype``.
+    """
+    ldm = dotted or patch.metadata.get("forget_concept.family") == "sdxl" or bool(survey and survey.family == "sdxl")
+    state: dict[str, Tensor] = {}
+    for key, factor in patch.factors.items():
+        site, _, which = key.rpartition(".")
+        if ldm:
+            site = survey.by_name(site).ldm_name if survey is not None else ldm_from_canonical(site)
+        layer = f"{site}.{which}" + (".0" if which == "to_out" else "")
+        name = f"diffusion_model.{layer}" if dotted else "lora_unet_" + layer.replace(".", "_")
+        up, down = factor.up.detach().cpu().to(dtype), factor.down.detach().cpu().to(dtype)
+        if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+            raise PatchError(
+                f"The patch does not fit into {str(dtype).removeprefix('torch.')} at {key}: save it wider."
+            )
+        state[f"{name}.lora_up.weight"] = up.contiguous()
+        state[f"{name}.lora_down.weight"] = down.contiguous()
+        state[f"{name}.alpha"] = torch.tensor(float(factor.rank), dtype=torch.float32)
+    return state
+
+
+def save(
+    patch: Patch,
+    path: str | os.PathLike[str],
+    survey: UNetSurvey | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write ``patch`` as a kohya LoRA, whole or not at all; the metadata tells hosts the model family.
+
+    Raises :class:`PatchError` where the place cannot be written.
+    """
+    patch.check_finite()
+    family = patch.metadata.get("forget_concept.family") or (survey.family if survey else "other")
+    metadata = dict(patch.metadata)
+    metadata |= {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(patch.rank),
+        "ss_network_alpha": str(float(patch.rank)),
+        "ss_output_name": Path(path).stem,
+        "ss_base_model_version": {"sdxl": "sdxl_base_v1-0", "sd2": "sd_v2"}.get(family, "sd_v1"),
+        "ss_v2": str(family == "sd2"),
+        "modelspec.architecture": {
+            "sd1": "stable-diffusion-v1/lora",
+            "sd2": "stable-diffusion-v2-768-v/lora",
+            "sdxl": "stable-diffusion-xl-v1-base/lora",
+        }.get(family, "other/lora"),
+    }
+    write_safetensors(to_state(patch, survey, dtype), path, metadata)
+
+
+def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
+    """Read a LoRA file as a patch.
+
+    ``survey`` gives the LDM names of a UNet that has not two layers a block. Raises :class:`PatchError`, in words, for
+    a file that cannot be read (see :func:`.safe.read_safetensors`) or that changes anything but cross-attention.
+    """
+    tensors, metadata = read_safetensors(path)
+    return from_state(tensors, metadata, survey, str(path))
+
+
+def from_state(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    survey: UNetSurvey | None = None,
+    source: str = "the patch",
+) -> Patch:
+    """A LoRA state dict as a patch; see :func:`load`."""
+    ldm_names = {site.ldm_name: site.name for site in survey} if survey is not None else {}
+    ups: dict[str, Tensor] = {}
+    downs: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        for suffixes, parts in ((_UP, ups), (_DOWN, downs), ((".alpha",), alphas)):
+            suffix = next((s for s in suffixes if name.endswith(s)), None)
+            if suffix is None:
+                continue
+            key = _canonical(name[: -len(suffix)], ldm_names)
+            if key is None:
+                strange.append(name)
+            elif key in parts:
+                raise PatchError(f"'{source}' has the layer {key} twice.")
+            elif parts is alphas:
+                alphas[key] = float(tensor)
+            else:
+                parts[key] = tensor  # type: ignore[assignment]
+            break
+        else:
+            strange.append(name)
+    if not ups and not downs:
+        raise PatchError(
+            f"'{source}' holds no LoRA of a cross-attention layer ({listed(strange, 2) or 'it is empty'})."
+        )
+    if strange:
+        raise PatchError(
+            f"'{source}' is a LoRA that changes more than cross-attention ({len(strange)} entries such as "
+            f"{listed(strange, 2)}): load it with the host's own LoRA loader instead."
+        )
+    if lone := sorted(set(ups) ^ set(downs)) or sorted(set(alphas) - set(ups)):
+        raise PatchError(f"'{source}' is incomplete: the layer {lone[0]} has only a part of its LoRA.")
+    factors = {}
+    for key, up in ups.items():
+        down = downs[key]
+        if up.ndim == 4 and down.ndim == 4:  # a 1×1 convolution's LoRA is the same map
+            up, down = up.flatten(1), down.flatten(1)
+        rank = down.shape[0]
+        scale = alphas.get(key, float(rank)) / max(rank, 1)
+        factors[key] = LowRank(up if scale == 1 else up.float() * scale, down if scale == 1 else down.float())
+    return Patch(factors, dict(metadata or {}))
+
+
+def _canonical(layer: str, ldm_names: Mapping[str, str]) -> str | None:
+    """Canonical key of a file's layer, whatever its prefix and naming; ``None`` where it is no cross-attention one."""
+    while prefix := next((p for p in _PREFIXES if layer.startswith(p)), None):
+        layer = layer[len(prefix) :]
+    parts, at = [], 0
+    while at < len(layer):
+        if (match := _FLAT.match(layer, at)) is None:
+            return None
+        parts.append(match[1])
+        at = match.end()
+    if len(parts) > 2 and parts[-2:] == ["to_out", "0"]:
+        parts.pop()
+    if len(parts) < 4 or parts[-1] not in PROJECTIONS or parts[-2] not in ("attn1", "attn2"):
+        return None
+    site, which = ".".join(parts[:-1]), parts[-1]
+    if parts[0] in ("input_blocks", "output_blocks", "middle_block"):
+        if site in ldm_names:
+            site = ldm_names[site]
+        else:
+            try:
+                site = canonical_from_ldm(site)
+            except ModelError:
+                return None
+    # self-attention is attn1 nearly everywhere; where it is not, only a survey can tell
+    if parts[-2] == "attn1" and site not in ldm_names.values():
+        return None
+    return f"{site}.{which}"

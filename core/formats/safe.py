@@ -1,0 +1,134 @@
+"""Reading and writing safetensors with errors in words; nothing is ever unpickled, no file is left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import PatchError, listed
+
+__all__ = ["check_finite", "read_metadata", "read_names", "read_safetensors", "write_safetensors"]
+
+_HEADER_LIMIT = 100_000_000
+
+
+def _header(path: str | os.PathLike[str]) -> dict[str, object]:
+    """The JSON header of a safetensors file, after checks that name what is wrong with one that is none."""
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+        if file.is_dir():
+            raise PatchError(f"'{path}' is a folder, not a safetensors file.")
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise PatchError(
+                    f"'{path}' is a pickle (.pt, .ckpt, .bin), not a safetensors file: pickles can run code and are "
+                    "not read. Convert it to safetensors first."
+                )
+            if len(start) < 8:
+                raise PatchError(f"'{path}' is not a safetensors file: it has only {size} bytes.")
+            length = int.from_bytes(start, "little")
+            if not 2 <= length <= _HEADER_LIMIT:
+                raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.")
+            if length + 8 > size:
+                # a cut-off file still opens its header with a brace; anything else was never one
+                if stream.read(1) == b"{":
+                    raise PatchError(
+                        f"'{path}' is cut off: {size} bytes are there, the header alone needs {length + 8}."
+                    )
+                raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.")
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise PatchError(f"There is no file '{path}'.") from None
+    except OSError as error:
+        raise PatchError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+    try:
+        header = json.loads(raw.decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.") from None
+    if (needed := 8 + length + max(ends, default=0)) > size:
+        raise PatchError(f"'{path}' is cut off: it should have {needed} bytes and has {size}.")
+    return header
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata alone. Raises :class:`PatchError` as :func:`read_safetensors`."""
+    metadata = _header(path).get("__metadata__", {})
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the tensors alone. Raises :class:`PatchError` as :func:`read_safetensors`."""
+    return [name for name in _header(path) if name != "__metadata__"]
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a file.
+
+    Raises :class:`PatchError`, in words, where the file is missing, a pickle, cut off, no safetensors file or holds
+    values that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    metadata = read_metadata(path)
+    try:
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise PatchError(f"'{path}' is damaged: {error}.") from error
+    check_finite(tensors, path)
+    return tensors, metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise :class:`PatchError` naming the tensors with NaN or infinity in them."""
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    if bad:
+        raise PatchError(f"'{path}' holds NaN or infinite values ({listed(bad, 2)}): it is damaged, make it anew.")
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file whole or not at all: beside its place first, then moved there in one step.
+
+    Raises :class:`PatchError` where the place cannot be written or a value is not finite; nothing is left behind then.
+    """
+    from safetensors.torch import save
+
+    check_finite(tensors, path)
+    target = Path(path)
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    data = save(plain, metadata=dict(metadata) if metadata else None)
+    temporary: str | None = None
+    try:
+        if target.is_dir():
+            raise PatchError(f"'{path}' cannot be written: it is a folder.")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise PatchError(f"'{path}' cannot be written: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # mkstemp makes files only their owner may read; a patch is an ordinary file. There is no way to ask but to set.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

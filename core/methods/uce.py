@@ -1,0 +1,303 @@
+"""Unified Concept Editing in its exactly low-rank form, with one solve for all sites.
+
+Gandikota et al., *Unified Concept Editing in Diffusion Models* (arXiv 2308.14761), equation 7: for every K and V
+
+``W* = (λW + s_e W G Cᵀ + s_p W K Kᵀ) N⁻¹`` with ``N = λI + s_e C Cᵀ + s_p K Kᵀ``
+
+(columns of ``C``: text states to forget; of ``G``: what they shall read as; of ``K``: states to keep). The right-hand
+side has ``W`` on its left throughout, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the same ``M`` at every site: it
+is worked out once, in fp64, from the text states alone. No gradient, no UNet pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..concepts import Concept, ForgetRequest, templates
+from ..diffusion import LatentDiffusion
+from ..errors import ForgetConceptError, RequestError
+from ..formats.context_map import expand
+from ..patch import LowRank, Patch
+from ..progress import Progress, ProgressEvent, report
+from ..text import TextEncoder, end_position, phrase_span, tail_positions
+from . import Method, register
+
+__all__ = ["UCE", "Columns", "UCESettings", "aligned_positions", "collect_columns", "solve_context_map"]
+
+
+@dataclass(frozen=True)
+class UCESettings:
+    """Settings of :class:`UCE`.
+
+    ``columns``: ``"tail"``, every position from the concept's first token to the end (a causal encoder carries the
+    concept through all of them), or ``"last"``, its last sub-word only, as the authors. ``projections``: ``to_k``,
+    ``to_v`` or both. ``erase_weight``, ``preserve_weight``, ``ridge``: ``s_e``, ``s_p`` (each for one column) and
+    ``λ``. ``rank``: at most this rank (the best one of it in the change of the projections' output); ``None`` keeps
+    what is above ``tolerance``, relative to the greatest. ``templates``: prompts with ``{}`` for the concepts (default:
+    the kind's); the preserve list is put into the same ones. ``preserve_prompts``: whole prompts to keep as well.
+    ``no_replacement``: what a concept without one reads as: the same prompt with the concept ``"dropped"``, or the
+    ``"empty"`` prompt. ``neutral_object``, ``neutral_style``, ``neutral_identity``: words to put in place instead of
+    that, by kind.
+    """
+
+    columns: Literal["tail", "last"] = "tail"
+    projections: tuple[str, ...] = ("to_k", "to_v")
+    erase_weight: float = 1.0
+    preserve_weight: float = 1.0
+    ridge: float = 0.01
+    rank: int | None = None
+    tolerance: float = 1e-6
+    templates: tuple[str, ...] | None = None
+    preserve_prompts: tuple[str, ...] = ()
+    no_replacement: Literal["dropped", "empty"] = "dropped"
+    neutral_object: str = ""
+    neutral_style: str = ""
+    neutral_identity: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.projections or set(self.projections) - {"to_k", "to_v"}:
+            raise RequestError("The setting 'projections' must be 'to_k', 'to_v' or both: only they read the text.")
+        if len(set(self.projections)) != len(self.projections):
+            raise RequestError("The setting 'projections' names a projection twice.")
+        if self.erase_weight <= 0 or self.ridge <= 0 or self.preserve_weight < 0:
+            raise RequestError("'erase_weight' and 'ridge' must be above 0, and 'preserve_weight' at least 0.")
+        if self.rank is not None and self.rank < 1:
+            raise RequestError("The setting 'rank' must be at least 1, or null for as many as it takes.")
+        if not 0 <= self.tolerance < 1:
+            raise RequestError("The setting 'tolerance' must be at least 0 and below 1.")
+        for template in self.templates or ():
+            check_template(template)
+        if self.templates == ():
+            raise RequestError("The setting 'templates' is an empty list: leave it out for the kind's own.")
+
+
+def check_template(template: str) -> None:
+    """Raise :class:`RequestError` unless ``template`` has exactly one ``{}`` and no other braces."""
+    if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
+        raise RequestError(f"The template '{template}' must have exactly one {{}} for the concept.")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Text states as columns, ``(d, n)`` each: ``target`` (C), ``guide`` (G, column by column), ``preserved`` (K)."""
+
+    target: Tensor
+    guide: Tensor
+    preserved: Tensor
+
+
+@register
+class UCE(Method):
+    """The closed form: exact, without training, in well under a second."""
+
+    id = "uce"
+    title = "Unified Concept Editing (closed form)"
+    paper = "https://arxiv.org/abs/2308.14761"
+    Settings = UCESettings
+    presets = {
+        # the authors' released script: bare words, their last token, λ = 0.5, styles turned into "art"
+        "published": UCESettings(
+            columns="last", ridge=0.5, templates=("{}",), no_replacement="empty", neutral_style="art"
+        ),
+        "tuned": UCESettings(),
+    }
+
+    def fit(
+        self,
+        model: LatentDiffusion,
+        request: ForgetRequest,
+        settings: UCESettings,
+        progress: Progress | None = None,
+    ) -> Patch:
+        """Encode the prompts, solve once, expand to every site. Deterministic: the seed plays no part."""
+        report(progress, ProgressEvent(0, 3, message="reading the text states"))
+        columns = collect_columns(model.text, request, settings)
+        report(progress, ProgressEvent(1, 3, message="solving"))
+        outputs = _output_gram(model, settings.projections)
+        context_map = solve_context_map(columns, settings, outputs)
+        report(progress, ProgressEvent(2, 3, message="expanding to every site"))
+        metadata = {"forget_concept.projections": ",".join(settings.projections)}
+        if model.survey.family == "sdxl":
+            metadata["forget_concept.note"] = (
+                "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
+            )
+        patch = expand(context_map, model.survey, metadata, settings.projections)
+        report(progress, ProgressEvent(3, 3, message="done"))
+        return patch
+
+
+# -- which text states --------------------------------------------------------------------------------------------
+
+
+def aligned_positions(
+    encoder: TextEncoder, target: tuple[str, str], guide: tuple[str, str]
+) -> tuple[list[int], list[int]]:
+    """Positions of a target prompt's tail and, one for one, those of a guide prompt it shall read as.
+
+    Both are ``(phrase, prompt)``, the same prompt but for the phrase; the guide's phrase may be empty (dropped).
+    Sub-words of the phrase are aligned from its end (the last of each carries the whole phrase), words behind it with
+    the same words, the end-of-text with the end-of-text and the k-th pad with the k-th pad; what has no partner takes
+    the nearest.
+    """
+    phrase, prompt = target
+    positions = tail_positions(encoder, phrase, prompt)
+    start, width = phrase_span(encoder, phrase, prompt)
+    guide_phrase, guide_prompt = guide
+    # the same words stand before the phrase, so it starts at the same position
+    guide_width = len(encoder.phrase_ids(guide_phrase)) if guide_phrase else 0
+    last = len(encoder.token_ids(guide_prompt)) - 1
+    end_position(encoder, guide_prompt)  # raises where the guide is cut off
+    aligned = []
+    for position in positions:
+        if position < start + width:
+            from_end = min(start + width - position, max(guide_width, 1))
+            at = start + max(guide_width, 1) - from_end
+        else:
+            at = position - width + guide_width
+        aligned.append(min(at, last))
+    return positions, aligned
+
+
+def _said(template: str, phrase: str) -> str:
+    """The template with the phrase in place; without one, tidied so that no double blank stays."""
+    return template.format(phrase) if phrase else " ".join(template.replace("{}", " ").split())
+
+
+def _instead(concept: Concept, settings: UCESettings) -> str:
+    if concept.instead:
+        return concept.instead
+    return {
+        "object": settings.neutral_object,
+        "style": settings.neutral_style,
+        "identity": settings.neutral_identity,
+    }[concept.kind]
+
+
+def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCESettings) -> Columns:
+    """The states to forget, what they shall read as, and those to keep.
+
+    Kept are: every position of the empty prompt (it steers every guided picture), every position of each preserved word
+    in the templates of the request's kinds and of each preserved prompt; with ``columns="last"`` only the last token of
+    each, as the authors, beside the empty prompt. Raises :class:`TokenError` where words are cut off.
+    """
+    pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
+    for concept in request.concepts:
+        instead = _instead(concept, settings)
+        for template in settings.templates or templates(concept.kind):
+            prompt = _said(template, concept.name)
+            end_position(encoder, prompt)
+            if not instead and settings.no_replacement == "empty":
+                guide = ""
+                positions = tail_positions(encoder, concept.name, prompt)
+                start, width = phrase_span(encoder, concept.name, prompt)
+                aligned = positions
+            else:
+                guide = _said(template, instead)
+                positions, aligned = aligned_positions(encoder, (concept.name, prompt), (instead, guide))
+                start, width = phrase_span(encoder, concept.name, prompt)
+            if settings.columns == "last":
+                # without any words in its place: the state before the end, as the authors' script
+                at = aligned[width - 1] if instead else end_position(encoder, guide) - 1
+                positions, aligned = [start + width - 1], [at]
+            pairs += [(prompt, p, guide, g) for p, g in zip(positions, aligned, strict=True)]
+    kept: dict[str, None] = {}
+    for phrase in request.preserve:
+        for kind in dict.fromkeys(concept.kind for concept in request.concepts):
+            for template in settings.templates or templates(kind):
+                kept[_said(template, phrase)] = None
+    kept |= dict.fromkeys(settings.preserve_prompts)
+    kept.pop("", None)
+    texts = list(dict.fromkeys([p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs] + list(kept) + [""]))
+    states = dict(zip(texts, _encode(encoder, texts), strict=True))
+    preserved = [states[""]]
+    for prompt in kept:
+        end = end_position(encoder, prompt)
+        preserved.append(states[prompt] if settings.columns == "tail" else states[prompt][end - 1 : end])
+    return Columns(
+        target=torch.stack([states[p][i] for p, i, _, _ in pairs], 1),
+        guide=torch.stack([states[g][j] for _, _, g, j in pairs], 1),
+        preserved=torch.cat(preserved).T,
+    )
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 64) -> list[Tensor]:
+    found: list[Tensor] = []
+    for i in range(0, len(texts), batch):
+        hidden = encoder.encode(texts[i : i + batch]).hidden
+        # fp64 lives on the CPU and on CUDA, not on every accelerator
+        found += list(hidden.detach().to(hidden.device if hidden.is_cuda else "cpu").double())
+    return found
+
+
+# -- the solve ----------------------------------------------------------------------------------------------------
+
+
+def _output_gram(model: LatentDiffusion, projections: tuple[str, ...]) -> Tensor:
+    """``Σ WᵀW`` over all edited projections, ``(d, d)`` fp64: how much a direction of text space moves the outputs."""
+    width = model.survey.context_dim
+    gram = torch.zeros(width, width, dtype=torch.float64, device=model.device if model.device.type == "cuda" else "cpu")
+    for site in model.survey:
+        for which in projections:
+            weight = site.projection(which).weight.detach().to(gram.device, torch.float32)
+            gram += (weight.T @ weight).double()
+    return gram
+
+
+def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor | None = None) -> LowRank:
+    """``M = s_e (G − C) Cᵀ N⁻¹`` as factors (fp32) of its numerical rank, or of ``settings.rank``.
+
+    With fewer columns than text dimensions, ``Cᵀ N⁻¹`` comes from one solve of the columns' size: for
+    ``N = λI + U Uᵀ``, ``Uᵀ N⁻¹ = (λI + UᵀU)⁻¹ Uᵀ`` (exact, and without the cancellation of Woodbury's difference); else
+    from one of size ``d``. What is cut off is least in ``‖W M x‖`` summed over all projections (``outputs`` is their
+    ``Σ WᵀW``) and over the columns ``x``: with ``N = R Rᵀ``, the singular directions ``V`` of ``L M R`` give
+    ``M_r = (M R V_r)(V_rᵀ R⁻¹)``. Raises :class:`ForgetConceptError` where the system cannot be solved.
+    """
+    device = columns.target.device
+    target, guide = columns.target.double(), columns.guide.double()
+    preserved = columns.preserved.double() * settings.preserve_weight**0.5
+    width = target.shape[0]
+    scaled = target * settings.erase_weight**0.5
+    known = torch.cat([scaled, preserved], 1) if settings.preserve_weight else scaled
+    eye = torch.eye(width, dtype=torch.float64, device=device)
+    normal = settings.ridge * eye + known @ known.T
+    factor = _cholesky(normal)
+    if known.shape[1] < width:
+        small = settings.ridge * torch.eye(known.shape[1], dtype=torch.float64, device=device) + known.T @ known
+        rows = torch.cholesky_solve(known.T, _cholesky(small))
+        down = rows[: target.shape[1]] / settings.erase_weight**0.5
+    else:
+        down = torch.cholesky_solve(target, factor).T
+    change = settings.erase_weight * (guide - target)
+    # in the metric that counts: M R, seen through the projections
+    seen = down @ factor
+    if seen.shape[0] < width:  # then M R has no more directions than columns, and the small problem is enough
+        side, corner = torch.linalg.qr(seen.T)
+        moved = change @ corner.T
+    else:
+        side, moved = eye, change @ seen
+    gram = eye if outputs is None else outputs.to(device, torch.float64)
+    values, vectors = torch.linalg.eigh(moved.T @ gram @ moved)
+    size = values.clamp(min=0).sqrt().flip(0)
+    # the Gram matrix squares: below the root of fp64's precision there is nothing but rounding
+    keep = int((size > size[0] * max(settings.tolerance, 1e-8)).sum()) if size[0] > 0 else 1
+    keep = min(keep, settings.rank or keep)
+    basis = vectors.flip(1)[:, :keep]
+    up = moved @ basis
+    down = torch.linalg.solve_triangular(factor, (side @ basis).T, upper=False, left=False)
+    root = (up.norm(dim=0) / down.norm(dim=1).clamp(min=1e-300)).clamp(min=1e-300).sqrt()
+    return LowRank((up / root).float(), (down * root[:, None]).float())
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or not torch.isfinite(factor).all():
+        raise ForgetConceptError(
+            "The closed form cannot be solved: the text states are not finite or 'ridge' is too small for them; raise "
+            "the setting 'ridge'."
+        )
+    return factor

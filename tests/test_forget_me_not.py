@@ -1,0 +1,207 @@
+"""Forget-Me-Not: the attention on the concept's own tokens falls, batches are not mixed up, nothing is ignored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TinyText, flags, rand, state_hash, tiny_model
+
+from forget_concept.core.attention import AttentionRecorder, token_mask
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.errors import Cancelled, RequestError, TokenError
+from forget_concept.core.losses import attention_resteering
+from forget_concept.core.methods import fit
+from forget_concept.core.methods.forget_me_not import (
+    ForgetMeNot,
+    ForgetMeNotSettings,
+    _prompts,
+    _Step,
+    concept_positions,
+)
+from forget_concept.core.text import token_positions
+
+QUICK = {"latents": "zeros", "steps": 3, "batch_size": 2}
+
+
+def request(*concepts, preserve=(), preset="tuned", seed=0, **settings):
+    return ForgetRequest(concepts or (Concept("star"),), preserve, "forget_me_not", preset, QUICK | settings, seed=seed)
+
+
+def mass_on(model, phrase, prompt):
+    mask = token_mask([token_positions(model.text, phrase, prompt)], 77)
+    with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
+        model.predict_noise(rand(1, 4, 8, 8), torch.tensor([500]), model.text.encode([prompt]))
+        return float(attention_resteering(recorder.masses(mask)))
+
+
+def test_the_attention_on_the_concept_falls(model):
+    before = mass_on(model, "star", "a photo of star")
+    patch = fit(model, request(steps=12, lr=1e-2, preserve=("tree",)))
+    with patch.applied(model.unet):
+        assert mass_on(model, "star", "a photo of star") < 0.5 * before
+
+
+def test_several_concepts_of_several_sub_words(model):
+    both = (Concept("butterfly"), Concept("watercolour wash", "style"))
+    before = [mass_on(model, c.name, f"a photo of {c.name}") for c in both]
+    patch = fit(model, request(*both, steps=12, lr=1e-2, preserve_weight=0.0))
+    with patch.applied(model.unet):
+        for concept, was in zip(both, before, strict=True):
+            assert mass_on(model, concept.name, f"a photo of {concept.name}") < 0.7 * was
+
+
+def test_a_replacement_steers_the_prediction():
+    model = tiny_model()
+    x, t = rand(4, 4, 8, 8), torch.tensor([100, 400, 600, 900])
+    star, circle = (model.text.encode([f"a photo of {w}"] * 4) for w in ("star", "circle"))
+    with torch.no_grad():
+        wanted = model.predict_noise(x, t, circle)
+        before = float((model.predict_noise(x, t, star) - wanted).norm())
+    patch = fit(
+        model,
+        request(
+            Concept("star", replacement="circle"),
+            steps=30,
+            lr=1e-2,
+            train=("to_k", "to_v"),
+            attention_weight=0.0,
+            steer_weight=1e3,
+            preserve_weight=0.0,
+            templates=("a photo of {}",),
+        ),
+    )
+    with torch.no_grad(), patch.applied(model.unet):
+        assert float((model.predict_noise(x, t, star) - wanted).norm()) < 0.7 * before
+
+
+def test_the_preserve_term_keeps_the_prediction():
+    drift = []
+    for weight in (0.0, 100.0):
+        model = tiny_model()
+        patch = fit(model, request(steps=10, lr=1e-2, train=("to_k", "to_v"), preserve_weight=weight, seed=3))
+        x, t = rand(4, 4, 8, 8), torch.tensor([100, 400, 600, 900])
+        empty = model.text.encode([""] * 4)
+        with torch.no_grad():
+            base = model.predict_noise(x, t, empty)
+            with patch.applied(model.unet):
+                drift.append(float((model.predict_noise(x, t, empty) - base).norm()))
+    assert drift[1] < 0.5 * drift[0]
+
+
+def test_published_is_one_dense_change_of_all_four(model):
+    before, flagged = state_hash(model.unet), flags(model.unet)
+    asked = ForgetRequest(
+        (Concept("star"),),
+        method="forget_me_not",
+        preset="published",
+        settings={"steps": 2, "n_images": 2, "sample_steps": 2},
+    )
+    patch = fit(model, asked)
+    assert state_hash(model.unet) == before and flags(model.unet) == flagged
+    assert len(patch) == 4 * len(model.survey)
+    published = ForgetMeNot.presets["published"]
+    assert (published.steps, published.lr, published.weight_decay, published.batch_size) == (35, 2e-6, 0.01, 1)
+    # two steps of AdamW at 2e-6 move no weight by more
+    assert 0 < max(float(f.delta().abs().max()) for f in patch.factors.values()) < 4.1e-6
+    assert {p.text for p in _prompts(model.text, Concept("star", "style"), published)} == {
+        "a photo in the style of star"
+    }
+
+
+def test_a_batch_is_each_prompt_with_its_own_positions(model):
+    """The loss of a batch is that of its prompts one by one: ‖·‖² adds up. (The authors' mixed heads and batch.)"""
+    settings = ForgetMeNotSettings(latents="zeros", batch_size=4, preserve_weight=0.0)
+    prompts = [p for c in (Concept("star"), Concept("butterfly")) for p in _prompts(model.text, c, settings)]
+    step = _Step(model, settings, prompts, [], torch.Generator().manual_seed(0), None)
+    with step.deltas.attached():
+        asked = {}
+        original = model.predict_noise
+        model.predict_noise = lambda x, t, s: asked.update(x=x, t=t, s=s) or original(x, t, s)
+        batch = [prompts[i] for i in (0, 5, 2, 7)]
+        step.turn = [0, 5, 2, 7]
+        together = float(step(1)["attention"][1].detach())
+        squares = 0.0
+        for i, prompt in enumerate(batch):
+            with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
+                original(asked["x"][i : i + 1], asked["t"][i : i + 1], asked["s"].index([i]))
+                squares += float(attention_resteering(recorder.masses(token_mask([prompt.positions], 77)))) ** 2
+    assert together == pytest.approx(squares**0.5, rel=1e-4)
+    assert len({len(p.positions) for p in batch}) > 1
+
+
+def test_positions_and_the_end_of_text():
+    text = TinyText()
+    prompt = "a butterfly and a butterfly"
+    found = concept_positions(text, "butterfly", prompt)
+    assert found == [2, 3, 4, 7, 8, 9]
+    assert concept_positions(text, "butterfly", prompt, include_end=True) == [*found, 10]  # one, not every pad
+
+
+def test_the_same_seed_gives_the_same_patch():
+    def made(seed):
+        return fit(
+            tiny_model(), request(latents="generated", n_images=1, sample_steps=1, seed=seed, preserve=("tree",))
+        )
+
+    first, again, other = made(1), made(1), made(2)
+    key = next(iter(first.factors))
+    assert all(
+        torch.equal(f.up, again.factors[k].up) and torch.equal(f.down, again.factors[k].down)
+        for k, f in first.factors.items()
+    )
+    assert not torch.equal(first.factors[key].down, other.factors[key].down)
+    assert first.rank == 8
+
+
+def test_progress_tells_of_every_term_and_cancel_leaves_the_model(model):
+    before, flagged = state_hash(model.unet), flags(model.unet)
+    events = []
+    fit(
+        model,
+        request(Concept("star", replacement="circle"), latents="generated", n_images=1, sample_steps=2),
+        events.append,
+    )
+    assert [e.message for e in events[:2]] == ["sampling 2 pictures"] * 2
+    assert set(events[-1].terms) == {"attention", "steer", "preserve"} and events[-1].step == events[-1].total == 3
+
+    for at in (1, 4):  # while sampling, while training
+        steps = iter(range(at - 1))
+
+        def progress(event, steps=steps):
+            if next(steps, None) is None:
+                raise Cancelled
+
+        with pytest.raises(Cancelled):
+            fit(model, request(latents="generated", n_images=1, sample_steps=2), progress)
+    assert state_hash(model.unet) == before and flags(model.unet) == flagged
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (request(Concept("star", replacement="circle"), preset="published"), "replaces nothing"),
+        (request(preset="published", preserve=("tree",)), "preserves nothing"),
+        (request(attention_weight=0.0), "'attention_weight' 0"),
+        (request(attention_weight=0.0, steer_weight=0.0), "nothing would be forgotten"),
+        (request(train=("to_x",)), "to_q, to_k"),
+        (request(train=()), "to_q, to_k"),
+        (request(steps=0), "'steps'"),
+        (request(rank=0), "'rank'"),
+        (request(lr=0), "'lr'"),
+        (request(latents="mine"), "'zeros', 'generated'"),
+        (request(templates=("{} {}",)), "exactly one"),
+        (request(preserve_weight=-1), "'preserve_weight'"),
+    ],
+)
+def test_what_would_be_ignored_or_makes_no_sense_is_refused(model, asked, words):
+    with pytest.raises(RequestError, match=words):
+        fit(model, asked)
+
+
+def test_words_that_are_cut_off_are_refused_before_any_work(model):
+    events = []
+    with pytest.raises(TokenError, match="cut off"):
+        fit(model, request(Concept("s " * 74)), events.append)
+    with pytest.raises(TokenError, match="cut off"):
+        fit(model, request(preserve=("s " * 80,)), events.append)
+    assert not events

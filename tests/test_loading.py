@@ -1,0 +1,179 @@
+"""Models from folders and files, and what is refused in words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ldm_unet import ldm_unet
+from safetensors.torch import save_file
+from tiny import clip_parts, rand, tiny_unet
+
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.diffusion import LatentDiffusion
+from forget_concept.core.errors import ModelError
+from forget_concept.core.loading import from_pipeline, load_model
+from forget_concept.core.methods import fit
+from forget_concept.core.mini.ldm import autoencoder_to_ldm
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+    text, tokenizer = clip_parts(tmp_path_factory.mktemp("clip"))
+    torch.manual_seed(0)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8,) * 4,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        ).eval(),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="v_prediction",
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture()
+def folder(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "tiny-model")
+    return tmp_path / "tiny-model"
+
+
+def test_a_diffusers_folder(pipeline, folder):
+    model = load_model(folder)
+    assert (model.name, model.prediction_type, model.latent_shape) == ("tiny-model", "v_prediction", (4, 8, 8))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a star",
+        latents=model.initial_noise([3]),
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        height=64,
+        width=64,
+        output_type="pt",
+    ).images
+    latents = model.sample(["a star"], [3], steps=4, guidance=5.0)
+    torch.testing.assert_close((model.decode(latents) + 1) / 2, theirs, atol=1e-4, rtol=1e-3)
+    patch = fit(model, ForgetRequest((Concept("star", replacement="tree"),)))
+    assert patch.metadata["forget_concept.base_name"] == "tiny-model"
+    assert load_model(folder, clip_skip=2).text.layer != model.text.layer
+    assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_an_sdxl_shaped_folder(folder, tmp_path):
+    text, tokenizer = clip_parts(tmp_path / "2", projection=True, seed=1)
+    text.save_pretrained(folder / "text_encoder_2")
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    unet = tiny_unet(
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+    unet.save_pretrained(folder / "unet")
+    model = load_model(folder)
+    assert model.sample(["a star"], [1], steps=1).shape == (1, 4, 8, 8)
+    assert model.survey.context_dim == 64
+
+
+def test_half_precision_variants(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "m", variant="fp16")
+    assert len(load_model(tmp_path / "m").survey) == 11
+
+
+def test_pipelines_are_shared(pipeline):
+    model = from_pipeline(pipeline, "mine")
+    assert model.unet is pipeline.unet and model.name == "mine"
+
+
+def test_refusals_in_words(folder, tmp_path):
+    with pytest.raises(ModelError, match=r"no model 'nothing'.*'mini'"):
+        load_model("nothing")
+    for name in ("old.ckpt", "old.pt"):
+        with pytest.raises(ModelError, match="pickle"):
+            load_model(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no folder 'unet'"):
+        load_model(tmp_path / "empty")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "hidden.safetensors")
+    with pytest.raises(ModelError, match="pickle"):
+        load_model(tmp_path / "hidden.safetensors")
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ModelError, match="not a whole checkpoint"):
+        load_model(tmp_path / "lora.safetensors")
+
+
+def test_damaged_folders_are_said(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:1000])
+    with pytest.raises(ModelError, match="unet' cannot be loaded"):
+        load_model(folder)
+    weights.unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ModelError, match="only as a pickle"):
+        load_model(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ModelError, match="noise schedule"):
+        load_model(folder)
+
+
+def test_inpainting_models_are_refused(folder):
+    unet = tiny_unet(in_channels=9)
+    unet.save_pretrained(folder / "unet")
+    with pytest.raises(ModelError, match="9 channels"):
+        load_model(folder)
+
+
+def test_a_single_file_without_its_configuration_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=r"x\.safetensors' cannot be loaded"):
+        load_model(tmp_path / "x.safetensors", config=tmp_path)
+
+
+def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
+    """The original layout of the same weights, read with the folder as configuration: the same noise."""
+    unet = ldm_unet()
+    for n, parameter in enumerate(unet.parameters()):
+        parameter.data = rand(*parameter.shape, seed=n) * 0.05
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"norm_num_groups": 32}))
+    state = {f"model.diffusion_model.{k}": v for k, v in unet.state_dict().items()}
+    state |= {f"cond_stage_model.transformer.{k}": v for k, v in pipeline.text_encoder.state_dict().items()}
+    vae = autoencoder_to_ldm(pipeline.vae.state_dict(), pipeline.vae.config)
+    state |= {f"first_stage_model.{k}": v for k, v in vae.items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "single.safetensors")
+    model = load_model(tmp_path / "single.safetensors", config=folder)
+    assert model.name == "single"
+    for site in model.survey:
+        assert torch.equal(site.projection("to_k").weight, unet.get_submodule(site.ldm_name).to_k.weight)
+    states = from_pipeline(pipeline).text.encode(["a star"])
+    torch.testing.assert_close(model.text.encode(["a star"]).hidden, states.hidden)
+    theirs = LatentDiffusion(unet, model.text, model.alphas_cumprod, latent_shape=(4, 8, 8))
+    x, t = rand(1, 4, 8, 8), torch.tensor([400])
+    with torch.no_grad():
+        raw = theirs.predict_noise(x, t, states)  # the file says nothing of v; the folder's schedule does
+        alpha = model.alphas_cumprod[400]
+        torch.testing.assert_close(
+            model.predict_noise(x, t, states), alpha.sqrt() * raw + (1 - alpha).sqrt() * x, atol=1e-5, rtol=1e-4
+        )
+        image = rand(1, 4, 8, 8, seed=2)
+        torch.testing.assert_close(model.decode(image), from_pipeline(pipeline).decode(image), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,144 @@
+"""The registry and the front door: what every method must keep to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import flags, state_hash
+
+from forget_concept.core import methods
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
+from forget_concept.core.formats import kohya
+from forget_concept.core.methods import all_methods, fit, get, register, resolve_settings
+from forget_concept.core.patch import LowRank, Patch
+
+QUICK = {"uce": {}, "forget_me_not": {"steps": 2, "n_images": 1, "sample_steps": 1}}
+
+
+def test_every_method_in_the_folder_is_there():
+    found = all_methods()
+    assert list(found) == sorted(found) and {"uce", "forget_me_not"} <= set(found)
+    assert set(found) == set(QUICK), "give a new method its quick settings here: the shared tests then run on it"
+    for name, method in found.items():
+        assert get(name) is method and method.id == name and method.title and method.paper.startswith("https://")
+
+
+@pytest.mark.parametrize("preset", ["published", "tuned"])
+@pytest.mark.parametrize("name", list(QUICK))
+def test_every_method_and_preset_keeps_the_promises(model, tmp_path, name, preset):
+    before, flagged = state_hash(model.unet), flags(model.unet)
+    events = []
+    request = ForgetRequest(
+        (Concept("star"), Concept("watercolour wash", "style")), (), name, preset, QUICK[name], seed=5
+    )
+    patch = fit(model, request, events.append)
+    assert state_hash(model.unet) == before and flags(model.unet) == flagged
+    assert events and events[-1].step == events[-1].total
+    patch.check_fits(model.survey)
+    said = patch.metadata
+    assert all(isinstance(v, str) for v in said.values())
+    assert ForgetRequest.from_json(said["forget_concept.request"]) == request
+    settings = resolve_settings(get(name), preset, QUICK[name])
+    assert json.loads(said["forget_concept.settings"]) == json.loads(json.dumps(dataclasses.asdict(settings)))
+    for key in ("version", "method", "preset", "seed", "base_model", "family", "text_layer", "architecture"):
+        assert said[f"forget_concept.{key}"]
+    kohya.save(patch, tmp_path / "p.safetensors")
+    loaded = kohya.load(tmp_path / "p.safetensors")
+    assert {k: v for k, v in loaded.metadata.items() if k.startswith("forget")} == said
+    assert all(torch.equal(f.up, loaded.factors[k].up) for k, f in patch.factors.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    number: float = 1.0
+    maybe: int | None = None
+    words: tuple[str, ...] = ()
+    yes: bool = True
+
+
+def make(id_, **extra):
+    fields = {"id": id_, "title": "t", "paper": "https://p", "Settings": Nothing}
+    return type("M", (), fields | {"presets": {"published": Nothing(), "tuned": Nothing(2.0)}} | extra)
+
+
+@pytest.fixture()
+def registry(monkeypatch):
+    all_methods()
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+
+
+def test_duplicates_and_incomplete_methods_are_refused(registry):
+    register(make("mine"))
+    with pytest.raises(ForgetConceptError, match="Two methods are called 'uce'"):
+        register(make("uce"))
+    with pytest.raises(ForgetConceptError, match="presets"):
+        register(make("other", presets={"tuned": Nothing()}))
+    assert "mine" in all_methods()
+
+
+def test_settings_are_resolved_and_typed():
+    method = make("mine")
+    found = resolve_settings(method, "tuned", {"number": 3, "maybe": 2.0, "words": ["a", "b"], "yes": False})
+    assert (
+        found == Nothing(3.0, 2, ("a", "b"), False) and isinstance(found.number, float) and isinstance(found.maybe, int)
+    )
+    assert resolve_settings(method, "tuned", {"maybe": None}).number == 2.0
+    for bad in (
+        {"number": "x"},
+        {"number": None},
+        {"number": True},
+        {"number": float("inf")},
+        {"maybe": 1.5},
+        {"maybe": "1"},
+        {"words": "a"},
+        {"words": [1]},
+        {"yes": 1},
+        {"yes": "true"},
+    ):
+        with pytest.raises(RequestError, match=f"'{next(iter(bad))}' must be"):
+            resolve_settings(method, "tuned", bad)
+    with pytest.raises(RequestError, match="number, maybe, words, yes"):
+        resolve_settings(method, "tuned", {"nubmer": 1})
+    with pytest.raises(RequestError, match="published, tuned"):
+        resolve_settings(method, "best", {})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "changes nothing.*'star'"), (float("nan"), "NaN"), (float("inf"), "NaN or infinite")]
+)
+def test_an_edit_of_nothing_or_of_nan_is_never_a_success(registry, model, value, words):
+    key = model.survey.sites[0].key("to_k")
+
+    def run(self, model, request, settings, progress=None):
+        return Patch({key: LowRank(torch.full((32, 1), value), torch.ones(1, 32))})
+
+    register(make("mine", fit=run))
+    with pytest.raises(PatchError, match=words):
+        fit(model, ForgetRequest((Concept("star"),), method="mine"))
+
+
+def test_the_core_needs_no_extras():
+    """Imported and used with diffusers, transformers, numpy and the rest of the extras out of reach."""
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'diffusers', 'transformers', 'PIL', 'jsonschema', 'rich', 'peft'}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from forget_concept.core import attention, concepts, diffusion, formats, loading, losses, methods, training\n"
+        "assert len(methods.all_methods()) >= 2\n"
+        "try:\n"
+        "    loading.load_model('.')\n"
+        "except loading.ModelError as error:\n"
+        "    assert 'pip install diffusers' in str(error)\n"
+        "else:\n"
+        "    sys.exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

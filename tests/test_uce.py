@@ -1,0 +1,300 @@
+"""The closed form: against the plain per-matrix formula, and the guarantees it gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TinyText, flags, rand, state_hash, tiny_model
+
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.errors import RequestError, TokenError
+from forget_concept.core.methods import fit
+from forget_concept.core.methods.uce import (
+    Columns,
+    UCESettings,
+    aligned_positions,
+    collect_columns,
+    solve_context_map,
+)
+
+STAR = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"))
+
+
+def plain(weight, columns, s):
+    """Equation 7 as written, for one matrix, inverted in fp64."""
+    w, c, g, k = (t.double() for t in (weight, columns.target, columns.guide, columns.preserved))
+    normal = s.ridge * torch.eye(len(c)).double() + s.erase_weight * c @ c.T + s.preserve_weight * k @ k.T
+    right = s.ridge * w + s.erase_weight * w @ g @ c.T + s.preserve_weight * w @ k @ k.T
+    return right @ torch.linalg.inv(normal)
+
+
+@pytest.mark.parametrize("columns", ["tail", "last"])
+@pytest.mark.parametrize("projections", [("to_k", "to_v"), ("to_v",)])
+def test_every_matrix_is_the_plain_formula(model, columns, projections):
+    request = ForgetRequest(
+        (Concept("star", replacement="circle"), Concept("watercolour", "style")),
+        preserve=("square", "tree"),
+        settings={"columns": columns, "projections": projections, "erase_weight": 2.0, "preserve_weight": 0.5},
+    )
+    patch = fit(model, request)
+    s = UCESettings(columns=columns, projections=projections, erase_weight=2.0, preserve_weight=0.5)
+    found = collect_columns(model.text, request, s)
+    assert len(patch) == len(model.survey) * len(projections)
+    for key, new in patch.merged_state(model.unet).items():
+        weight = model.unet.get_submodule(key.removesuffix(".weight")).weight
+        torch.testing.assert_close(new.double(), plain(weight, found, s), rtol=1e-4, atol=2e-6)
+    assert {key.rpartition(".")[2] for key in patch.factors} == set(projections)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 30),
+    m=st.integers(0, 30),
+    width=st.integers(2, 24),
+    ridge=st.floats(1e-3, 10),
+    seed=st.integers(0, 99),
+)
+def test_the_solver_meets_its_normal_equation(n, m, width, ridge, seed):
+    """``M N = s_e (G − C) Cᵀ``, on both of the solver's ways (few columns, many columns)."""
+    c, g = rand(width, n, seed=seed), rand(width, n, seed=seed + 100)
+    k = rand(width, m, seed=seed + 200) if m else torch.zeros(width, 0)
+    s = UCESettings(ridge=ridge, erase_weight=1.5, preserve_weight=0.7, tolerance=0)
+    found = solve_context_map(Columns(c, g, k), s).delta().double()
+    c, g, k = c.double(), g.double(), k.double()
+    normal = ridge * torch.eye(width).double() + 1.5 * c @ c.T + 0.7 * k @ k.T
+    right = 1.5 * (g - c) @ c.T
+    torch.testing.assert_close(found @ normal, right, rtol=2e-4, atol=2e-4 * float(right.abs().max()))
+
+
+def test_rank_is_at_most_that_of_the_columns():
+    s = UCESettings()
+    c, g, k = rand(24, 3, seed=1), rand(24, 3, seed=2), rand(24, 5, seed=3)
+    assert solve_context_map(Columns(c, g, k), s).rank == 3
+    twice = Columns(torch.cat([c, c], 1), torch.cat([g, g], 1), k)
+    assert solve_context_map(twice, s).rank == 3
+
+
+def test_a_rank_limit_keeps_the_best_of_the_output():
+    """No other cut of that rank leaves a smaller error in ``‖W M x‖`` over the columns; a plain SVD cut leaves more."""
+    s = UCESettings(ridge=0.1)
+    columns = Columns(rand(24, 12, seed=1), rand(24, 12, seed=2), rand(24, 8, seed=3))
+    weights = rand(40, 24, seed=4) * torch.linspace(0.01, 3, 24)
+    gram = (weights.T @ weights).double()
+    exact = solve_context_map(columns, s, gram).delta()
+    x = torch.cat([columns.target, columns.preserved, 0.1**0.5 * torch.eye(24)], 1)
+
+    def error(m):
+        return float((weights @ (m - exact) @ x).norm())
+
+    cut = solve_context_map(columns, UCESettings(ridge=0.1, rank=4), gram)
+    u, d, vh = torch.linalg.svd(exact)
+    assert cut.rank == 4
+    assert 0 < error(cut.delta()) < 0.9 * error((u[:, :4] * d[:4]) @ vh[:4])
+    tail = torch.linalg.svdvals(weights.double() @ exact.double() @ torch.linalg.cholesky((x @ x.T).double()))[4:]
+    assert error(cut.delta()) == pytest.approx(float(tail.norm()), rel=1e-3)
+
+
+def test_with_a_small_ridge_the_target_reads_as_the_guide_and_the_kept_stay():
+    """What the method promises where there is room for it: ``(I + M) c = g`` and ``(I + M) k = k``."""
+    columns = Columns(rand(48, 6, seed=1), rand(48, 6, seed=2), rand(48, 20, seed=3))
+    m = solve_context_map(columns, UCESettings(ridge=1e-8)).delta()
+    torch.testing.assert_close(columns.target + m @ columns.target, columns.guide, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(m @ columns.preserved, torch.zeros(48, 20), atol=1e-4, rtol=0)
+
+
+def test_the_context_map_is_the_whole_edit(model):
+    """``(W + ΔW) c = W (c + M c)``, at every site and for any text state."""
+    patch = fit(model, STAR)
+    m = patch.context_map.delta()
+    c = rand(32, 9, seed=5)
+    for site in model.survey:
+        for which in ("to_k", "to_v"):
+            w = site.projection(which).weight
+            torch.testing.assert_close(
+                (w + patch.factors[site.key(which)].delta()) @ c, w @ (c + m @ c), atol=2e-5, rtol=1e-4
+            )
+    assert patch.context_map.nbytes * 10 < patch.nbytes
+
+
+def test_the_model_is_left_as_it_was_and_the_result_repeats(model):
+    before, flagged = state_hash(model.unet), flags(model.unet)
+    first, second = fit(model, STAR), fit(model, STAR)
+    assert state_hash(model.unet) == before and flags(model.unet) == flagged
+    assert all(torch.equal(first.factors[k].up, second.factors[k].up) for k in first.factors)
+
+
+def test_the_edit_shows_in_the_noise_only_where_the_concept_is(model):
+    patch = fit(model, STAR)
+    x, t = rand(1, 4, 8, 8), torch.tensor([500])
+    with torch.no_grad():
+        moved = {}
+        for prompt in ("a photo of star", "a photo of square", ""):
+            states = model.text.encode([prompt])
+            base = model.predict_noise(x, t, states)
+            with patch.applied(model.unet):
+                moved[prompt] = float((model.predict_noise(x, t, states) - base).norm())
+        circle = model.predict_noise(x, t, model.text.encode(["a photo of circle"]))
+        star = model.text.encode(["a photo of star"])
+        before = float((model.predict_noise(x, t, star) - circle).norm())
+        with patch.applied(model.unet):
+            after = float((model.predict_noise(x, t, star) - circle).norm())
+    assert moved["a photo of star"] > 3 * moved["a photo of square"]
+    assert moved["a photo of star"] > 5 * moved[""]
+    assert after < 0.6 * before
+
+
+def test_strength_is_in_the_patch(model):
+    once = fit(model, STAR)
+    half = fit(model, ForgetRequest(STAR.concepts, STAR.preserve, strength=0.5))
+    for key, factor in once.factors.items():
+        torch.testing.assert_close(half.factors[key].delta(), 0.5 * factor.delta())
+    torch.testing.assert_close(half.context_map.delta(), 0.5 * once.context_map.delta())
+
+
+def test_metadata_says_what_made_it(model):
+    said = fit(model, STAR).metadata
+    assert said["forget_concept.method"] == "uce" and said["forget_concept.preset"] == "tuned"
+    assert ForgetRequest.from_json(said["forget_concept.request"]) == STAR
+    assert json.loads(said["forget_concept.settings"])["ridge"] == 0.01
+    assert said["forget_concept.base_model"] == model.model_hash
+    assert said["forget_concept.text_layer"] == "tiny" and said["forget_concept.family"] == "other"
+
+
+# -- columns ------------------------------------------------------------------------------------------------------
+
+
+def pieces(text, phrase):
+    return len(text.phrase_ids(phrase))
+
+
+def test_alignment_of_phrases_of_different_lengths():
+    text = TinyText()
+    assert (pieces(text, "butterfly"), pieces(text, "cat"), pieces(text, "on grass")) == (3, 1, 3)
+    # three sub-words become one: each reads as it; what follows keeps its partner; the last pads share the last
+    t, g = aligned_positions(text, ("butterfly", "a butterfly on grass"), ("cat", "a cat on grass"))
+    assert t == list(range(2, 77))
+    assert g[:3] == [2, 2, 2] and g[3:6] == [3, 4, 5] and g[6] == 6 and g[-1] == 74
+    # one becomes three: it reads as the last, which carries the whole word
+    t, g = aligned_positions(text, ("cat", "a cat on grass"), ("butterfly", "a butterfly on grass"))
+    assert g[0] == 4 and g[1:4] == [5, 6, 7] and g[-3:] == [76, 76, 76]
+    # dropped: the phrase reads as what stands in its place
+    t, g = aligned_positions(text, ("cat", "a cat on grass"), ("", "a on grass"))
+    assert g[:4] == [2, 2, 3, 4] and g[-1] == 75
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(st.text("abcdefgh", min_size=1, max_size=9), min_size=3, max_size=3, unique=True),
+    behind=st.lists(st.text("mnop", min_size=1, max_size=6), max_size=4),
+)
+def test_aligned_tails_see_equal_words_at_equal_places(words, behind):
+    """Behind the phrase, an aligned pair stands on the same token (property over phrases of any length)."""
+    text = TinyText()
+    before, target, guide = words
+    prompts = [" ".join([before, phrase, *behind]) for phrase in (target, guide)]
+    if len(text.phrase_ids(prompts[0])) > 70:
+        return
+    t, g = aligned_positions(text, (target, prompts[0]), (guide, prompts[1]))
+    ids = [text.token_ids(p) for p in prompts]
+    width = pieces(text, target)
+    assert len(t) == len(g) and max(g) <= 76
+    first = text.phrase_ids(before)
+    assert t[0] == 1 + len(first)
+    for i, j in list(zip(t, g, strict=True))[width:]:
+        assert ids[0][i] == ids[1][j]
+    assert ids[0][t[width - 1]] == text.phrase_ids(target)[-1]
+    assert ids[1][g[width - 1]] == text.phrase_ids(guide)[-1]
+
+
+def test_the_empty_prompt_is_always_preserved():
+    text = TinyText()
+    empty = text.encode([""]).hidden[0].double().T
+    for columns in ("tail", "last"):
+        found = collect_columns(text, ForgetRequest((Concept("star"),)), UCESettings(columns=columns)).preserved
+        torch.testing.assert_close(found, empty, atol=1e-5, rtol=0)
+
+
+def test_preserved_words_and_prompts_are_among_the_columns():
+    text = TinyText()
+    request = ForgetRequest((Concept("star"),), preserve=("tree",))
+    s = UCESettings(templates=("a {}", "{}"), preserve_prompts=("a red tree at night",))
+    found = collect_columns(text, request, s)
+    assert found.preserved.shape == (32, 77 * 4)
+    for prompt in ("a tree", "tree", "a red tree at night", ""):
+        state = text.encode([prompt]).hidden[0, 5].double()
+        assert (found.preserved - state[:, None]).norm(dim=0).min() < 1e-6
+    assert found.target.shape == (32, 75 + 76)
+
+
+def test_guides_without_a_replacement():
+    text = TinyText()
+    request = ForgetRequest((Concept("star"),))
+    dropped = collect_columns(text, request, UCESettings(templates=("a photo of {}",)))
+    of = text.encode(["a photo of"]).hidden[0].double()
+    torch.testing.assert_close(dropped.guide[:, 0], of[pieces(text, "a photo of") + 1])
+    empty = collect_columns(text, request, UCESettings(templates=("a photo of {}",), no_replacement="empty"))
+    nothing = text.encode([""]).hidden[0].double()
+    torch.testing.assert_close(empty.guide, nothing[pieces(text, "a photo of") + 1 :].T)
+    word = collect_columns(text, request, UCESettings(templates=("{}",), neutral_object="thing"))
+    thing = text.encode(["thing"]).hidden[0].double()
+    torch.testing.assert_close(word.guide[:, pieces(text, "star") - 1], thing[pieces(text, "thing")])
+
+
+def test_the_published_preset_takes_the_last_token_of_the_bare_word():
+    text = TinyText()
+    request = ForgetRequest((Concept("butterfly"),), preserve=("tree",))
+    from forget_concept.core.methods.uce import UCE
+
+    found = collect_columns(text, request, UCE.presets["published"])
+    torch.testing.assert_close(found.target, text.encode(["butterfly"]).hidden[0, 3:4].double().T)
+    torch.testing.assert_close(found.guide, text.encode([""]).hidden[0, 0:1].double().T)
+    assert found.preserved.shape[1] == 77 + 1
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "magic"}, "forget_me_not, uce|uce"),
+        ({"preset": "best"}, "published, tuned"),
+        ({"settings": {"colums": "tail"}}, "erase_weight"),
+        ({"settings": {"columns": "head"}}, "'tail', 'last'"),
+        ({"settings": {"ridge": "much"}}, "a number"),
+        ({"settings": {"ridge": True}}, "a number"),
+        ({"settings": {"rank": 1.5}}, "whole number"),
+        ({"settings": {"rank": 0}}, "at least 1"),
+        ({"settings": {"ridge": 0}}, "above 0"),
+        ({"settings": {"projections": ("to_q",)}}, "to_k"),
+        ({"settings": {"templates": ("a photo",)}}, "exactly one"),
+        ({"settings": {"templates": ()}}, "empty list"),
+        ({"concepts": (Concept(" "),)}, "empty"),
+        ({"concepts": (Concept("star", replacement=" STAR "),)}, "itself"),
+        ({"preserve": ("Star",)}, "contains"),
+    ],
+)
+def test_bad_requests_are_refused_in_words(model, changes, words):
+    fields = {"concepts": STAR.concepts, "preserve": STAR.preserve} | changes
+    with pytest.raises(RequestError, match=words):
+        fit(model, ForgetRequest(**fields))
+
+
+def test_a_concept_that_is_cut_off_is_refused(model):
+    with pytest.raises(TokenError, match="cut off"):
+        fit(model, ForgetRequest((Concept("star " * 80),)))
+    with pytest.raises(TokenError, match="cut off"):
+        fit(model, ForgetRequest((Concept("s " * 74),)))  # fits alone, not in its templates
+
+
+def test_an_edit_that_changes_nothing_is_refused():
+    from forget_concept.core.errors import PatchError
+
+    model = tiny_model()
+    model.text.phrase_ids = lambda phrase: [7] * len(phrase.split())  # every word the same to this encoder
+    with pytest.raises(PatchError, match="changes nothing"):
+        fit(model, STAR)

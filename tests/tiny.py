@@ -1,0 +1,174 @@
+"""Tiny stand-ins for tests: a causal text encoder without weights on disk, and UNets of a few thousand parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
+from forget_concept.core.patch import LowRank, Patch
+from forget_concept.core.text import TextStates
+from forget_concept.core.unet import PROJECTIONS, UNetSurvey
+
+WIDTH = 32
+
+
+class TinyText:
+    """A text encoder with sub-words (pieces of four letters) and causal states; end-of-text pads, as in SD1."""
+
+    START, END = 1, 2
+    layer = "tiny"
+
+    def __init__(self, width: int = WIDTH, pooled: int | None = None, max_length: int = 77, seed: int = 0) -> None:
+        self.max_length = max_length
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(1000, width, generator=generator)
+        self.places = 0.3 * torch.randn(max_length, width, generator=generator)
+        self.mix = torch.randn(width, width, generator=generator) / width**0.5
+        self.pool = None if pooled is None else torch.randn(width, pooled, generator=generator) / width**0.5
+        self.encoded: list[str] = []
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        ids = []
+        for word in re.findall(r"\w+|[^\w\s]", phrase.lower()):
+            pieces = [word[i : i + 4] for i in range(0, len(word), 4)]
+            for n, piece in enumerate(pieces):
+                marked = piece + ("" if n < len(pieces) - 1 else "_")
+                ids.append(3 + zlib.crc32(marked.encode()) % 997)
+        return ids
+
+    def token_ids(self, prompt: str) -> list[int]:
+        ids = [self.START, *self.phrase_ids(prompt)[: self.max_length - 2], self.END]
+        return ids + [self.END] * (self.max_length - len(ids))
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        self.encoded += prompts
+        x = self.table[torch.tensor([self.token_ids(p) for p in prompts])] + self.places
+        state, states = torch.zeros_like(x[:, 0]), []
+        for i in range(x.shape[1]):
+            state = torch.tanh(x[:, i] + 0.8 * state @ self.mix)
+            states.append(state)
+        hidden = torch.stack(states, 1)
+        return TextStates(hidden, None if self.pool is None else hidden[:, -1] @ self.pool)
+
+
+def tiny_unet_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 2,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    } | changes
+
+
+def tiny_unet(seed: int = 0, **changes: Any) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(**tiny_unet_config(**changes)).eval()
+
+
+def tiny_model(seed: int = 0, prediction_type: str = "epsilon", **changes: Any) -> LatentDiffusion:
+    return LatentDiffusion(
+        tiny_unet(seed, **changes),
+        TinyText(),
+        sd_alphas_cumprod(),
+        prediction_type,
+        latent_shape=(4, 8, 8),
+        name="tiny",
+    )
+
+
+def state_hash(module: nn.Module) -> str:
+    """Hash of every parameter and buffer, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def flags(module: nn.Module) -> list[bool]:
+    """Every requires_grad and training flag, and whether any hook is left."""
+    found = [p.requires_grad for p in module.parameters()]
+    for part in module.modules():
+        found += [part.training, bool(part._forward_hooks), bool(part._forward_pre_hooks)]
+    return found
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def clip_files(folder: Path) -> Path:
+    """A byte-complete CLIP vocabulary with three merges, in ``folder``."""
+    from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges = ["s t", "a r</w>", "st ar</w>"]
+    tokens += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return folder
+
+
+def clip_parts(folder: Path, layers: int = 3, projection: bool = False, seed: int = 0) -> tuple[Any, Any]:
+    """A random CLIP text model of width 32 and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(clip_files(folder)), model_max_length=77)
+    end = len(tokenizer) - 1
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        projection_dim=16,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+        return kind(config).eval(), tokenizer
+
+
+def random_patch(
+    found: UNetSurvey,
+    rank: int = 2,
+    seed: int = 0,
+    which: Sequence[str] = PROJECTIONS,
+    scale: float = 0.1,
+    metadata: dict[str, str] | None = None,
+) -> Patch:
+    """A patch of every site's given projections."""
+    factors = {}
+    for n, site in enumerate(found):
+        for m, w in enumerate(which):
+            d_out, d_in = site.projection(w).weight.shape
+            at = seed + 10 * n + m
+            factors[site.key(w)] = LowRank(scale * rand(d_out, rank, seed=at), scale * rand(rank, d_in, seed=at + 5))
+    return Patch(factors, metadata or {})
+
+
+def forward(unet: nn.Module) -> Tensor:
+    """The prediction of a tiny UNet on one fixed input."""
+    with torch.no_grad():
+        return unet(rand(1, 4, 8, 8), torch.tensor([100]), encoder_hidden_states=rand(1, 77, 32, seed=9)).sample
