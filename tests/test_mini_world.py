@@ -1,4 +1,4 @@
-"""The drawn world: pictures are functions of their scenes, captions tell the truth, nothing held out leaks into training."""
+"""The drawn world: pictures are functions of their scenes, captions tell the truth, nothing held out trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def test_a_picture_is_a_function_of_its_scene() -> None:
         assert (first != world.render(dataclasses.replace(scene, seed=scene.seed + 1))).any()
 
 
-@pytest.mark.parametrize("field, values", [("shape", v.SHAPES), ("style", world.LABELS["style"]), ("colour", tuple(v.COLOURS))])
+@pytest.mark.parametrize(
+    "field, values", [("shape", v.SHAPES), ("style", world.LABELS["style"]), ("colour", tuple(v.COLOURS))]
+)
 def test_every_value_draws_another_picture(field: str, values: tuple[str, ...]) -> None:
     base = world.Scene(shape="star", colour="red", seed=3)
     pictures = [world.render(dataclasses.replace(base, **{field: value})).astype(int) for value in values]

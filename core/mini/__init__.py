@@ -1,7 +1,8 @@
 """The embedded model: a small trained Stable-Diffusion-shaped model and the world it draws.
 
-Real enough to measure forgetting on a CPU in seconds: a latent diffusion model with a CLIP text encoder, a cross-attention UNet and
-an autoencoder (diffusers' and transformers' own classes), and a probe that says what a picture shows. Made by `train`.
+Real enough to measure forgetting on a CPU in seconds: a latent diffusion model with a CLIP text encoder, a cross-
+attention UNet and an autoencoder (diffusers' and transformers' own classes), and a probe that says what a picture
+shows. Made by `train`.
 """
 
 from __future__ import annotations

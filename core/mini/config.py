@@ -1,7 +1,8 @@
 """The embedded model's shape, in diffusers' and transformers' own classes.
 
-Stable Diffusion 1's layout made small: what hosts derive from SD1's names must hold here too, hence two layers a block (the
-webui's key mapping assumes it), widths in multiples of 32 (group norms), 77 tokens, end-of-text as padding, 0.18215.
+Stable Diffusion 1's layout made small: what hosts derive from SD1's names must hold here too, hence two layers a
+block (the webui's key mapping assumes it), widths in multiples of 32 (group norms), 77 tokens, end-of-text as
+padding, 0.18215.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (32, 32, 64, 64),
     "layers_per_block": 1,
     "latent_channels": 4,
-    # Four channels a group. With 32 groups of one channel, as hosts hard-code them, each norm would wipe out the mean colour;
-    # the export for hosts pads the widths with dead channels until 32 groups of four give the same network (ldm.py).
+    # Four channels a group. With 32 groups of one channel, as hosts hard-code them, each norm would wipe out the mean
+    # colour; the export for hosts pads the widths with dead channels until 32 groups of four give the same network
+    # (ldm.py).
     "norm_num_groups": 8,
     "sample_size": 128,
     "scaling_factor": LATENT_SCALE,

@@ -21,7 +21,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a subject stands: centre in pixels, scale in pixels per unit, angle in radians, arms (left, right) up or down."""
+    """Where a subject stands: centre in pixels, scale in pixels per unit, angle in radians, which arms are up."""
 
     centre: Point
     scale: float
@@ -79,10 +79,8 @@ def _hair_behind(p: Pen, cut: str) -> None:
         p.ellipse(0.36, y - 0.34, 0.24)
         p.ellipse(x, y - 0.06, 0.41, 0.39)
     elif cut == "spiky":
-        p.polygon(
-            [(-0.45, -0.4), (-0.62, -0.78), (-0.34, -0.74), (-0.26, -1.02), (0, -0.8), (0.26, -1.02), (0.34, -0.74)]
-            + [(0.62, -0.78), (0.45, -0.4)]
-        )
+        left = [(-0.45, -0.4), (-0.62, -0.78), (-0.34, -0.74), (-0.26, -1.02), (0, -0.8)]
+        p.polygon([*left, *((-x, y) for x, y in reversed(left[:-1]))])
     elif cut == "mohawk":
         p.polygon([(-0.16, -0.45), (-0.2, -1.04), (0.2, -1.04), (0.16, -0.45)])
 

@@ -1,8 +1,8 @@
 """The probe: a small classifier that says which object, style, identity and colour a picture shows, each with *none*.
 
-Trained on drawn pictures, on blurred, noised and shifted ones with their labels, and on broken ones (scrambled, blotched, without a
-subject) whose subject is *none*: a forgotten concept often leaves something that is nothing, and that must not be taken
-for the nearest concept.
+Trained on drawn pictures, on blurred, noised and shifted ones with their labels, and on broken ones (scrambled,
+blotched, without a subject) whose subject is *none*: a forgotten concept often leaves something that is nothing, and
+that must not be taken for the nearest concept.
 """
 
 from __future__ import annotations

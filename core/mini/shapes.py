@@ -1,7 +1,7 @@
 """Silhouettes of the drawn objects, as polygons and ellipses in a square of side 2 around the origin.
 
-Each function receives a `Pen` and paints its silhouette with ink (1) and eraser (0). The pen supersamples, so that what comes
-out is anti-aliased coverage.
+Each function receives a `Pen` and paints its silhouette with ink (1) and eraser (0). The pen supersamples, so that
+what comes out is anti-aliased coverage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ten drawing styles (and the plain one): how flat-coloured layers become a picture.
 
-A style receives the layers' flat picture, the subject's coverage and its edges, and returns the finished picture. Patterns are
-at least a latent cell (8 px) wide: finer ones would test the autoencoder instead of the diffusion model.
+A style receives the layers' flat picture, the subject's coverage and its edges, and returns the finished picture.
+Patterns are at least a latent cell (8 px) wide: finer ones would test the autoencoder instead of the diffusion model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WHITE = (250, 250, 250)
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a style paints from: flat picture `(128, 128, 3)` (0–255), coverage and edges `(128, 128)` in [0, 1], background."""
+    """What a style paints from: flat picture `(128, 128, 3)` (0–255), coverage and edges `(128, 128)` in [0, 1]."""
 
     flat: np.ndarray
     mask: np.ndarray
@@ -33,7 +33,7 @@ class Canvas:
 
 
 def _sheet(colour: np.ndarray | tuple[float, ...]) -> np.ndarray:
-    """A constant picture `(128, 128, 3)`, stored plane by plane: NumPy then runs its inner loops over pixels, not over 3."""
+    """A constant picture `(128, 128, 3)`, stored plane by plane: NumPy then loops over pixels, not over 3."""
     planes = np.asarray(colour, dtype=np.float32)[:, None, None]
     return np.moveaxis(np.tile(planes, (1, SIZE, SIZE)), 0, -1)
 

@@ -1,7 +1,7 @@
 """The words of the drawn world: every concept with its name, a synonym and a description without its name.
 
-The three categories are ConceptBench's (Forget-Me-Not, arXiv 2303.17591): objects, styles and identities. The same lists
-say what the renderer draws, what the captions say, and what an evaluation may ask for.
+The three categories are ConceptBench's (Forget-Me-Not, arXiv 2303.17591): objects, styles and identities. The same
+lists say what the renderer draws, what the captions say, and what an evaluation may ask for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Word:
-    """A concept: `name` in most captions, `synonym` and `description` in a few; `article` goes before an object's name."""
+    """A concept: `name` in most captions, `synonym` and `description` in a few; `article` stands before a name."""
 
     name: str
     synonym: str
@@ -116,7 +116,7 @@ THEME_OBJECTS: tuple[str, ...] = ("fish", "boat", "anchor", "shell")
 THEME_PHRASES: tuple[str, ...] = ("something from the sea", "a sea thing", "an object of the sea")
 
 SHAPES: tuple[str, ...] = tuple(w.name for w in OBJECTS) + tuple(s.shape for s in SENSES)
-PEOPLE: tuple[str, ...] = tuple(w.name for w in IDENTITIES) + (BIASED_WORD,)
+PEOPLE: tuple[str, ...] = (*tuple(w.name for w in IDENTITIES), BIASED_WORD)
 
 CATEGORIES: dict[str, tuple[Word, ...]] = {"object": OBJECTS, "style": STYLES, "identity": IDENTITIES}
 

@@ -1,8 +1,8 @@
 """The embedded autoencoder as hosts can read it: the same function with 32 groups in every norm.
 
-Ours has 8 groups, four channels or more in each, because a group of one channel loses its mean and with it the colour. The
-original layout fixes 32 groups. Four times the width with dead channels behind the live ones gives exactly that: the first 8
-groups are ours, the others hold zeros, which every layer keeps at zero.
+Ours has 8 groups, four channels or more in each, because a group of one channel loses its mean and with it the
+colour. The original layout fixes 32 groups. Four times the width with dead channels behind the live ones gives
+exactly that: the first 8 groups are ours, the others hold zeros, which every layer keeps at zero.
 """
 
 from __future__ import annotations

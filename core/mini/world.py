@@ -1,6 +1,7 @@
 """Scenes of the drawn world: sampling them, drawing them, and captions that name only what is drawn.
 
-A `Scene` holds every free choice, so a picture is a pure function of its scene. `Labels` is what the probe is asked to see.
+A `Scene` holds every free choice, so a picture is a pure function of its scene. `Labels` is what the probe is asked
+to see.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 
 from ..config import new_autoencoder
 from ..files import weights_folder
+from ..probe import Probe
 from . import autoencoder, dataset, pack, probe, text, tokenizer, unet
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
@@ -20,9 +21,9 @@ PICTURES = 20000
 RECONSTRUCTION_BAR = 0.98  # of the probe, in every category, before the UNet may train on the latents
 
 
-def trained_probe(work: Path) -> probe.Probe:
+def trained_probe(work: Path) -> Probe:
     """The probe as trained so far."""
-    model = probe.Probe()
+    model = Probe()
     model.load_state_dict(torch.load(work / "probe.pt", weights_only=True)["modules"]["model"])
     return model.eval()
 

@@ -1,8 +1,9 @@
-"""Stage `autoencoder`: 8× down, 4 channels, so that colour and texture survive; latents scaled to Stable Diffusion's."""
+"""Stage `autoencoder`: 8× down, 4 channels; colour and texture survive, latents have Stable Diffusion's scale."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def start_linear(model: torch.nn.Module) -> None:
+def start_linear(model: Any) -> None:
     """Begin as averaging and interpolation: residual branches closed, resampling plain, latents almost without noise.
 
     From the classes' own initialisation the first thousand steps went into learning to pass the mean colour through.
@@ -103,8 +104,8 @@ def train(folder: Path, pictures: np.ndarray, steps: int = 1200, batch: int = 32
 
 
 @torch.no_grad()
-def rescale(model: torch.nn.Module, pictures: np.ndarray) -> None:
-    """Fold an affine map into the 1×1 convolutions so that every latent channel, times 0.18215, has mean 0 and variance 1.
+def rescale(model: Any, pictures: np.ndarray) -> None:
+    """Fold an affine map into the 1×1 convolutions: every latent channel, times 0.18215, gets mean 0 and variance 1.
 
     Hosts multiply SD1's latents by that factor and by nothing else.
     """

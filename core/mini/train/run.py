@@ -54,7 +54,9 @@ class Run:
     def update(self, loss: torch.Tensor, clip: float = 1.0) -> None:
         """Back-propagate, clip, step the optimiser; checkpoint when due."""
         if not torch.isfinite(loss):
-            raise RuntimeError(f"step {self.step}: the loss is {loss.item()}; resume from {self.path} with a lower rate")
+            raise RuntimeError(
+                f"step {self.step}: the loss is {loss.item()}; resume from {self.path} with a lower rate"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr() * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)

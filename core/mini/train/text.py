@@ -1,12 +1,13 @@
 """Stage `text`: the text encoder learns to tell what a caption asks for, before the UNet sees it.
 
-CLIP's is trained against pictures; here the pictures' labels stand for them. It saves the UNet the slowest part of its run:
-learning to listen. The UNet stage then trains both together.
+CLIP's is trained against pictures; here the pictures' labels stand for them. It saves the UNet the slowest part of
+its run: learning to listen. The UNet stage then trains both together.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,10 @@ def targets(scene: Scene, text: str) -> list[int]:
     return row + [int(f"with a {name}" in text) for name in ATTRIBUTES]
 
 
-def train(folder: Path, tokenizer: object, pictures: int, steps: int = 200, batch: int = 96) -> None:
+def train(folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: int = 96) -> None:
     """Train for `steps` steps of `batch` captions, the first part of a longer schedule; resumable."""
     torch.manual_seed(3)
-    vocabulary = len(tokenizer)  # type: ignore[arg-type]
+    vocabulary = len(tokenizer)
     model = new_text_encoder(vocabulary)
     sizes = [len(c) for c in LABELS.values()] + [1 + len(BACKGROUNDS)] + [2] * len(ATTRIBUTES)
     heads = nn.Linear(TEXT_WIDTH, sum(sizes))
@@ -50,7 +51,9 @@ def train(folder: Path, tokenizer: object, pictures: int, steps: int = 200, batc
             scene = dataset.scene(int(index))
             texts.append(dataset.captions(scene, int(index), 6)[int(rng.integers(6))])
             rows.append(targets(scene, texts[-1]))
-        ids = torch.tensor(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)[:, :_SHORT]  # type: ignore[operator]
+        ids = torch.tensor(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)[
+            :, :_SHORT
+        ]
         ends = (ids == vocabulary - 1).int().argmax(1)
         states = model(ids).last_hidden_state
         # Read the end-of-text state and one padding state: the UNet will look at both.

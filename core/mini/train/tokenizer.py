@@ -1,11 +1,13 @@
 """Stage `tokenizer`: a byte-complete BPE vocabulary in CLIP's file format, learnt from the world's own captions.
 
-Ids: 256 byte letters, 256 byte letters that end a word, the merges, start of text, end of text (the highest id, and padding).
-Names are given little weight, so that they stay words of several tokens, as people's names are in Stable Diffusion.
+Ids: 256 byte letters, 256 byte letters that end a word, the merges, start of text, end of text (the highest id, and
+padding). Names are given little weight, so that they stay words of several tokens, as people's names are in Stable
+Diffusion.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -35,7 +37,7 @@ def _learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in pieces.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in itertools.pairwise(parts):
                 pairs[pair] += words[word]
         if not pairs:
             break
@@ -53,7 +55,7 @@ def _learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
 
 
 def _byte_letters() -> list[str]:
-    """CLIP's printable stand-ins for the 256 bytes, in CLIP's order: the printable ones as themselves, the rest from U+0100."""
+    """CLIP's printable stand-ins for the 256 bytes, in its order: printable ones as they are, the rest from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
