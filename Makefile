@@ -1,0 +1,40 @@
+# demo, test and test-long set everything up in .venv first (Python 3.10 to 3.12); `make format` tidies the code.
+# PYTHON=python3.11 chooses an interpreter; PIP_ARGS="..." is passed to pip (another index for torch, say).
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LINK := $(VENV)/typing/forget_concept
+OUT ?= demo
+
+.PHONY: demo test test-long lint format
+
+demo: $(READY)
+	$(BIN)/python -m forget_concept.core.cli demo --out $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	MYPYPATH=$(VENV)/typing $(BIN)/python -m mypy -p forget_concept
+
+format: $(READY)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# the stamp is newer than what it was made from, so that a second run starts at once
+$(READY): pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 was found: install one, or say which with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e '.[torch,cli,dev]'
+	@# the type checker finds the package under its name through this link: the root's own name may be any
+	@mkdir -p $(dir $(LINK)) && ln -sfn ../.. $(LINK)
+	@touch $(READY)

@@ -1,0 +1,113 @@
+"""The command line, ``forget-concept``: one command a file.
+
+Exit codes: 0 all went well; 1 something is wrong that the person can put right, said in one sentence on standard error;
+130 interrupted (Ctrl-C), with no half-written file left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType, ModuleType
+
+from ..errors import Cancelled, ForgetConceptError
+from ..version import VERSION
+from . import demo, evaluate, forget, generate, inspect, methods, mini_table
+from .options import Parser
+
+__all__ = ["build_parser", "main"]
+
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "forget": forget,
+    "generate": generate,
+    "evaluate": evaluate,
+    "methods": methods,
+    "inspect": inspect,
+    "mini-table": mini_table,
+}
+OK, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 130, 143
+# what is not there belongs to which extra of this package
+EXTRAS = {
+    "torch": "torch",
+    "numpy": "cli",
+    "rich": "cli",
+    "PIL": "cli",
+    "diffusers": "cli",
+    "transformers": "cli",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="forget-concept", description="Make a text-to-image diffusion model forget a concept, measured."
+    )
+    parser.add_argument("--version", action="version", version=f"forget-concept {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=str(module.__doc__).partition(": ")[2])
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        # so that what is being written is tidied up as after Ctrl-C
+        signal.signal(signal.SIGTERM, _terminated)
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        return _run(argv)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+        from .console import Console
+
+        console = Console(args.json)
+        console.result(COMMANDS[args.command].run(args, console))
+        return OK
+    except ForgetConceptError as error:
+        return _complain(str(error))
+    except (KeyboardInterrupt, Cancelled):
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in EXTRAS:
+            raise
+        extra = EXTRAS[name]
+        return _complain(f"This needs the package '{name}': install it with pip install 'forget-concept[{extra}]'.")
+    except BrokenPipeError:
+        # whoever read our output has gone; nothing more can be said to them, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USER_ERROR
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}.")
+    except MemoryError:
+        return _complain("There is not enough memory: try a smaller --batch.")
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        return _complain("There is not enough memory on the device: try a smaller --batch, or --device cpu.")
+
+
+def _complain(sentence: str) -> int:
+    print(f"forget-concept: {sentence}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,119 @@
+"""``forget-concept demo``: forget an object, a style and an identity on the embedded model, and measure it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..concepts import Concept, ForgetRequest
+from . import options
+from .console import Console
+from .evaluate import show
+from .files import check_folder, make_folder, write_json, write_picture
+from .forget import slug, spoken
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+
+HELP = "forget an object, a style and an identity on the embedded model, and measure it (3 minutes on 2 cores)"
+CONCEPTS = (Concept("star", "object"), Concept("neon", "style"), Concept("Lena Frost", "identity"))
+REPORT, PICTURES = "report.json", "before_after.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("forget-concept-demo"),
+        help="folder to write to (default: forget-concept-demo)",
+    )
+    parser.add_argument("--method", default="uce", help="see 'forget-concept methods' (default: uce)")
+    parser.add_argument("--preset", default="tuned", help="published or tuned (default: tuned)")
+    parser.add_argument(
+        "--count", type=options.whole(4), default=24, help="pictures in each cell (default: 24; 'evaluate' takes 200)"
+    )
+    parser.add_argument("--seed", type=options.whole(), default=0, help="of prompts and pictures (default: 0)")
+    options.add_sampling(parser, steps=16, guidance=4.0)
+    parser.add_argument("--device", help="where to work (default: cuda where there is one)")
+    parser.set_defaults(model="mini")
+
+
+def requests(method: str, preset: str) -> list[ForgetRequest]:
+    """The three requests of the demonstration: everything else of the concept's category is on the preserve list."""
+    from ..mini.vocabulary import CATEGORIES
+
+    return [
+        ForgetRequest(
+            (concept,),
+            preserve=tuple(word.name for word in CATEGORIES[concept.kind] if word.name != concept.name),
+            method=method,
+            preset=preset,
+        )
+        for concept in CONCEPTS
+    ]
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from ..evaluation import UNEDITED, Subject, evaluate
+    from ..evaluation.pictures import before_after
+    from ..formats import kohya
+    from ..methods import fit, get, resolve_settings
+
+    asked = requests(args.method, args.preset)
+    for request in asked:
+        request.check()
+        resolve_settings(get(request.method), request.preset, request.settings)
+    check_folder(args.out)
+    began = time.perf_counter()
+    model, probe = options.load_embedded(args, console)
+    folder = make_folder(args.out)
+    subjects, files = [], []
+    for request in asked:
+        with console.progress(f"forgetting {spoken(request)}") as progress:
+            patch = fit(model, request, progress)
+        file = folder / f"forget-{slug(request)}.safetensors"
+        kohya.save(patch, file, model.survey)
+        files.append(file)
+        subjects.append(Subject(request.concepts[0].name, ((patch, 1.0),)))
+    with console.progress("measuring") as progress:
+        found = evaluate(
+            model,
+            probe,
+            subjects,
+            args.count,
+            args.seed,
+            options.sampling_of(args),
+            baselines=(UNEDITED,),
+            progress=progress,
+        )
+    report = {
+        "schema": 1,
+        "concepts": [entry(one, request, file.name) for one, request, file in zip(found, asked, files, strict=True)],
+    }
+    title = f"The same prompts and seeds before and after '{args.method}' ({args.preset})"
+    write_picture(folder / PICTURES, before_after(found, title))
+    write_json(folder / REPORT, report)
+    show(found, console, f"{args.method} ({args.preset}), {args.count} pictures a cell, {args.steps} steps")
+    console.say(f"{folder}: {', '.join(file.name for file in files)}, {PICTURES}, {REPORT}")
+    console.say(f"{time.perf_counter() - began:.0f} s in all")
+    return report
+
+
+def entry(one: Evaluation, request: ForgetRequest, patch: str) -> dict[str, Any]:
+    """One concept of ``report.json``: fractions, counts, and the patch's file in the same folder."""
+    scores = one.scores["patched"]
+    return {
+        "concept": one.concept,
+        "category": one.category,
+        "method": request.method,
+        "preset": request.preset,
+        "ua": scores.ua.value,
+        "ira": scores.ira.value,
+        "cra": scores.cra.value,
+        "cra_target": scores.cra_target.value,
+        "n_target": one.n_target,
+        "n_kept": one.n_kept,
+        "patch": patch,
+    }

@@ -1,0 +1,174 @@
+"""``forget-concept forget``: words in, a patch out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..concepts import KINDS, Concept, ForgetRequest, normalised
+from ..errors import RequestError
+from . import options
+from .console import Console
+from .files import check_writable
+
+if TYPE_CHECKING:
+    from ..patch import Patch
+
+HELP = "make a patch that forgets one or several concepts"
+FROM_FLAGS = ("concept", "kind", "replacement", "preserve", "method", "preset", "set", "strength", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # no defaults here: what is given must be told from what is not, beside --request
+    parser.add_argument("--concept", action="append", metavar="NAME", help="what to forget; may be given several times")
+    parser.add_argument(
+        "--kind",
+        action="append",
+        choices=KINDS,
+        help="of the concepts: once for all, or once for each in their order (default: object, or what the embedded "
+        "model's world says)",
+    )
+    parser.add_argument(
+        "--replacement", action="append", metavar="WORDS", help="what to show instead: once for all, or once for each"
+    )
+    parser.add_argument(
+        "--preserve", action="append", metavar="WORDS", help="what must stay; may be given several times"
+    )
+    parser.add_argument("--method", help="see 'forget-concept methods' (default: uce)")
+    parser.add_argument("--preset", help="published or tuned (default: tuned)")
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="one setting of the method, its value as JSON or words"
+    )
+    parser.add_argument("--strength", type=options.finite, help="of the edit, above 0 and up to 10 (default: 1)")
+    parser.add_argument("--seed", type=options.whole(), help="for methods that draw (default: 0)")
+    parser.add_argument("--request", metavar="FILE", type=Path, help="all of the above as a JSON file instead")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the patch (default: forget-<concepts>.safetensors)")
+    parser.add_argument(
+        "--context-map", metavar="FILE", type=Path, help="also write the edit as a context map, its smallest form"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the file (default: fp32)")
+    options.add_model(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    import torch
+
+    from ..formats import context_map, kohya
+    from ..methods import fit, get, resolve_settings
+
+    request = read_request(args)
+    # what can be refused is refused before a model is loaded
+    request.check()
+    resolve_settings(get(request.method), request.preset, request.settings)
+    out = check_writable(args.out or Path(f"forget-{slug(request)}.safetensors"))
+    if args.context_map is not None:
+        check_writable(args.context_map)
+    model = options.load_model(args, console)
+    began = time.perf_counter()
+    with console.progress(f"forgetting {spoken(request)}") as progress:
+        patch = fit(model, request, progress)
+    seconds = time.perf_counter() - began
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
+    if args.context_map is not None and patch.context_map is None:
+        raise RequestError(f"The method '{request.method}' gives no context map: leave --context-map out.")
+    kohya.save(patch, out, model.survey, dtype)
+    if args.context_map is not None:
+        context_map.save(patch, args.context_map, dtype)
+    console.say(f"Forgot {spoken(request)} with {request.method} ({request.preset}) in {seconds:.2f} s.")
+    console.say(f"{out}: {len(patch)} layers, rank {patch.rank}, {out.stat().st_size:,} bytes")
+    if args.context_map is not None:
+        console.say(f"{args.context_map}: context map, {args.context_map.stat().st_size:,} bytes")
+    return summary(request, patch, out, seconds) | {
+        "context_map": None if args.context_map is None else str(args.context_map)
+    }
+
+
+def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> dict[str, Any]:
+    """What ``--json`` says of a new patch."""
+    return {
+        "schema": 1,
+        "patch": str(out),
+        "request": json.loads(request.to_json()),
+        "layers": len(patch),
+        "rank": patch.rank,
+        "bytes": out.stat().st_size,
+        "seconds": seconds,
+    }
+
+
+def read_request(args: argparse.Namespace) -> ForgetRequest:
+    """The request of ``--request`` or of the single options. Raises :class:`RequestError` where both are given."""
+    given = [name for name in FROM_FLAGS if getattr(args, name) is not None]
+    if args.request is not None:
+        if given:
+            raise RequestError(f"--request says everything: leave --{given[0]} out, or write it into the file.")
+        return ForgetRequest.from_file(args.request)
+    if not args.concept:
+        raise RequestError("Nothing to forget: give --concept NAME or --request FILE.")
+    kinds = _each("--kind", args.kind, args.concept)
+    replacements = _each("--replacement", args.replacement, args.concept)
+    concepts = tuple(
+        Concept(name, kind or default_kind(name, args.model), replacement)
+        for name, kind, replacement in zip(args.concept, kinds, replacements, strict=True)
+    )
+    return ForgetRequest(
+        concepts,
+        preserve=tuple(args.preserve or ()),
+        method=args.method if args.method is not None else "uce",
+        preset=args.preset if args.preset is not None else "tuned",
+        settings=dict(map(setting, args.set or ())),
+        strength=1.0 if args.strength is None else args.strength,
+        seed=args.seed or 0,
+    )
+
+
+def _each(option: str, values: list[str] | None, concepts: list[str]) -> list[str | None]:
+    """An option's value for each concept: none, the one for all, or one each."""
+    if not values:
+        return [None] * len(concepts)
+    if len(values) == 1:
+        return values * len(concepts)  # type: ignore[return-value]
+    if len(values) != len(concepts):
+        raise RequestError(
+            f"There are {len(concepts)} concepts and {len(values)} times {option}: give it once for all or once each."
+        )
+    return list(values)
+
+
+def default_kind(name: str, model: str) -> str:
+    """The kind of a concept that none was given for: the embedded model's world knows its own, else an object."""
+    if model == "mini":
+        from ..mini.vocabulary import CATEGORIES
+
+        for kind, words in CATEGORIES.items():
+            if any(normalised(word.name) == normalised(name) for word in words):
+                return kind
+    return "object"
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``: the value as JSON where it is some, else as words."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise RequestError(f"'--set {text}' is not of the form NAME=VALUE.")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value
+
+
+def spoken(request: ForgetRequest) -> str:
+    """The concepts as they stand in a sentence."""
+    return " and ".join(
+        f"'{c.name}'" + (f" (showing '{c.replacement}' instead)" if c.replacement else "") for c in request.concepts
+    )
+
+
+def slug(request: ForgetRequest) -> str:
+    """The concepts as they stand in a file's name."""
+    words = "-".join(concept.name for concept in request.concepts[:3])
+    return re.sub(r"[^a-z0-9]+", "-", words.casefold()).strip("-")[:60] or "concept"

@@ -1,0 +1,92 @@
+"""``forget-concept inspect``: what a patch file holds, and whether it fits a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import options
+from .console import Console
+
+if TYPE_CHECKING:
+    from ..patch import LowRank, Patch
+
+HELP = "show what a patch holds and, with --model, whether it fits"
+PREFIX = "forget_concept."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a patch (.safetensors)")
+    parser.add_argument("--model", help="a model to hold the patch against (as for 'forget')")
+    parser.add_argument("--device", help="where to load the model")
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from ..formats import context_map, kohya, load_patch
+    from ..formats.safe import read_metadata
+
+    raw = read_metadata(args.file)
+    kind = "context_map" if raw.get(PREFIX + "format") == "context_map" else "lora"
+    factors: dict[str, LowRank]
+    if kind == "context_map":
+        edit, _ = context_map.load(args.file)
+        factors = {"context map": edit}
+    else:
+        factors = dict(kohya.load(args.file).factors)
+    about = {key.removeprefix(PREFIX): _value(text) for key, text in raw.items() if key.startswith(PREFIX)}
+    data: dict[str, Any] = {
+        "schema": 1,
+        "file": str(args.file),
+        "kind": kind,
+        "bytes": Path(args.file).stat().st_size,
+        "layers": len(factors),
+        "rank": max(factor.rank for factor in factors.values()),
+        "dtype": str(next(iter(factors.values())).up.dtype).removeprefix("torch."),
+        "metadata": about,
+        "fit": None,
+    }
+    console.say(f"{args.file}: {'context map' if kind == 'context_map' else 'LoRA'}, {data['bytes']:,} bytes")
+    if kind == "lora":
+        shapes = sorted({factor.shape for factor in factors.values()})
+        sizes = ", ".join(f"{rows}×{columns}" for rows, columns in shapes)
+        console.say(f"{data['layers']} layers of rank up to {data['rank']}, {data['dtype']}, on weights {sizes}")
+    if not about:
+        console.say("It says nothing of how it was made: it was not written by this program.")
+    for name, value in sorted(about.items()):
+        console.say(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    if args.model:
+        model = options.load_model(args, console)
+        patch = load_patch(args.file, model.survey)
+        patch.check_fits(model.survey)
+        data["fit"] = _fit(patch, model, about, args.model, console)
+    return data
+
+
+def _fit(patch: Patch, model: Any, about: dict[str, Any], name: str, console: Console) -> dict[str, Any]:
+    """How the patch stands to a model that it fits: the share of the edit that survives a merge, and its own base."""
+    import torch
+
+    shares = {
+        str(d).removeprefix("torch."): patch.surviving_share(model.survey, d) for d in (torch.float16, torch.bfloat16)
+    }
+    same = about.get("base_model") == model.model_hash if "base_model" in about else None
+    console.say(f"It fits {name}: every layer is there.")
+    for dtype, share in shares.items():
+        warning = " (most of the edit is rounded away: keep it as a LoRA)" if share < 0.5 else ""
+        console.say(f"  merged into {dtype} weights, {100 * share:.1f} % of the edit survives{warning}")
+    if same is not None:
+        words = "this is the model it was made on" if same else "it was made on another model of this kind"
+        console.say(f"  {words}")
+    return {"model": name, "surviving_share": shares, "same_base": same}
+
+
+def _value(text: str) -> Any:
+    """A metadata entry as what it says: settings and requests are JSON within it."""
+    if text[:1] in ("{", "["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    return text

@@ -1,0 +1,179 @@
+"""Options that several commands share, and what is read from them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..diffusion import LatentDiffusion
+    from ..evaluation import Probe, Sampling
+    from ..patch import Patch
+    from .console import Console
+
+__all__ = [
+    "Parser",
+    "add_model",
+    "add_patches",
+    "add_sampling",
+    "load_embedded",
+    "load_model",
+    "load_patches",
+    "sampling_of",
+    "split_strength",
+    "whole",
+]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, except that a mistake is one sentence and exit code 1, like every other error of a user."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise RequestError(f"{message[:1].upper()}{message[1:]} ({self.prog} --help says more).")
+
+
+def whole(least: int = 0) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least ``least``."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least {least}")
+        return value
+
+    return read
+
+
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="mini",
+        help="'mini' (the embedded model), a diffusers folder or a single-file .safetensors checkpoint (default: mini)",
+    )
+    parser.add_argument("--device", help="where to work, such as cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--clip-skip", type=whole(1), default=1, metavar="N", help="the text encoder's layer, counted from the last one"
+    )
+    parser.add_argument(
+        "--config", metavar="DIR", help="a diffusers folder with a single file's configuration, to load it offline"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float, batch: int = 32) -> None:
+    parser.add_argument("--steps", type=whole(1), default=steps, help=f"sampling steps (default: {steps})")
+    parser.add_argument("--guidance", type=finite, default=guidance, help=f"guidance scale (default: {guidance:g})")
+    parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures at a time (default: {batch})")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the UNet while sampling; auto takes bfloat16 where it is clearly faster (default: auto)",
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The :class:`~..evaluation.Sampling` that :func:`add_sampling`'s options say."""
+    from ..evaluation import Sampling
+
+    return Sampling(args.steps, args.guidance, args.batch, args.precision)
+
+
+def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--patch",
+        action="append",
+        required=required,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a patch to put on, at its strength (default: 1); may be given several times",
+    )
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """``FILE[:STRENGTH]`` in its parts. Raises :class:`RequestError` where the strength is no finite number."""
+    if Path(text).exists():
+        return text, 1.0
+    path, colon, strength = text.rpartition(":")
+    # a colon also follows a Windows drive's letter
+    if not colon or not path or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):
+        return text, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise RequestError(f"The strength '{strength}' in '{text}' is not a finite number.")
+    return path, value
+
+
+def load_patches(given: Sequence[str], model: LatentDiffusion) -> list[tuple[Patch, float]]:
+    """The patches of ``--patch``, read and held against the model; raises in words, with nothing put on."""
+    from ..formats import load_patch
+
+    patches = []
+    for path, strength in map(split_strength, given):
+        patch = load_patch(path, model.survey)
+        patch.check_fits(model.survey)
+        patches.append((patch, strength))
+    return patches
+
+
+def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
+    """The model of ``--model`` on ``--device``."""
+    import torch
+
+    from .. import loading
+
+    extra = {"clip_skip": args.clip_skip, "config": args.config} if "clip_skip" in args else {}
+    _quieten()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+    with console.progress(f"loading {args.model}"):
+        return loading.load_model(args.model, device=device, **extra)
+
+
+def _quieten() -> None:
+    """Keep what the libraries tell their developers (deprecations, missing CUDA) from the person at the terminal."""
+    import logging
+    import warnings
+
+    for library in ("diffusers", "transformers"):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")  # read once, when they are imported
+        logging.getLogger(library).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=library)
+
+
+def load_embedded(args: argparse.Namespace, console: Console) -> tuple[LatentDiffusion, Probe]:
+    """The model and the probe that goes with it; only the embedded model's pictures can be measured by it."""
+    from ..mini import load_probe
+
+    model = load_model(args, console)
+    if model.name != "mini":
+        raise RequestError(
+            f"The probe knows only what the embedded model draws, so '{args.model}' cannot be measured: "
+            "use --model mini."
+        )
+    return model, load_probe().to(model.device)

@@ -1,0 +1,203 @@
+"""Drawing many pictures: with and without patches, in the faster precision, each picture drawn and looked at once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..diffusion import LatentDiffusion
+from ..errors import RequestError
+from ..mini.world import Labels
+from ..patch import Patch
+from ..progress import Progress, ProgressEvent, report
+
+__all__ = ["Drawings", "Picture", "Probe", "Sampling", "Seen", "Variant", "draw", "faster_precision"]
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+# bf16 also moves the pictures a little, so it must be worth it
+GAIN = 1.25
+
+
+class Probe(Protocol):
+    """Says what it sees in pictures ``(n, 3, 128, 128)`` in [-1, 1]: one :class:`Labels` each."""
+
+    def see(self, images: Tensor) -> list[Labels]: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: DDIM ``steps``, ``guidance``, how many at a time, and the precision of the UNet.
+
+    ``precision="auto"`` times one batch in fp32 and under bf16 autocast and takes bf16 where that is clearly faster.
+    """
+
+    steps: int = 20
+    guidance: float = 4.0
+    batch: int = 32
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise RequestError(f"The precision '{self.precision}' is not known: choose one of {', '.join(PRECISIONS)}.")
+        if self.batch < 1:
+            raise RequestError(f"The batch must be at least 1, not {self.batch}.")
+
+    def resolved(self, model: LatentDiffusion) -> Sampling:
+        """The same with a precision that is no longer ``"auto"``."""
+        return replace(self, precision=faster_precision(model, self.batch)) if self.precision == "auto" else self
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn: a prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """What draws it: the model with ``patches`` on it (each at a strength), and with a negative prompt."""
+
+    patches: tuple[tuple[Patch, float], ...] = ()
+    negative: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for variants that draw the same pictures; patches are told apart as objects."""
+        return (self.negative, *((id(patch), strength) for patch, strength in self.patches))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture ``(3, H, W)`` uint8 and what the probe finds in it."""
+
+    picture: Tensor
+    labels: Labels
+
+
+@torch.no_grad()
+def faster_precision(model: LatentDiffusion, batch: int = 32, rounds: int = 2) -> str:
+    """``"bfloat16"`` where a guided step of ``batch`` pictures is clearly faster so, else ``"float32"``."""
+    if model.dtype != torch.float32:
+        return "float32"  # the model's own dtype then decides
+    states = model.text.encode([""]).index([0] * 2 * batch)
+    noise = torch.randn(2 * batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    steps = torch.full((2 * batch,), model.train_steps // 2)
+    seconds = {}
+    for precision in ("float32", "bfloat16"):
+        times = []
+        for _ in range(rounds + 1):  # the first one only warms up
+            began = time.perf_counter()
+            with _autocast(model, precision):
+                # taking a value back waits for a device that works ahead
+                float(model.predict_noise(noise, steps, states).sum())
+            times.append(time.perf_counter() - began)
+        seconds[precision] = min(times[1:])
+    return "bfloat16" if seconds["float32"] > GAIN * seconds["bfloat16"] else "float32"
+
+
+def _autocast(model: LatentDiffusion, precision: str) -> contextlib.AbstractContextManager[object]:
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def patched(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]]) -> Iterator[None]:
+    """All of the patches on the model for the length of a ``with`` block."""
+    with contextlib.ExitStack() as stack:
+        for patch, strength in patches:
+            stack.enter_context(patch.applied(model.survey, strength))
+        yield
+
+
+@torch.no_grad()
+def draw(
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    variant: Variant | None = None,
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Pictures, a batch after the other, ``(n, 3, H, W)`` uint8 on the CPU: what a file would hold.
+
+    The patches are on the model only while a batch is drawn. ``progress`` counts steps of single batches from 0.
+    """
+    variant, sampling = variant or Variant(), (sampling or Sampling()).resolved(model)
+    for start in range(0, len(pictures), sampling.batch):
+        chunk = pictures[start : start + sampling.batch]
+        with patched(model, variant.patches), _autocast(model, sampling.precision):
+            latents = model.sample(
+                [picture.prompt for picture in chunk],
+                [picture.seed for picture in chunk],
+                steps=sampling.steps,
+                guidance=sampling.guidance,
+                negative=variant.negative,
+                batch=sampling.batch,
+                progress=progress,
+            )
+        yield to_bytes(model.decode(latents, batch=sampling.batch))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 on the CPU."""
+    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """The inverse of :func:`to_bytes`, up to rounding."""
+    return images.float() / 127.5 - 1
+
+
+class Drawings:
+    """Pictures asked for by several measurements, each drawn and looked at once.
+
+    :meth:`want` says what will be needed, :meth:`make` draws it, :meth:`seen` gives it. So the pictures of the unedited
+    model serve every concept that is measured beside it.
+    """
+
+    def __init__(self, model: LatentDiffusion, probe: Probe, sampling: Sampling) -> None:
+        self.model, self.probe, self.sampling = model, probe, sampling
+        self._variants: dict[tuple[object, ...], Variant] = {}
+        self._wanted: dict[tuple[object, ...], dict[Picture, None]] = {}
+        self._seen: dict[tuple[tuple[object, ...], Picture], Seen] = {}
+
+    def want(self, variant: Variant, pictures: Sequence[Picture]) -> None:
+        """Ask for pictures of a variant; what is there or already asked for is not drawn again."""
+        self._variants.setdefault(variant.key, variant)
+        wanted = self._wanted.setdefault(variant.key, {})
+        wanted.update((picture, None) for picture in pictures if (variant.key, picture) not in self._seen)
+
+    def make(self, progress: Progress | None = None) -> None:
+        """Draw and look at everything asked for. Progress counts pictures' steps over all of it."""
+        total = sum(map(len, self._wanted.values()))
+        if total == 0:
+            return
+        self.sampling = sampling = self.sampling.resolved(self.model)
+        done = 0
+
+        def inner(event: ProgressEvent) -> None:
+            size = min(sampling.batch, len(pictures) - drawn)
+            at = done * sampling.steps + size * event.step
+            report(progress, ProgressEvent(at, total * sampling.steps, message=f"drawing {total} pictures"))
+
+        for key, wanted in self._wanted.items():
+            pictures, drawn = list(wanted), 0
+            for images in draw(self.model, pictures, self._variants[key], sampling, inner):
+                found = self.probe.see(from_bytes(images))
+                for picture, image, labels in zip(pictures[drawn : drawn + len(images)], images, found, strict=True):
+                    self._seen[key, picture] = Seen(image, labels)
+                drawn += len(images)
+                done += len(images)
+        self._wanted.clear()
+
+    def seen(self, variant: Variant, pictures: Sequence[Picture]) -> list[Seen]:
+        """What was asked for and made, in this order."""
+        return [self._seen[variant.key, picture] for picture in pictures]

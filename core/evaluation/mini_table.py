@@ -1,0 +1,86 @@
+"""How well the embedded model draws what it is asked for: the table every later figure rests on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..diffusion import LatentDiffusion
+from ..errors import RequestError
+from ..mini import vocabulary, world
+from ..progress import Progress
+from .drawing import Drawings, Picture, Probe, Sampling, Variant
+from .intervals import Score
+from .scores import ATTRIBUTES
+
+__all__ = ["MiniTable", "mini_table"]
+
+SEED = 500_000  # away from the seeds of evaluations
+
+
+@dataclass(frozen=True)
+class MiniTable:
+    """The probe's share of right answers by category, over the prompts that name something of that category.
+
+    ``weakest`` is, by category, the concept drawn wrong most often (``None`` where none is), as ``(name, score)``.
+    """
+
+    prompts: int
+    sampling: Sampling
+    accuracy: Mapping[str, Score]
+    weakest: Mapping[str, tuple[str, Score] | None]
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "prompts": self.prompts,
+            "steps": self.sampling.steps,
+            "guidance": self.sampling.guidance,
+            "precision": self.sampling.precision,
+            "accuracy": {category: score.as_dict() for category, score in self.accuracy.items()},
+            "weakest": {
+                category: None if found is None else {"concept": found[0], **found[1].as_dict()}
+                for category, found in self.weakest.items()
+            },
+        }
+
+
+def mini_table(
+    model: LatentDiffusion,
+    probe: Probe,
+    count: int = 500,
+    seed: int = SEED,
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> MiniTable:
+    """Draw ``count`` held-out prompts (combinations never seen in training), ask the probe, count.
+
+    Raises :class:`RequestError` where there are so few prompts that a category goes without one.
+    """
+    asked = world.prompts(count, seed, held_out_only=True)
+    pictures = [Picture(prompt.text, seed + i) for i, prompt in enumerate(asked)]
+    drawings = Drawings(model, probe, sampling or Sampling(steps=30))
+    drawings.want(Variant(), pictures)
+    drawings.make(progress)
+    outcomes: dict[str, list[tuple[str, bool]]] = {attribute: [] for attribute in ATTRIBUTES}
+    for prompt, seen in zip(asked, drawings.seen(Variant(), pictures), strict=True):
+        for attribute, answers in outcomes.items():
+            wanted = getattr(prompt.asks, attribute)
+            if wanted != vocabulary.NONE:
+                answers.append((wanted, getattr(seen.labels, attribute) == wanted))
+    if missing := [attribute for attribute, answers in outcomes.items() if not answers]:
+        raise RequestError(f"Among {count} prompts none names a {missing[0]}: ask for more.")
+    return MiniTable(
+        count,
+        drawings.sampling,
+        {attribute: Score.share([right for _, right in answers]) for attribute, answers in outcomes.items()},
+        {attribute: _weakest(answers) for attribute, answers in outcomes.items()},
+    )
+
+
+def _weakest(answers: list[tuple[str, bool]]) -> tuple[str, Score] | None:
+    wrong = Counter(name for name, right in answers if not right)
+    if not wrong:
+        return None
+    ((name, _),) = wrong.most_common(1)
+    return name, Score.share([right for other, right in answers if other == name])

@@ -1,0 +1,99 @@
+"""A stand-in for the embedded model that draws exactly what it is told to, and a probe that reads it back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forget_concept.core.mini.vocabulary import COLOURS, IDENTITIES, NONE, OBJECTS, STYLES
+from forget_concept.core.mini.world import LABELS, Labels
+from forget_concept.core.progress import ProgressEvent, report
+
+WORDS = {
+    "object": [w.name for w in OBJECTS],
+    "style": [w.name for w in STYLES],
+    "identity": [w.name for w in IDENTITIES],
+    "colour": list(COLOURS),
+}
+Fault = Callable[[str, int, Labels], Labels]
+
+
+def asked(prompt: str) -> Labels:
+    """What a prompt says, read from its words alone."""
+    found = {c: [n for n in names if re.search(rf"\b{n}\b", prompt)] for c, names in WORDS.items()}
+    return Labels(**{c: names[0] if names else NONE for c, names in found.items()})
+
+
+class DrawnPatch:
+    """Stands for a patch: while it is on, ``fault(prompt, seed, labels)`` says what is drawn instead."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+    @contextmanager
+    def applied(self, model: DrawnModel, strength: float = 1.0) -> Any:
+        model.faults.append(self.fault)
+        try:
+            yield
+        finally:
+            model.faults.remove(self.fault)
+
+
+class DrawnModel:
+    """Draws every prompt right, but for what its own ``fault`` and the patches that are on say."""
+
+    device, dtype, name = torch.device("cpu"), torch.float32, "mini"
+
+    def __init__(self, fault: Fault | None = None) -> None:
+        self.faults: list[Fault] = [fault] if fault else []
+        self.calls: list[tuple[str, int, str]] = []
+
+    @property
+    def survey(self) -> DrawnModel:
+        return self  # a patch is put on a survey, and this is all there is
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int = 20, negative: str = "", **rest: Any
+    ) -> Tensor:
+        rows = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            self.calls.append((prompt, seed, negative))
+            labels = asked(prompt)
+            for fault in self.faults:
+                labels = fault(prompt, seed, labels)
+            # a negative prompt takes the concept away wherever it is
+            labels = replace(labels, **{c: NONE for c in WORDS if negative and getattr(labels, c) == negative})
+            rows.append([LABELS[c].index(getattr(labels, c)) for c in LABELS])
+        for step in range(steps):
+            report(rest.get("progress"), ProgressEvent(step + 1, steps))
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
+        images = torch.zeros(len(latents), 3, 16, 16)
+        images[:, 0, 0, :4] = latents
+        return images / 127.5 - 1
+
+
+class DrawnProbe:
+    """Reads what :class:`DrawnModel` wrote into its pictures."""
+
+    def see(self, images: Tensor) -> list[Labels]:
+        rows = ((images[:, 0, 0, :4] + 1) * 127.5).round().int().tolist()
+        return [Labels(**{c: LABELS[c][i] for c, i in zip(LABELS, row, strict=True)}) for row in rows]
+
+
+def forgets(name: str, category: str, damage: Callable[[int], bool] = lambda seed: False) -> DrawnPatch:
+    """A patch that removes one concept, and every style and object where ``damage(seed)`` says so."""
+
+    def fault(prompt: str, seed: int, labels: Labels) -> Labels:
+        if getattr(labels, category) == name:
+            labels = replace(labels, **{category: NONE})
+        return replace(labels, object=NONE, style=NONE) if damage(seed) else labels
+
+    return DrawnPatch(fault)
