@@ -1,0 +1,494 @@
+"""Everything this pack asks of ComfyUI: the only file that names ``comfy``.
+
+ComfyUI runs every node under ``torch.inference_mode()`` and keeps one loaded copy of a model's weights for all of its
+MODELs. :func:`borrowed` lends that copy out as a :class:`LatentDiffusion` that gradients may flow through, without
+copying it, and gives it back as it was.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.latent_formats
+import comfy.ldm.models.autoencoder
+import comfy.lora
+import comfy.model_base
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..core.diffusion import LatentDiffusion
+from ..core.errors import ModelError, PatchError, listed
+from ..core.mini import ldm
+from ..core.mini.files import weights_folder
+from ..core.progress import Progress, ProgressEvent
+from ..core.text import TextStates
+from ..core.unet import PROJECTIONS, UNetSurvey, survey
+
+__all__ = [
+    "HostText",
+    "borrowed",
+    "embedded_model",
+    "patched_weights",
+    "progress",
+    "show_text",
+    "with_lora",
+]
+
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+_UNET = "diffusion_model."
+
+
+# -- what the person sees -----------------------------------------------------------------------------------------
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Show ``text`` on the node, in the page that queued it."""
+    instance: Any = getattr(PromptServer, "instance", None)
+    if node_id is not None and hasattr(instance, "send_progress_text"):
+        instance.send_progress_text(text, node_id)
+
+
+def progress(node_id: str | None) -> Progress:
+    """A core progress callback: bar and text on the node; it raises the host's own exception once Cancel is pressed."""
+    bar = comfy.utils.ProgressBar(1)
+    shown = 0.0
+
+    def told(event: ProgressEvent) -> None:
+        nonlocal shown
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(event.step, max(event.total, 1))
+        now = time.monotonic()
+        if now - shown >= 0.2 or event.step >= event.total:
+            shown = now
+            loss = "" if event.loss is None else f", loss {event.loss:.4g}"
+            show_text(node_id, f"{event.message or 'working'} {event.step}/{event.total}{loss}")
+
+    return told
+
+
+# -- text ---------------------------------------------------------------------------------------------------------
+
+
+def _literal(text: str) -> str:
+    """``text`` without the prompt syntax: parentheses are emphasis in a prompt, and words in a concept."""
+    return re.sub(r"(?<!\\)([()])", r"\\\1", text)
+
+
+class HostText:
+    """A CLIP as the core's text encoder: the host's own tokens and its own encode path (layer, norm, patches, hooks).
+
+    Only the first section of 77 tokens is used; the CLIP must have been loaded already.
+    """
+
+    max_length = 77
+
+    def __init__(self, clip: Any, family: str) -> None:
+        self._clip = clip.clone()
+        # loading again for every prompt could push out the UNet that is being worked on
+        self._clip.load_model = lambda *args, **kwargs: self._clip.patcher
+        self._family = family
+
+    @property
+    def layer(self) -> str:
+        """Which states these are, in the core's words."""
+        index = self._clip.layer_idx
+        if self._family == "sdxl":
+            return "sdxl:penultimate,no_final_norm" if index in (None, -2) else f"sdxl:layer={index}"
+        if self._family == "sd2":
+            return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
+        return f"clip_skip={1 if index is None else -index},final_norm"
+
+    def _sections(self, text: str, words: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
+        tokens = self._clip.tokenize(_literal(text), return_word_ids=words)
+        if not isinstance(tokens, dict) or not tokens:
+            raise ModelError("This CLIP is no CLIP text encoder: connect the one that belongs to the MODEL.")
+        return tokens
+
+    def _first(self, tokens: Mapping[str, Any]) -> list[list[tuple[Any, ...]]]:
+        return tokens["l"] if "l" in tokens else next(iter(tokens.values()))
+
+    def _ids(self, tokens: Sequence[tuple[Any, ...]]) -> list[int]:
+        if any(isinstance(token[0], Tensor) for token in tokens):
+            raise ModelError("A textual inversion ('embedding:…') cannot stand in a concept: write it in words.")
+        return [int(token[0]) for token in tokens]
+
+    def token_ids(self, prompt: str) -> list[int]:
+        return self._ids(self._first(self._sections(prompt))[0])
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        sections = self._first(self._sections(phrase, words=True))
+        # word id 0 is start, end and padding
+        return self._ids([token for section in sections for token in section if token[2] != 0])
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        hidden, pooled = [], []
+        for prompt in prompts:
+            management.throw_exception_if_processing_interrupted()
+            tokens = {name: sections[:1] for name, sections in self._sections(prompt).items()}
+            with torch.inference_mode():
+                states, vector = self._clip.encode_from_tokens(tokens, return_pooled=True)
+            # a clone made outside of inference mode is an ordinary tensor
+            hidden.append(states.clone())
+            pooled.append(None if vector is None else vector.clone())
+        vectors = [v for v in pooled if v is not None]
+        return TextStates(torch.cat(hidden), torch.cat(vectors) if len(vectors) == len(prompts) else None)
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+
+class _HostDiffusion(LatentDiffusion):
+    """On the device and in the dtype that the host computes with, wherever and however it keeps the weights."""
+
+    host_device: torch.device
+    host_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.host_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.host_dtype
+
+
+def patched_weights(model: Any) -> int:
+    """How many of a MODEL's weights carry patches (LoRAs and the like)."""
+    return len(model.patches)
+
+
+def _static(model: Any) -> Any:
+    """A MODEL whose weights stay where they are loaded; newer hosts stream them by default."""
+    if not getattr(model, "is_dynamic", lambda: False)():
+        return model
+    try:
+        return model.clone(disable_dynamic=True)
+    except TypeError:
+        raise ModelError(
+            "This ComfyUI streams the model's weights (dynamic VRAM) and cannot hold them still: start it with "
+            "--disable-dynamic-vram."
+        ) from None
+
+
+def _schedule(patcher: Any) -> tuple[Tensor, str]:
+    """``α̅`` of the model's own noise schedule (as a sampling node has set it, if one has) and its prediction type."""
+    sampling = patcher.get_model_object("model_sampling")
+    types = comfy.model_sampling
+    # the other kinds are subclasses of these two; not every host knows all of them
+    others = tuple(getattr(types, name) for name in ("EDM", "X0") if hasattr(types, name))
+    prediction = None
+    if isinstance(sampling, types.EPS) and not isinstance(sampling, others):
+        prediction = "v_prediction" if isinstance(sampling, types.V_PREDICTION) else "epsilon"
+    if prediction is None or not isinstance(sampling, types.ModelSamplingDiscrete):
+        raise ModelError(
+            f"This model's sampling ({type(sampling).__name__}) is neither noise nor v prediction on discrete steps, "
+            "as Stable Diffusion 1, 2 and XL have it: forgetting is not made for it."
+        )
+    return (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone(), prediction
+
+
+def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int, int]:
+    if isinstance(patcher.model.model_config, _EmbeddedConfig):
+        side = int(patcher.model.model_config.unet_config["image_size"])
+    else:
+        side = {"sdxl": 128, "sd2": 96 if prediction == "v_prediction" else 64}.get(family, 64)
+    return (int(patcher.model.latent_format.latent_channels), side, side)
+
+
+@contextmanager
+def borrowed(model: Any, clip: Any) -> Iterator[LatentDiffusion]:
+    """MODEL and CLIP, loaded, as the core's model, under gradients; given back bit-identical however the block ends.
+
+    Every parameter of the UNet is for that time another, frozen ``Parameter`` on the same memory: the host's own are
+    inference tensors, which autograd refuses. Weights are seen with the patches that MODEL carries. Raises
+    :class:`ModelError`, in words, for a model without cross-attention and for a CLIP of another model; the host's
+    interruption goes through untouched.
+    """
+    if model is None or clip is None:
+        raise ModelError(f"The {'MODEL' if model is None else 'CLIP'} that came in is empty: the checkpoint has none.")
+    unet = getattr(model.model, "diffusion_model", None)
+    if not isinstance(unet, nn.Module):
+        raise ModelError("The MODEL that came in has no diffusion model in it.")
+    found = survey(unet)  # first of all: its refusals need nothing loaded
+    patcher = _static(model)
+    base, unet = patcher.model, patcher.model.diffusion_model
+    alphas, prediction = _schedule(patcher)
+    shape = _latent_shape(patcher, found.family, prediction)
+    # room for a few pictures' activations; both at once, so that neither pushes out the other
+    room = patcher.memory_required([8, *shape])
+    management.load_models_gpu([patcher, clip.patcher], memory_required=room, force_full_load=True)
+    dtype = base.manual_cast_dtype or base.get_dtype()
+    if dtype not in _PLAIN:
+        dtype = torch.float32
+    text = HostText(clip, found.family)
+
+    def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        if x.shape[1] != unet.in_channels:
+            raise ModelError(
+                f"This UNet takes {unet.in_channels} channels (an inpainting or edit model): only a closed form (uce) "
+                "can make it forget."
+            )
+        height, width = x.shape[-2] * 8, x.shape[-1] * 8
+        vector = None
+        if base.adm_channels:
+            vector = base.encode_adm(pooled_output=states.pooled, width=width, height=height, device=x.device)
+            vector = vector.to(x.device, x.dtype)
+        return unet(x, timesteps.float(), context=states.hidden, y=vector, transformer_options={})
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_laundered(unet))
+        stack.enter_context(_effective(patcher, unet, dtype))
+        diffusion = _HostDiffusion(
+            unet,
+            text,
+            alphas,
+            prediction,
+            latent_shape=shape,
+            name=getattr(base.model_config, "forget_concept_name", type(base).__name__),
+            eps_model=predict,
+        )
+        diffusion.host_device, diffusion.host_dtype = patcher.load_device, dtype
+        _check_family(diffusion.survey, text.encode([""]), bool(base.adm_channels))
+        yield diffusion
+
+
+def _check_family(found: UNetSurvey, states: TextStates, takes_pooled: bool) -> None:
+    width = states.hidden.shape[-1]
+    if width != found.context_dim or states.hidden.shape[1] != HostText.max_length:
+        raise ModelError(
+            f"MODEL and CLIP are of different families: the MODEL reads text states of width {found.context_dim} "
+            f"(family {found.family}), the CLIP gives {width}. Connect the CLIP of the same checkpoint."
+        )
+    if takes_pooled and states.pooled is None:
+        raise ModelError("This MODEL also takes a pooled text vector (as SDXL), and the CLIP gives none.")
+
+
+@contextmanager
+def _laundered(module: nn.Module) -> Iterator[None]:
+    """Every parameter and buffer as an ordinary, frozen tensor on the same memory; the host's own come back."""
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    twins: dict[int, Tensor] = {}
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            stores: tuple[Any, Any] = (part._parameters, part._buffers)
+            for store in stores:
+                for name, tensor in store.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in twins:
+                        twins[id(tensor)] = _twin(tensor)
+                    kept.append((store, name, tensor))
+                    store[name] = twins[id(tensor)]
+        yield
+    finally:
+        for store, name, tensor in kept:
+            store[name] = tensor
+        for part, mode in modes:
+            part.training = mode
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter):  # a quantised or lazily loaded weight: no plain memory to share
+        return tensor
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
+
+
+@contextmanager
+def _effective(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Cross-attention weights as they take effect, where the host keeps them otherwise: the host's own come back.
+
+    That is with little memory (left elsewhere, patches worked in at each use) and in narrow formats (fp8 with its
+    scale). Everywhere else the loaded weights have the patches in them already, and nothing is done.
+    """
+    odd = []
+    for site in survey(unet):
+        for which in PROJECTIONS:
+            layer = site.projection(which)
+            waiting = getattr(layer, "weight_function", None)
+            if waiting or layer.weight.device != patcher.load_device or layer.weight.dtype not in _PLAIN:
+                odd.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
+    kept: list[tuple[Any, Any, Any]] = []
+    entries = patcher.get_key_patches(_UNET) if odd else {}
+    try:
+        for key, layer in odd:
+            (weight, convert), *patches = entries[key]
+            with torch.no_grad():
+                wide = management.cast_to_device(weight, patcher.load_device, torch.float32, copy=True)
+                wide = comfy.lora.calculate_weight(patches, convert(wide, inplace=True), key)
+                value = nn.Parameter(wide.to(dtype), requires_grad=False)
+            functions = layer.__dict__.get("weight_function")
+            kept.append((layer, layer.weight, functions))
+            layer._parameters["weight"] = value
+            if functions is not None:
+                layer.weight_function = []  # type: ignore[assignment]
+        yield
+    finally:
+        for module, parameter, functions in kept:
+            module._parameters["weight"] = parameter
+            if functions is not None:
+                module.weight_function = functions
+
+
+def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
+    """A MODEL with a LoRA's state dict on, through the very path of the stock loaders; the one given stays as it is.
+
+    Raises :class:`PatchError` unless every layer of the LoRA found its weight.
+    """
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    loaded = comfy.lora.load_lora(dict(lora), names)
+    patched = model.clone()
+    taken = set(patched.add_patches(loaded, 1.0))
+    layers = [name[: -len(".lora_up.weight")] for name in lora if name.endswith(".lora_up.weight")]
+    lost = [layer for layer in layers if names.get(layer) not in taken]
+    if lost or not layers:
+        raise PatchError(
+            f"The host did not take the patch: {len(lost)} of {len(layers)} layers match no weight of this MODEL, such "
+            f"as {listed(lost, 2)}."
+        )
+    return patched
+
+
+# -- the embedded model -------------------------------------------------------------------------------------------
+
+
+class _EmbeddedConfig(comfy.supported_models_base.BASE):
+    """SD1's kind of model in its own size."""
+
+    unet_extra_config: dict[str, Any] = {}
+    latent_format = comfy.latent_formats.SD15
+    memory_usage_factor = 1.0
+    forget_concept_name = "mini"
+
+
+def _host_unet_config(shapes: ldm.Shapes) -> dict[str, Any]:
+    """The original parameters as ComfyUI wants them: depths block by block, in lists (its name mapping needs them)."""
+    found = ldm.unet_config(shapes.unet)
+    factors, layers = found.pop("attention_resolutions"), found.pop("num_res_blocks")
+    depth = found.pop("transformer_depth")
+    levels = len(found["channel_mult"])
+    depths = [depth if 2**level in factors else 0 for level in range(levels)]
+    return {
+        **found,
+        "num_res_blocks": [layers] * levels,
+        "transformer_depth": [d for d in depths for _ in range(layers)],
+        "transformer_depth_output": [d for d in depths for _ in range(layers + 1)],
+        "transformer_depth_middle": depth,
+        "use_linear_in_transformer": False,
+    }
+
+
+def _text_classes(parts: ldm.Parts, tokenizer_folder: str) -> tuple[type, Callable[..., Any]]:
+    """Tokenizer and text model as ComfyUI builds them, for a vocabulary of any size."""
+    vocabulary = parts.vocabulary
+    known = ldm.text_config(vocabulary, parts.shapes.text)
+    special = {"start": vocabulary - 2, "end": vocabulary - 1, "pad": vocabulary - 1}
+
+    class Words(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
+            super().__init__(
+                tokenizer_path=tokenizer_folder,
+                embedding_directory=embedding_directory,
+                embedding_size=known["hidden_size"],
+                pad_with_end=True,
+                tokenizer_data=tokenizer_data or {},
+            )
+
+    class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
+            super().__init__(
+                embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, tokenizer=Words
+            )
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                textmodel_json_config=dict(known),  # a copy: the host writes into it
+                special_tokens=dict(special),
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
+
+    def build(device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> Any:
+        return comfy.sd1_clip.SD1ClipModel(
+            device=device, dtype=dtype, model_options=model_options or {}, clip_name="l", clip_model=Encoder
+        )
+
+    return Tokenizer, build
+
+
+def _embedded_text(parts: ldm.Parts, tokenizer_folder: str) -> Any:
+    tokenizer, build = _text_classes(parts, tokenizer_folder)
+    target = comfy.supported_models_base.ClipTarget(tokenizer, build)
+    clip = comfy.sd.CLIP(target, parameters=0, model_options={"dtype": torch.float32})
+    state = dict(parts.text)
+    own = clip.cond_stage_model.clip_l.transformer.state_dict()
+    table = "text_model.embeddings.token_embedding.weight"
+    # the host's table has a fixed number of rows, and leaves unloaded weights as memory happens to be
+    padded = torch.zeros(own[table].shape)
+    padded[: parts.vocabulary] = state[table]
+    state[table] = padded
+    state["text_projection.weight"] = torch.eye(padded.shape[1])
+    _check_complete("text encoder", own, state)
+    clip.load_sd(state)
+    return clip
+
+
+def _check_complete(what: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    if missing := sorted(set(own) ^ set(state)):
+        raise ModelError(
+            f"The embedded model's {what} does not fit this ComfyUI: {len(missing)} weights differ in name, such as "
+            f"{listed(missing, 2)}. Please report it with your ComfyUI's version."
+        )
+
+
+def embedded_model() -> tuple[Any, Any, Any]:
+    """The embedded model as MODEL, CLIP and VAE, built anew at each call.
+
+    Raises :class:`ModelError` where its files are missing or the host's classes do not take its weights.
+    """
+    folder = weights_folder()
+    parts = ldm.read_parts(folder)
+    config = _EmbeddedConfig(_host_unet_config(parts.shapes))
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model({}, "", management.unet_offload_device())
+    weights = ldm.unet_to_ldm(parts.unet, parts.shapes.unet)
+    _check_complete("UNet", base.diffusion_model.state_dict(), weights)
+    base.diffusion_model.load_state_dict(weights)
+    model = comfy.model_patcher.ModelPatcher(
+        base, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
+    return model, _embedded_text(parts, str(folder / "tokenizer")), _embedded_autoencoder(parts)
+
+
+def _embedded_autoencoder(parts: ldm.Parts) -> Any:
+    state = ldm.autoencoder_to_ldm(parts.vae, parts.shapes.vae)
+    described = {
+        "ddconfig": ldm.ddconfig(parts.shapes.vae, padded=False),
+        "embed_dim": parts.shapes.vae["latent_channels"],
+    }
+    vae = comfy.sd.VAE(sd=state, config={"params": described}, dtype=torch.float32)
+    _check_complete("autoencoder", vae.first_stage_model.state_dict(), state)
+    # the host's norms have 32 groups whatever the model; here ours can be said, which spares padding it
+    for module in vae.first_stage_model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = int(parts.shapes.vae["norm_num_groups"])
+    return vae

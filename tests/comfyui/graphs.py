@@ -1,0 +1,93 @@
+"""Graphs in API format, and the way from a saved workflow to one, as the page does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Graph = dict[str, Any]
+PROMPT = "a photo of a red star"
+
+
+def node(class_type: str, /, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def forget(**changes: Any) -> dict[str, Any]:
+    """A Forget Concept node on the embedded model of :func:`base`."""
+    inputs = {
+        "model": ["load", 0],
+        "clip": ["load", 1],
+        "concept": "star",
+        "kind": "object",
+        "replacement": "circle",
+        "preserve": "moon",
+        "method": "uce",
+        "preset": "tuned",
+        "strength": 1.0,
+        "seed": 0,
+    }
+    return node("ForgetConcept", **(inputs | changes))
+
+
+def base() -> Graph:
+    return {
+        "load": node("ForgetConceptLoadEmbeddedModel"),
+        "text": node("CLIPTextEncode", clip=["load", 1], text=PROMPT),
+        "empty": node("CLIPTextEncode", clip=["load", 1], text=""),
+        "latent": node("EmptyLatentImage", width=128, height=128, batch_size=1),
+    }
+
+
+def drawn(name: str, model: list[Any], steps: int = 6, seed: int = 1, text: str = "text") -> Graph:
+    """Sample with ``model`` and decode: the picture comes out of ``<name>`` and is saved by ``<name>-save``."""
+    return {
+        f"{name}-sample": node(
+            "KSampler",
+            model=model,
+            positive=[text, 0],
+            negative=["empty", 0],
+            latent_image=["latent", 0],
+            seed=seed,
+            steps=steps,
+            cfg=4.0,
+            sampler_name="ddim",
+            scheduler="ddim_uniform",
+            denoise=1.0,
+        ),
+        name: node("VAEDecode", samples=[f"{name}-sample", 0], vae=["load", 2]),
+        f"{name}-save": node("SaveImage", images=[name, 0], filename_prefix=name),
+    }
+
+
+def difference(a: str, b: str) -> dict[str, Any]:
+    return node("ProbeDifference", a=[a, 0], b=[b, 0])
+
+
+def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
+    """A saved workflow (as the page writes it) in API format; ``info`` is the host's ``/object_info``."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph: Graph = {}
+    for entry in workflow["nodes"]:
+        if entry["type"] in ("Note", "MarkdownNote"):
+            continue
+        known = info[entry["type"]]
+        values = list(entry.get("widgets_values") or [])
+        linked = {
+            slot["name"]: sources[slot["link"]] for slot in entry.get("inputs", []) if slot.get("link") is not None
+        }
+        inputs: dict[str, Any] = {}
+        for section in ("required", "optional"):
+            for name in known["input_order"].get(section, []):
+                kind, *options = known["input"][section][name]
+                options = options[0] if options else {}
+                if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                    inputs[name] = values.pop(0)
+                    if options.get("control_after_generate", name in ("seed", "noise_seed")):
+                        assert values.pop(0) in ("fixed", "randomize", "increment", "decrement"), entry
+                    if options.get("image_upload"):
+                        values.pop(0)
+                if name in linked:
+                    inputs[name] = linked[name]
+        assert not values, f"{entry['type']} has {values} too many widget values"
+        graph[str(entry["id"])] = {"class_type": entry["type"], "inputs": inputs}
+    return graph
