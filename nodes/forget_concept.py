@@ -9,7 +9,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.concepts import KINDS, MAX_SEED, MAX_STRENGTH
-from ..core.errors import ForgetConceptError
 from ..core.formats import kohya
 from ..core.methods import all_methods, fit, get
 from . import host
@@ -118,23 +117,6 @@ class ForgetConcept(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **extra,
         )
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        concept: str | None = None,
-        replacement: str | None = None,
-        preserve: str | None = None,
-        settings: str | None = None,
-    ) -> bool | str:
-        """Whether the words make sense, before anything runs; boxes that are linked come as ``None``."""
-        if concept is None or replacement is None or preserve is None:
-            return True
-        try:
-            request_from_words(concept, replacement=replacement, preserve=preserve, settings=settings or "")
-        except ForgetConceptError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(

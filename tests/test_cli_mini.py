@@ -123,3 +123,33 @@ def test_the_shipped_model_draws_what_it_is_asked_for(capsys):
     assert table["steps"] <= 30
     for category in ("object", "style", "identity"):
         assert table["accuracy"][category]["value"] >= 0.95, (category, table["weakest"][category])
+
+
+def test_export_is_the_same_model_in_the_original_layout(tmp_path: Path):
+    """Read back, text encoder by its folder and UNet by the original names: every weight is the same."""
+    import torch
+    import yaml
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from forget_concept.core.mini import ldm, load_modules
+
+    assert cli.main(["export", "--out", str(tmp_path / "models")]) == 0
+    found = {path.name for path in (tmp_path / "models").iterdir()}
+    assert found == {"forget-concept-mini.safetensors", "forget-concept-mini.yaml", "forget-concept-mini-text"}
+    tree = yaml.safe_load((tmp_path / "models" / "forget-concept-mini.yaml").read_text(encoding="utf-8"))
+    text_folder = tree["model"]["params"]["cond_stage_config"]["params"]["version"]
+    unet, text, tokenizer, _ = load_modules()
+    ids = tokenizer(["a neon picture of a red star"], padding="max_length", return_tensors="pt").input_ids
+    again = CLIPTokenizer.from_pretrained(text_folder)(
+        ["a neon picture of a red star"], padding="max_length", return_tensors="pt"
+    ).input_ids
+    assert torch.equal(ids, again)
+    encoder = CLIPTextModel.from_pretrained(text_folder, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(ids)[0], text(ids)[0])
+    from forget_concept.core.formats.safe import read_safetensors
+
+    state, _ = read_safetensors(tmp_path / "models" / "forget-concept-mini.safetensors")
+    parts = ldm.parts_from_checkpoint({name: tensor.float() for name, tensor in state.items()})
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(parts.unet[name], tensor), name

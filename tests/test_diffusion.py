@@ -231,3 +231,30 @@ def test_ldm_sdxl_gets_pooled_text_and_sizes_as_one_vector():
         torch.tensor([64.0, 64, 0, 0, 64, 64]), 256, flip_sin_to_cos=True, downscale_freq_shift=0
     )
     torch.testing.assert_close(y[1, 16:].view(6, 256), sizes, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [8, 16])
+def test_the_second_order_sampler_is_nearer_to_the_exact_solution(steps: int) -> None:
+    """For Gaussian data the probability flow is known in closed form: x scales with the marginal's deviation."""
+    spread = 0.3
+
+    def exact_noise(x: torch.Tensor, timesteps: torch.Tensor, states: object) -> torch.Tensor:
+        alpha = model.alphas_cumprod[timesteps.long()].view(-1, 1, 1, 1)
+        return (1 - alpha).sqrt() * x / (alpha * spread**2 + 1 - alpha)
+
+    model = tiny_model()
+    model._call = exact_noise
+    start = model.initial_noise([1, 2])
+    first = float(model.alphas_cumprod[model.timesteps(steps)[0]])
+    last = float(model.alphas_cumprod[0])
+    exact = start * ((last * spread**2 + 1 - last) / (first * spread**2 + 1 - first)) ** 0.5
+    error = {
+        sampler: float((model.sample(["a", "b"], [1, 2], steps, guidance=1.0, sampler=sampler) - exact).norm())
+        for sampler in ("ddim", "dpm++")
+    }
+    assert error["dpm++"] < 0.6 * error["ddim"], error
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(RequestError, match="sampler"):
+        tiny_model().sample(["a"], [1], 2, sampler="euler")

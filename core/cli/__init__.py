@@ -15,7 +15,7 @@ from types import FrameType, ModuleType
 
 from ..errors import Cancelled, ForgetConceptError
 from ..version import VERSION
-from . import demo, evaluate, forget, generate, inspect, methods, mini_table
+from . import demo, evaluate, export, forget, generate, inspect, methods, mini_table
 from .options import Parser
 
 __all__ = ["build_parser", "main"]
@@ -27,6 +27,7 @@ COMMANDS: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "methods": methods,
     "inspect": inspect,
+    "export": export,
     "mini-table": mini_table,
 }
 OK, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 130, 143

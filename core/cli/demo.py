@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from ..evaluation import Evaluation
 
 HELP = "forget an object, a style and an identity on the embedded model, and measure it (3 minutes on 2 cores)"
-CONCEPTS = (Concept("star", "object"), Concept("neon", "style"), Concept("Lena Frost", "identity"))
+CONCEPTS = (
+    Concept("star", "object", "circle"),
+    Concept("neon", "style", "sketch"),
+    Concept("Lena Frost", "identity", "Nadia Pell"),
+)
 REPORT, PICTURES = "report.json", "before_after.png"
 
 

@@ -81,6 +81,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float, batch: int = 32) -> None:
     parser.add_argument("--steps", type=whole(1), default=steps, help=f"sampling steps (default: {steps})")
+    parser.add_argument("--sampler", choices=("dpm++", "ddim"), default="dpm++", help="how to sample (default: dpm++)")
     parser.add_argument("--guidance", type=finite, default=guidance, help=f"guidance scale (default: {guidance:g})")
     parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures at a time (default: {batch})")
     parser.add_argument(
@@ -95,7 +96,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """The :class:`~..evaluation.Sampling` that :func:`add_sampling`'s options say."""
     from ..evaluation import Sampling
 
-    return Sampling(args.steps, args.guidance, args.batch, args.precision)
+    return Sampling(args.steps, args.guidance, args.batch, args.precision, args.sampler)
 
 
 def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None:

@@ -59,7 +59,7 @@ def mini_table(
     """
     asked = world.prompts(count, seed, held_out_only=True)
     pictures = [Picture(prompt.text, seed + i) for i, prompt in enumerate(asked)]
-    drawings = Drawings(model, probe, sampling or Sampling(steps=30))
+    drawings = Drawings(model, probe, sampling or Sampling(steps=25))
     drawings.want(Variant(), pictures)
     drawings.make(progress)
     outcomes: dict[str, list[tuple[str, bool]]] = {attribute: [] for attribute in ATTRIBUTES}

@@ -60,7 +60,7 @@ class ExecutionError(Exception):
 class ComfyUI:
     """One running host with this pack and the tests' own nodes; ``folder`` has its models, output and custom_nodes."""
 
-    def __init__(self, host: Path, folder: Path, pack_name: str = "any folder name") -> None:
+    def __init__(self, host: Path, folder: Path, pack_name: str = "some-other_name") -> None:
         self.host, self.folder, self.pack_name = host, folder, pack_name
         self.log = folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ class Run:
         steps: int,
         peak_lr: float,
         save_every: int = 200,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.log.jsonl"
         self.modules, self.optimizer, self.steps, self.peak_lr = modules, optimizer, steps, peak_lr
         self.save_every, self.step, self.seconds = save_every, 0, 0.0
+        self.schedule = schedule
         self._began = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -44,7 +47,9 @@ class Run:
             self.step, self.seconds = state["step"], state["seconds"]
 
     def lr(self) -> float:
-        """Linear warm-up over 3 % of the run, then a cosine to 2 % of the peak."""
+        """Linear warm-up over 3 % of the run, then a cosine to 2 % of the peak; or the stage's own schedule."""
+        if self.schedule is not None:
+            return self.schedule(self.step)
         warm = max(1, round(0.03 * self.steps))
         if self.step < warm:
             return self.peak_lr * (self.step + 1) / warm

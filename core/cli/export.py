@@ -1,0 +1,44 @@
+"""``forget-concept export``: the embedded model as one checkpoint in the original layout, as hosts read it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .console import Console
+from .files import check_folder, make_folder
+
+HELP = "write the embedded model as one .safetensors checkpoint with its YAML"
+NAME = "forget-concept-mini"
+TEXT_FOLDER = f"{NAME}-text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to, such as models/Stable-diffusion")
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from ..mini import ldm, weights_folder
+
+    check_folder(args.out)
+    parts = ldm.read_parts(weights_folder())
+    folder = make_folder(args.out)
+    # the YAML names the text encoder by its folder: what a host builds it from, and its words
+    text = make_folder(folder / TEXT_FOLDER)
+    for source in (weights_folder() / "tokenizer", weights_folder() / "text_encoder"):
+        for file in source.iterdir():
+            shutil.copyfile(file, text / file.name.replace(".fp16.", "."))
+    checkpoint = folder / f"{NAME}.safetensors"
+    ldm.save_checkpoint(parts, checkpoint, str(text.resolve()))
+    size = checkpoint.stat().st_size
+    console.say(f"{checkpoint} ({size / 1e6:.1f} MB), {checkpoint.with_suffix('.yaml').name} and {TEXT_FOLDER}/")
+    console.say("The YAML holds the full path of the text folder: export again after moving it.")
+    return {
+        "schema": 1,
+        "checkpoint": str(checkpoint),
+        "config": str(checkpoint.with_suffix(".yaml")),
+        "text_encoder": str(text),
+        "bytes": size,
+    }
