@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=options.whole(4), default=24, help="pictures in each cell (default: 24; 'evaluate' takes 200)"
     )
     parser.add_argument("--seed", type=options.whole(), default=0, help="of prompts and pictures (default: 0)")
-    options.add_sampling(parser, steps=16, guidance=4.0)
+    options.add_sampling(parser, steps=16, guidance=2.5)
     parser.add_argument("--device", help="where to work (default: cuda where there is one)")
     parser.set_defaults(model="mini")
 

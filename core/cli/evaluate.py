@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
     parser.add_argument("--pictures", metavar="FILE.png", type=Path, help="also write pictures before and after")
-    options.add_sampling(parser, steps=16, guidance=4.0)
+    options.add_sampling(parser, steps=16, guidance=2.5)
     options.add_model(parser)
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="NAME.png for one picture (or one sheet of several), else a folder for one file a picture",
     )
-    options.add_sampling(parser, steps=30, guidance=4.0, batch=16)
+    options.add_sampling(parser, steps=30, guidance=None, batch=16)
     options.add_model(parser)
 
 
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     patches = options.load_patches(args.patch, model)
     for prompt in (*args.prompt, args.negative):
         end_position(model.text, prompt)  # words that are cut off would be left out silently
+    if args.guidance is None:
+        args.guidance = options.MINI_GUIDANCE if model.name == "mini" else options.GUIDANCE
     sampling = options.sampling_of(args).resolved(model)
     batches = -(-len(pictures) // sampling.batch)
     drawn: list[Tensor] = []

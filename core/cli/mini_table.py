@@ -15,9 +15,9 @@ HELP = "measure the embedded model itself on prompts it never saw"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=options.whole(1), default=500, help="held-out prompts (default: 500)")
-    parser.add_argument("--seed", type=options.whole(), default=500_000, help="of the prompts and pictures")
+    parser.add_argument("--seed", type=options.whole(), default=700_000, help="of the prompts and pictures")
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the table as JSON")
-    options.add_sampling(parser, steps=25, guidance=4.0)
+    options.add_sampling(parser, steps=25, guidance=2.5)
     parser.add_argument("--device", help="where to work (default: cuda where there is one)")
     parser.set_defaults(model="mini")
 

@@ -38,7 +38,7 @@ class Sampling:
     """
 
     steps: int = 16
-    guidance: float = 4.0
+    guidance: float = 2.5
     batch: int = 32
     precision: str = "auto"
     sampler: str = "dpm++"

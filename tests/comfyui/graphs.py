@@ -49,7 +49,7 @@ def drawn(name: str, model: list[Any], steps: int = 6, seed: int = 1, text: str 
             latent_image=["latent", 0],
             seed=seed,
             steps=steps,
-            cfg=4.0,
+            cfg=2.5,
             sampler_name="ddim",
             scheduler="ddim_uniform",
             denoise=1.0,

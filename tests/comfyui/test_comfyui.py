@@ -64,7 +64,7 @@ def test_the_pages_of_help_and_the_translations_belong_to_the_nodes(comfyui: Com
     info = comfyui.get("/object_info")
     for page in (ROOT / "web" / "docs").glob("*.md"):
         assert page.stem in info
-        address = "/extensions/" + comfyui.pack_name.replace(" ", "%20") + f"/docs/{page.name}"
+        address = f"/extensions/{comfyui.pack_name}/docs/{page.name}"
         assert comfyui.raw(address).decode() == page.read_text(encoding="utf-8")
     translations = comfyui.get("/i18n")
     for path in (ROOT / "locales").glob("*/nodeDefs.json"):
@@ -134,7 +134,7 @@ def test_the_file_loaded_by_the_stock_loader_gives_the_live_picture(comfyui: Com
 def test_a_trained_method_runs_and_the_model_stays_bit_identical(comfyui: ComfyUI) -> None:
     comfyui.get("/probe/told")
     before = hashes(comfyui)
-    graph = base() | {"forget": forget(method="forget_me_not", settings=QUICK)}
+    graph = base() | {"forget": forget(method="forget_me_not", settings=QUICK, seed=next(nonces))}
     graph |= {"hash": node("ProbeHash", model=["load", 0], after=["forget", 0], nonce=next(nonces))}
     found = comfyui.run(graph)["outputs"]["hash"]["hash"][0]
     assert {key: found[key] for key in before} == before
@@ -160,16 +160,16 @@ def test_equal_inputs_are_not_worked_out_again(comfyui: ComfyUI) -> None:
 
 
 def test_several_concepts_and_kinds_of_words(comfyui: ComfyUI) -> None:
-    told = forget(concept="star, moon\nhouse (small)", replacement="circle,heart\ntree", preserve="fish,boat")
+    told = forget(concept="star, moon\na (small) house", replacement="circle,heart\ntree", preserve="fish,boat")
     graph = base() | {"forget": told, "report": node("PreviewAny", source=["forget", 2])}
     words = comfyui.run(graph)["outputs"]["report"]["text"][0]
-    for line in ("star (object), shown as 'circle'", "house (small) (object), shown as 'tree'", "kept: fish, boat"):
+    for line in ("star (object), shown as 'circle'", "a (small) house (object), shown as 'tree'", "kept: fish, boat"):
         assert line in words
 
 
 def test_an_incoming_patch_is_worked_on_top_of(comfyui: ComfyUI) -> None:
     """Two in a row: the second sees the first one's weights, so it is another patch than alone, and says so."""
-    second = forget(concept="moon", replacement="heart")
+    second = forget(concept="moon", replacement="heart", preserve="")
     graph = base() | {"forget": forget(), "alone": second}
     graph |= {"stacked": node("ForgetConcept", **{**second["inputs"], "model": ["forget", 0]})}
     graph |= {"a": node("PreviewAny", source=["alone", 2]), "s": node("PreviewAny", source=["stacked", 2])}
@@ -187,12 +187,9 @@ def test_an_incoming_patch_is_worked_on_top_of(comfyui: ComfyUI) -> None:
 @pytest.mark.parametrize("method", ["uce", "forget_me_not"])
 def test_little_memory_gives_the_same_patch(comfyui: ComfyUI, method: str) -> None:
     """Weights left offloaded, and the incoming patch worked in at each use, make no difference."""
-    second = {
-        **forget(concept="moon", replacement="heart", method=method, settings="")["inputs"],
-        "model": ["forget", 0],
-    }
-    if method == "forget_me_not":
-        second["settings"] = QUICK
+    settings = QUICK if method == "forget_me_not" else ""
+    second = forget(concept="moon", replacement="heart", preserve="", method=method, settings=settings)["inputs"]
+    second["model"] = ["forget", 0]
     tight = {**second, "model": ["tight", 0]}
     graph = base() | {"forget": forget(), "tight": node("ProbeLowMemory", model=["forget", 0])}
     graph |= {"a": node("ForgetConcept", **second), "b": node("ForgetConcept", **tight)}
