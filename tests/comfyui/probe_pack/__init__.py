@@ -13,7 +13,7 @@ import torch
 from aiohttp import web
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import save_file
-from server import PromptServer
+from server import BinaryEventTypes, PromptServer
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -282,7 +282,7 @@ async def _tell(request):
     counts, texts = {}, []
     for event, data in _told:
         counts[event] = counts.get(event, 0) + 1
-        if event == "TEXT" and data is not None:
+        if event in ("TEXT", str(BinaryEventTypes.TEXT)) and data is not None:  # an enum, or a plain number
             texts.append(bytes(data[4 + int.from_bytes(data[:4], "big") :]).decode())
     _told.clear()
     return web.json_response({"counts": counts, "texts": texts})
