@@ -14,13 +14,17 @@ from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import RequestError, TokenError
 from forget_concept.core.methods import fit
 from forget_concept.core.methods.uce import (
+    UCE,
     Columns,
     UCESettings,
+    _common_prompts,
     aligned_positions,
     collect_columns,
     solve_context_map,
 )
 
+# the published equation and nothing else: no everyday words, no contexts, nothing cut off
+PLAIN = {"ridge": 0.01, "contexts": False, "keep_common": False, "tolerance": 1e-6}
 STAR = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"))
 
 
@@ -38,7 +42,7 @@ def test_every_matrix_is_the_plain_formula(model, columns, projections):
     request = ForgetRequest(
         (Concept("star", replacement="circle"), Concept("watercolour", "style")),
         preserve=("square", "tree"),
-        settings={"columns": columns, "projections": projections, "erase_weight": 2.0, "preserve_weight": 0.5},
+        settings=PLAIN | {"columns": columns, "projections": projections, "erase_weight": 2.0, "preserve_weight": 0.5},
     )
     patch = fit(model, request)
     s = UCESettings(columns=columns, projections=projections, erase_weight=2.0, preserve_weight=0.5)
@@ -128,7 +132,8 @@ def test_the_model_is_left_as_it_was_and_the_result_repeats(model):
 
 
 def test_the_edit_shows_in_the_noise_only_where_the_concept_is(model):
-    patch = fit(model, STAR)
+    # hundreds of everyday words would fill the tiny encoder's 24 dimensions
+    patch = fit(model, ForgetRequest(STAR.concepts, STAR.preserve, settings=PLAIN))
     x, t = rand(1, 4, 8, 8), torch.tensor([500])
     with torch.no_grad():
         moved = {}
@@ -159,7 +164,7 @@ def test_metadata_says_what_made_it(model):
     said = fit(model, STAR).metadata
     assert said["forget_concept.method"] == "uce" and said["forget_concept.preset"] == "tuned"
     assert ForgetRequest.from_json(said["forget_concept.request"]) == STAR
-    assert json.loads(said["forget_concept.settings"])["ridge"] == 0.01
+    assert json.loads(said["forget_concept.settings"])["ridge"] == UCE.presets["tuned"].ridge
     assert said["forget_concept.base_model"] == model.model_hash
     assert said["forget_concept.text_layer"] == "tiny" and said["forget_concept.family"] == "other"
 
@@ -298,3 +303,47 @@ def test_an_edit_that_changes_nothing_is_refused():
     model.text.phrase_ids = lambda phrase: [7] * len(phrase.split())  # every word the same to this encoder
     with pytest.raises(PatchError, match="changes nothing"):
         fit(model, STAR)
+
+
+# -- everyday words and contexts ----------------------------------------------------------------------------------
+
+
+def test_everyday_words_leave_out_what_is_forgotten():
+    request = ForgetRequest((Concept("neon", "style"), Concept("star"), Concept("bat")))
+    kept = _common_prompts(request, UCE.presets["tuned"])
+    assert len(kept) > 150
+    assert not any("neon" in text or " star" in text or " bat" in text for text in kept)
+    assert any("moon" in text for text in kept)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    pytest.importorskip("diffusers")
+    from forget_concept.core.mini import load
+
+    return load()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "instead"), [("tree", "object", "moon"), ("mosaic", "style", "sketch")], ids=["object", "style"]
+)
+def test_a_bare_request_moves_the_concept_and_not_the_rest(mini, name, kind, instead):
+    """Nothing named as kept: everyday words stand for the language. In text space, on prompts that were not fitted."""
+    from forget_concept.core.mini.world import prompts
+
+    about = [p.text for p in prompts(24, 5, **{kind: name})]
+    wanted = mini.text.encode([text.replace(name, instead) for text in about]).hidden
+    target = mini.text.encode(about).hidden
+    kept = mini.text.encode([p.text for p in prompts(48, 6, without=(name,))]).hidden
+
+    def moved(patch):
+        return patch.context_map.delta().T
+
+    request = ForgetRequest((Concept(name, kind, instead),))
+    tuned, plain = fit(mini, request), fit(mini, ForgetRequest(request.concepts, settings=PLAIN))
+    distance = float((wanted - target).square().mean())
+    assert float((target + target @ moved(tuned) - wanted).square().mean()) < 0.5 * distance
+    assert float((kept @ moved(tuned)).square().mean()) < 0.05 * distance
+    # the same without them: the defect this is there for
+    assert float((kept @ moved(plain)).square().mean()) > 0.2 * distance
+    assert tuned.rank < 40 < plain.rank
