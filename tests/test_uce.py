@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, state_hash, tiny_model
 
@@ -203,6 +203,9 @@ def test_aligned_tails_see_equal_words_at_equal_places(words, behind):
     prompts = [" ".join([before, phrase, *behind]) for phrase in (target, guide)]
     if len(text.phrase_ids(prompts[0])) > 70:
         return
+    # the tiny tokenizer marks no word ends: the words before may end in the very pieces of the phrase
+    assume(text.phrase_ids(target)[0] not in text.phrase_ids(before))
+    assume(text.phrase_ids(guide)[0] not in text.phrase_ids(before))
     t, g = aligned_positions(text, (target, prompts[0]), (guide, prompts[1]))
     ids = [text.token_ids(p) for p in prompts]
     width = pieces(text, target)
