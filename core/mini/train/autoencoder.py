@@ -72,7 +72,7 @@ def start_linear(model: Any) -> None:
     torch.nn.init.dirac_(model.post_quant_conv.weight)
 
 
-def train(folder: Path, pictures: np.ndarray, steps: int = 1200, batch: int = 32, compiled: bool = False) -> None:
+def train(folder: Path, pictures: np.ndarray, steps: int = 1200, batch: int = 32) -> None:
     """Train for `steps` steps (32 crops or 8 whole pictures each); resumable."""
     torch.manual_seed(1)
     model = new_autoencoder()
@@ -86,7 +86,6 @@ def train(folder: Path, pictures: np.ndarray, steps: int = 1200, batch: int = 32
         latents = mean + noise * torch.exp(0.5 * log_variance)
         return model.decoder(model.post_quant_conv(latents)), mean, log_variance
 
-    call = torch.compile(forward, dynamic=False) if compiled else forward
     model.train()
     while run.step < steps:
         whole = run.step >= 0.85 * steps
@@ -94,7 +93,7 @@ def train(folder: Path, pictures: np.ndarray, steps: int = 1200, batch: int = 32
         side = images.shape[-1] // 8
         noise = torch.randn(len(images), 4, side, side, generator=torch.Generator().manual_seed(run.step))
         with torch.autocast("cpu", torch.bfloat16):
-            output, mean, log_variance = call(images, noise)
+            output, mean, log_variance = forward(images, noise)
         output, mean, log_variance = output.float(), mean.float(), log_variance.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = reconstruction_loss(output, images)

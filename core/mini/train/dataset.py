@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from ..shapes import SIZE
-from ..vocabulary import SHAPES
 from ..world import LABELS, Labels, Scene, caption, labels, render, sample_scene
 
 SEED = 20260000  # picture i of the training set is a pure function of (SEED, i)
@@ -66,6 +65,3 @@ def draw(path: Path, count: int, workers: int | None = None) -> Iterator[int]:
 def label_table(count: int) -> np.ndarray:
     """Label indices of the first `count` training scenes, `(count, 4)` int64."""
     return np.array([label_indices(labels(scene(i))) for i in range(count)], dtype=np.int64)
-
-
-assert len(LABELS["object"]) == len(SHAPES) + 1
