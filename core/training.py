@@ -1,4 +1,4 @@
-"""The one training loop: trainable deltas beside a borrowed model, its optimiser, progress, cancel and guards.
+"""The one training loop: trainable deltas beside a borrowed model, optimiser, progress, cancel, resuming, guards.
 
 The deltas are added by forward hooks; the model's own weights are frozen and never written, so it comes back bit for
 bit as it was on success, error and cancel alike, with every flag as before.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,65 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from .diffusion import LatentDiffusion
-from .errors import Cancelled, ForgetConceptError, ModelError
-from .patch import LowRank
+from .errors import Cancelled, ForgetConceptError, ModelError, RequestError
+from .gradients import project_step, restricted_gradient
+from .patch import LowRank, Patch
 from .progress import Progress, ProgressEvent, report
+from .workspace import Workspace
 
-__all__ = ["Cancelled", "Deltas", "Progress", "ProgressEvent", "TrainingSettings", "borrowed", "train"]
+__all__ = [
+    "GRADIENTS",
+    "OPTIMISERS",
+    "Cancelled",
+    "Checkpoint",
+    "Deltas",
+    "Objective",
+    "Progress",
+    "ProgressEvent",
+    "Term",
+    "Terms",
+    "TrainingReport",
+    "TrainingSettings",
+    "borrowed",
+    "train",
+]
 
-Terms = Mapping[str, tuple[float, Tensor]]
+Side = Literal["forget", "retain"]
+GradientRule = Literal["sum", "restricted", "restricted_step"]
+Optimiser = Literal["adamw", "sgd"]
+Shown = Literal["base", "earlier", "now"]
+GRADIENTS: tuple[GradientRule, ...] = ("sum", "restricted", "restricted_step")
+OPTIMISERS: tuple[Optimiser, ...] = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a loss: ``weight · value`` (a scalar), and whether it is there to forget or to keep."""
+
+    value: Tensor
+    weight: float = 1.0
+    side: Side = "forget"
+
+    @property
+    def weighted(self) -> Tensor:
+        return self.weight * self.value
+
+
+Terms = Mapping[str, Term]
+
+
+class Objective(Protocol):
+    """Makes the terms of a step, with the deltas attached and the model borrowed.
+
+    What it draws, it draws from its own generators: ``state`` is all that the next step depends on besides the deltas,
+    and after ``restore`` of it the same steps follow.
+    """
+
+    def __call__(self, step: int) -> Terms: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @contextmanager
@@ -55,31 +108,45 @@ class Deltas:
 
     ``keys`` are canonical (``<site>.to_k``). With a ``rank``, ``down`` starts at random (drawn on the CPU from
     ``generator``, uniform within ``1/√d_in``) and ``up`` at zero; with ``rank=None`` the dense delta starts at zero:
-    either way nothing is changed yet. Parameters are fp32 on the layer's device. ``enabled = False`` shows the base
-    model.
+    either way nothing is changed yet. Parameters are fp32 on the layer's device.
+
+    ``earlier`` is what earlier requests left: it is added as well, and stays as it is. ``blind`` gives, for some keys,
+    orthonormal columns ``(d_in, n)``: directions of the input that the trained change must not react to.
     """
 
     def __init__(
-        self, model: LatentDiffusion, keys: Sequence[str], rank: int | None, generator: torch.Generator
+        self,
+        model: LatentDiffusion,
+        keys: Sequence[str],
+        rank: int | None,
+        generator: torch.Generator,
+        earlier: Patch | None = None,
+        blind: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.enabled = True
         self.rank = rank
+        self.keys = tuple(keys)
+        self.shown: Shown = "now"
         self._parts: dict[str, tuple[nn.Parameter, ...]] = {}
         self._hooks: list[RemovableHandle] = []
-        self._linears = {key: model.survey.linear(key) for key in keys}
-        if not self._linears:
+        if not self.keys:
             raise ModelError("There is nothing to train: no projection was chosen.")
-        for key, linear in self._linears.items():
-            d_out, d_in = linear.weight.shape
-            device = linear.weight.device
+        if earlier is not None:
+            earlier.check_fits(model.survey)
+        frozen = {} if earlier is None else earlier.factors
+        self._linears = {key: model.survey.linear(key) for key in dict.fromkeys([*self.keys, *frozen])}
+        device = {key: linear.weight.device for key, linear in self._linears.items()}
+        self._earlier = {key: factor.to(device[key], torch.float32) for key, factor in frozen.items()}
+        self._blind = {key: basis.to(device[key], torch.float32) for key, basis in (blind or {}).items()}
+        for key in self.keys:
+            d_out, d_in = self._linears[key].weight.shape
             if rank is None:
-                self._parts[key] = (nn.Parameter(torch.zeros(d_out, d_in, device=device)),)
+                self._parts[key] = (nn.Parameter(torch.zeros(d_out, d_in, device=device[key])),)
                 continue
             r = min(rank, d_out, d_in)
             down = (torch.rand(r, d_in, generator=generator) * 2 - 1) / math.sqrt(d_in)
             self._parts[key] = (
-                nn.Parameter(torch.zeros(d_out, r, device=device)),
-                nn.Parameter(down.to(device)),
+                nn.Parameter(torch.zeros(d_out, r, device=device[key])),
+                nn.Parameter(down.to(device[key])),
             )
 
     @contextmanager
@@ -94,21 +161,27 @@ class Deltas:
                 self._hooks.pop().remove()
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base model for the length of a ``with`` block."""
-        before, self.enabled = self.enabled, False
+    def showing(self, which: Shown) -> Iterator[None]:
+        """Inside a ``with`` block: the ``"base"`` model, what ``"earlier"`` requests left of it, or ``"now"``."""
+        before, self.shown = self.shown, which
         try:
             yield
         finally:
-            self.enabled = before
+            self.shown = before
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        parts = self._parts[key]
+        parts, earlier, blind = self._parts.get(key), self._earlier.get(key), self._blind.get(key)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled:
+            if self.shown == "base":
                 return None
-            x = args[0].to(parts[0].dtype)
+            x = args[0].float()
+            if earlier is not None:
+                output = output + F.linear(F.linear(x, earlier.down), earlier.up).to(output.dtype)
+            if parts is None or self.shown == "earlier":
+                return output
+            if blind is not None:
+                x = x - (x @ blind) @ blind.T
             for part in reversed(parts):
                 x = F.linear(x, part)
             return output + x.to(output.dtype)
@@ -118,15 +191,24 @@ class Deltas:
     def parameters(self) -> list[nn.Parameter]:
         return [part for parts in self._parts.values() for part in parts]
 
+    def delta(self, key: str) -> Tensor:
+        """The trained change of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
+        parts, blind = self._parts[key], self._blind.get(key)
+        seeing = parts[-1] if blind is None else parts[-1] - (parts[-1] @ blind) @ blind.T
+        return seeing if len(parts) == 1 else parts[0] @ seeing
+
     def factors(self, max_rank: int | None = None) -> dict[str, LowRank]:
-        """The deltas as they are now, on the CPU, as factors: a LoRA's own, a dense delta's exact ones (of full rank).
+        """The trained changes as they are, on the CPU: a LoRA's own factors, a dense delta's exact ones (full rank).
 
         With ``max_rank`` those above it are cut to the nearest change of that rank.
         """
         found = {}
         for key, parts in self._parts.items():
-            tensors = [part.detach().float().cpu() for part in parts]
-            factor = LowRank(tensors[0].clone(), tensors[1].clone()) if len(tensors) == 2 else _exact(tensors[0])
+            seeing, blind = parts[-1].detach(), self._blind.get(key)
+            if blind is not None:
+                seeing = seeing - (seeing @ blind) @ blind.T
+            seeing = seeing.cpu()
+            factor = LowRank(parts[0].detach().cpu().clone(), seeing.clone()) if len(parts) == 2 else _exact(seeing)
             found[key] = factor if max_rank is None or factor.rank <= max_rank else factor.truncated(max_rank)
         return found
 
@@ -146,58 +228,203 @@ def _exact(delta: Tensor) -> LowRank:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What the loop itself needs: ``steps``, AdamW's ``lr`` and ``weight_decay``, a bound of the gradient's norm.
+    """What the loop itself needs: ``steps``, the ``optimiser``'s ``lr`` and ``weight_decay``, a bound of the gradient's
+    norm, and how the two sides' gradients become one.
 
-    Weight decay acts on the deltas, so it pulls back to the base model, not to zero weights.
+    Weight decay acts on the deltas, so it pulls back to the base model, not to zero weights. ``gradient`` is ``"sum"``
+    (plain), ``"restricted"`` (:func:`~.gradients.restricted_gradient` with ``alpha``) or ``"restricted_step"`` (that,
+    and the step the optimiser then makes goes through :func:`~.gradients.project_step`).
     """
 
     steps: int
     lr: float
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    optimiser: Optimiser = "adamw"
+    gradient: GradientRule = "sum"
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training that is cut short is kept, and under which key it goes on; also every ``every`` steps."""
+
+    workspace: Workspace
+    key: str
+    every: int = 100
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What the loss's terms were, unweighted: means over the first and the last tenth of the steps made here."""
+
+    steps: int
+    first: Mapping[str, float]
+    last: Mapping[str, float]
 
 
 def train(
     model: LatentDiffusion,
     deltas: Deltas,
-    terms: Callable[[int], Terms],
+    objective: Objective,
     settings: TrainingSettings,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
     message: str = "training",
-) -> None:
-    """Minimise ``Σ weight · term`` by AdamW over the deltas, in place.
+    checkpoint: Checkpoint | None = None,
+) -> TrainingReport:
+    """Minimise ``Σ weight · term`` over the deltas, in place.
 
-    ``terms(step)`` makes the terms of a step, ``name → (weight, scalar)``, with the deltas attached and the model
-    borrowed. ``progress`` may raise :class:`Cancelled`, and so does the loop when ``should_stop()``. Raises
-    :class:`ForgetConceptError` where the loss or a gradient is not finite: no step is made then.
+    ``progress`` may raise :class:`Cancelled`, and so does the loop when ``should_stop()``. With a ``checkpoint``, what
+    was done until then is kept, and the same call goes on from there to the same result, bit for bit on one device.
+    Raises :class:`ForgetConceptError` where the loss or a gradient is not finite: no step is made then.
     """
-    optimiser = torch.optim.AdamW(deltas.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimiser = _optimiser(deltas.parameters(), settings)
+    told: list[dict[str, float]] = []
     with borrowed(model.unet), deltas.attached():
-        for step in range(1, settings.steps + 1):
-            if should_stop is not None and should_stop():
-                raise Cancelled("The training was cancelled.")
-            optimiser.zero_grad(set_to_none=True)
-            parts = terms(step)
-            loss = torch.stack([weight * term for weight, term in parts.values()]).sum()
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise _diverged(step, "the loss", settings.lr)
-            if not loss.requires_grad:
-                raise ForgetConceptError(
-                    "The loss does not depend on what is trained: choose other projections to train."
-                )
-            loss.backward()
-            gradients = [p.grad for p in deltas.parameters() if p.grad is not None]
-            norm = _norm(gradients)
-            if not math.isfinite(norm):
-                raise _diverged(step, "a gradient", settings.lr)
-            if settings.clip_norm is not None and norm > settings.clip_norm:
-                for gradient in gradients:
-                    gradient.mul_(settings.clip_norm / norm)
-            optimiser.step()
-            told = {name: float(term.detach()) for name, (_, term) in parts.items()}
-            report(progress, ProgressEvent(step, settings.steps, value, told, message))
+        done = _restored(checkpoint, deltas, optimiser, objective)
+        kept = objective.state() if checkpoint else {}
+        try:
+            for step in range(done + 1, settings.steps + 1):
+                if should_stop is not None and should_stop():
+                    raise Cancelled("The training was cancelled.")
+                value, terms = _step(deltas, objective, optimiser, settings, step)
+                told.append(terms)
+                done = step
+                if checkpoint is not None:
+                    kept = objective.state()
+                    if step % checkpoint.every == 0 and step < settings.steps:
+                        _save(checkpoint, deltas, optimiser, kept, done)
+                report(progress, ProgressEvent(step, settings.steps, value, terms, message))
+        except BaseException:
+            if checkpoint is not None and done > 0:
+                _save(checkpoint, deltas, optimiser, kept, done)
+            raise
+    if checkpoint is not None:
+        checkpoint.workspace.remove("training", checkpoint.key)
+    tenth = max(len(told) // 10, 1)
+    return TrainingReport(settings.steps, _means(told[:tenth]), _means(told[-tenth:]))
+
+
+def _optimiser(parameters: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+    if settings.gradient not in GRADIENTS or settings.optimiser not in OPTIMISERS:
+        raise RequestError(
+            f"'gradient' must be one of {', '.join(GRADIENTS)} and 'optimiser' one of {', '.join(OPTIMISERS)}."
+        )
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def _step(
+    deltas: Deltas,
+    objective: Objective,
+    optimiser: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    step: int,
+) -> tuple[float, dict[str, float]]:
+    """One step: the whole loss and its terms, unweighted, before it."""
+    parameters = deltas.parameters()
+    optimiser.zero_grad(set_to_none=True)
+    terms = objective(step)
+    loss = torch.stack([term.weighted for term in terms.values()]).sum()
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise _diverged(step, "the loss", settings.lr)
+    if not loss.requires_grad:
+        raise ForgetConceptError("The loss does not depend on what is trained: choose other projections to train.")
+    if settings.gradient == "sum":
+        loss.backward()
+        sides = None
+    else:
+        sides = _both_sides(terms, parameters, settings)
+        for parameter, gradient in zip(parameters, restricted_gradient(*sides, settings.alpha), strict=True):
+            parameter.grad = gradient
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = _norm(gradients)
+    if not math.isfinite(norm):
+        raise _diverged(step, "a gradient", settings.lr)
+    if settings.clip_norm is not None and norm > settings.clip_norm:
+        for gradient in gradients:
+            gradient.mul_(settings.clip_norm / norm)
+    if sides is None or settings.gradient == "restricted":
+        optimiser.step()
+    else:
+        _projected_step(optimiser, parameters, sides)
+    return value, {name: float(term.value.detach()) for name, term in terms.items()}
+
+
+def _both_sides(
+    terms: Terms, parameters: list[nn.Parameter], settings: TrainingSettings
+) -> tuple[list[Tensor], list[Tensor]]:
+    found = []
+    for side in ("forget", "retain"):
+        parts = [term.weighted for term in terms.values() if term.side == side and term.value.requires_grad]
+        if not parts:
+            raise RequestError(
+                f"The gradient rule '{settings.gradient}' sets forgetting against keeping, and this loss has no part "
+                f"that is there to {side}: give both sides a weight above 0, or set 'gradient' to 'sum'."
+            )
+        gradients = torch.autograd.grad(
+            torch.stack(parts).sum(), parameters, retain_graph=side == "forget", allow_unused=True
+        )
+        found.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def _projected_step(
+    optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], sides: tuple[list[Tensor], list[Tensor]]
+) -> None:
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimiser.step()
+    made = [b - p for b, p in zip(before, parameters, strict=True)]
+    for parameter, was, change in zip(parameters, before, project_step(made, *sides).step, strict=True):
+        parameter.copy_(was - change)
+
+
+def _means(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for terms in told for name in terms)
+    values = {name: [terms[name] for terms in told if name in terms] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+# -- a training cut short ------------------------------------------------------------------------------------------
+
+
+def _save(
+    checkpoint: Checkpoint,
+    deltas: Deltas,
+    optimiser: torch.optim.Optimizer,
+    kept: Mapping[str, Tensor],
+    done: int,
+) -> None:
+    tensors: dict[str, Tensor] = {f"parameter.{i}": p for i, p in enumerate(deltas.parameters())}
+    for i, values in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors |= {f"objective.{name}": value for name, value in kept.items()}
+    tensors["done"] = torch.tensor(done)
+    checkpoint.workspace.save("training", checkpoint.key, tensors)
+
+
+@torch.no_grad()
+def _restored(
+    checkpoint: Checkpoint | None, deltas: Deltas, optimiser: torch.optim.Optimizer, objective: Objective
+) -> int:
+    """The number of steps already made; deltas, optimiser and objective are then as they were after them."""
+    found = None if checkpoint is None else checkpoint.workspace.load("training", checkpoint.key)
+    if found is None:
+        return 0
+    for i, parameter in enumerate(deltas.parameters()):
+        parameter.copy_(found[f"parameter.{i}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in found.items():
+        if name.startswith("optimiser."):
+            _, number, what = name.split(".", 2)
+            state.setdefault(int(number), {})[what] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    objective.restore({name[len("objective.") :]: t for name, t in found.items() if name.startswith("objective.")})
+    return int(found["done"])
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

@@ -10,15 +10,11 @@ from forget_concept.core.attention import AttentionRecorder, token_mask
 from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import Cancelled, RequestError, TokenError
 from forget_concept.core.losses import attention_resteering
+from forget_concept.core.material import Material, Sampling
 from forget_concept.core.methods import fit
-from forget_concept.core.methods.forget_me_not import (
-    ForgetMeNot,
-    ForgetMeNotSettings,
-    _prompts,
-    _Step,
-    concept_positions,
-)
+from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
 from forget_concept.core.text import token_positions
+from forget_concept.core.training import Deltas
 
 QUICK = {"latents": "zeros", "steps": 3, "batch_size": 2}
 
@@ -103,27 +99,29 @@ def test_published_is_one_dense_change_of_all_four(model):
     assert (published.steps, published.lr, published.weight_decay, published.batch_size) == (35, 2e-6, 0.01, 1)
     # two steps of AdamW at 2e-6 move no weight by more
     assert 0 < max(float(f.delta().abs().max()) for f in patch.factors.values()) < 4.1e-6
-    assert {p.text for p in _prompts(model.text, Concept("star", "style"), published)} == {
-        "a photo in the style of star"
-    }
+    targets, kept = ForgetMeNot().prompts(model.text, ForgetRequest((Concept("star", "style"),)), published)
+    assert [p.text for p in targets] == ["a photo in the style of star"] and kept == []
 
 
 def test_a_batch_is_each_prompt_with_its_own_positions(model):
     """The loss of a batch is that of its prompts one by one: ‖·‖² adds up. (The authors' mixed heads and batch.)"""
     settings = ForgetMeNotSettings(latents="zeros", batch_size=4, preserve_weight=0.0)
-    prompts = [p for c in (Concept("star"), Concept("butterfly")) for p in _prompts(model.text, c, settings)]
-    step = _Step(model, settings, prompts, [], torch.Generator().manual_seed(0), None)
-    with step.deltas.attached():
-        asked = {}
-        original = model.predict_noise
-        model.predict_noise = lambda x, t, s: asked.update(x=x, t=t, s=s) or original(x, t, s)
-        batch = [prompts[i] for i in (0, 5, 2, 7)]
-        step.turn = [0, 5, 2, 7]
-        together = float(step(1)["attention"][1].detach())
+    asked = ForgetRequest((Concept("star"), Concept("butterfly")))
+    prompts, _ = ForgetMeNot().prompts(model.text, asked, settings)
+    batch = [prompts[i] for i in (0, 5, 2, 7)]
+    generator = torch.Generator().manual_seed(0)
+    material = Material(model, batch, [], generator, 4, Sampling())
+    deltas = Deltas(model, ForgetMeNot().keys(model, settings), 8, generator)
+    material.restore(material.state() | {"turn": torch.arange(4)})
+    seen = {}
+    original = model.predict_noise
+    model.predict_noise = lambda x, t, s: seen.update(x=x, t=t, s=s) or original(x, t, s)
+    with deltas.attached():
+        together = float(ForgetMeNotObjective(material, deltas, settings)(1)["attention"].value.detach())
         squares = 0.0
         for i, prompt in enumerate(batch):
             with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
-                original(asked["x"][i : i + 1], asked["t"][i : i + 1], asked["s"].index([i]))
+                original(seen["x"][i : i + 1], seen["t"][i : i + 1], seen["s"].index([i]))
                 squares += float(attention_resteering(recorder.masses(token_mask([prompt.positions], 77)))) ** 2
     assert together == pytest.approx(squares**0.5, rel=1e-4)
     assert len({len(p.positions) for p in batch}) > 1
@@ -131,10 +129,11 @@ def test_a_batch_is_each_prompt_with_its_own_positions(model):
 
 def test_positions_and_the_end_of_text():
     text = TinyText()
-    prompt = "a butterfly and a butterfly"
-    found = concept_positions(text, "butterfly", prompt)
-    assert found == [2, 3, 4, 7, 8, 9]
-    assert concept_positions(text, "butterfly", prompt, include_end=True) == [*found, 10]  # one, not every pad
+    templates = ("a {} and a butterfly",)
+    for include_end, wanted in ((False, (2, 3, 4, 7, 8, 9)), (True, (2, 3, 4, 7, 8, 9, 10))):  # one end, not every pad
+        settings = ForgetMeNotSettings(templates=templates, include_end=include_end)
+        (target,), _ = ForgetMeNot().prompts(text, ForgetRequest((Concept("butterfly"),)), settings)
+        assert target.positions == wanted
 
 
 def test_the_same_seed_gives_the_same_patch():

@@ -15,7 +15,7 @@ from forget_concept.core import methods
 from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
 from forget_concept.core.formats import kohya
-from forget_concept.core.methods import all_methods, fit, get, register, resolve_settings
+from forget_concept.core.methods import Inputs, all_methods, fit, get, register, resolve_settings
 from forget_concept.core.patch import LowRank, Patch
 
 QUICK = {"uce": {}, "forget_me_not": {"steps": 2, "n_images": 1, "sample_steps": 1}}
@@ -115,12 +115,18 @@ def test_settings_are_resolved_and_typed():
 def test_an_edit_of_nothing_or_of_nan_is_never_a_success(registry, model, value, words):
     key = model.survey.sites[0].key("to_k")
 
-    def run(self, model, request, settings, progress=None):
+    def run(self, model, request, settings, progress=None, inputs=None):
         return Patch({key: LowRank(torch.full((32, 1), value), torch.ones(1, 32))})
 
     register(make("mine", fit=run))
     with pytest.raises(PatchError, match=words):
         fit(model, ForgetRequest((Concept("star"),), method="mine"))
+
+
+def test_pictures_for_a_method_that_looks_at_none_are_refused(model):
+    given = Inputs(images={"star": torch.zeros(4, 3, 64, 64)})
+    with pytest.raises(RequestError, match=r"'uce' works from words alone.*'star'"):
+        fit(model, ForgetRequest((Concept("star"),)), inputs=given)
 
 
 def test_the_core_needs_no_extras():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import flags, forward, rand, state_hash, tiny_model
 
-from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError
+from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, RequestError
 from forget_concept.core.losses import noise_matching
-from forget_concept.core.patch import Patch
-from forget_concept.core.training import Deltas, TrainingSettings, borrowed, train
+from forget_concept.core.patch import LowRank, Patch
+from forget_concept.core.training import Checkpoint, Deltas, Term, TrainingSettings, borrowed, train
+from forget_concept.core.workspace import Workspace
 
 
 def seeded(seed=0):
@@ -20,10 +21,26 @@ def deltas_of(model, rank=2, which=("to_q", "to_k", "to_v", "to_out")):
     return Deltas(model, [s.key(w) for s in model.survey for w in which], rank, seeded())
 
 
+class Plain:
+    """An objective without memory, from a function of the step."""
+
+    def __init__(self, terms):
+        self.terms = terms
+
+    def __call__(self, step):
+        return self.terms(step)
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+
 def objective(model):
     x, t, states = rand(2, 4, 8, 8), torch.tensor([100, 800]), model.text.encode(["a star", ""])
     wanted = rand(2, 4, 8, 8, seed=3)
-    return lambda step: {"fit": (1.0, noise_matching(model.predict_noise(x, t, states), wanted))}
+    return Plain(lambda step: {"fit": Term(noise_matching(model.predict_noise(x, t, states), wanted))})
 
 
 @pytest.mark.parametrize("rank", [2, None])
@@ -38,7 +55,7 @@ def test_training_lowers_the_loss_and_its_factors_are_the_change(model, rank):
     assert [e.step for e in events] == list(range(1, 9)) and events[0].terms["fit"] == pytest.approx(events[0].loss)
     with deltas.attached():
         trained = forward(model.unet)
-        with deltas.disabled():
+        with deltas.showing("base"):
             assert torch.equal(forward(model.unet), base)
     with Patch(deltas.factors()).applied(model.unet):
         torch.testing.assert_close(forward(model.unet), trained, atol=2e-5, rtol=1e-3)
@@ -66,7 +83,7 @@ def test_the_model_comes_back_bit_for_bit(model, way, as_found):
         if step == 2 and way == "error in a term":
             raise Broken
         found = good(step)
-        return {"fit": (float("nan") if step == 2 and way == "not finite" else 1.0, found["fit"][1])}
+        return {"fit": Term(found["fit"].value, float("nan") if step == 2 and way == "not finite" else 1.0)}
 
     def progress(event):
         if event.step == 2 and way in ("cancel", "error in progress"):
@@ -83,7 +100,7 @@ def test_the_model_comes_back_bit_for_bit(model, way, as_found):
 
     def run():
         stop = (lambda: next(stops)) if way == "stop" else None
-        train(model, deltas_of(model), terms, TrainingSettings(3, 1e-2), progress, stop)
+        train(model, deltas_of(model), Plain(terms), TrainingSettings(3, 1e-2), progress, stop)
 
     if expected is None:
         run()
@@ -108,7 +125,8 @@ def test_a_gradient_that_is_not_finite_makes_no_step(model):
             return gradient * float("inf")
 
     with pytest.raises(ForgetConceptError, match=r"step 1: a gradient.*0\.01"):
-        train(model, deltas, lambda step: {"x": (1.0, Poison.apply(good(step)["fit"][1]))}, TrainingSettings(3, 1e-2))
+        poisoned = Plain(lambda step: {"x": Term(Poison.apply(good(step)["fit"].value))})
+        train(model, deltas, poisoned, TrainingSettings(3, 1e-2))
     assert all(torch.isfinite(p).all() for p in deltas.parameters())
     assert Patch(deltas.factors()).max_abs() == 0
 
@@ -121,7 +139,7 @@ def test_gradients_are_clipped_in_every_mode(model):
         train(
             model,
             deltas,
-            lambda step, g=good: {"x": (1e3, g(step)["fit"][1])},
+            Plain(lambda step, g=good: {"x": Term(g(step)["fit"].value, 1e3)}),
             TrainingSettings(1, 1e-3, clip_norm=0.5),
         )
         norm = torch.stack([p.grad.norm() for p in deltas.parameters()]).norm()
@@ -153,7 +171,7 @@ def test_what_cannot_be_trained_is_said(model):
     with pytest.raises(ModelError, match=r"no projection 'x\.to_k'"):
         Deltas(model, ["x.to_k"], 2, seeded())
     with pytest.raises(ForgetConceptError, match="does not depend"):
-        train(model, deltas_of(model), lambda step: {"x": (1.0, torch.ones(()))}, TrainingSettings(1, 1e-3))
+        train(model, deltas_of(model), Plain(lambda step: {"x": Term(torch.ones(()))}), TrainingSettings(1, 1e-3))
 
 
 def test_half_precision_models_train_in_full_precision_deltas():
@@ -164,3 +182,195 @@ def test_half_precision_models_train_in_full_precision_deltas():
     train(model, deltas, objective(model), TrainingSettings(6, 1e-2), events.append)
     assert events[-1].loss < events[0].loss
     assert all(p.dtype == torch.float32 for p in deltas.parameters())
+
+
+# -- forgetting against keeping -----------------------------------------------------------------------------------
+
+
+def two_sides(model):
+    """Opposed on purpose: the same prediction is drawn to one place and to another."""
+    x, t, states = rand(2, 4, 8, 8), torch.tensor([100, 800]), model.text.encode(["a star", ""])
+    wanted = rand(2, 4, 8, 8, seed=3)
+    with torch.no_grad():
+        other = 2 * model.predict_noise(x, t, states) - wanted + 0.5 * rand(2, 4, 8, 8, seed=4)
+
+    def terms(step):
+        predicted = model.predict_noise(x, t, states)
+        return {
+            "forget": Term(noise_matching(predicted, wanted), 3.0),
+            "keep": Term(noise_matching(predicted, other), side="retain"),
+        }
+
+    return Plain(terms)
+
+
+def test_the_restricted_rule_is_the_papers_formula_on_both_sides(model):
+    deltas = deltas_of(model, rank=None, which=("to_k",))
+    good = two_sides(model)
+    with borrowed(model.unet), deltas.attached():
+        terms = good(1)
+        sides = [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(terms[n].weighted, deltas.parameters(), retain_graph=True)]
+            )
+            for n in ("forget", "keep")
+        ]
+    f, r = sides
+    s = f @ r
+    assert s < 0
+    wanted = (f - s / (r @ r) * r) + (r - s / (f @ f) * f)
+    train(model, deltas, good, TrainingSettings(1, 1e-3, optimiser="sgd", gradient="restricted"))
+    moved = -torch.cat([p.detach().flatten() for p in deltas.parameters()]) / 1e-3
+    torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-6 * float(wanted.norm()))
+
+
+def test_the_restricted_step_ascends_neither_side_under_adam(model):
+    """First order, for the step really made; with the sum at least one side would rise."""
+
+    def made(rule):
+        deltas = deltas_of(model, rank=None, which=("to_k", "to_v"))
+        good = two_sides(model)
+        with borrowed(model.unet), deltas.attached():
+            terms = good(1)
+            sides = [
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(terms[n].value, deltas.parameters(), retain_graph=True)]
+                )
+                for n in ("forget", "keep")
+            ]
+        train(model, deltas, good, TrainingSettings(1, 1e-3, gradient=rule))
+        step = torch.cat([p.detach().flatten() for p in deltas.parameters()])
+        return [float(side @ step) / float(side.norm() * step.norm()) for side in sides]
+
+    assert max(made("sum")) > 0.01
+    assert max(made("restricted_step")) < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["restricted", "restricted_step"])
+def test_a_rule_for_two_sides_needs_both(model, rule):
+    with pytest.raises(RequestError, match=f"'{rule}'.*retain"):
+        train(model, deltas_of(model), objective(model), TrainingSettings(1, 1e-3, gradient=rule))
+
+
+# -- what earlier requests left, and directions not to be touched -----------------------------------------------
+
+
+def test_earlier_requests_stay_on_and_can_be_taken_off(model):
+    sites = model.survey.sites
+    shared, own = sites[0].key("to_k"), sites[1].key("to_v")
+    earlier = Patch(
+        {
+            key: LowRank(0.1 * rand(*shape[:1], 2), rand(2, *shape[1:]))
+            for key, shape in (
+                (shared, tuple(model.survey.linear(shared).weight.shape)),
+                (own, tuple(model.survey.linear(own).weight.shape)),
+            )
+        }
+    )
+    base = forward(model.unet)
+    with earlier.applied(model.unet):
+        before = forward(model.unet)
+    deltas = Deltas(model, [shared, sites[2].key("to_q")], 2, seeded(), earlier)
+    with torch.no_grad():
+        for parameter in deltas.parameters():
+            parameter.add_(0.1)
+    with torch.no_grad(), deltas.attached():
+        now = forward(model.unet)
+        with deltas.showing("earlier"):
+            torch.testing.assert_close(forward(model.unet), before)
+        with deltas.showing("base"):
+            assert torch.equal(forward(model.unet), base)
+    with Patch.combined([(earlier, 1.0), (Patch(deltas.factors()), 1.0)]).applied(model.unet):
+        torch.testing.assert_close(forward(model.unet), now, atol=2e-5, rtol=1e-3)
+    assert set(deltas.factors()) == set(deltas.keys)  # the earlier part is not trained again
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_blind_directions_move_nothing(model, rank):
+    key = model.survey.sites[0].key("to_k")
+    basis = torch.linalg.qr(rand(32, 5))[0]
+    deltas = Deltas(model, [key], rank, seeded(), blind={key: basis})
+    train(model, deltas, objective(model), TrainingSettings(5, 1e-2))
+    change = deltas.factors()[key].delta()
+    assert float(change.norm()) > 1e-3 and float((change @ basis).norm()) < 1e-5 * float(change.norm())
+    torch.testing.assert_close(deltas.delta(key).detach(), change)
+    with deltas.attached():
+        trained = forward(model.unet)
+    with Patch(deltas.factors()).applied(model.unet):
+        torch.testing.assert_close(forward(model.unet), trained, atol=1e-5, rtol=1e-4)
+
+
+# -- cut short and gone on with ----------------------------------------------------------------------------------
+
+
+class Drawing(Plain):
+    """An objective that draws its noise from a generator of its own."""
+
+    def __init__(self, model):
+        self.model, self.generator = model, seeded(7)
+        self.calls = 0
+
+    def __call__(self, step):
+        self.calls += 1
+        x = torch.randn(1, 4, 8, 8, generator=self.generator)
+        predicted = self.model.predict_noise(x, torch.tensor([500]), self.model.text.encode(["a star"]))
+        return {"fit": Term(noise_matching(predicted, x * 0))}
+
+    def state(self):
+        return {"generator": self.generator.get_state()}
+
+    def restore(self, state):
+        self.generator.set_state(state["generator"])
+
+
+class Failing(Drawing):
+    """Breaks in step 5, after its noise has been drawn."""
+
+    def __call__(self, step):
+        found = super().__call__(step)
+        if step == 5:
+            raise Broken
+        return found
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("drawing", [Drawing, Failing])
+def test_a_training_goes_on_where_it_was_cut_short(tmp_path, drawing, optimiser):
+    settings = TrainingSettings(6, 1e-2, weight_decay=0.01, optimiser=optimiser)
+    checkpoint = Checkpoint(Workspace(tmp_path), "k")
+
+    def run(drawing=Drawing, progress=None, checkpoint=None):
+        model = tiny_model()
+        deltas, drawn = deltas_of(model), drawing(model)
+        train(model, deltas, drawn, settings, progress, checkpoint=checkpoint)
+        return drawn.calls, [p.detach().clone() for p in deltas.parameters()]
+
+    def cancel(event):
+        if event.step == 4:
+            raise Cancelled
+
+    _, whole = run()
+    with pytest.raises((Cancelled, Broken)):
+        run(drawing, cancel if drawing is Drawing else None, checkpoint)
+    calls, parts = run(checkpoint=checkpoint)
+    assert calls == 2
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+    assert checkpoint.workspace.load("training", "k") is None  # done: nothing to go on with
+
+
+def test_a_long_training_is_kept_on_the_way_too(model, tmp_path):
+    checkpoint = Checkpoint(Workspace(tmp_path), "k", every=2)
+    seen = []
+
+    def look(event):
+        found = checkpoint.workspace.load("training", "k")
+        seen.append(None if found is None else int(found["done"]))
+
+    train(model, deltas_of(model), Drawing(model), TrainingSettings(5, 1e-2), look, checkpoint=checkpoint)
+    assert seen == [None, 2, 2, 4, 4]
+
+
+def test_the_report_has_the_terms_of_the_first_and_last_steps(model):
+    told = train(model, deltas_of(model), two_sides(model), TrainingSettings(10, 5e-3))
+    assert set(told.first) == set(told.last) == {"forget", "keep"} and told.steps == 10
+    assert told.last["forget"] < told.first["forget"]

@@ -17,6 +17,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
+from torch import Tensor
+
 from ..concepts import ForgetRequest
 from ..diffusion import LatentDiffusion
 from ..errors import ForgetConceptError, PatchError, RequestError
@@ -24,15 +26,34 @@ from ..patch import Patch
 from ..progress import Progress
 from ..text import end_position
 from ..version import VERSION
+from ..workspace import Workspace
 
-__all__ = ["Method", "all_methods", "fit", "get", "register", "resolve_settings"]
+__all__ = ["Inputs", "Method", "all_methods", "fit", "get", "register", "resolve_settings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a person gives besides words.
+
+    ``images``: pictures by the concept's name, each ``(n, 3, H, W)`` in [-1, 1]. ``workspace``: a folder for what takes
+    long. ``earlier``: what earlier requests left, to start from.
+    """
+
+    images: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    workspace: Workspace | None = None
+    earlier: Patch | None = None
+
+    def earlier_factors(self) -> dict[str, list[Tensor]]:
+        """The tensors of what earlier requests left, by key."""
+        return {} if self.earlier is None else {k: [f.up, f.down] for k, f in self.earlier.factors.items()}
 
 
 class Method(ABC):
     """Base of the methods of forgetting.
 
     ``id`` names it in requests, ``title`` and ``paper`` in interfaces. ``Settings`` is a frozen dataclass of plain
-    values; ``presets`` has at least ``"published"`` (the authors') and ``"tuned"`` (ours).
+    values; ``presets`` has at least ``"published"`` (the authors') and ``"tuned"`` (ours). ``takes_images``: whether it
+    can look at a person's own pictures.
     """
 
     id: ClassVar[str]
@@ -40,10 +61,16 @@ class Method(ABC):
     paper: ClassVar[str]
     Settings: ClassVar[type]
     presets: ClassVar[Mapping[str, Any]]
+    takes_images: ClassVar[bool] = False
 
     @abstractmethod
     def fit(
-        self, model: LatentDiffusion, request: ForgetRequest, settings: Any, progress: Progress | None = None
+        self,
+        model: LatentDiffusion,
+        request: ForgetRequest,
+        settings: Any,
+        progress: Progress | None = None,
+        inputs: Inputs | None = None,
     ) -> Patch:
         """The patch, at strength 1. The request has been checked and ``settings`` resolved."""
 
@@ -66,7 +93,7 @@ def register(method: C) -> C:
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """Every method by its id, in the order of the ids; every module in this folder is one."""
+    """Every method by its id, in the order of the ids; every module in this folder is one, or their base."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f".{module.name}", __package__)
     return dict(sorted(_METHODS.items()))
@@ -146,10 +173,16 @@ def _spoken(hint: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "words"}.get(hint, str(hint))
 
 
-def fit(model: LatentDiffusion, request: ForgetRequest, progress: Progress | None = None) -> Patch:
+def fit(
+    model: LatentDiffusion,
+    request: ForgetRequest,
+    progress: Progress | None = None,
+    inputs: Inputs | None = None,
+) -> Patch:
     """Do what the request asks, on a borrowed model that is given back as it was: the front door of every host.
 
-    The patch has the request's ``strength`` in it already (apply it at 1), and says in its metadata what made it.
+    ``inputs`` are a person's pictures, a work folder and what to start from. The patch has the request's ``strength``
+    in it already (apply it at 1), and says in its metadata what made it.
     Raises :class:`~..errors.ForgetConceptError` in words (a bad request, tokens cut off, an edit that came out empty or
     not finite) and :class:`~..errors.Cancelled` where ``progress`` does.
     """
@@ -159,7 +192,13 @@ def fit(model: LatentDiffusion, request: ForgetRequest, progress: Progress | Non
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises where even the bare words are cut off
-    patch = method().fit(model, request, settings, progress)
+    inputs = inputs or Inputs()
+    if inputs.images and not method.takes_images:
+        raise RequestError(
+            f"The method '{method.id}' works from words alone, and pictures of '{next(iter(inputs.images))}' were "
+            "given: leave them out, or use another method."
+        )
+    patch = method().fit(model, request, settings, progress, inputs)
     patch.check_finite()
     if patch.max_abs() == 0:
         raise PatchError(

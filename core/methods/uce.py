@@ -26,7 +26,7 @@ from ..formats.context_map import expand
 from ..patch import LowRank, Patch
 from ..progress import Progress, ProgressEvent, report
 from ..text import TextEncoder, end_position, phrase_span, tail_positions
-from . import Method, register
+from . import Inputs, Method, register
 
 __all__ = ["UCE", "Columns", "UCESettings", "aligned_positions", "collect_columns", "solve_context_map"]
 
@@ -124,8 +124,13 @@ class UCE(Method):
         request: ForgetRequest,
         settings: UCESettings,
         progress: Progress | None = None,
+        inputs: Inputs | None = None,
     ) -> Patch:
         """Encode the prompts, solve once, expand to every site. Deterministic: the seed plays no part."""
+        if inputs is not None and inputs.earlier is not None:
+            raise RequestError(
+                "The closed form does not start from an earlier patch: it solves for all requests at once."
+            )
         report(progress, ProgressEvent(0, 3, message="reading the text states"))
         columns = collect_columns(model.text, request, settings)
         report(progress, ProgressEvent(1, 3, message="solving"))

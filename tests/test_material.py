@@ -1,0 +1,159 @@
+"""Prompts, pictures and draws of a trained method: seeded, fair, resumable, each with the right words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import TinyText, rand, tiny_model
+
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.errors import Cancelled, RequestError, TokenError
+from forget_concept.core.material import KEPT, Material, Sampling, said_instead, target_prompt
+from forget_concept.core.methods import Inputs, fit
+from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
+from forget_concept.core.workspace import Workspace
+
+
+def material(model, texts=("a star", "the star", "star"), kept=("", "a tree", "a boat"), seed=0, **more):
+    targets = [target_prompt(model.text, Concept("star"), text, None) for text in texts]
+    generator = torch.Generator().manual_seed(seed)
+    return Material(model, targets, kept, generator, 2, Sampling(2, 2.5), **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "instead", "wanted"),
+    [
+        ("a photo of a star", "star", "arrow", "a photo of an arrow"),
+        ("An umbrella by a star", "umbrella", "tree", "A tree by a star"),
+        ("star, a starfish, Star", "star", "boat", "boat, a starfish, boat"),
+        ("a photo of a star at night", "star", "", "a photo of at night"),
+        ("the neon style", "neon", "stained glass", "the stained glass style"),
+        ("a red star", "star", "arrow", "a red arrow"),
+    ],
+)
+def test_something_else_is_said(text, name, instead, wanted):
+    assert said_instead(text, name, instead) == wanted
+
+
+def test_prompts_take_turns(model):
+    made = material(model)
+    drawn = Counter(prompt.text for _ in range(30) for prompt in made.next_targets())
+    assert set(drawn.values()) == {20}
+    kept = [made.next_kept() for _ in range(30)]
+    assert all(texts[0] == "" and texts[1] != "" for texts in kept)
+    assert Counter(texts[1] for texts in kept) == {"a tree": 15, "a boat": 15}
+
+
+def test_states_are_the_encoders_and_each_prompt_is_encoded_once(model):
+    made = material(model)
+    encoded = len(model.text.encoded)
+    states = made.states(["a tree", "a star", "a tree"])
+    torch.testing.assert_close(states.hidden, TinyText().encode(["a tree", "a star", "a tree"]).hidden)
+    made.states(["new", "a star"])
+    assert model.text.encoded[encoded:] == ["new"]
+
+
+def test_pictures_of_each_pool_are_its_own(model, tmp_path):
+    made = material(model, workspace=Workspace(tmp_path))
+    wanted = {"star": ["a star", "star"], KEPT: ["a tree"]}
+    made.draw(wanted, 3)
+    assert {name: len(pool) for name, pool in made.pools.items()} == {"star": 3, KEPT: 3}
+    batch = made.noised(["star", KEPT] * 8)
+    for x0, name in zip(batch.x0, ["star", KEPT] * 8, strict=True):
+        assert any(torch.equal(x0, one) for one in made.pools[name])
+    alpha = model.alphas_cumprod[batch.times][:, None, None, None]
+    torch.testing.assert_close(batch.x, alpha.sqrt() * batch.x0 + (1 - alpha).sqrt() * batch.noise)
+
+    again = material(tiny_model(), workspace=Workspace(tmp_path))
+    again.model.sample = None  # from the work folder, not drawn again
+    again.draw(wanted, 3)
+    assert all(torch.equal(again.pools[name], made.pools[name]) for name in wanted)
+    other = material(tiny_model(seed=1), workspace=Workspace(tmp_path))
+    other.draw(wanted, 3)
+    assert not torch.equal(other.pools["star"], made.pools["star"])
+
+
+def test_the_state_is_all_that_the_next_draws_depend_on(model):
+    made, later = material(model), material(model, seed=9)
+    made.next_targets(), made.next_kept(), made.noised(["star"])
+    later.restore({name: value.clone() for name, value in made.state().items()})
+    for _ in range(3):
+        assert made.next_targets(3) == later.next_targets(3) and made.next_kept() == later.next_kept()
+        first, second = made.noised([KEPT] * 2), later.noised([KEPT] * 2)
+        assert torch.equal(first.x, second.x) and torch.equal(first.times, second.times)
+
+
+def test_what_makes_no_sense_is_said(model):
+    with pytest.raises(RequestError, match="'a star' is both"):
+        material(model, kept=("", "a star"))
+    with pytest.raises(TokenError, match="does not occur"):
+        target_prompt(model.text, Concept("star"), "a tree", None)
+    with pytest.raises(TokenError, match="cut off"):
+        target_prompt(model.text, Concept("star"), "a star", "s " * 90)
+    with pytest.raises(RequestError, match="no autoencoder"):
+        material(model).encode("star", rand(2, 3, 64, 64))
+
+
+# -- the ways to give prompts, through a method --------------------------------------------------------------------
+
+
+def prompts(*concepts, preserve=(), **settings):
+    request = ForgetRequest(concepts, preserve, "forget_me_not")
+    targets, kept = ForgetMeNot().prompts(TinyText(), request, ForgetMeNotSettings(**settings))
+    return targets, kept
+
+
+def test_diverse_prompts_come_with_their_pairs():
+    targets, kept = prompts(Concept("star", replacement="arrow"), preserve=("tree",), diverse=20)
+    assert len({t.text for t in targets}) == 20
+    assert all("star" in t.text and "arrow" in t.instead and "star" not in t.instead for t in targets)
+    assert kept[0] == "" and len(kept) > 20 and not any("star" in text for text in kept)
+    assert "a photo of tree" in kept
+
+
+def test_prompts_of_ones_own():
+    mine = ("a star by the sea", "my star")
+    targets, kept = prompts(
+        Concept("star", replacement="boat"), forget_prompts=mine, retain_prompts=("the sea", "my hat")
+    )
+    assert [t.text for t in targets] == list(mine)
+    assert [t.instead for t in targets] == ["a boat by the sea", "my boat"]
+    assert kept == ["", "the sea", "my hat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"forget_prompts": ("a tree",), "retain_prompts": ("x",)}, "star"),
+        ({"forget_prompts": ("a star",), "retain_prompts": ("a star",)}, "a star"),
+        ({"forget_prompts": ("a star",), "retain_prompts": ("x",), "diverse": 4}, "not both"),
+        ({"gradient": "restricted", "preserve_weight": 0.0}, "preserves nothing"),
+        ({"retain_prompts": ("x",), "preserve_weight": 0.0}, "preserves nothing"),
+        ({"latents": "images"}, "no pictures of 'star'"),
+        ({"diverse": -1}, "'diverse'"),
+    ],
+)
+def test_prompts_that_cannot_be_meant_are_refused(model, settings, words):
+    request = ForgetRequest((Concept("star"),), method="forget_me_not", settings={"latents": "zeros"} | settings)
+    with pytest.raises(RequestError, match=words):
+        fit(model, request)
+
+
+def test_a_whole_method_goes_on_where_it_was_cut_short(tmp_path):
+    settings = {"steps": 4, "n_images": 2, "sample_steps": 2, "batch_size": 2}
+    request = ForgetRequest((Concept("star"),), ("tree",), "forget_me_not", settings=settings, seed=3)
+    whole = fit(tiny_model(), request)
+
+    def cancel(event):
+        if event.message.startswith("re-steering") and event.step == 2:
+            raise Cancelled
+
+    inputs = Inputs(workspace=Workspace(tmp_path))
+    with pytest.raises(Cancelled):
+        fit(tiny_model(), request, cancel, inputs)
+    events = []
+    patch = fit(tiny_model(), request, events.append, inputs)
+    assert [e.step for e in events] == [3, 4]
+    assert all(torch.equal(f.up, whole.factors[k].up) for k, f in patch.factors.items())

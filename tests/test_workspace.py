@@ -1,0 +1,53 @@
+"""The work folder: what is found is what was put there, and never another model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from forget_concept.core.errors import PatchError, RequestError
+from forget_concept.core.workspace import Workspace, key_of
+
+
+def test_tensors_and_words_come_back_as_they_were(tmp_path):
+    work = Workspace(tmp_path / "new" / "folder")
+    assert work.load("fisher", "a") is None and work.metadata("fisher", "a") == {}
+    tensors = {"x": torch.randn(3, 2)[:, :1], "n": torch.tensor(5), "state": torch.Generator().get_state()}
+    path = work.save("fisher", "a", tensors, model="m")
+    assert path.exists() and work.metadata("fisher", "a") == {"model": "m"}
+    again = Workspace(tmp_path / "new" / "folder").load("fisher", "a")
+    assert set(again) == set(tensors) and all(torch.equal(again[k], v) for k, v in tensors.items())
+    assert work.load("fisher", "b") is None and work.load("pictures", "a") is None
+    work.remove("fisher", "a")
+    work.remove("fisher", "a")
+    assert work.load("fisher", "a") is None
+
+
+def test_a_key_is_the_same_for_equal_parts_and_no_others():
+    x = torch.arange(6.0).reshape(2, 3)
+    made = key_of("m", ["a", "b"], {"y": 1, "x": 2.0}, x, None)
+    assert made == key_of("m", ("a", "b"), {"x": 2.0, "y": 1}, x.clone(), None)
+    others = [
+        key_of("m", ["a"], "b", {"y": 1, "x": 2.0}, x, None),
+        key_of("m", ["ab"], {"y": 1, "x": 2.0}, x, None),
+        key_of("m", ["a", "b"], {"y": 1, "x": 2.5}, x, None),
+        key_of("m", ["a", "b"], {"y": 1, "x": 2.0}, x.reshape(3, 2), None),
+        key_of("m", ["a", "b"], {"y": 1, "x": 2.0}, x.double(), None),
+        key_of("m", ["a", "b"], {"y": 1, "x": 2.0}, x.T.contiguous().T + 1e-6, None),
+        key_of("m", ["a", "b"], {"y": 1, "x": 2.0}, x),
+    ]
+    assert len({made, *others}) == 1 + len(others)
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RequestError, match=r"work folder.*cannot be made"):
+        Workspace(tmp_path / "file" / "below")
+    work = Workspace(tmp_path)
+    for kind, key in (("..", "/etc"), ("a", "../b"), ("a b", "c")):
+        with pytest.raises(RequestError, match="cannot be the name"):
+            work.path(kind, key)
+    work.save("kind", "key", {"x": torch.ones(3)})
+    work.path("kind", "key").write_bytes(b"short")
+    with pytest.raises(PatchError, match="kind/key"):
+        work.load("kind", "key")
