@@ -6,6 +6,8 @@ in every state from its first token on, the padding included (:func:`tail_positi
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,34 +74,56 @@ class TextEncoder(Protocol):
         """The states of the prompts, one row a prompt, without gradient."""
 
 
-def _occurrences(ids: Sequence[int], phrase: Sequence[int]) -> list[int]:
-    width = len(phrase)
-    found, start = [], 0
-    while start + width <= len(ids):
-        if list(ids[start : start + width]) == list(phrase):
-            found.append(start)
-            start += width
-        else:
-            start += 1
+# letters and digits make words; everything else separates them, as in CLIP's own splitting
+_BEFORE, _AFTER = r"(?<![^\W_])", r"(?![^\W_])"
+
+
+def _places(phrase: str, prompt: str) -> list[tuple[int, int]]:
+    """Where the phrase stands in the prompt as words of its own: first character and the one after the last.
+
+    Punctuation at its ends is taken with all that touches it: an encoder's tokenizer may merge the two.
+    """
+    words = phrase.split()
+    pattern = r"\s+".join(re.escape(word) for word in words)
+    pattern = (_BEFORE if words[0][0].isalnum() else "") + pattern + (_AFTER if words[-1][-1].isalnum() else "")
+    found = []
+    for match in re.finditer(pattern, prompt, re.IGNORECASE):
+        start, end = match.span()
+        while not prompt[start].isalnum() and start and _touches(prompt[start - 1]):
+            start -= 1
+        while not prompt[end - 1].isalnum() and end < len(prompt) and _touches(prompt[end]):
+            end += 1
+        found.append((start, end))
     return found
 
 
-def _found(encoder: TextEncoder, phrase: str, prompt: str) -> tuple[list[int], int]:
-    """First positions of every occurrence and the number of sub-words; the errors of the public functions."""
-    wanted = list(encoder.phrase_ids(phrase))
-    if not wanted:
+def _touches(character: str) -> bool:
+    return not character.isalnum() and not character.isspace()
+
+
+def _found(encoder: TextEncoder, phrase: str, prompt: str) -> list[tuple[int, int]]:
+    """First position and number of sub-words of every occurrence; the errors of the public functions.
+
+    Looked for in the words, not in the sub-words: a longer word may end in the very sub-words of the phrase.
+    """
+    if not encoder.phrase_ids(phrase):
         raise TokenError(f"The phrase '{phrase}' has no tokens in this text encoder: use other words for it.")
-    starts = _occurrences(encoder.token_ids(prompt), wanted)
-    # an encoder cuts a prompt off silently; what is there before the cut and not after it was lost
-    meant = len(_occurrences(encoder.phrase_ids(prompt), wanted))
-    if meant > len(starts):
-        raise TokenError(
-            f"'{phrase}' is cut off in the prompt '{_short(prompt)}': the text encoder reads {encoder.max_length} "
-            "tokens and no more; use a shorter prompt or a shorter name."
-        )
-    if not starts:
+    phrase, prompt = unicodedata.normalize("NFC", phrase), unicodedata.normalize("NFC", prompt)
+    meant, encoded = encoder.phrase_ids(prompt), encoder.token_ids(prompt)
+    spans = []
+    for first, after in _places(phrase, prompt):
+        start, end = len(encoder.phrase_ids(prompt[:first])), len(encoder.phrase_ids(prompt[:after]))
+        # an encoder cuts a prompt off silently; what is there before the cut and not after it was lost
+        if list(encoded[1 + start : 1 + end]) != list(meant[start:end]):
+            raise TokenError(
+                f"'{phrase}' is cut off in the prompt '{_short(prompt)}': the text encoder reads {encoder.max_length} "
+                "tokens and no more; use a shorter prompt or a shorter name."
+            )
+        if end > start:
+            spans.append((1 + start, end - start))
+    if not spans:
         raise TokenError(f"'{phrase}' does not occur in the prompt '{_short(prompt)}'.")
-    return starts, len(wanted)
+    return spans
 
 
 def _short(prompt: str, limit: int = 80) -> str:
@@ -111,14 +135,13 @@ def token_positions(encoder: TextEncoder, phrase: str, prompt: str) -> list[int]
 
     Raises :class:`TokenError` where the phrase does not occur or an occurrence is cut off at the encoder's length.
     """
-    starts, width = _found(encoder, phrase, prompt)
-    return [start + offset for start in starts for offset in range(width)]
+    positions = [start + offset for start, width in _found(encoder, phrase, prompt) for offset in range(width)]
+    return list(dict.fromkeys(positions))
 
 
 def phrase_span(encoder: TextEncoder, phrase: str, prompt: str) -> tuple[int, int]:
     """First position and number of sub-words of the first occurrence. Raises as :func:`token_positions`."""
-    starts, width = _found(encoder, phrase, prompt)
-    return starts[0], width
+    return _found(encoder, phrase, prompt)[0]
 
 
 def tail_positions(encoder: TextEncoder, phrase: str, prompt: str) -> list[int]:

@@ -52,6 +52,29 @@ def test_words_inside_other_words_are_no_occurrence():
     assert token_positions(TEXT, "RAIN", "rain, rainbow") == [1]
 
 
+@pytest.mark.parametrize(
+    ("phrase", "prompt", "wanted"),
+    [
+        # "starfish" is "star" + "fish_" here: its last sub-word is all of "fish"
+        ("fish", "a starfish and a fish", [6]),
+        ("fish", "a FISH, starfish", [2]),
+        ("house (small)", "a house (small), red", [2, 3, 4, 5, 6, 7, 8]),
+        ("star", "the star's star_shape (star)", [2, 5, 9]),
+        ("caf\u00e9", "the cafe\u0301", [2]),
+        ("stained  glass", "a stained\nglass", [2, 3, 4, 5]),
+        ("C++", "c++, c", [1, 2, 3, 4]),
+    ],
+)
+def test_a_phrase_is_found_as_words(phrase, prompt, wanted):
+    assert token_positions(TEXT, phrase, prompt) == wanted
+
+
+def test_a_longer_word_that_ends_in_the_phrases_sub_words_is_none_of_it():
+    assert TEXT.phrase_ids("starfish")[-1:] == TEXT.phrase_ids("fish")
+    with pytest.raises(TokenError, match="does not occur"):
+        token_positions(TEXT, "fish", "a starfish")
+
+
 def test_what_cannot_be_found_is_said():
     with pytest.raises(TokenError, match="no tokens"):
         token_positions(TEXT, "  ", "a star")
@@ -86,6 +109,10 @@ def test_clip(tmp_path):
     assert len(text.phrase_ids("x " * 200)) == 200
     with pytest.raises(TokenError, match="cut off"):
         token_positions(text, "star", "a " * 80 + "star")
+    # this tokenizer too reads "),": one run of punctuation, whose sub-words are not those of ")"
+    found = token_positions(text, "star (a)", "a star (a), b")
+    assert found[0] == 2 and found == list(range(2, found[-1] + 1))
+    assert found[-1] == len(text.phrase_ids("a star (a),"))
     hidden = text.encode(["a star", ""]).hidden
     assert hidden.shape == (2, 77, 32) and not hidden.requires_grad
     both = text.encode(["a star", "a star on grass"]).hidden
