@@ -13,6 +13,15 @@ from typing import Any
 import torch
 
 
+def warm_cosine(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 3 % of the steps, then a cosine to 2 % of the peak."""
+    warm = max(1, round(0.03 * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    along = min(1.0, (step - warm) / max(1, steps - warm))
+    return peak * (0.02 + 0.49 * (1 + math.cos(math.pi * along)))
+
+
 class Run:
     """State of one stage under `folder`: `<name>.pt` (resumable) and `<name>.log.jsonl` (a line a report).
 
@@ -47,14 +56,8 @@ class Run:
             self.step, self.seconds = state["step"], state["seconds"]
 
     def lr(self) -> float:
-        """Linear warm-up over 3 % of the run, then a cosine to 2 % of the peak; or the stage's own schedule."""
-        if self.schedule is not None:
-            return self.schedule(self.step)
-        warm = max(1, round(0.03 * self.steps))
-        if self.step < warm:
-            return self.peak_lr * (self.step + 1) / warm
-        along = min(1.0, (self.step - warm) / max(1, self.steps - warm))
-        return self.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * along)))
+        """:func:`warm_cosine`, or the stage's own schedule."""
+        return warm_cosine(self.step, self.steps, self.peak_lr) if self.schedule is None else self.schedule(self.step)
 
     def update(self, loss: torch.Tensor, clip: float = 1.0) -> None:
         """Back-propagate, clip, step the optimiser; checkpoint when due."""

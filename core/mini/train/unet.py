@@ -16,7 +16,7 @@ from ..config import LATENT_SCALE, SCHEDULE, TOKENS, new_text_encoder, new_unet
 from ..vocabulary import NONE
 from . import dataset
 from .autoencoder import to_tensor
-from .run import Run
+from .run import Run, warm_cosine
 
 CAPTIONS = 6  # a picture
 SCHEDULE_STEPS = 2400  # of the first part's learning rate
@@ -80,10 +80,7 @@ def train(
         if step >= FINISH_FROM:
             along = (step - FINISH_FROM) / FINISH_STEPS
             return FINISH_LR * min(1.0, 20 * along + 0.05) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(along, 1.0))))
-        warm = round(0.03 * SCHEDULE_STEPS)
-        if step < warm:
-            return peak_lr * (step + 1) / warm
-        return peak_lr * (0.02 + 0.49 * (1 + math.cos(math.pi * (step - warm) / (SCHEDULE_STEPS - warm))))
+        return warm_cosine(step, SCHEDULE_STEPS, peak_lr)
 
     unet = new_unet()
     text = new_text_encoder(len(tokenizer))
