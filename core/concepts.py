@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,20 @@ def _bare(phrase: str) -> str:
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing to forget: its ``name``, its ``kind`` (object, style or identity) and what to show instead, if any."""
+    """One thing to forget: its ``name``, its ``kind`` (object, style or identity) and what to show instead, if any.
+
+    ``images``: files and folders of pictures, for methods that look at some.
+    """
 
     name: str
     kind: str = "object"
     replacement: str | None = None
+    images: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.images, (str, os.PathLike)):
+            raise RequestError(f"The images of '{self.name}' must be a list of files and folders.")
+        object.__setattr__(self, "images", tuple(str(path) for path in self.images))
 
     @property
     def instead(self) -> str:
@@ -152,7 +161,9 @@ class ForgetRequest:
         return {
             "schema": SCHEMA_VERSION,
             "concepts": [
-                {"name": c.name, "kind": c.kind} | ({} if c.replacement is None else {"replacement": c.replacement})
+                {"name": c.name, "kind": c.kind}
+                | ({} if c.replacement is None else {"replacement": c.replacement})
+                | ({"images": list(c.images)} if c.images else {})
                 for c in self.concepts
             ],
             "preserve": list(self.preserve),
@@ -182,7 +193,10 @@ class ForgetRequest:
         except json.JSONDecodeError as error:
             raise RequestError(f"The request is not valid JSON: {error}.") from error
         _check_form(data)
-        concepts = tuple(Concept(c["name"], c.get("kind", "object"), c.get("replacement")) for c in data["concepts"])
+        concepts = tuple(
+            Concept(c["name"], c.get("kind", "object"), c.get("replacement"), tuple(c.get("images", ())))
+            for c in data["concepts"]
+        )
         given = {key: data[key] for key in ("preserve", "method", "preset", "settings") if key in data}
         if "strength" in data:
             given["strength"] = float(data["strength"])
@@ -192,7 +206,10 @@ class ForgetRequest:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ForgetRequest:
-        """Read a request from a UTF-8 JSON file. Raises :class:`RequestError` naming the file."""
+        """Read a request from a UTF-8 JSON file; its images' paths begin where the file is.
+
+        Raises :class:`RequestError` naming the file.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -200,9 +217,16 @@ class ForgetRequest:
         except OSError as error:
             raise RequestError(f"The request file '{path}' cannot be read: {error.strerror or error}.") from error
         try:
-            return cls.from_json(text)
+            request = cls.from_json(text)
         except RequestError as error:
             raise RequestError(f"In the request file '{path}': {error}") from error
+        folder = Path(path).parent
+        concepts = [replace(c, images=tuple(str(folder / image) for image in c.images)) for c in request.concepts]
+        return replace(request, concepts=tuple(concepts))
+
+    def without_images(self) -> ForgetRequest:
+        """The same without the places of its pictures, which are nobody's business but this machine's."""
+        return replace(self, concepts=tuple(replace(concept, images=()) for concept in self.concepts))
 
 
 def _frozen(value: Any) -> Any:
@@ -271,8 +295,8 @@ def _concept_problems(concepts: object) -> Iterator[str]:
             yield f"A concept must be an object with a 'name', not {concept!r}."
             continue
         for key in concept:
-            if key not in ("name", "kind", "replacement"):
-                yield f"A concept has an unknown field '{key}': the fields are name, kind, replacement."
+            if key not in ("name", "kind", "replacement", "images"):
+                yield f"A concept has an unknown field '{key}': the fields are name, kind, replacement, images."
         name = concept.get("name")
         if not _is_words(name):
             yield "A concept is empty: name what is to be forgotten."
@@ -282,6 +306,9 @@ def _concept_problems(concepts: object) -> Iterator[str]:
         replacement = concept.get("replacement")
         if replacement is not None and not isinstance(replacement, str):
             yield f"The replacement of '{name}' must be words, not {replacement!r}."
+        images = concept.get("images", [])
+        if not isinstance(images, list) or not all(_is_words(path) for path in images):
+            yield f"The images of '{name}' must be a list of files and folders, not {images!r}."
 
 
 def _is_words(value: object) -> bool:

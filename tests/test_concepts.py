@@ -71,7 +71,9 @@ names = st.text(min_size=1, max_size=12).filter(lambda s: s.strip() and s == s.e
 
 
 @given(
-    st.lists(st.builds(Concept, names, st.sampled_from(KINDS), st.none() | names), min_size=1, max_size=4),
+    st.lists(
+        st.builds(Concept, names, st.sampled_from(KINDS), st.none() | names, st.lists(names)), min_size=1, max_size=4
+    ),
     st.lists(names, max_size=4),
     st.dictionaries(
         names,
@@ -99,7 +101,12 @@ concept = st.one_of(
     plain,
     st.fixed_dictionaries(
         {"name": st.sampled_from(["star", "a b"]) | plain},
-        optional={"kind": st.sampled_from([*KINDS, "x", 3]), "replacement": plain, "odd": plain},
+        optional={
+            "kind": st.sampled_from([*KINDS, "x", 3]),
+            "replacement": plain,
+            "odd": plain,
+            "images": plain | st.lists(plain),
+        },
     ),
 )
 document = st.one_of(
@@ -186,3 +193,14 @@ def test_kinds():
     with pytest.raises(RequestError, match="thing"):
         templates("thing")
     assert normalised("  A  Star ") == "a star"
+
+
+def test_pictures_are_found_from_the_requests_file_and_stay_this_machines_business(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text('{"schema": 1, "concepts": [{"name": "star", "images": ["mine", "/there/a.png"]}]}')
+    request = ForgetRequest.from_file(path)
+    assert request.concepts[0].images == (str(tmp_path / "mine"), "/there/a.png")
+    assert ForgetRequest.from_json(request.to_json()) == request
+    assert "mine" not in request.without_images().to_json() and str(tmp_path) not in request.without_images().to_json()
+    with pytest.raises(RequestError, match="must be a list"):
+        Concept("star", images="mine")

@@ -157,3 +157,81 @@ def test_a_whole_method_goes_on_where_it_was_cut_short(tmp_path):
     patch = fit(tiny_model(), request, events.append, inputs)
     assert [e.step for e in events] == [3, 4]
     assert all(torch.equal(f.up, whole.factors[k].up) for k, f in patch.factors.items())
+
+
+# -- pictures of a person's own -----------------------------------------------------------------------------------
+
+
+class Averaging:
+    """An autoencoder without weights: 8×8 means, and a fourth channel of zeros."""
+
+    def encode(self, images):
+        means = torch.nn.functional.avg_pool2d(images, 8)
+        return torch.cat([means, torch.zeros_like(means[:, :1])], 1)
+
+
+def pictures(n=3, size=64, seed=0):
+    return rand(n, 3, size, size, seed=seed).clamp(-1, 1)
+
+
+def test_ones_own_pictures_are_what_is_noised(model):
+    model.vae = Averaging()
+    made = material(model)
+    made.draw({KEPT: ["a tree"]}, 1)
+    made.encode("star", pictures())
+    assert torch.equal(made.pools["star"], Averaging().encode(pictures()))
+    assert any(torch.equal(made.noised(["star"]).x0[0], one) for one in made.pools["star"])
+    with pytest.raises(RequestError, match=r"'star' are 128×128; this model works on 64×64"):
+        made.encode("star", pictures(size=128))
+
+
+def own(**inputs):
+    settings = {"steps": 1, "latents": "images", "n_images": 1, "sample_steps": 1}
+    request = ForgetRequest((Concept("star"),), method="forget_me_not", settings=settings)
+    return fit(tiny_model_with_pictures(), request, None, Inputs(**inputs))
+
+
+def tiny_model_with_pictures():
+    model = tiny_model()
+    model.vae = Averaging()
+    return model
+
+
+def test_other_pictures_make_another_patch():
+    first, same, other = (own(images={"star": pictures(seed=s)}) for s in (0, 0, 1))
+    key = next(iter(first.factors))
+    assert torch.equal(first.factors[key].up, same.factors[key].up)
+    assert not torch.equal(first.factors[key].up, other.factors[key].up)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ({"star": pictures(2)}, "too few pictures of 'star': 2, and at least 3"),
+        ({"star": pictures(size=72)}, "must be 64 × 64"),
+        ({"star": pictures()[:, :1]}, "red, green and blue"),
+        ({"tree": pictures()}, "'tree', which is not to be forgotten"),
+        ({}, "no pictures of 'star'"),
+    ],
+)
+def test_pictures_that_cannot_serve_are_refused(images, words):
+    with pytest.raises(RequestError, match=words):
+        own(images=images)
+
+
+def test_pictures_that_nobody_would_look_at_are_refused(model):
+    with pytest.raises(RequestError, match="does not look at"):
+        fit(model, ForgetRequest((Concept("star"),), method="forget_me_not"), None, Inputs({"star": pictures()}))
+
+
+def test_a_requests_pictures_are_read_and_not_told(tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        pixels = ((pictures(seed=i)[0].permute(1, 2, 0) + 1) * 127.5).round().byte()
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    concept = Concept("star", images=(str(tmp_path),))
+    settings = {"steps": 1, "latents": "images", "n_images": 1, "sample_steps": 1}
+    request = ForgetRequest((concept,), method="forget_me_not", settings=settings)
+    patch = fit(tiny_model_with_pictures(), request)
+    assert str(tmp_path) not in str(dict(patch.metadata))

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..patch import Patch
 
 HELP = "make a patch that forgets one or several concepts"
-FROM_FLAGS = ("concept", "kind", "replacement", "preserve", "method", "preset", "set", "strength", "seed")
+FROM_FLAGS = ("concept", "kind", "replacement", "image", "preserve", "method", "preset", "set", "strength", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replacement", action="append", metavar="WORDS", help="what to show instead: once for all, or once for each"
     )
     parser.add_argument(
+        "--image",
+        action="append",
+        metavar="NAME=PATH",
+        help="a picture of the concept NAME, or a folder of them, for methods that look at some; may be given several "
+        "times (with one concept, PATH alone is enough)",
+    )
+    parser.add_argument(
         "--preserve", action="append", metavar="WORDS", help="what must stay; may be given several times"
     )
     parser.add_argument("--method", help="see 'forget-concept methods' (default: uce)")
@@ -50,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context-map", metavar="FILE", type=Path, help="also write the edit as a context map, its smallest form"
     )
+    parser.add_argument(
+        "--work",
+        metavar="DIR",
+        type=Path,
+        help="a folder for what takes long (pictures, Fisher information, a training cut short): the same command goes "
+        "on from there",
+    )
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the file (default: fp32)")
     options.add_model(parser)
 
@@ -58,7 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     from ..formats import context_map, kohya
-    from ..methods import fit, get, resolve_settings
+    from ..methods import Inputs, fit, get, resolve_settings
+    from ..workspace import Workspace
 
     request = read_request(args)
     # what can be refused is refused before a model is loaded
@@ -70,7 +86,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     model = options.load_model(args, console)
     began = time.perf_counter()
     with console.progress(f"forgetting {spoken(request)}") as progress:
-        patch = fit(model, request, progress)
+        patch = fit(model, request, progress, Inputs(workspace=None if args.work is None else Workspace(args.work)))
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
     if args.context_map is not None and patch.context_map is None:
@@ -111,8 +127,9 @@ def read_request(args: argparse.Namespace) -> ForgetRequest:
         raise RequestError("Nothing to forget: give --concept NAME or --request FILE.")
     kinds = _each("--kind", args.kind, args.concept)
     replacements = _each("--replacement", args.replacement, args.concept)
+    images = _images(args.image or (), args.concept)
     concepts = tuple(
-        Concept(name, kind or default_kind(name, args.model), replacement)
+        Concept(name, kind or default_kind(name, args.model), replacement, images.get(name, ()))
         for name, kind, replacement in zip(args.concept, kinds, replacements, strict=True)
     )
     return ForgetRequest(
@@ -137,6 +154,19 @@ def _each(option: str, values: list[str] | None, concepts: list[str]) -> list[st
             f"There are {len(concepts)} concepts and {len(values)} times {option}: give it once for all or once each."
         )
     return list(values)
+
+
+def _images(given: Sequence[str], concepts: list[str]) -> dict[str, tuple[str, ...]]:
+    """``NAME=PATH`` or, with one concept, ``PATH``: the pictures' places by concept."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if len(concepts) == 1 and (not equals or name != concepts[0]):
+            name, path = concepts[0], text
+        if name not in concepts or not path.strip():
+            raise RequestError(f"'--image {text}' is not of the form NAME=PATH with one of {', '.join(concepts)}.")
+        found[name] = (*found.get(name, ()), path)
+    return found
 
 
 def default_kind(name: str, model: str) -> str:

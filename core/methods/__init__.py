@@ -22,6 +22,7 @@ from torch import Tensor
 from ..concepts import ForgetRequest
 from ..diffusion import LatentDiffusion
 from ..errors import ForgetConceptError, PatchError, RequestError
+from ..images import check_images, load_images, picture_size
 from ..patch import Patch
 from ..progress import Progress
 from ..text import end_position
@@ -74,6 +75,9 @@ class Method(ABC):
     ) -> Patch:
         """The patch, at strength 1. The request has been checked and ``settings`` resolved."""
 
+
+# Forget-Me-Not's authors worked with as few; with fewer a method learns the pictures, not what they show
+FEWEST_IMAGES = 3
 
 _METHODS: dict[str, type[Method]] = {}
 C = TypeVar("C", bound=type[Method])
@@ -173,6 +177,22 @@ def _spoken(hint: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "words"}.get(hint, str(hint))
 
 
+def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs) -> Inputs:
+    """The inputs with the request's own pictures read in, and all of them looked through."""
+    size = picture_size(model)
+    images = {
+        concept.name: load_images(concept.images, size)
+        for concept in request.concepts
+        if concept.images and concept.name not in inputs.images
+    } | dict(inputs.images)
+    names = [concept.name for concept in request.concepts]
+    for name, pictures in images.items():
+        if name not in names:
+            raise RequestError(f"There are pictures of '{name}', which is not to be forgotten: {', '.join(names)} are.")
+        check_images(pictures, FEWEST_IMAGES, size, f"'{name}'")
+    return dataclasses.replace(inputs, images=images)
+
+
 def fit(
     model: LatentDiffusion,
     request: ForgetRequest,
@@ -192,7 +212,7 @@ def fit(
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises where even the bare words are cut off
-    inputs = inputs or Inputs()
+    inputs = _with_images(model, request, inputs or Inputs())
     if inputs.images and not method.takes_images:
         raise RequestError(
             f"The method '{method.id}' works from words alone, and pictures of '{next(iter(inputs.images))}' were "
@@ -210,7 +230,7 @@ def fit(
         method=request.method,
         preset=request.preset,
         settings=json.dumps(dataclasses.asdict(settings), ensure_ascii=False),
-        request=request.to_json(),
+        request=request.without_images().to_json(),
         concepts=json.dumps([c.name for c in request.concepts], ensure_ascii=False),
         strength=repr(float(request.strength)),
         seed=str(request.seed),

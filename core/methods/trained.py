@@ -261,7 +261,12 @@ class TrainedMethod(Method):
             objective = self.objective(material, deltas, request, settings, inputs, progress)
             checkpoint = None
             if inputs.workspace is not None:
-                given = [inputs.images, dataclasses.asdict(settings), request.to_json(), inputs.earlier_factors()]
+                given = [
+                    inputs.images,
+                    dataclasses.asdict(settings),
+                    request.without_images().to_json(),
+                    inputs.earlier_factors(),
+                ]
                 checkpoint = Checkpoint(inputs.workspace, key_of(VERSION, model.model_hash, given))
             told = train(
                 model, deltas, objective, _loop(settings), progress, message=self.message, checkpoint=checkpoint
