@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
+pytest_plugins = ["console"]
+
 DEVICES = [
     pytest.param("cpu", id="cpu"),
     pytest.param(

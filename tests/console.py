@@ -1,0 +1,76 @@
+"""The command line run in this process, on tiny models: fixtures of its tests (conftest takes them in)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from drawn import DrawnModel, DrawnProbe, forgets
+from tiny import tiny_model
+
+from forget_concept.core import cli
+from forget_concept.core.cli import options
+
+LONG = " ".join(f"word{i}" for i in range(90))  # more than a text encoder reads
+
+
+class Decoder:
+    def encode(self, images):
+        raise NotImplementedError
+
+    def decode(self, latents):
+        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).tanh()
+
+
+class Run:
+    """Runs a command in this process, in a folder of its own: its code, its words, what it left in the folder."""
+
+    def __init__(self, capsys, folder: Path) -> None:
+        self.capsys, self.folder = capsys, folder
+        self.out = self.err = ""
+
+    def __call__(self, *args: object) -> int:
+        self.capsys.readouterr()
+        try:
+            code = cli.main([str(arg) for arg in args])
+        except SystemExit as end:  # --help, --version
+            code = int(end.code or 0)
+        self.out, self.err = self.capsys.readouterr()
+        return code
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    @property
+    def left(self) -> set[str]:
+        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
+
+
+@pytest.fixture()
+def run(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return Run(capsys, folder)
+
+
+@pytest.fixture()
+def tiny(monkeypatch):
+    """``--model`` is a tiny real UNet, whatever it says."""
+    model = tiny_model()
+    model.vae = Decoder()
+    monkeypatch.setattr(options, "load_model", lambda args, console: model)
+    return model
+
+
+@pytest.fixture()
+def drawn(monkeypatch):
+    """``--model mini`` draws exactly what it is told to, and ``--patch WORDS`` is one that forgets ``star``."""
+    model = DrawnModel()
+    patch = forgets("star", "object", lambda seed: seed % 4 == 0)
+    patch.metadata = {"forget_concept.concepts": '["star"]'}
+    monkeypatch.setattr(options, "load_embedded", lambda args, console: (model, DrawnProbe()))
+    monkeypatch.setattr(options, "load_patches", lambda given, model: [(patch, 1.0) for _ in given])
+    return model

@@ -1,0 +1,183 @@
+"""``forget-concept forget``: what it writes, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from console import LONG
+from safetensors.torch import load_file
+from tiny import flags, state_hash
+
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.formats import load_patch
+from forget_concept.core.methods import all_methods, fit
+
+
+def test_forget_writes_the_patch_that_fit_makes(run, tiny):
+    before = state_hash(tiny.unet), flags(tiny.unet)
+    code = run(
+        *("forget", "--concept", "striped star", "--replacement", "circle", "--preserve", "moon", "--preserve", "tree"),
+        *("--set", "ridge=0.1", "--strength", "0.8", "--out", "p.safetensors", "--json"),
+    )
+    assert (code, run.left) == (0, {"p.safetensors"})
+    wanted = ForgetRequest(
+        (Concept("striped star", "object", "circle"),), ("moon", "tree"), settings={"ridge": 0.1}, strength=0.8
+    )
+    patch, same = load_patch("p.safetensors", tiny.survey), fit(tiny, wanted)
+    assert set(patch.factors) == set(same.factors)
+    for key, factor in patch.factors.items():
+        torch.testing.assert_close(factor.delta(), same.factors[key].delta(), atol=1e-6, rtol=1e-5)
+    assert ForgetRequest.from_json(patch.metadata["forget_concept.request"]) == wanted
+    assert set(run.json) == {"schema", "patch", "request", "layers", "rank", "bytes", "seconds", "context_map"}
+    assert run.json["request"] == json.loads(wanted.to_json())
+    assert run.json["bytes"] == Path("p.safetensors").stat().st_size
+    assert (state_hash(tiny.unet), flags(tiny.unet)) == before
+
+
+def test_a_request_file_says_the_same_as_the_options(run, tiny):
+    request = ForgetRequest((Concept("star"), Concept("neon", "style", "plain")), ("moon",), strength=0.5, seed=3)
+    Path("r.json").write_text(request.to_json(), encoding="utf-8")
+    assert run("forget", "--request", "r.json", "--out", "a.safetensors") == 0
+    args = ["--concept", "star", "--concept", "neon", "--kind", "object", "--kind", "style", "--preserve", "moon"]
+    # the empty replacement is none at all to the method, but not the same request
+    args += ["--strength", "0.5", "--seed", "3"]
+    assert run("forget", *args, "--out", "b.safetensors") == 0
+    other = ForgetRequest.from_json(load_patch("b.safetensors").metadata["forget_concept.request"])
+    assert [c.replacement for c in other.concepts] == [None, None]
+    assert run("forget", *args, "--replacement", "", "--replacement", "plain", "--out", "c.safetensors") == 0
+    a, c = load_file("a.safetensors"), load_file("c.safetensors")
+    assert all(torch.equal(a[key], c[key]) for key in a.keys() | c.keys())
+    assert run("forget", "--request", "r.json", "--seed", "1", "--out", "d.safetensors") == 1
+    assert "--seed" in run.err
+
+
+def test_forget_names_its_file_after_the_concepts_and_says_what_it_did(run, tiny):
+    assert run("forget", "--concept", "Mira Vale", "--concept", "star", "--context-map", "map.safetensors") == 0
+    assert run.left == {"forget-mira-vale-star.safetensors", "map.safetensors"}
+    assert "'Mira Vale' and 'star'" in run.out
+    assert "forget-mira-vale-star.safetensors" in run.out
+    request = json.loads(load_patch("forget-mira-vale-star.safetensors").metadata["forget_concept.request"])
+    # the embedded model's world knows whose name this is
+    assert [c["kind"] for c in request["concepts"]] == ["identity", "object"]
+    expanded = load_patch("map.safetensors", tiny.survey)
+    lora = load_patch("forget-mira-vale-star.safetensors")
+    for key, factor in lora.factors.items():
+        torch.testing.assert_close(factor.delta(), expanded.factors[key].delta(), atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_halves_the_file(run, tiny):
+    assert run("forget", "--concept", "star", "--out", "wide.safetensors") == 0
+    assert run("forget", "--concept", "star", "--out", "half.safetensors", "--dtype", "fp16") == 0
+    wide, half = load_patch("wide.safetensors"), load_patch("half.safetensors")
+    assert half.nbytes * 2 == wide.nbytes
+    for key, factor in wide.factors.items():
+        error = (factor.delta() - half.factors[key].delta()).norm() / factor.delta().norm()
+        assert error < 2e-3
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_every_method_works_from_here(run, tiny, method):
+    quick = [] if method == "uce" else ["--set", "steps=2", "--set", "latents=zeros"]
+    assert run("forget", "--concept", "star", "--method", method, *quick, "--out", "p.safetensors", "--json") == 0
+    assert run.json["request"]["method"] == method
+    assert run("inspect", "p.safetensors", "--json") == 0
+    assert run.json["metadata"]["method"] == method
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "Nothing to forget"),
+        (["--concept", ""], "empty"),
+        (["--concept", "  "], "empty"),
+        (["--concept", LONG], "cut off"),
+        (["--concept", "star", "--replacement", LONG], "cut off"),
+        (["--concept", "star", "--preserve", LONG], "cut off"),
+        (["--concept", "star", "--replacement", "Star "], "the concept itself"),
+        (["--concept", "star", "--preserve", "moon", "--preserve", "a STAR"], "preserve list"),
+        (["--concept", "star", "--preserve", ""], "preserve list"),
+        (["--concept", "star", "--concept", "star"], "twice"),
+        (["--concept", "star", "--method", "magic"], "'magic' is not known"),
+        (["--concept", "star", "--method", ""], "method"),
+        (["--concept", "star", "--preset", "best"], "no preset 'best'"),
+        (["--concept", "star", "--set", "size=3"], "no setting 'size'"),
+        (["--concept", "star", "--set", "ridge=wide"], "must be a number"),
+        (["--concept", "star", "--set", "ridge"], "NAME=VALUE"),
+        (["--concept", "star", "--strength", "0"], "strength"),
+        (["--concept", "star", "--strength", "inf"], "finite"),
+        (["--concept", "star", "--seed", "-1"], "too small"),
+        (["--concept", "a", "--concept", "b", "--concept", "c", "--kind", "object", "--kind", "style"], "--kind"),
+        (["--request", "missing.json"], "missing.json"),
+        (["--concept", "star", "--out", "no/such/folder/p.safetensors"], "no folder"),
+        (["--concept", "star", "--out", "."], "a folder"),
+        (["--concept", "star", "--out", "/dev/null/p.safetensors"], "cannot be written"),
+        (["--concept", "star", "--context-map", "no/such/map.safetensors"], "no folder"),
+        (["--concept", "star", "--method", "forget_me_not", "--set", "steps=1", "--context-map", "m"], "context map"),
+    ],
+)
+def test_forget_refuses_what_cannot_be_meant(run, tiny, args, says):
+    before = state_hash(tiny.unet), flags(tiny.unet)
+    assert run("forget", *args) == 1
+    assert says in run.err
+    assert re.fullmatch(r"(?s)(forgetting .+ s\n)?forget-concept: [^\n]+\n", run.err)
+    assert run.out == ""
+    assert not run.left
+    assert (state_hash(tiny.unet), flags(tiny.unet)) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema": 2, "concepts": [{"name": "x"}]}', '{"schema": 1, "concepts": []}', "\x00\xff", "{"]
+)
+def test_a_bad_request_file_is_named(run, tiny, text):
+    Path("r.json").write_bytes(text.encode("latin-1"))
+    assert run("forget", "--request", "r.json", "--json") == 1
+    assert "r.json" in run.err
+    assert run.out == ""
+    assert run.left == {"r.json"}
+
+
+def test_pictures_at_the_command_line(run, tiny, tmp_path):
+    from PIL import Image
+
+    tiny.vae.encode = lambda images: torch.nn.functional.avg_pool2d(images, 8)[:, [0, 1, 2, 0]]
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 20, 20)).save(tmp_path / f"{i}.png")
+    quick = ["--method", "forget_me_not"]
+    for setting in ("steps=1", "n_images=1", "sample_steps=1", "latents=images"):
+        quick += ["--set", setting]
+    assert run("forget", "--concept", "star", *quick, "--image", tmp_path, "--out", "p.safetensors", "--json") == 0
+    # the request as it was asked is this machine's; the file is not
+    assert run.json["request"]["concepts"][0]["images"] == [str(tmp_path)]
+    assert str(tmp_path).encode() not in Path("p.safetensors").read_bytes()
+    pair = ["--concept", "star", "--concept", "tree"]
+    assert run("forget", *pair, *quick, "--image", f"star={tmp_path}", "--out", "q.safetensors") == 1
+    assert "no pictures of 'tree'" in run.err
+    assert run("forget", *pair, *quick, "--image", tmp_path, "--out", "q.safetensors") == 1
+    assert "NAME=PATH" in run.err
+    assert run("forget", "--concept", "star", "--image", tmp_path, "--out", "q.safetensors") == 1
+    assert "'uce' works from words alone" in run.err and run.left == {"p.safetensors"}
+
+
+def test_an_interrupted_training_goes_on_from_its_work_folder(run, tiny, monkeypatch):
+    from forget_concept.core import training
+
+    quick = ["forget", "--concept", "star", "--method", "forget_me_not", "--set", "steps=3", "--set", "latents=zeros"]
+    assert run(*quick, "--out", "whole.safetensors") == 0
+    step, made = training._step, []
+
+    def interrupted(*args):
+        made.append(args[-1])
+        if made == [1, 2]:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    assert run(*quick, "--out", "p.safetensors", "--work", "work") == 130
+    assert run(*quick, "--out", "p.safetensors", "--work", "work") == 0
+    assert made == [1, 2, 2, 3]
+    whole, resumed = (load_patch(f"{name}.safetensors") for name in ("whole", "p"))
+    assert all(torch.equal(f.up, resumed.factors[key].up) for key, f in whole.factors.items())
