@@ -35,6 +35,8 @@ $(READY): pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 was found: install one, or say which with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e '.[torch,cli,dev]'
+	@# the original LDM UNet, for tests; its own pins are years old
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps stable-diffusion-sdkit==2.1.5
 	@# the type checker finds the package under its name through this link: the root's own name may be any
 	@mkdir -p $(dir $(LINK)) && ln -sfn ../.. $(LINK)
 	@touch $(READY)
