@@ -76,9 +76,11 @@ class LatentDiffusion:
         name: str = "model",
         model_hash: str | None = None,
         eps_model: Callable[[Tensor, Tensor, TextStates], Tensor] | None = None,
+        guidance: float = 7.5,
     ) -> None:
-        """``model_hash`` spares working it out; ``eps_model(x, t, states)`` replaces the call of the raw UNet where a
-        host's own way to call it must be kept (its raw prediction is returned, not yet converted)."""
+        """``guidance`` is the scale its pictures are usually drawn at. ``model_hash`` spares working it out;
+        ``eps_model(x, t, states)`` replaces the call of the raw UNet where a host's own way to call it must be kept
+        (its raw prediction is returned, not yet converted)."""
         if prediction_type not in PREDICTION_TYPES:
             raise ModelError(
                 f"This model predicts '{prediction_type}'; only {' and '.join(PREDICTION_TYPES)} models are supported."
@@ -90,6 +92,7 @@ class LatentDiffusion:
         self.name = name
         self._known_hash = model_hash
         self._call = eps_model
+        self.guidance = guidance
 
     # -- what it is ----------------------------------------------------------------------------------------------
 

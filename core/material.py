@@ -41,8 +41,8 @@ class TargetPrompt:
 class Sampling:
     """How a method's own pictures are made by the model as it is."""
 
-    steps: int = 20
-    guidance: float = 5.0
+    steps: int
+    guidance: float
 
 
 class Noised(NamedTuple):
@@ -166,7 +166,7 @@ class Material:
             key = key_of(self.model.model_hash, texts, seeds, s.steps, s.guidance, list(self.model.latent_shape))
             latents = (self.workspace.load("pictures", key) or {}).get("latents")
         if latents is None:
-            latents = self.model.sample(texts, seeds, s.steps, s.guidance, progress=progress).float()
+            latents = self.model.sample(texts, seeds, s.steps, s.guidance, progress=progress, sampler="dpm++").float()
             if self.workspace is not None:
                 self.workspace.save("pictures", key, {"latents": latents})
         latents = latents.to(self.model.device)

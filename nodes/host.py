@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..core.diffusion import LatentDiffusion
 from ..core.errors import ModelError, PatchError, listed
 from ..core.mini import ldm
+from ..core.mini.config import GUIDANCE
 from ..core.mini.files import weights_folder
 from ..core.progress import Progress, ProgressEvent
 from ..core.text import TextStates
@@ -260,6 +261,7 @@ def borrowed(model: Any, clip: Any) -> Iterator[LatentDiffusion]:
             latent_shape=shape,
             name=getattr(base.model_config, "forget_concept_name", type(base).__name__),
             eps_model=predict,
+            guidance=getattr(base.model_config, "forget_concept_guidance", 7.5),
         )
         diffusion.host_device, diffusion.host_dtype = patcher.load_device, dtype
         _check_family(diffusion.survey, text.encode([""]), bool(base.adm_channels))
@@ -375,6 +377,7 @@ class _EmbeddedConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.SD15
     memory_usage_factor = 1.0
     forget_concept_name = "mini"
+    forget_concept_guidance = GUIDANCE
 
 
 def _host_unet_config(shapes: ldm.Shapes) -> dict[str, Any]:

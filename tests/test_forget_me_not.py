@@ -110,7 +110,7 @@ def test_a_batch_is_each_prompt_with_its_own_positions(model):
     prompts, _ = ForgetMeNot().prompts(model.text, asked, settings)
     batch = [prompts[i] for i in (0, 5, 2, 7)]
     generator = torch.Generator().manual_seed(0)
-    material = Material(model, batch, [], generator, 4, Sampling())
+    material = Material(model, batch, [], generator, 4, Sampling(1, 1.0))
     deltas = Deltas(model, ForgetMeNot().keys(model, settings), 8, generator)
     material.restore(material.state() | {"turn": torch.arange(4)})
     seen = {}

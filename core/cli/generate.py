@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for prompt in (*args.prompt, args.negative):
         end_position(model.text, prompt)  # words that are cut off would be left out silently
     if args.guidance is None:
-        args.guidance = options.MINI_GUIDANCE if model.name == "mini" else options.GUIDANCE
+        args.guidance = model.guidance
     sampling = options.sampling_of(args).resolved(model)
     batches = -(-len(pictures) // sampling.batch)
     drawn: list[Tensor] = []

@@ -82,7 +82,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | None, batch: int = 32) -> None:
     parser.add_argument("--steps", type=whole(1), default=steps, help=f"sampling steps (default: {steps})")
     parser.add_argument("--sampler", choices=("dpm++", "ddim"), default="dpm++", help="how to sample (default: dpm++)")
-    usual = f"{MINI_GUIDANCE:g} on the embedded model, {GUIDANCE:g} on others" if guidance is None else f"{guidance:g}"
+    usual = "2.5 on the embedded model, 7.5 on others" if guidance is None else f"{guidance:g}"
     parser.add_argument("--guidance", type=finite, default=guidance, help=f"guidance scale (default: {usual})")
     parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures at a time (default: {batch})")
     parser.add_argument(
@@ -91,10 +91,6 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | 
         default="auto",
         help="of the UNet while sampling; auto takes bfloat16 where it is clearly faster (default: auto)",
     )
-
-
-# The embedded model's colours suffer above 3; Stable Diffusion is used at 7.5.
-MINI_GUIDANCE, GUIDANCE = 2.5, 7.5
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -44,12 +44,12 @@ class TrainedSettings:
     (:class:`~..training.TrainingSettings`). ``train``: which projections of every cross-attention. ``rank``: of the
     trained LoRA; ``None`` trains dense deltas, which are factored at the end (``max_rank`` cuts them then).
     ``latents``: the pictures that are noised: ``"zeros"`` (none), ``"generated"`` (``n_images`` of each concept by the
-    model itself, in ``sample_steps`` steps at ``guidance``) or the person's own ``"images"``. ``templates``: prompts
-    with ``{}`` (default: the kind's; with ``one_template`` only the first). ``diverse``: that many prompts of each
-    concept from a written ``grammar`` instead, each with its pair without the concept to be kept; ``forget_prompts``
-    and ``retain_prompts``: one's own. ``include_end``: the first end-of-text token counts as the concept's too (never
-    the padding, which in SD1 has the same id). ``preserve_weight``: of keeping the base model's prediction on what is
-    kept.
+    model itself, in ``sample_steps`` steps at ``guidance``, ``None`` for the model's usual one) or the person's own
+    ``"images"``. ``templates``: prompts with ``{}`` (default: the kind's; with ``one_template`` only the first).
+    ``diverse``: that many prompts of each concept from a written ``grammar`` instead, each with its pair without the
+    concept to be kept; ``forget_prompts`` and ``retain_prompts``: one's own. ``include_end``: the first end-of-text
+    token counts as the concept's too (never the padding, which in SD1 has the same id). ``preserve_weight``: of keeping
+    the base model's prediction on what is kept.
     """
 
     steps: int = 35
@@ -65,8 +65,8 @@ class TrainedSettings:
     max_rank: int | None = None
     latents: Literal["zeros", "generated", "images"] = "generated"
     n_images: int = 8
-    sample_steps: int = 20
-    guidance: float = 5.0
+    sample_steps: int = 16
+    guidance: float | None = None
     templates: tuple[str, ...] | None = None
     one_template: bool = False
     diverse: int = 0
@@ -252,7 +252,7 @@ class TrainedMethod(Method):
                 kept,
                 generator,
                 settings.batch_size,
-                Sampling(settings.sample_steps, settings.guidance),
+                Sampling(settings.sample_steps, model.guidance if settings.guidance is None else settings.guidance),
                 inputs.workspace,
             )
             self.picture(material, settings, inputs, progress)

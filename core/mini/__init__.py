@@ -51,6 +51,7 @@ def load(device: str = "cpu", folder: Path | None = None) -> LatentDiffusion:
     """The embedded model, fp32, named "mini". Raises as `load_modules`."""
     from ..diffusion import DiffusersAutoencoder, LatentDiffusion, sd_alphas_cumprod
     from ..text import CLIPText
+    from .config import GUIDANCE
 
     unet, text, tokenizer, vae = load_modules(device, folder)
     return LatentDiffusion(
@@ -60,6 +61,7 @@ def load(device: str = "cpu", folder: Path | None = None) -> LatentDiffusion:
         vae=DiffusersAutoencoder(vae),
         latent_shape=(4, 16, 16),
         name="mini",
+        guidance=GUIDANCE,
     )
 
 

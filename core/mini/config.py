@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LATENT_SCALE = 0.18215
 TOKENS = 77
+GUIDANCE = 2.5  # its colours suffer above 3
 TEXT_WIDTH = 192
 HEADS = 4
 
