@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .diffusion import LatentDiffusion
 from .errors import Cancelled, ForgetConceptError, ModelError, RequestError
-from .gradients import project_step, restricted_gradient
+from .gradients import blind_projection, project_step, restricted_gradient
 from .patch import LowRank, Patch
 from .progress import Progress, ProgressEvent, report
 from .workspace import Workspace
@@ -181,7 +181,7 @@ class Deltas:
             if parts is None or self.shown == "earlier":
                 return output
             if blind is not None:
-                x = x - (x @ blind) @ blind.T
+                x = blind_projection(x, blind)
             for part in reversed(parts):
                 x = F.linear(x, part)
             return output + x.to(output.dtype)
@@ -194,7 +194,7 @@ class Deltas:
     def delta(self, key: str) -> Tensor:
         """The trained change of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
         parts, blind = self._parts[key], self._blind.get(key)
-        seeing = parts[-1] if blind is None else parts[-1] - (parts[-1] @ blind) @ blind.T
+        seeing = parts[-1] if blind is None else blind_projection(parts[-1], blind)
         return seeing if len(parts) == 1 else parts[0] @ seeing
 
     def factors(self, max_rank: int | None = None) -> dict[str, LowRank]:
@@ -206,7 +206,7 @@ class Deltas:
         for key, parts in self._parts.items():
             seeing, blind = parts[-1].detach(), self._blind.get(key)
             if blind is not None:
-                seeing = seeing - (seeing @ blind) @ blind.T
+                seeing = blind_projection(seeing, blind)
             seeing = seeing.cpu()
             factor = LowRank(parts[0].detach().cpu().clone(), seeing.clone()) if len(parts) == 2 else _exact(seeing)
             found[key] = factor if max_rank is None or factor.rank <= max_rank else factor.truncated(max_rank)
