@@ -1,0 +1,333 @@
+"""Selective Amnesia: a concept's prompts are taught pictures of something else, and what matters elsewhere is held.
+
+Heng & Soh, *Selective Amnesia: A Continual Learning Approach to Forgetting in Deep Generative Models* (arXiv
+2305.10120), equation 8 with its likelihoods written as denoising losses:
+
+``L = E_{q(x|c_f)} ‖ε − ε_θ(x_t, t, c_f)‖² + γ E_{replay} ‖ε − ε_θ(x_t, t, c_r)‖² + λ Σ_i F_i (θ_i − θ*_i)²``
+
+``q`` is the user's choice, which makes the forgetting controllable: pictures the model draws of a surrogate prompt, the
+user's own, or uniform noise. Replayed are the model's own pictures of what is kept, each under its own prompt. ``F`` is
+the Fisher information of the trained projections (:mod:`..fisher`); on a LoRA ``θ − θ* = BA``, so that the penalty is
+``Σ F⊙(BA)²``. ``θ*`` is where this request starts from.
+
+``λ`` does not carry over between models, since ``F`` grows and falls with the loss, the widths and the number of
+weights. By default the penalty is ``Σ F (θ − θ*)² / Σ F θ*²``: 1 for a change as large as the weights themselves, where
+``F`` says that they matter. That number stays when the loss, or a layer's input or output, is scaled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..common_words import COMMON, CONTEXTS
+from ..concepts import KINDS, ForgetRequest, normalised, templates
+from ..diffusion import LatentDiffusion
+from ..errors import ForgetConceptError, RequestError
+from ..fisher import FisherSettings, fisher_information
+from ..losses import noise_matching
+from ..material import Material, TargetPrompt, said_instead
+from ..progress import Progress
+from ..text import TextEncoder
+from ..training import Deltas, Term, Terms
+from ..unet import PROJECTIONS
+from . import Inputs, register
+from .trained import BaseObjective, TrainedMethod, TrainedSettings
+
+__all__ = [
+    "SelectiveAmnesia",
+    "SelectiveAmnesiaObjective",
+    "SelectiveAmnesiaSettings",
+    "elastic_penalty",
+    "fisher_prompts",
+]
+
+
+@dataclass(frozen=True)
+class SelectiveAmnesiaSettings(TrainedSettings):
+    """Settings of :class:`SelectiveAmnesia`, beside those of every trained method.
+
+    ``surrogate``: what a concept turns into, its ``q``: ``"prompt"``, the model's pictures of the same prompt with the
+    replacement (without one, with the concept left out); ``"images"``, the pictures given for the concept, which here
+    show what is to come in its place; ``"noise"``, uniform noise. ``n_images``: surrogate pictures a concept.
+    ``contexts``: say the concept, and what is preserved, in everyday contexts too. ``preserve_weight``: ``γ``.
+    ``replay_images``: pictures of what is kept, one prompt each as far as there are prompts. ``keep_common``: everyday
+    words too, where the preserve list does not fill these.
+
+    ``ewc_weight``: ``λ``, and ``ewc_scale`` its unit: ``"relative"`` to the weights, or ``"published"``, the plain sum
+    with an ``F`` that is summed over time steps. ``fisher``, ``fisher_samples``, ``fisher_draws``: the estimator, its
+    samples, and (but for the exact one) time steps a half. ``fisher_prompts``: what they are pictures of; by default
+    everyday words, the same for every request, so that the file serves them all.
+    """
+
+    surrogate: Literal["prompt", "images", "noise"] = "prompt"
+    contexts: bool = False
+    replay_images: int = 64
+    keep_common: bool = False
+    ewc_weight: float = 1.0
+    ewc_scale: Literal["relative", "published"] = "relative"
+    fisher: Literal["exact", "halves", "pairs"] = "pairs"
+    fisher_samples: int = 96
+    fisher_draws: int = 4
+    fisher_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("replay_images", "fisher_samples", "fisher_draws"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"The setting '{name}' must be at least 1.")
+        if self.latents != "generated":
+            raise RequestError(
+                "Selective Amnesia replays pictures that the model makes, so 'latents' must be 'generated': which "
+                "pictures come in a concept's place is the setting 'surrogate'."
+            )
+        if self.contexts and self.templates is not None:
+            raise RequestError("With 'templates' of your own 'contexts' has no use: leave one of the two out.")
+        if self.include_end:
+            raise RequestError("Selective Amnesia looks at no single tokens: leave 'include_end' out.")
+
+    def said(self, kind: str) -> tuple[str, ...]:
+        """The templates for concepts of a kind, and its contexts where wanted."""
+        return (*super().said(kind), *CONTEXTS[kind]) if self.contexts else super().said(kind)
+
+
+def elastic_penalty(changes: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> Tensor:
+    """``Σ F⊙Δ²`` over all projections, a scalar: elastic weight consolidation's penalty (arXiv 1612.00796, eq. 3).
+
+    Raises :class:`ForgetConceptError` where the two are not of the same projections and shapes.
+    """
+    shapes = {key: change.shape for key, change in changes.items()}
+    if not shapes or shapes != {key: value.shape for key, value in fisher.items()}:
+        raise ForgetConceptError("The Fisher information is not of the projections that are trained.")
+    return torch.stack([(fisher[key] * change.square()).sum() for key, change in changes.items()]).sum()
+
+
+def fisher_prompts() -> list[str]:
+    """What Fisher information is measured on by default: the empty prompt and every everyday word, each said once."""
+    words = [[templates(kind)[0].format(word) for word in COMMON[kind]] for kind in KINDS]
+    # the kinds mixed, so that few samples see all of them
+    places = sorted((i / len(group), k, text) for k, group in enumerate(words) for i, text in enumerate(group))
+    return ["", *dict.fromkeys(text for _, _, text in places)]
+
+
+@register
+class SelectiveAmnesia(TrainedMethod):
+    """Surrogate, replay and elastic weights; minutes, of which the Fisher information is made once a model."""
+
+    id = "selective_amnesia"
+    title = "Selective Amnesia (surrogate, replay, elastic weights)"
+    paper = "https://arxiv.org/abs/2305.10120"
+    message = "learning the surrogate"
+    Settings = SelectiveAmnesiaSettings
+    presets = {
+        # the authors': AdamW 1e-5, batches of 4 (on each of 4 GPUs), γ = 1, λ = 50, the bare name as prompt, dense
+        # weights. Not theirs: attn2 alone and not the whole UNet; 48 pictures and 600 steps in place of 1,000 and 200
+        # rounds of them; an unbiased estimate in place of the exact Fisher information of 5,000 pictures
+        "published": SelectiveAmnesiaSettings(
+            steps=600,
+            lr=1e-5,
+            train=PROJECTIONS,
+            rank=None,
+            templates=("{}",),
+            n_images=48,
+            replay_images=48,
+            guidance=7.5,
+            ewc_weight=50.0,
+            ewc_scale="published",
+        ),
+        "tuned": SelectiveAmnesiaSettings(
+            steps=120,
+            lr=1e-3,
+            batch_size=8,
+            train=("to_k", "to_v"),
+            contexts=True,
+            n_images=24,
+            replay_images=48,
+            sample_steps=16,
+            keep_common=True,
+            ewc_weight=0.3,
+        ),
+    }
+
+    def uses_images(self, settings: SelectiveAmnesiaSettings) -> bool:
+        return settings.surrogate == "images"
+
+    def _refuse_without_use(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
+        if inputs.images and settings.surrogate != "images":
+            raise RequestError(
+                f"There are pictures of '{next(iter(inputs.images))}', which Selective Amnesia does not look at with "
+                "these settings: leave them out, or set 'surrogate' to 'images' if they show what is to come in its "
+                "place."
+            )
+        super()._refuse_without_use(request, settings, inputs)
+
+    def refuse(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
+        if settings.surrogate == "prompt":
+            return
+        replaced = [concept.name for concept in request.concepts if concept.instead]
+        if replaced:
+            raise RequestError(
+                f"With 'surrogate' set to '{settings.surrogate}' a replacement is not looked at, and '{replaced[0]}' "
+                "has one: leave it out, or set 'surrogate' to 'prompt'."
+            )
+        lacking = [concept.name for concept in request.concepts if concept.name not in inputs.images]
+        if settings.surrogate == "images" and lacking:
+            raise RequestError(
+                f"'surrogate' is 'images', and there are no pictures for '{lacking[0]}': give some that show what is "
+                "to come in its place, or set 'surrogate' to 'prompt' or 'noise'."
+            )
+
+    def prompts(
+        self, encoder: TextEncoder, request: ForgetRequest, settings: SelectiveAmnesiaSettings
+    ) -> tuple[list[TargetPrompt], list[str]]:
+        """As for every trained method, each target with its surrogate's prompt."""
+        for concept in request.concepts:
+            _refuse_the_same(encoder, concept.name, concept.instead)
+        targets, kept = super().prompts(encoder, request, settings)
+        names = [concept.name for concept in request.concepts]
+        # a context that names another of the concepts would teach that one again
+        targets = [
+            dataclasses.replace(target, instead=said_instead(target.text, target.concept, ""))
+            if target.instead is None
+            else target
+            for target in targets
+            if not any(_says(target.text, name) and not _says(target.concept, name) for name in names)
+        ]
+        meant = (*request.preserve, *settings.retain_prompts)
+        banned = [name for name in names if not any(_says(phrase, name) for phrase in meant)]
+        if settings.keep_common and kept:
+            kept += fisher_prompts()
+        kept = [text for text in kept if not any(_says(text, name) for name in banned)]
+        return targets, list(dict.fromkeys(kept))
+
+    def picture(
+        self, material: Material, settings: SelectiveAmnesiaSettings, inputs: Inputs, progress: Progress | None
+    ) -> None:
+        """A pool for every target prompt (of its surrogate) or every concept (pictures, noise), one for every kept."""
+        model, generator = material.model, material.generator
+        of: dict[str, list[TargetPrompt]] = {}
+        for target in material.targets:
+            of.setdefault(target.concept, []).append(target)
+        for name, targets in of.items():
+            if settings.surrogate == "prompt":
+                wanted = {target.text: [target.instead or ""] for target in targets}
+                material.draw(wanted, -(-settings.n_images // len(targets)), progress)
+            elif settings.surrogate == "images":
+                material.encode(name, inputs.images[name])
+            else:
+                material.pools[name] = _noise(model, settings.n_images, generator)
+        if material.kept:
+            order = torch.randperm(len(material.kept) - 1, generator=generator).tolist()
+            shuffled, common = [material.kept[1 + i] for i in order], set(fisher_prompts())
+            # what the person named goes first (a stable sort)
+            shuffled.sort(key=lambda text: text in common)
+            material.kept = [material.kept[0], *shuffled[: settings.replay_images - 1]]
+            material.draw(
+                {text: [text] for text in material.kept}, settings.replay_images // len(material.kept), progress
+            )
+
+    def objective(
+        self,
+        material: Material,
+        deltas: Deltas,
+        request: ForgetRequest,
+        settings: SelectiveAmnesiaSettings,
+        inputs: Inputs,
+        progress: Progress | None,
+    ) -> SelectiveAmnesiaObjective:
+        model = material.model
+        weights: dict[str, Tensor] = {}
+        if settings.ewc_weight:
+            asked = FisherSettings(
+                settings.fisher,
+                settings.fisher_samples,
+                draws=settings.fisher_draws,
+                sample_steps=settings.sample_steps,
+                guidance=settings.guidance,
+            )
+            found = fisher_information(
+                model,
+                deltas.keys,
+                settings.fisher_prompts or fisher_prompts(),
+                asked,
+                workspace=inputs.workspace,
+                progress=progress,
+            )
+            weights = scaled_fisher(model, found.values, settings.ewc_scale)
+        return SelectiveAmnesiaObjective(material, deltas, settings, weights)
+
+
+def scaled_fisher(
+    model: LatentDiffusion, fisher: Mapping[str, Tensor], scale: Literal["relative", "published"]
+) -> dict[str, Tensor]:
+    """``F`` in the unit of ``λ``, on the weights' devices: divided by ``Σ F θ*²``, or times ``T²`` as published."""
+    linears = {key: model.survey.linear(key) for key in fisher}
+    found = {key: value.to(linears[key].weight.device) for key, value in fisher.items()}
+    if scale == "published":
+        return {key: value * float(model.train_steps) ** 2 for key, value in found.items()}
+    size = sum(
+        float((value * linears[key].weight.detach().float().square()).sum(dtype=torch.float32))
+        for key, value in found.items()
+    )
+    return {key: value / size for key, value in found.items()}
+
+
+class SelectiveAmnesiaObjective(BaseObjective):
+    """The three terms of one step: ``surrogate`` (to forget), ``replay`` and ``elastic`` (to keep)."""
+
+    def __init__(
+        self,
+        material: Material,
+        deltas: Deltas,
+        settings: SelectiveAmnesiaSettings,
+        fisher: Mapping[str, Tensor],
+    ) -> None:
+        """``fisher`` is :func:`scaled_fisher`, empty without the penalty."""
+        super().__init__(material, deltas)
+        self.settings, self.fisher = settings, dict(fisher)
+
+    def __call__(self, step: int) -> Terms:
+        s = self.settings
+        targets = self.material.next_targets()
+        pools = [target.text if s.surrogate == "prompt" else target.concept for target in targets]
+        terms = {"surrogate": Term(self._denoising(pools, [target.text for target in targets]))}
+        if self.material.kept:
+            texts = self.material.next_kept()
+            terms["replay"] = Term(self._denoising(texts, texts), s.preserve_weight, "retain")
+        if self.fisher:
+            changes = {key: self.deltas.delta(key) for key in self.deltas.keys}
+            terms["elastic"] = Term(elastic_penalty(changes, self.fisher), s.ewc_weight, "retain")
+        return terms
+
+    def _denoising(self, pools: Sequence[str], texts: Sequence[str]) -> Tensor:
+        batch = self.material.noised(pools)
+        return noise_matching(self.predicted(batch.x, batch.times, texts), batch.noise)
+
+
+def _noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform noise as pictures, read in by the autoencoder; without one, as latents of variance 1."""
+    if model.vae is None:
+        uniform = torch.rand(count, *model.latent_shape, generator=generator)
+        return ((2 * uniform - 1) * 3**0.5).to(model.device)
+    height, width = (8 * side for side in model.latent_shape[1:])
+    uniform = torch.rand(count, 3, height, width, generator=generator)
+    return torch.cat([model.vae.encode(2 * part - 1) for part in uniform.split(16)]).float().to(model.device)
+
+
+def _says(text: str, phrase: str) -> bool:
+    return normalised(phrase) in normalised(text)
+
+
+def _refuse_the_same(encoder: TextEncoder, name: str, instead: str) -> None:
+    """Raise where the surrogate's prompt would say the concept itself."""
+    wanted, said = list(encoder.phrase_ids(name)), list(encoder.phrase_ids(instead)) if instead else []
+    if any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1)):
+        raise RequestError(
+            f"The replacement '{instead}' says the concept '{name}' itself: its pictures would show what is to be "
+            "forgotten. Name something else."
+        )
