@@ -23,6 +23,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Concept",
     "ForgetRequest",
+    "bare",
     "default_replacement",
     "normalised",
     "templates",
@@ -67,7 +68,7 @@ def normalised(phrase: str) -> str:
     return " ".join(phrase.casefold().split())
 
 
-def _bare(phrase: str) -> str:
+def bare(phrase: str) -> str:
     """``phrase`` normalised, without a leading article: "a Star" and "star" ask for the same thing."""
     words = normalised(phrase).split(" ")
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
@@ -127,14 +128,14 @@ class ForgetRequest:
         _check_form(self._as_dict())
         names: dict[str, str] = {}
         for concept in self.concepts:
-            if (key := _bare(concept.name)) in names:
+            if (key := bare(concept.name)) in names:
                 raise RequestError(f"The concept '{concept.name}' is asked for twice: leave one of them out.")
             names[key] = concept.name
         for concept in self.concepts:
             if concept.replacement is None:
                 continue
-            instead = _bare(concept.replacement)
-            if instead == _bare(concept.name):
+            instead = bare(concept.replacement)
+            if instead == bare(concept.name):
                 raise RequestError(
                     f"The replacement of '{concept.name}' is the concept itself: name something else, or nothing."
                 )
@@ -144,12 +145,12 @@ class ForgetRequest:
                     "name something that stays."
                 )
         said = {
-            _bare(template.format(concept.name)): concept.name
+            bare(template.format(concept.name)): concept.name
             for concept in self.concepts
             for template in templates(concept.kind)
         }
         for phrase in self.preserve:
-            if (clash := said.get(_bare(phrase))) is not None:
+            if (clash := said.get(bare(phrase))) is not None:
                 raise RequestError(
                     f"The preserve list contains '{phrase}', which is the concept '{clash}' to be forgotten: "
                     "take it from one of the two."

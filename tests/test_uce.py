@@ -17,9 +17,9 @@ from forget_concept.core.methods.uce import (
     UCE,
     Columns,
     UCESettings,
-    _common_prompts,
     aligned_positions,
     collect_columns,
+    common_prompts,
     solve_context_map,
 )
 
@@ -313,7 +313,7 @@ def test_an_edit_that_changes_nothing_is_refused():
 
 def test_everyday_words_leave_out_what_is_forgotten():
     request = ForgetRequest((Concept("neon", "style"), Concept("star"), Concept("bat")))
-    kept = _common_prompts(request, UCE.presets["tuned"])
+    kept = common_prompts(request, UCE.presets["tuned"])
     assert len(kept) > 150
     assert not any("neon" in text or " star" in text or " bat" in text for text in kept)
     assert any("moon" in text for text in kept)

@@ -15,7 +15,7 @@ from types import FrameType, ModuleType
 
 from ..errors import Cancelled, ForgetConceptError
 from ..version import VERSION
-from . import demo, evaluate, export, forget, generate, inspect, methods, mini_table
+from . import demo, evaluate, export, forget, generate, inspect, methods, mini_table, restore
 from .options import Parser
 
 __all__ = ["build_parser", "main"]
@@ -23,6 +23,7 @@ __all__ = ["build_parser", "main"]
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "forget": forget,
+    "restore": restore,
     "generate": generate,
     "evaluate": evaluate,
     "methods": methods,

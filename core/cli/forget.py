@@ -17,6 +17,7 @@ from .console import Console
 from .files import check_writable
 
 if TYPE_CHECKING:
+    from ..continual import Asked
     from ..patch import Patch
 
 HELP = "make a patch that forgets one or several concepts"
@@ -54,6 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=options.finite, help="of the edit, above 0 and up to 10 (default: 1)")
     parser.add_argument("--seed", type=options.whole(), help="for methods that draw (default: 0)")
     parser.add_argument("--request", metavar="FILE", type=Path, help="all of the above as a JSON file instead")
+    parser.add_argument(
+        "--onto",
+        metavar="PATCH",
+        help="start from what an earlier patch of the same model forgot: the new one holds both",
+    )
+    parser.add_argument(
+        "--max-rank",
+        type=options.whole(1),
+        metavar="N",
+        help="with --onto, a bound of the whole patch's rank; where it cuts, nothing can be restored from it any more",
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="the patch (default: forget-<concepts>.safetensors)")
     parser.add_argument(
         "--context-map", metavar="FILE", type=Path, help="also write the edit as a context map, its smallest form"
@@ -72,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from ..formats import context_map, kohya
+    from ..continual import History, read_record
+    from ..formats import context_map, kohya, load_patch
+    from ..formats.safe import read_metadata
     from ..methods import Inputs, fit, get, resolve_settings
     from ..workspace import Workspace
 
@@ -80,17 +94,32 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     # what can be refused is refused before a model is loaded
     request.check()
     resolve_settings(get(request.method), request.preset, request.settings)
-    out = check_writable(args.out or Path(f"forget-{slug(request)}.safetensors"))
+    together = request.concepts
+    if args.onto is not None:
+        record = read_record(read_metadata(args.onto))
+        record.check(request)
+        together = record.concepts + together
+    elif args.max_rank is not None:
+        raise RequestError("--max-rank bounds a patch of several requests: give --onto, or set the method's own rank.")
+    out = check_writable(args.out or Path(f"forget-{slug(ForgetRequest(together))}.safetensors"))
     if args.context_map is not None:
         check_writable(args.context_map)
     model = options.load_model(args, console)
     began = time.perf_counter()
     with console.progress(f"forgetting {spoken(request)}") as progress:
-        patch = fit(model, request, progress, Inputs(workspace=None if args.work is None else Workspace(args.work)))
+        inputs = Inputs(workspace=None if args.work is None else Workspace(args.work))
+        if args.onto is None:
+            asked, patch = None, fit(model, request, progress, inputs)
+        else:
+            history = History.from_patch(load_patch(args.onto, model.survey))
+            bound = history.max_rank if args.max_rank is None else args.max_rank
+            history = history.bounded(bound).forget(model, request, progress, inputs)
+            asked, patch = history.asked, history.patch
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
     if args.context_map is not None and patch.context_map is None:
-        raise RequestError(f"The method '{request.method}' gives no context map: leave --context-map out.")
+        method = patch.metadata["forget_concept.method"]
+        raise RequestError(f"The method '{method}' gives no context map: leave --context-map out.")
     kohya.save(patch, out, model.survey, dtype)
     if args.context_map is not None:
         context_map.save(patch, args.context_map, dtype)
@@ -98,9 +127,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.say(f"{out}: {len(patch)} layers, rank {patch.rank}, {out.stat().st_size:,} bytes")
     if args.context_map is not None:
         console.say(f"{args.context_map}: context map, {args.context_map.stat().st_size:,} bytes")
-    return summary(request, patch, out, seconds) | {
-        "context_map": None if args.context_map is None else str(args.context_map)
-    }
+    if asked is not None:
+        console.say(f"It holds {len(asked)} requests: {', '.join(one.names for one in asked)}.")
+    return (
+        summary(request, patch, out, seconds)
+        | {"context_map": None if args.context_map is None else str(args.context_map)}
+        | ({} if asked is None else {"requests": told_requests(asked)})
+    )
 
 
 def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> dict[str, Any]:
@@ -114,6 +147,11 @@ def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> 
         "bytes": out.stat().st_size,
         "seconds": seconds,
     }
+
+
+def told_requests(asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """What ``--json`` says of the requests of a patch."""
+    return [{"number": one.number, "request": json.loads(one.request.to_json())} for one in asked]
 
 
 def read_request(args: argparse.Namespace) -> ForgetRequest:
@@ -201,4 +239,6 @@ def spoken(request: ForgetRequest) -> str:
 def slug(request: ForgetRequest) -> str:
     """The concepts as they stand in a file's name."""
     words = "-".join(concept.name for concept in request.concepts[:3])
-    return re.sub(r"[^a-z0-9]+", "-", words.casefold()).strip("-")[:60] or "concept"
+    more = len(request.concepts) - 3
+    named = re.sub(r"[^a-z0-9]+", "-", words.casefold()).strip("-")[:60] or "concept"
+    return named + (f"-and-{more}-more" if more > 0 else "")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import PatchError
 from . import options
 from .console import Console
+from .forget import spoken
 
 if TYPE_CHECKING:
     from ..patch import LowRank, Patch
@@ -54,14 +57,39 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.say(f"{data['layers']} layers of rank up to {data['rank']}, {data['dtype']}, on weights {sizes}")
     if not about:
         console.say("It says nothing of how it was made: it was not written by this program.")
+    record = about.get("history")
     for name, value in sorted(about.items()):
+        if name == "history":
+            continue
         console.say(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    if record is not None:
+        _tell_record(raw, console)
     if args.model:
         model = options.load_model(args, console)
         patch = load_patch(args.file, model.survey)
         patch.check_fits(model.survey)
         data["fit"] = _fit(patch, model, about, args.model, console)
     return data
+
+
+def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
+    """The requests that made a patch, in their order, and which of them can be taken back."""
+    from ..continual import is_closed_form, read_record
+
+    try:
+        record = read_record(metadata)
+    except PatchError as error:
+        console.say(f"  {error}")
+        return
+    console.say("It was made by these requests, one after the other:")
+    for one in record.asked:
+        part = next(part for part in record.parts if one in part.asked)
+        how = f"rank up to {max(part.ranks.values(), default=0)}"
+        if part.merged:
+            how = "cut together with others, so it cannot be taken back"
+        elif is_closed_form(one.request.method) and len(part.asked) > 1:
+            how = "solved together with the others of its method"
+        console.say(f"  {one.number}. {spoken(one.request)}: {one.request.method} ({one.request.preset}), {how}")
 
 
 def _fit(patch: Patch, model: Any, about: dict[str, Any], name: str, console: Console) -> dict[str, Any]:

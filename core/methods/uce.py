@@ -21,6 +21,7 @@ from torch import Tensor
 from ..common_words import COMMON, CONTEXTS
 from ..concepts import Concept, ForgetRequest, normalised, templates
 from ..diffusion import LatentDiffusion
+from ..diversity import mentions
 from ..errors import ForgetConceptError, RequestError
 from ..formats.context_map import expand
 from ..patch import LowRank, Patch
@@ -28,7 +29,15 @@ from ..progress import Progress, ProgressEvent, report
 from ..text import TextEncoder, end_position, phrase_span, tail_positions
 from . import Inputs, Method, register
 
-__all__ = ["UCE", "Columns", "UCESettings", "aligned_positions", "collect_columns", "solve_context_map"]
+__all__ = [
+    "UCE",
+    "Columns",
+    "UCESettings",
+    "aligned_positions",
+    "collect_columns",
+    "common_prompts",
+    "solve_context_map",
+]
 
 
 @dataclass(frozen=True)
@@ -184,14 +193,19 @@ def _said(template: str, phrase: str) -> str:
     return template.format(phrase) if phrase else " ".join(template.replace("{}", " ").split())
 
 
-def _templates(settings: UCESettings, kind: str) -> tuple[str, ...]:
-    """The request's own templates, or the kind's, with the everyday contexts behind them."""
+def _templates(settings: UCESettings, kind: str, request: ForgetRequest) -> tuple[str, ...]:
+    """The request's own templates, or the kind's, with the everyday contexts behind them.
+
+    Contexts that name what is to be forgotten are left out: kept words in them would keep it, and so would another
+    target's replacement.
+    """
     if settings.templates is not None:
         return settings.templates
-    return templates(kind) + (CONTEXTS[kind] if settings.contexts else ())
+    contexts = CONTEXTS[kind] if settings.contexts else ()
+    return templates(kind) + tuple(c for c in contexts if not any(mentions(t.name, c) for t in request.concepts))
 
 
-def _common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
+def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
     """Everyday words in the templates of their own kind: one plain one and, in turn, one of the contexts.
 
     Words that are, hold or stand in a concept's own name are left out: they are not to be kept.
@@ -231,7 +245,7 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
     pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
     for concept in request.concepts:
         instead = _instead(concept, settings)
-        for template in _templates(settings, concept.kind):
+        for template in _templates(settings, concept.kind, request):
             prompt = _said(template, concept.name)
             end_position(encoder, prompt)
             if not instead and settings.no_replacement == "empty":
@@ -251,10 +265,10 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
     kept: dict[str, None] = {}
     for phrase in request.preserve:
         for kind in dict.fromkeys(concept.kind for concept in request.concepts):
-            for template in _templates(settings, kind):
+            for template in _templates(settings, kind, request):
                 kept[_said(template, phrase)] = None
     if settings.keep_common:
-        kept |= dict.fromkeys(_common_prompts(request, settings))
+        kept |= dict.fromkeys(common_prompts(request, settings))
     kept |= dict.fromkeys(settings.preserve_prompts)
     kept.pop("", None)
     texts = list(dict.fromkeys([p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs] + list(kept) + [""]))

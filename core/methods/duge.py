@@ -1,0 +1,393 @@
+"""DUGE: decremental unlearning without generalization erosion, for requests that come one after the other.
+
+Thakral et al., *Continual Unlearning for Foundational Text-to-Image Models without Generalization Erosion* (arXiv
+2503.13769). At request ``n`` the model as the earlier ones left it is frozen as ``φ_n``, and
+``L = L_U + λ_p L_pr + λ_r L_reg`` is made small:
+
+- ``L_U = mean_l (A_l^θ(x_t, t, c_f) − A_l^{φ_n}(x_t, t, ∅))²``: every cross-attention site gives under the target what
+  it gave without it. ``A`` is the site's output, or its attention map, as a setting *(reading)*. With a replacement the
+  frozen model is asked for the replacement's prompt instead of the empty one: an extension.
+- ``L_pr``: the denoising loss on a small memory of pictures of what is kept, each under its own prompt.
+- ``L_reg``: ``‖θ − φ_0‖²`` and distillation on kept prompts *(reading)*. Both are measured from the **base** model, so
+  that drift does not compound over requests (CUIG, arXiv 2511.07970).
+
+Ours beside it: what earlier requests forgot stays as ``φ_n`` has it (``earlier_weight``; the anchor alone would pull it
+back); the trained change can be made blind to the text states of what is kept (``project``, CUIG's projection); and the
+sites can be trained each on its own (``local``). A site's output at a pixel depends on that pixel and the text alone,
+so a match at every site, on inputs recorded once, is a match of the whole network, without a pass through it.
+
+The paper's public pages give none of its hyperparameters: ``published`` takes its losses as they are, all weights 1, at
+the rate and length that UnlearnCanvas (arXiv 2402.11846) found for Forget-Me-Not's kindred loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionRecorder
+from ..common_words import CONTEXTS
+from ..concepts import Concept, ForgetRequest
+from ..continual import read_record
+from ..diffusion import LatentDiffusion
+from ..diversity import mentions
+from ..errors import ForgetConceptError, RequestError
+from ..gradients import kept_basis
+from ..losses import noise_matching
+from ..material import KEPT, Material, Noised, TargetPrompt, said_instead
+from ..progress import Progress
+from ..site_outputs import SiteRecorder, attention_map, sampled, site_map, site_output
+from ..text import TextEncoder
+from ..training import Deltas, Term, Terms
+from ..unet import PROJECTIONS
+from . import Inputs, register
+from .trained import BaseObjective, TrainedMethod, TrainedSettings
+from .uce import UCESettings, common_prompts
+
+__all__ = ["DUGE", "DugeObjective", "DugeSettings", "drift_from_base", "site_matching"]
+
+MEMORY = "\0memory"  # a pool's name that no concept has
+
+
+@dataclass(frozen=True)
+class DugeSettings(TrainedSettings):
+    """Settings of :class:`DUGE`, beside the common ones.
+
+    ``compare``: of every site its ``"outputs"`` or its attention ``"maps"``. ``relative``: each site's square counts by
+    its own size, so that weights carry over between models; otherwise as published. ``no_replacement``: what the target
+    reads as without one: the ``"empty"`` prompt, or its own with the concept ``"dropped"``. ``local``: train the sites
+    on their own, on ``bank`` recorded inputs of each side with ``pixels`` of each site; otherwise through the network.
+    ``contexts`` and ``keep_common``: as in the closed form, say the concept in everyday contexts too, and keep everyday
+    words too. ``unlearn_weight``: of L_U. ``prior_weight``: λ_p, with a memory of ``memory`` pictures.
+    ``anchor_weight`` and ``preserve_weight``: λ_r's two parts, ``‖θ − φ_0‖²`` (as a share of ``‖φ_0‖²``) and the
+    distillation. ``earlier_weight``: of keeping forgotten what earlier requests forgot. ``project``: the share of the
+    kept text states (above 0, at most 1) whose directions the change of K and V must be blind to.
+    """
+
+    compare: Literal["outputs", "maps"] = "outputs"
+    relative: bool = True
+    no_replacement: Literal["empty", "dropped"] = "empty"
+    local: bool = True
+    bank: int = 64
+    pixels: int = 64
+    contexts: bool = False
+    keep_common: bool = False
+    unlearn_weight: float = 1.0
+    prior_weight: float = 0.0
+    memory: int = 8
+    anchor_weight: float = 0.0
+    earlier_weight: float = 1.0
+    project: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bank", "pixels", "memory"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"The setting '{name}' must be at least 1.")
+        if self.unlearn_weight == 0:
+            raise RequestError("With 'unlearn_weight' 0 nothing would be forgotten.")
+        if self.compare == "maps" and not {"to_q", "to_k"} & set(self.train):
+            raise RequestError(
+                "With 'compare' set to 'maps', 'train' must name to_q or to_k: no map depends on others."
+            )
+        if self.project is not None:
+            if not 0 < self.project <= 1:
+                raise RequestError("The setting 'project' must be above 0 and at most 1, or null.")
+            if not {"to_k", "to_v"} & set(self.train):
+                raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
+
+    def said(self, kind: str) -> tuple[str, ...]:
+        found = super().said(kind)
+        return found + CONTEXTS[kind] if self.contexts and self.templates is None else found
+
+
+def site_matching(now: Sequence[Tensor], wanted: Sequence[Tensor], relative: bool = False) -> Tensor:
+    """``mean_l mean (A_l − A*_l)²`` in fp32 or wider; ``relative`` divides each site's by ``mean A*_l²``.
+
+    No gradient goes to ``wanted``. Raises :class:`ForgetConceptError` for no sites or other shapes.
+    """
+    if not now or [a.shape for a in now] != [b.shape for b in wanted]:
+        raise ForgetConceptError("The sites' outputs cannot be compared: they are none, or of different shapes.")
+    found = []
+    for a, b in zip(now, wanted, strict=True):
+        a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b.detach()))
+        error = torch.mean((a - b) ** 2)
+        found.append(error / torch.mean(b**2).clamp(min=1e-12) if relative else error)
+    return torch.stack(found).mean()
+
+
+def drift_from_base(deltas: Deltas, model: LatentDiffusion, earlier: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """``‖θ − φ_0‖² / ‖φ_0‖²`` over the trained projections; ``θ − φ_0`` is ``earlier`` (up, down) and the trained part.
+
+    The part of it that nothing can change, ``‖earlier‖²``, is in it too.
+    """
+    moved, size = [], 0.0
+    for key in deltas.keys:
+        change = deltas.delta(key)
+        square = (change**2).sum()
+        if key in earlier:
+            up, down = earlier[key]
+            # ‖E + D‖² = ‖E‖² + 2⟨E, D⟩ + ‖D‖², and E is never made
+            square = square + 2 * (up * (change @ down.T)).sum() + ((up.T @ up) * (down @ down.T)).sum()
+        moved.append(square)
+        size += float(model.survey.linear(key).weight.detach().float().square().sum())
+    return torch.stack([square.to(moved[0].device) for square in moved]).sum() / max(size, 1e-12)
+
+
+@register
+class DUGE(TrainedMethod):
+    """Unlearning for requests in sequence; on its own it is a method like others."""
+
+    id = "duge"
+    title = "DUGE (continual unlearning without generalization erosion)"
+    paper = "https://arxiv.org/abs/2503.13769"
+    message = "unlearning"
+    Settings = DugeSettings
+    presets = {
+        "published": DugeSettings(
+            steps=100,
+            lr=2e-5,
+            batch_size=1,
+            train=PROJECTIONS,
+            rank=None,
+            one_template=True,
+            relative=False,
+            local=False,
+            prior_weight=1.0,
+            anchor_weight=1.0,
+            earlier_weight=0.0,
+        ),
+        # looked at on tree, mosaic and Hugo Marsh of the embedded world, and on sequences of its other concepts
+        "tuned": DugeSettings(
+            steps=150,
+            lr=2e-3,
+            weight_decay=0.0,
+            batch_size=16,
+            train=("to_k", "to_v"),
+            rank=8,
+            n_images=4,
+            sample_steps=10,
+            pixels=16,
+            no_replacement="dropped",
+            contexts=True,
+            keep_common=True,
+        ),
+    }
+
+    def keeps(self, settings: DugeSettings) -> bool:
+        return settings.preserve_weight > 0 or settings.prior_weight > 0 or settings.project is not None
+
+    def refuse(self, request: ForgetRequest, settings: DugeSettings, inputs: Inputs) -> None:
+        if settings.gradient != "sum" and not (settings.preserve_weight or settings.prior_weight):
+            raise RequestError(
+                f"The gradient rule '{settings.gradient}' sets forgetting against keeping: set 'preserve_weight' or "
+                "'prior_weight' above 0, or 'gradient' to 'sum'."
+            )
+        if settings.latents == "zeros" and settings.prior_weight:
+            raise RequestError("The prior needs pictures: set 'prior_weight' to 0, or 'latents' to 'generated'.")
+        if settings.keep_common and not self.keeps(settings):
+            raise RequestError("'keep_common' is on, and these settings keep nothing: set 'preserve_weight' above 0.")
+
+    def prompts(
+        self, encoder: TextEncoder, request: ForgetRequest, settings: DugeSettings
+    ) -> tuple[list[TargetPrompt], list[str]]:
+        targets, kept = super().prompts(encoder, request, settings)
+        if settings.contexts and settings.templates is None:
+            # one that names another target would keep it, or have it shown with this one's replacement
+            named = [
+                c for kind in CONTEXTS for c in CONTEXTS[kind] if any(mentions(t.name, c) for t in request.concepts)
+            ]
+            spoken = [*(concept.name for concept in request.concepts), *request.preserve]
+            out = {context.format(word) for context in named for word in spoken}
+            targets = [target for target in targets if target.text not in out]
+            kept = [text for text in kept if text not in out]
+        if settings.keep_common:
+            kept = list(dict.fromkeys([*kept, *common_prompts(request, UCESettings(contexts=settings.contexts))]))
+        return targets, kept
+
+    def blind(self, model: LatentDiffusion, material: Material, settings: DugeSettings) -> Mapping[str, Tensor] | None:
+        if settings.project is None:
+            return None
+        states = material.states(material.kept).hidden.flatten(0, 1).float()
+        basis = kept_basis(torch.unique(states, dim=0), settings.project)
+        return {key: basis for key in self.keys(model, settings) if key.endswith((".to_k", ".to_v"))}
+
+    def objective(
+        self,
+        material: Material,
+        deltas: Deltas,
+        request: ForgetRequest,
+        settings: DugeSettings,
+        inputs: Inputs,
+        progress: Progress | None,
+    ) -> DugeObjective:
+        earlier: list[Concept] = []
+        if inputs.earlier is not None:
+            earlier = list(read_record(inputs.earlier.metadata).concepts)
+            # the base model still shows them: keeping these prompts as it has them would bring them back
+            material.kept = [text for text in material.kept if not any(mentions(c.name, text) for c in earlier)]
+        memory: list[str] = []
+        if settings.prior_weight:
+            others = [text for text in material.kept if text] or material.kept
+            order = torch.randperm(len(others), generator=material.generator).tolist()
+            memory = [others[i % len(others)] for i in (order * settings.memory)[: settings.memory]]
+            material.draw({MEMORY: memory}, len(memory), progress)
+        objective = DugeObjective(material, deltas, settings, earlier, memory, inputs)
+        if settings.local:
+            with deltas.attached():
+                objective.record()
+        return objective
+
+
+class DugeObjective(BaseObjective):
+    """The terms of one step, through the network or site by site."""
+
+    def __init__(
+        self,
+        material: Material,
+        deltas: Deltas,
+        settings: DugeSettings,
+        earlier: Sequence[Concept],
+        memory: Sequence[str],
+        inputs: Inputs,
+    ) -> None:
+        super().__init__(material, deltas)
+        self.settings, self.memory = settings, list(memory)
+        self.earlier = [template.format(c.name) for c in earlier for template in settings.said(c.kind)]
+        self.frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        if inputs.earlier is not None:
+            for key, factor in inputs.earlier.factors.items():
+                moved = factor.to(self.model.survey.linear(key).weight.device, torch.float32)
+                self.frozen[key] = (moved.up, moved.down)
+        self.bank: dict[str, list[Tensor]] = {}
+
+    # -- what a target reads as ----------------------------------------------------------------------------------
+
+    def instead(self, prompt: TargetPrompt) -> str:
+        """The prompt whose outputs the target's are pulled to."""
+        if prompt.instead is not None:
+            return prompt.instead
+        return "" if self.settings.no_replacement == "empty" else said_instead(prompt.text, prompt.concept, "")
+
+    # -- through the network -------------------------------------------------------------------------------------
+
+    def sites(self, batch: Noised, texts: Sequence[str]) -> list[Tensor]:
+        """Every site's output (or map) in one pass over the batch under these prompts."""
+        survey = self.model.survey
+        if self.settings.compare == "outputs":
+            with SiteRecorder(survey) as recorder:
+                self.predicted(batch.x, batch.times, texts)
+                return recorder.outputs()
+        with AttentionRecorder(survey) as recorder:
+            self.predicted(batch.x, batch.times, texts)
+            return [attention_map(recorder.q[site.name], recorder.k[site.name], site.heads) for site in survey]
+
+    def _unlearn(self) -> Tensor:
+        prompts = self.material.next_targets()
+        batch = self.material.noised([prompt.concept for prompt in prompts])
+        with torch.no_grad(), self.deltas.showing("earlier"):
+            wanted = self.sites(batch, [self.instead(prompt) for prompt in prompts])
+        return site_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
+
+    def _stay_forgotten(self, texts: Sequence[str]) -> Tensor:
+        batch = self.material.noised([self._any_pool()] * len(texts))
+        with torch.no_grad(), self.deltas.showing("earlier"):
+            wanted = self.predicted(batch.x, batch.times, texts)
+        return noise_matching(self.predicted(batch.x, batch.times, texts), wanted)
+
+    def _prior(self) -> Tensor:
+        material, count = self.material, self.settings.batch_size
+        rows = torch.randint(len(self.memory), (count,), generator=material.generator)
+        times = torch.randint(self.model.train_steps, (count,), generator=material.generator)
+        noise = torch.randn((count, *self.model.latent_shape), generator=material.generator).to(self.model.device)
+        x = self.model.add_noise(material.pools[MEMORY][rows.to(self.model.device)], noise, times)
+        return noise_matching(self.predicted(x, times, [self.memory[i] for i in rows.tolist()]), noise)
+
+    def _any_pool(self) -> str:
+        pools = self.material.pools
+        return KEPT if KEPT in pools or not pools else next(iter(pools))
+
+    # -- site by site --------------------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """Fill the bank with inputs of every site, under what targets read as and under what is kept."""
+        material, s = self.material, self.settings
+        sides: tuple[tuple[str, Literal["base", "earlier"]], ...] = (("targets", "earlier"), ("kept", "base"))
+        for side, shown in sides:
+            done: list[list[Tensor]] = []
+            for start in range(0, s.bank, s.batch_size):
+                count = min(s.batch_size, s.bank - start)
+                if side == "targets":
+                    prompts = material.next_targets(count)
+                    batch = material.noised([prompt.concept for prompt in prompts])
+                    texts = [self.instead(prompt) for prompt in prompts]
+                elif material.kept:
+                    texts = material.next_kept(count)
+                    batch = material.noised([self._any_pool()] * count)
+                else:
+                    return
+                with torch.no_grad(), self.deltas.showing(shown), SiteRecorder(self.model.survey) as recorder:
+                    self.predicted(batch.x, batch.times, texts)
+                    done.append([self._some(x) for x in recorder.inputs()])
+            self.bank[side] = [torch.cat(parts) for parts in zip(*done, strict=True)]
+
+    def _some(self, x: Tensor) -> Tensor:
+        pixels = x.shape[1]
+        if pixels <= self.settings.pixels:
+            return x.clone()
+        order = torch.rand(x.shape[:2], generator=self.material.generator).argsort(1)
+        return sampled(x, order[:, : self.settings.pixels])
+
+    def _matched(
+        self, side: str, texts: Sequence[str], shown: Literal["base", "earlier"], instead: Sequence[str] | None = None
+    ) -> Tensor:
+        """How far every site is, under ``texts``, from the frozen model under ``instead`` (default: the same)."""
+        bank = self.bank.get(side) or self.bank["targets"]
+        rows = torch.randint(len(bank[0]), (len(texts),), generator=self.material.generator)
+        at = site_output if self.settings.compare == "outputs" else site_map
+        here, there = self._context(texts), self._context(texts if instead is None else instead)
+        now, wanted = [], []
+        for site, inputs in zip(self.model.survey, bank, strict=True):
+            x = inputs[rows.to(inputs.device)]
+            with torch.no_grad(), self.deltas.showing(shown):
+                wanted.append(at(site, x, there))
+            now.append(at(site, x, here))
+        return site_matching(now, wanted, self.settings.relative)
+
+    def _context(self, texts: Sequence[str]) -> Tensor:
+        return self.material.states(texts).to(self.model.device, self.model.dtype).hidden
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def __call__(self, step: int) -> Terms:
+        s, material = self.settings, self.material
+        terms: dict[str, Term] = {}
+        if s.local:
+            prompts = material.next_targets()
+            instead = [self.instead(prompt) for prompt in prompts]
+            terms["unlearn"] = Term(
+                self._matched("targets", [p.text for p in prompts], "earlier", instead), s.unlearn_weight
+            )
+        else:
+            terms["unlearn"] = Term(self._unlearn(), s.unlearn_weight)
+        if s.prior_weight:
+            terms["prior"] = Term(self._prior(), s.prior_weight, "retain")
+        if s.anchor_weight:
+            drift = drift_from_base(self.deltas, self.model, self.frozen)
+            terms["anchor"] = Term(drift, s.anchor_weight, "retain")
+        if s.preserve_weight:
+            if s.local:
+                kept = self._matched("kept", material.next_kept(), "base")
+                terms["preserve"] = Term(kept, s.preserve_weight, "retain")
+            else:
+                terms["preserve"] = self.preserve(s.preserve_weight)
+        if s.earlier_weight and self.earlier:
+            drawn = torch.randint(len(self.earlier), (s.batch_size,), generator=material.generator).tolist()
+            texts = [self.earlier[i] for i in drawn]
+            stay = self._matched("kept", texts, "earlier") if s.local else self._stay_forgotten(texts)
+            terms["earlier"] = Term(stay, s.earlier_weight, "retain")
+        return terms

@@ -1,0 +1,112 @@
+"""What goes into every cross-attention site and what comes out of it, recorded on the way or worked out on its own.
+
+A site's output at a pixel depends on that pixel's input and on the text alone, so that once inputs are recorded, sites
+can be trained each on its own (:func:`site_output`), without a pass through the UNet.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from .errors import ForgetConceptError
+from .unet import CrossAttentionSite, UNetSurvey
+
+__all__ = ["SiteRecorder", "attention_map", "sampled", "site_map", "site_output"]
+
+
+class SiteRecorder:
+    """Keeps every site's input and output of the latest forward pass: a context manager, differentiable, host-agnostic.
+
+    ``x[name]`` is what ``to_q`` is given and ``out[name]`` what ``to_out`` returns, both ``(batch, pixels, width)``. It
+    sees what adapters add to them if those were attached before.
+    """
+
+    def __init__(self, survey: UNetSurvey) -> None:
+        self.survey = survey
+        self.x: dict[str, Tensor] = {}
+        self.out: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> SiteRecorder:
+        try:
+            for site in self.survey:
+                self._hooks.append(site.projection("to_q").register_forward_hook(_keep(self.x, site.name, inputs=True)))
+                self._hooks.append(site.projection("to_out").register_forward_hook(_keep(self.out, site.name)))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self.x.clear()
+        self.out.clear()
+
+    def outputs(self) -> list[Tensor]:
+        """Every site's output in the survey's order.
+
+        Raises :class:`ForgetConceptError` where no forward pass has been seen.
+        """
+        return self._all(self.out)
+
+    def inputs(self) -> list[Tensor]:
+        """Every site's input in the survey's order; raises as :meth:`outputs`."""
+        return self._all(self.x)
+
+    def _all(self, store: dict[str, Tensor]) -> list[Tensor]:
+        missing = [site.name for site in self.survey if site.name not in store]
+        if missing:
+            raise ForgetConceptError(f"No forward pass has reached {missing[0]}: there is nothing of it to look at.")
+        return [store[site.name] for site in self.survey]
+
+
+def _keep(store: dict[str, Tensor], name: str, inputs: bool = False) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        store[name] = args[0] if inputs else output
+
+    return hook
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def site_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
+    """A site's output ``(batch, pixels, width)`` for inputs ``x`` ``(batch, pixels, width)`` under ``context``.
+
+    ``context`` is ``(batch, tokens, d)``. The projections are called as the UNet calls them, with whatever is attached.
+    """
+    q, k, v = (
+        _split(part, site.heads)
+        for part in (site.projection("to_q")(x), site.projection("to_k")(context), site.projection("to_v")(context))
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return site.projection("to_out")(mixed.transpose(1, 2).flatten(2))
+
+
+def site_map(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
+    """The site's attention map ``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``; see above."""
+    return attention_map(site.projection("to_q")(x), site.projection("to_k")(context), site.heads)
+
+
+def attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``, of recorded queries and keys."""
+    q, k = _split(q, heads), _split(k, heads)
+    return torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
+
+
+def sampled(x: Tensor, positions: Tensor) -> Tensor:
+    """The given pixels of each row: ``x`` ``(batch, pixels, width)`` and ``positions`` ``(batch, n)`` to ``(batch, n,
+    width)``."""
+    rows = positions.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
+    return torch.gather(x, 1, rows)
