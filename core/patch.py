@@ -207,7 +207,7 @@ class Patch:
     def check_fits(self, unet: nn.Module | UNetSurvey) -> None:
         """Raise :class:`PatchError`, in words, unless every factor has its layer in this UNet and finite values."""
         found = survey_of(unet)
-        absent = [key for key in self.factors if found.split(key) is None]
+        absent = [key for key in self.factors if found.find(key) is None]
         if len(absent) == len(self.factors):
             raise PatchError(
                 f"No layer of this model matches the patch: it changes {listed(absent, 2)}, and the model "
@@ -270,11 +270,10 @@ class Patch:
         self.check_fits(found)
         state = {}
         for key, factor in self.factors.items():
-            site, which = found.split(key) or (None, "")
-            assert site is not None  # check_fits has seen to it
-            weight = site.projection(which).weight.detach()
+            layer = found.layer(key)
+            weight = layer.module.weight.detach()
             wide = weight.double() + strength * factor.to(weight.device, torch.float64).delta()
-            state[site.weight_path(which) + ".weight"] = wide.to(weight.dtype)
+            state[layer.path + ".weight"] = wide.to(weight.dtype)
         return state
 
     def surviving_share(self, unet: nn.Module | UNetSurvey, dtype: torch.dtype | None = None) -> float:

@@ -1,8 +1,9 @@
-"""The cross-attention sites of a raw UNet, under one name whatever the library that built it.
+"""The cross-attention sites of a raw UNet, and all linear layers of the transformer blocks they stand in, under one
+name whatever the library that built it.
 
-A site's canonical name is its dotted path in diffusers' ``UNet2DConditionModel``; for a UNet in LDM naming
-(``input_blocks`` / ``middle_block`` / ``output_blocks``: the original code, ComfyUI, the webui) it is worked out from
-the model's own blocks, with however many layers each has. Weights are looked at for their shapes only.
+A canonical name is the dotted path in diffusers' ``UNet2DConditionModel``; for a UNet in LDM naming (``input_blocks`` /
+``middle_block`` / ``output_blocks``: the original code, ComfyUI, the webui) it is worked out from the model's own
+blocks, with however many layers each has. Weights are looked at for their shapes only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .errors import ModelError
 __all__ = [
     "PROJECTIONS",
     "CrossAttentionSite",
+    "Layer",
     "UNetSurvey",
     "canonical_from_ldm",
     "ldm_from_canonical",
@@ -30,6 +32,10 @@ __all__ = [
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
 _TRANSFORMER = re.compile(r"^(?P<place>.+)\.(?P<inner>transformer_blocks\.\d+\.attn[12])$")
+_LAYER = re.compile(
+    r"^(?P<place>.+)\.(?P<inner>transformer_blocks\.\d+\."
+    r"(?:attn[12]\.(?:to_[qkv]|to_out)|ff\.net\.0\.proj|ff\.net\.2))(?:(?<=to_out)\.0)?$"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,20 @@ class CrossAttentionSite:
     def weight_path(self, which: str) -> str:
         """The projection's module path in this UNet, e.g. ``….attn2.to_out.0``."""
         return f"{self.path}.{which}" + (".0" if which == "to_out" else "")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a transformer block: self-attention, cross-attention or feed-forward.
+
+    ``key`` is canonical (``….attn1.to_q``, ``….attn2.to_out``, ``….ff.net.0.proj``), ``ldm_key`` the same in LDM
+    naming, ``path`` where the ``nn.Linear`` is in *this* UNet.
+    """
+
+    key: str
+    ldm_key: str
+    path: str
+    module: nn.Linear = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -95,11 +115,41 @@ class UNetSurvey:
         site = self._sites_by_name.get(name)
         return None if site is None or which not in PROJECTIONS else (site, which)
 
+    @cached_property
+    def layers(self) -> Mapping[str, Layer]:
+        """Every linear layer of the transformer blocks by its canonical key, those of the sites among them.
+
+        LoRA trainers take these when they take the whole UNet. Raises :class:`ModelError` where one of them is no plain
+        linear layer.
+        """
+        places = _ldm_places(self.unet) if self.layout == "ldm" else _diffusers_places(self.unet)
+        found: list[Layer] = []
+        for path, module in self.unet.named_modules():
+            match = _LAYER.match(path)
+            if match is None or match["place"] not in places or isinstance(module, (nn.Sequential, nn.ModuleList)):
+                continue
+            canonical, ldm = places[match["place"]]
+            found.append(Layer(f"{canonical}.{match['inner']}", f"{ldm}.{match['inner']}", path, _plain(module, path)))
+        # within a block as the module has them
+        found.sort(key=lambda layer: _order(layer.key.split(".transformer_blocks.")[0]))
+        return {layer.key: layer for layer in found}
+
+    def find(self, key: str) -> Layer | None:
+        """The layer under a canonical key, of a site or another one, or ``None`` where this UNet has it not."""
+        if (found := self.split(key)) is not None:
+            site, which = found
+            return Layer(key, f"{site.ldm_name}.{which}", site.weight_path(which), site.projection(which))
+        return self.layers.get(key) if _LAYER.match(key) else None
+
+    def layer(self, key: str) -> Layer:
+        """As :meth:`find`; :class:`ModelError` where there is none."""
+        if (found := self.find(key)) is None:
+            raise ModelError(f"This model has no projection '{key}'.")
+        return found
+
     def linear(self, key: str) -> nn.Linear:
         """The ``nn.Linear`` under a canonical key; :class:`ModelError` where there is none."""
-        if (found := self.split(key)) is None:
-            raise ModelError(f"This model has no projection '{key}'.")
-        return found[0].projection(found[1])
+        return self.layer(key).module
 
     def fingerprint(self) -> str:
         """A hash of the architecture (names and shapes of the sites), the same in both layouts; not of the weights."""
@@ -163,9 +213,13 @@ def _linear(attention: nn.Module, which: str, path: str) -> nn.Linear:
     module: Any = getattr(attention, which, None)
     if which == "to_out" and isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
         module = module[0]
+    return _plain(module, f"{path}.{which}")
+
+
+def _plain(module: Any, path: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise ModelError(
-            f"'{path}.{which}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
+            f"'{path}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
             "linear layer: unload adapters and quantisation from the model first."
         )
     return module

@@ -19,6 +19,7 @@ from forget_concept.core.evaluation import (
     NEGATIVE,
     PATCHED,
     UNEDITED,
+    Drawings,
     Picture,
     Sampling,
     Score,
@@ -37,7 +38,7 @@ from forget_concept.core.evaluation import (
 )
 from forget_concept.core.evaluation.pictures import TILE, before_after, contact_sheet
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
-from forget_concept.core.mini.world import held_out
+from forget_concept.core.mini.world import LABELS, held_out
 
 QUICK = Sampling(steps=2, batch=16, precision="float32")
 
@@ -198,6 +199,46 @@ def test_several_concepts_share_the_unedited_models_pictures():
     # unedited: three target cells and three pools; patched: target, same, other for each
     assert len(model.calls) == (3 + 3) * 12 + 3 * 3 * 12
     assert all(one.scores[PATCHED].ua.value == 1 and one.scores[PATCHED].ira.value == 1 for one in found)
+
+
+def test_drift_is_the_mean_distance_of_kept_pictures_of_the_same_seed():
+    def damage(seed):
+        return seed % 3 == 0
+
+    subject = Subject("star", ((forgets("star", "object", damage), 1.0),))
+    model = DrawnModel()
+    (found,) = evaluate(model, DrawnProbe(), [subject], 24, 0, QUICK)
+    same = kept_questions("object", 24, 0, ["star"])
+    other = [q for c in ("style", "identity") for q in kept_questions(c, 12, 0, ["star"])]
+    distances = []
+    for q in (*same, *other):
+        before = asked(q.prompt.text)
+        after = subject.patches[0][0].fault(q.prompt.text, q.seed, before)
+        latents = [model_row(labels) for labels in (before, after)]
+        pixels = [to_bytes(model.decode(torch.tensor([row])))[0].double() / 255 for row in latents]
+        distances.append(float((pixels[0] - pixels[1]).square().mean().sqrt()))
+    assert sum(d > 0 for d in distances) > 5
+    assert found.drift[PATCHED] == pytest.approx(sum(distances) / len(distances), rel=1e-6)
+    assert found.drift[UNEDITED] == 0
+    assert found.drift[NEGATIVE] == 0  # it takes away the star alone, which no kept prompt names
+    assert found.as_dict()["drift"] == found.drift
+
+
+def model_row(labels):
+    return [float(LABELS[c].index(getattr(labels, c))) for c in LABELS]
+
+
+def test_drawings_are_shared_between_measurements():
+    model = DrawnModel()
+    shared = Drawings(model, DrawnProbe(), QUICK)
+    found = []
+    for patch in (forgets("star", "object"), forgets("star", "object", lambda seed: seed % 3 == 0)):
+        subject = Subject("star", ((patch, 1.0),))
+        found += evaluate(model, DrawnProbe(), [subject], 12, 0, QUICK, baselines=(UNEDITED,), drawings=shared)
+    # three cells of each patch, and those of the unedited model only once
+    assert len(model.calls) == 3 * 12 + 2 * 3 * 12
+    alone = evaluate(DrawnModel(), DrawnProbe(), [subject], 12, 0, QUICK, baselines=(UNEDITED,))
+    assert found[1].as_dict() == alone[0].as_dict()
 
 
 def test_what_else_a_patch_forgets_is_not_asked_for():

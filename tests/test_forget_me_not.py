@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TinyText, flags, rand, state_hash, tiny_model
+from tiny import TinyText, clip_parts, flags, rand, state_hash, tiny_model, tiny_unet
+from torch import Tensor
 
-from forget_concept.core.attention import AttentionRecorder, token_mask
+from forget_concept.core.attention import AttentionRecorder, attention_mass, token_mask
 from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.errors import Cancelled, RequestError, TokenError
+from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
+from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
+from forget_concept.core.formats import kohya
 from forget_concept.core.losses import attention_resteering
 from forget_concept.core.material import Material, Sampling
-from forget_concept.core.methods import fit
+from forget_concept.core.methods import Inputs, fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
-from forget_concept.core.text import token_positions
+from forget_concept.core.text import CLIPText, token_positions
 from forget_concept.core.training import Deltas
+from forget_concept.core.unet import PROJECTIONS
+from forget_concept.core.workspace import Workspace
 
 QUICK = {"latents": "zeros", "steps": 3, "batch_size": 2}
 
@@ -32,7 +37,7 @@ def mass_on(model, phrase, prompt):
 
 def test_the_attention_on_the_concept_falls(model):
     before = mass_on(model, "star", "a photo of star")
-    patch = fit(model, request(steps=12, lr=1e-2, preserve=("tree",)))
+    patch = fit(model, request(steps=12, lr=1e-2, train=("to_q", "to_k"), preserve_weight=1.0, preserve=("tree",)))
     with patch.applied(model.unet):
         assert mass_on(model, "star", "a photo of star") < 0.5 * before
 
@@ -105,6 +110,9 @@ def test_published_is_one_dense_change_of_all_four(model):
 
 def test_a_batch_is_each_prompt_with_its_own_positions(model):
     """The loss of a batch is that of its prompts one by one: ‖·‖² adds up. (The authors' mixed heads and batch.)"""
+    with torch.no_grad():  # fresh weights look at all tokens alike, which would hide whose positions are whose
+        for site in model.survey:
+            site.projection("to_q").weight.mul_(30)
     settings = ForgetMeNotSettings(latents="zeros", batch_size=4, preserve_weight=0.0)
     asked = ForgetRequest((Concept("star"), Concept("butterfly")))
     prompts, _ = ForgetMeNot().prompts(model.text, asked, settings)
@@ -123,8 +131,27 @@ def test_a_batch_is_each_prompt_with_its_own_positions(model):
             with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
                 original(seen["x"][i : i + 1], seen["t"][i : i + 1], seen["s"].index([i]))
                 squares += float(attention_resteering(recorder.masses(token_mask([prompt.positions], 77)))) ** 2
+        with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
+            original(seen["x"], seen["t"], seen["s"])
+            mask = token_mask([prompt.positions for prompt in batch], 77)
+            tiled = {}
+            for name, tile in (("each row's own", Tensor.repeat_interleave), ("the authors'", Tensor.repeat)):
+                masses = []
+                for site in recorder.sites:
+                    # the authors' layout: batch and heads in one axis, batch first
+                    q, k = (
+                        x[site.name].unflatten(-1, (site.heads, -1)).transpose(1, 2).flatten(0, 1)
+                        for x in (recorder.q, recorder.k)
+                    )
+                    over = (
+                        tile(mask, site.heads, 0) if tile is Tensor.repeat_interleave else tile(mask, site.heads, 1, 1)
+                    )
+                    masses.append(attention_mass(q, k, over, 1))
+                tiled[name] = float(attention_resteering(masses))
     assert together == pytest.approx(squares**0.5, rel=1e-4)
     assert len({len(p.positions) for p in batch}) > 1
+    assert tiled["each row's own"] == pytest.approx(together, rel=1e-4)
+    assert tiled["the authors'"] != pytest.approx(together, rel=1e-2), tiled
 
 
 def test_positions_and_the_end_of_text():
@@ -204,3 +231,107 @@ def test_words_that_are_cut_off_are_refused_before_any_work(model):
     with pytest.raises(TokenError, match="cut off"):
         fit(model, request(preserve=("s " * 80,)), events.append)
     assert not events
+
+
+# -- the whole UNet ------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_unet_is_every_linear_layer_of_its_transformers(model, tmp_path):
+    before, flagged = state_hash(model.unet), flags(model.unet)
+    mass = mass_on(model, "star", "a photo of star")
+    patch = fit(model, request(scope="unet", train=PROJECTIONS, steps=8, lr=1e-2, rank=2, preserve_weight=0.0))
+    assert set(patch.factors) == set(model.survey.layers) and len(patch) == 110 and patch.rank == 2
+    changed = {
+        key.split(".transformer_blocks.0.")[1] for key, f in patch.factors.items() if float(f.up.abs().max()) > 0
+    }
+    assert changed == {key.split(".transformer_blocks.0.")[1] for key in model.survey.layers}
+    with patch.applied(model.unet):
+        assert mass_on(model, "star", "a photo of star") < 0.7 * mass
+    assert state_hash(model.unet) == before and flags(model.unet) == flagged
+    kohya.save(patch, tmp_path / "p.safetensors")
+    again = kohya.load(tmp_path / "p.safetensors")
+    assert set(again.factors) == set(patch.factors)
+    some = ForgetMeNot().keys(model, ForgetMeNotSettings(scope="unet", train=("to_k",)))
+    assert {key.split(".transformer_blocks.0.")[1] for key in some} == {
+        "attn1.to_k",
+        "attn2.to_k",
+        "ff.net.0.proj",
+        "ff.net.2",
+    }
+
+
+# -- concepts from pictures ----------------------------------------------------------------------------------------
+
+
+class Quarter:
+    """An autoencoder of sorts: 64 × 64 pictures, eighth of the size, a fourth channel of the mean."""
+
+    def encode(self, images):
+        small = torch.nn.functional.avg_pool2d(images, 8)
+        return torch.cat([small, small.mean(1, keepdim=True)], 1)
+
+    def decode(self, latents):
+        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8.0)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return clip_parts(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture()
+def seeing(clip):
+    text = CLIPText(*clip)
+    return LatentDiffusion(tiny_unet(), text, sd_alphas_cumprod(), vae=Quarter(), latent_shape=(4, 8, 8), name="tiny")
+
+
+def pictures(*names):
+    return {name: torch.tanh(rand(4, 3, 64, 64, seed=n)) for n, name in enumerate(names)}
+
+
+INVERTED = {"concept_source": "inversion", "latents": "images", "tokens": 3, "inversion_steps": 2, "n_images": 1}
+INVERTED |= {"inversion_lr": 1e-2, "sample_steps": 1}
+
+
+def test_a_concept_is_said_by_the_vectors_of_its_pictures(seeing, tmp_path, monkeypatch):
+    """Its own number of positions beside a name of another number; the pictures reach the pools; nothing is left."""
+    before = [(state_hash(m), flags(m)) for m in (seeing.unet, seeing.text.model)]
+    asked = request(Concept("star"), Concept("Mira Vale", "identity"), preserve=("tree",), **INVERTED)
+    seen, told = [], []
+    objective = ForgetMeNot.objective
+
+    def watched(self, material, *rest):
+        seen.append(material)
+        return objective(self, material, *rest)
+
+    monkeypatch.setattr(ForgetMeNot, "objective", watched)
+    inputs = Inputs(pictures("star", "Mira Vale"), Workspace(tmp_path))
+    patch = fit(seeing, asked, told.append, inputs)
+    assert [(state_hash(m), flags(m)) for m in (seeing.unet, seeing.text.model)] == before
+    (material,) = seen
+    assert {target.concept for target in material.targets} == {"<star>", "<Mira Vale>"}
+    assert {len(target.positions) for target in material.targets} == {3}
+    assert {target.text for target in material.targets} >= {"a photo of <star>", "a portrait of <Mira Vale>"}
+    torch.testing.assert_close(material.pools["<star>"], Quarter().encode(inputs.images["star"]))
+    messages = [event.message for event in told]
+    assert messages.count("inverting pictures into words") == 4 and messages[-1] == "re-steering attention"
+    assert "<star>" not in patch.metadata["forget_concept.concepts"]
+    # by name it is another edit; a second time the vectors are taken from the folder
+    again = fit(seeing, asked, told.append, inputs)
+    assert [e.message for e in told].count("inverting pictures into words") == 4
+    key = next(iter(patch.factors))
+    assert torch.equal(again.factors[key].up, patch.factors[key].up)
+
+
+def test_pictures_that_are_not_there_or_cannot_be_used_are_said(seeing, model):
+    asked = request(**INVERTED)
+    with pytest.raises(RequestError, match="no pictures of 'star'"):
+        fit(seeing, asked)
+    with pytest.raises(RequestError, match="no pictures of 'star' to learn it from"):
+        fit(seeing, request(**INVERTED | {"latents": "zeros"}))
+    model.vae = Quarter()
+    with pytest.raises(ModelError, match=r"TinyText.*by name"):
+        fit(model, asked, None, Inputs(pictures("star")))
+    for setting in ("tokens", "inversion_steps", "inversion_lr"):
+        with pytest.raises(RequestError, match=f"'{setting}'"):
+            fit(seeing, request(**INVERTED | {setting: 0}), None, Inputs(pictures("star")))

@@ -148,6 +148,61 @@ def test_diffusers_loads_the_file_and_draws_the_same(patch, tmp_path):
     torch.testing.assert_close(forward(unet), ours, atol=2e-5, rtol=1e-3)
 
 
+def whole_patch(found, rank=2):
+    """A patch of every linear layer of the transformer blocks."""
+    factors = {}
+    for n, (key, layer) in enumerate(found.layers.items()):
+        d_out, d_in = layer.module.weight.shape
+        factors[key] = LowRank(0.1 * rand(d_out, rank, seed=n), 0.1 * rand(rank, d_in, seed=n + 500))
+    return Patch(factors)
+
+
+def test_the_whole_unet_there_and_back(unet, tmp_path):
+    found = survey(unet)
+    patch = whole_patch(found)
+    assert len(patch) == 110
+    kohya.save(patch, tmp_path / "p.safetensors")
+    names = set(load_file(tmp_path / "p.safetensors"))
+    for inner in ("attn1_to_q", "attn1_to_out_0", "attn2_to_k", "ff_net_0_proj", "ff_net_2"):
+        assert f"lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_{inner}.lora_down.weight" in names
+    same(patch, kohya.load(tmp_path / "p.safetensors"), rtol=0, atol=0)
+    for survey_given in (None, found):
+        for dotted in (False, True):
+            as_sdxl = patch.with_metadata(family="sdxl")
+            state = kohya.to_state(as_sdxl, survey_given, dotted=dotted)
+            assert any("input_blocks" in name and "ff" in name for name in state)
+            same(patch, kohya.from_state(state, survey=survey_given), rtol=0, atol=0)
+    deep = survey(tiny_unet(layers_per_block=3))
+    same(whole_patch(deep), kohya.from_state(kohya.to_state(whole_patch(deep), deep, dotted=True), survey=deep))
+
+
+def test_diffusers_loads_the_whole_unets_file_and_draws_the_same(tmp_path):
+    pytest.importorskip("peft", reason="diffusers reads LoRA files through peft")
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    unet = tiny_unet()
+    patch = whole_patch(survey(unet))
+    base = forward(unet)
+    with patch.applied(unet):
+        ours = forward(unet)
+    assert torch.equal(forward(unet), base) and float((ours - base).abs().max()) > 1e-3
+    kohya.save(patch, tmp_path / "p.safetensors")
+    state, alphas = StableDiffusionPipeline.lora_state_dict(str(tmp_path / "p.safetensors"), unet_config=unet.config)
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, unet)
+    torch.testing.assert_close(forward(unet), ours, atol=2e-5, rtol=1e-3)
+
+
+def test_the_whole_unet_merged_is_the_whole_unet_patched(unet):
+    patch = whole_patch(survey(unet))
+    with patch.applied(unet):
+        patched = forward(unet)
+    twin = tiny_unet()
+    merged = patch.merged_state(twin)
+    assert len(merged) == 110 and not twin.load_state_dict(merged, strict=False).unexpected_keys
+    torch.testing.assert_close(forward(twin), patched, atol=2e-5, rtol=1e-3)
+
+
 def test_context_map_there_and_back_is_the_lora(model, tmp_path):
     patch = fit(model, ForgetRequest((Concept("star", replacement="circle"),), settings={"projections": ("to_v",)}))
     path = tmp_path / "map.safetensors"
@@ -211,12 +266,16 @@ def test_bad_files_are_refused_in_words(patch, tmp_path):
         (lambda s, n: s.update({f"{n}.lora_up.weight": s[f"{n}.lora_up.weight"] * float("nan")}), "NaN"),
         (
             lambda s, n: s.update({"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}),
-            "more than cross-attention",
+            "more than the UNet's attention",
         ),
-        (lambda s, n: s.update({f"{n}.dora_scale": torch.ones(3)}), "more than cross-attention"),
+        (lambda s, n: s.update({f"{n}.dora_scale": torch.ones(3)}), "more than the UNet's attention"),
+        (
+            lambda s, n: s.update({n.replace("attn2_to_q", "ff_net_1") + ".lora_up.weight": torch.ones(3, 3)}),
+            "more than the UNet's attention",
+        ),
         (
             lambda s, n: s.update({n.replace("attn2", "attn1") + ".lora_up.weight": torch.ones(3, 3)}),
-            "more than cross-attention",
+            "incomplete.*attn1",
         ),
         (lambda s, n: s.update({f"{n}.lora_down.weight": torch.ones(2, 32)}), "fit together"),
         (lambda s, n: [s.pop(k) for k in list(s)] and s.update({"x": torch.ones(3)}), "holds no LoRA"),

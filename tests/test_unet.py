@@ -80,6 +80,37 @@ def test_a_custom_two_level_unet():
     assert found.sites[0].weight_path("to_out").endswith("to_out.0")
 
 
+def test_every_linear_layer_of_the_transformer_blocks_is_found():
+    unet = tiny_unet()
+    found = survey(unet).layers
+    inside = {name for name, part in unet.named_modules() if ".transformer_blocks." in name and type(part) is nn.Linear}
+    assert {layer.path for layer in found.values()} == inside and len(inside) == 110
+    assert {site.key(which) for site in survey(unet) for which in PROJECTIONS} <= set(found)
+    assert {key.split(".transformer_blocks.0.")[1] for key in found} == {
+        *(f"attn{n}.{which}" for n in (1, 2) for which in PROJECTIONS),
+        "ff.net.0.proj",
+        "ff.net.2",
+    }
+
+
+def test_other_layers_than_these_are_not_there():
+    found, block = survey(tiny_unet()), "down_blocks.0.attentions.0.transformer_blocks.0"
+    for key in (
+        f"{block}.norm1",
+        f"{block}.ff.net.1",
+        f"{block}.attn1.to_q.0",
+        "down_blocks.0.attentions.0.proj_in",
+        "",
+    ):
+        assert found.find(key) is None
+        with pytest.raises(ModelError, match="no projection"):
+            found.linear(key)
+    unet = tiny_unet()
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[2] = nn.Identity()
+    with pytest.raises(ModelError, match=r"ff\.net\.2' is a Identity"):
+        survey(unet).layers  # noqa: B018
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_ldm_and_diffusers_name_the_same_weights(layers):
     """One LDM UNet's weights, converted by diffusers: under every canonical key both surveys have the same matrix."""
@@ -104,6 +135,12 @@ def test_ldm_and_diffusers_name_the_same_weights(layers):
         for which in PROJECTIONS:
             assert torch.equal(site.projection(which).weight, theirs.linear(site.key(which)).weight)
     assert ours.fingerprint() == theirs.fingerprint()
+    assert set(ours.layers) == set(theirs.layers) and len(ours.layers) == 10 * len(ours)
+    for key, layer in ours.layers.items():
+        other = theirs.layers[key]
+        assert torch.equal(layer.module.weight, other.module.weight) and other.path in (key, f"{key}.0")
+        assert layer.ldm_key == other.ldm_key and layer.path in (layer.ldm_key, f"{layer.ldm_key}.0")
+        assert original.get_submodule(layer.path) is layer.module is ours.linear(key)
     # and both are called aright: the same noise, the same hash of the weights
     models = [LatentDiffusion(u, TinyText(), sd_alphas_cumprod(), latent_shape=(4, 8, 8)) for u in (original, twin)]
     x, t, states = rand(2, 4, 8, 8), torch.tensor([10, 700]), TinyText().encode(["a star", ""])

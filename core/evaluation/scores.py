@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -160,6 +160,10 @@ class Evaluation:
     """One concept, measured: :class:`Scores` of each variant by name, counts, and a few pictures.
 
     ``accuracy`` is the unedited model's own share of right answers behind ``ira``, ``cra`` and ``cra_target``.
+    ``drift``, by variant, is how far it moves the pictures of what is kept: the root-mean-square difference, over the
+    pixels and channels in [0, 1], between its picture and the unedited model's of the same prompt and seed, as the mean
+    over the ``n_kept`` prompts. It sees what the probe does not: a picture that still shows what was asked for, and is
+    another one.
     """
 
     concept: str
@@ -170,6 +174,7 @@ class Evaluation:
     accuracy: Mapping[str, Score]
     target_examples: tuple[Example, ...] = ()
     kept_examples: tuple[Example, ...] = ()
+    drift: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -179,6 +184,7 @@ class Evaluation:
             "n_kept": self.n_kept,
             "scores": {name: scores.as_dict() for name, scores in self.scores.items()},
             "unedited_accuracy": {name: score.as_dict() for name, score in self.accuracy.items()},
+            "drift": dict(self.drift),
         }
 
 
@@ -204,11 +210,13 @@ def evaluate(
     without: Sequence[str] = (),
     baselines: Sequence[str] = (UNEDITED, NEGATIVE),
     progress: Progress | None = None,
+    drawings: Drawings | None = None,
 ) -> list[Evaluation]:
     """Measure every subject with ``count`` pictures in each of its three cells (target, same category, other ones).
 
     Prompts about what is kept name none of the subjects nor of ``without``, so that all subjects share them and the
-    unedited model draws them once. Raises :class:`RequestError` for concepts the probe does not know or too few
+    unedited model draws them once. ``drawings`` shares pictures with other measurements of the same model; its own
+    model, probe and sampling then count. Raises :class:`RequestError` for concepts the probe does not know or too few
     pictures, and :class:`~..errors.ForgetConceptError` where the unedited model itself draws nothing right.
     """
     if count < FEWEST:
@@ -218,7 +226,7 @@ def evaluate(
     named = [known_concept(subject.concept) for subject in subjects]
     left_out = tuple(dict.fromkeys([name for name, _ in named] + [known_concept(name)[0] for name in without]))
     pools = {category: kept_questions(category, count, seed, left_out) for category in CATEGORIES}
-    drawings = Drawings(model, probe, sampling or Sampling())
+    drawings = drawings or Drawings(model, probe, sampling or Sampling())
     plans = []
     for subject, (name, category) in zip(subjects, named, strict=True):
         first, second = (c for c in CATEGORIES if c != category)
@@ -246,6 +254,14 @@ def _right_otherwise(questions: Sequence[Question], seen: Sequence[Seen]) -> lis
     ]
 
 
+def _drift(before: Sequence[Seen], after: Sequence[Seen]) -> float:
+    distances = [
+        float((b.picture.float() - a.picture.float()).square().mean().sqrt()) / 255
+        for b, a in zip(before, after, strict=True)
+    ]
+    return sum(distances) / len(distances)
+
+
 def _measured(
     drawings: Drawings,
     name: str,
@@ -267,13 +283,16 @@ def _measured(
         }
 
     base = outcomes(UNEDITED)
-    scores = {}
+    kept_cells = [*cells.same, *cells.other]
+    kept_before = seen(UNEDITED, kept_cells)
+    scores, drift = {}, {}
     for variant in variants:
         if variant == UNEDITED and UNEDITED not in baselines:
             continue
         got = outcomes(variant)
         kept = {part: Score.ratio(got[part], base[part]) for part in ("ira", "cra", "cra_target")}
         scores[variant] = Scores(Score.share(got["ua"]), **kept)
+        drift[variant] = _drift(kept_before, seen(variant, kept_cells))
 
     def examples(questions: Sequence[Question]) -> tuple[Example, ...]:
         before, after = seen(UNEDITED, questions), seen(PATCHED, questions)
@@ -291,4 +310,5 @@ def _measured(
         {part: Score.share(base[part]) for part in ("ira", "cra", "cra_target")},
         examples(cells.target[:EXAMPLES]),
         examples(shown),
+        drift,
     )

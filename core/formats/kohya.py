@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ModelError, PatchError, listed
 from ..patch import LowRank, Patch
-from ..unet import PROJECTIONS, UNetSurvey, canonical_from_ldm, ldm_from_canonical
+from ..unet import UNetSurvey, canonical_from_ldm, ldm_from_canonical
 from .safe import read_safetensors, write_safetensors
 
 __all__ = ["from_state", "load", "save", "to_state"]
@@ -27,9 +27,10 @@ _UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
 _WORDS = (
     "down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|attentions|transformer_blocks|"
-    "attn1|attn2|to_q|to_k|to_v|to_out"
+    "attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj"
 )
 _FLAT = re.compile(rf"({_WORDS}|\d+)(?:[._]|$)")
+_LINEAR = re.compile(r"\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out)|ff\.net\.(0\.proj|2))$")
 
 
 def to_state(
@@ -44,10 +45,11 @@ def to_state(
     ldm = dotted or patch.metadata.get("forget_concept.family") == "sdxl" or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
     for key, factor in patch.factors.items():
-        site, _, which = key.rpartition(".")
+        layer = key
         if ldm:
-            site = survey.by_name(site).ldm_name if survey is not None else ldm_from_canonical(site)
-        layer = f"{site}.{which}" + (".0" if which == "to_out" else "")
+            layer = survey.layer(key).ldm_key if survey is not None else ldm_from_canonical(key)
+        if layer.endswith(".to_out"):
+            layer += ".0"
         name = f"diffusion_model.{layer}" if dotted else "lora_unet_" + layer.replace(".", "_")
         up, down = factor.up.detach().cpu().to(dtype), factor.down.detach().cpu().to(dtype)
         if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
@@ -93,7 +95,8 @@ def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patc
     """Read a LoRA file as a patch.
 
     ``survey`` gives the LDM names of a UNet that has not two layers a block. Raises :class:`PatchError`, in words, for
-    a file that cannot be read (see :func:`.safe.read_safetensors`) or that changes anything but cross-attention.
+    a file that cannot be read (see :func:`.safe.read_safetensors`) or that changes anything but the linear layers of
+    the UNet's transformer blocks.
     """
     tensors, metadata = read_safetensors(path)
     return from_state(tensors, metadata, survey, str(path))
@@ -106,7 +109,7 @@ def from_state(
     source: str = "the patch",
 ) -> Patch:
     """A LoRA state dict as a patch; see :func:`load`."""
-    ldm_names = {site.ldm_name: site.name for site in survey} if survey is not None else {}
+    ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
     ups: dict[str, Tensor] = {}
     downs: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
@@ -116,7 +119,7 @@ def from_state(
             suffix = next((s for s in suffixes if name.endswith(s)), None)
             if suffix is None:
                 continue
-            key = _canonical(name[: -len(suffix)], ldm_names)
+            key = _canonical(name[: -len(suffix)], ldm_keys)
             if key is None:
                 strange.append(name)
             elif key in parts:
@@ -129,13 +132,11 @@ def from_state(
         else:
             strange.append(name)
     if not ups and not downs:
-        raise PatchError(
-            f"'{source}' holds no LoRA of a cross-attention layer ({listed(strange, 2) or 'it is empty'})."
-        )
+        raise PatchError(f"'{source}' holds no LoRA of an attention layer ({listed(strange, 2) or 'it is empty'}).")
     if strange:
         raise PatchError(
-            f"'{source}' is a LoRA that changes more than cross-attention ({len(strange)} entries such as "
-            f"{listed(strange, 2)}): load it with the host's own LoRA loader instead."
+            f"'{source}' is a LoRA that changes more than the UNet's attention and feed-forward layers ({len(strange)} "
+            f"entries such as {listed(strange, 2)}): load it with the host's own LoRA loader instead."
         )
     if lone := sorted(set(ups) ^ set(downs)) or sorted(set(alphas) - set(ups)):
         raise PatchError(f"'{source}' is incomplete: the layer {lone[0]} has only a part of its LoRA.")
@@ -150,8 +151,8 @@ def from_state(
     return Patch(factors, dict(metadata or {}))
 
 
-def _canonical(layer: str, ldm_names: Mapping[str, str]) -> str | None:
-    """Canonical key of a file's layer, whatever its prefix and naming; ``None`` where it is no cross-attention one."""
+def _canonical(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
+    """Canonical key of a file's layer, whatever its prefix and naming; ``None`` where it is none that a patch has."""
     while prefix := next((p for p in _PREFIXES if layer.startswith(p)), None):
         layer = layer[len(prefix) :]
     parts, at = [], 0
@@ -162,18 +163,14 @@ def _canonical(layer: str, ldm_names: Mapping[str, str]) -> str | None:
         at = match.end()
     if len(parts) > 2 and parts[-2:] == ["to_out", "0"]:
         parts.pop()
-    if len(parts) < 4 or parts[-1] not in PROJECTIONS or parts[-2] not in ("attn1", "attn2"):
+    key = ".".join(parts)
+    if _LINEAR.search(key) is None:
         return None
-    site, which = ".".join(parts[:-1]), parts[-1]
     if parts[0] in ("input_blocks", "output_blocks", "middle_block"):
-        if site in ldm_names:
-            site = ldm_names[site]
-        else:
-            try:
-                site = canonical_from_ldm(site)
-            except ModelError:
-                return None
-    # self-attention is attn1 nearly everywhere; where it is not, only a survey can tell
-    if parts[-2] == "attn1" and site not in ldm_names.values():
-        return None
-    return f"{site}.{which}"
+        if key in ldm_keys:
+            return ldm_keys[key]
+        try:
+            return canonical_from_ldm(key)
+        except ModelError:
+            return None
+    return key

@@ -166,6 +166,10 @@ class TrainedMethod(Method):
         """Input directions that the trained change must not react to, by key (:class:`~..training.Deltas`)."""
         return None
 
+    def drops(self, settings: Any) -> bool:
+        """Whether a concept without a replacement is steered to the same prompt without it."""
+        return False
+
     def keeps(self, settings: Any) -> bool:
         """Whether anything is kept at all under these settings."""
         return settings.preserve_weight > 0
@@ -219,6 +223,8 @@ class TrainedMethod(Method):
                         if template is not None
                         else said_instead(text, concept.name, concept.instead)
                     )
+                elif self.drops(settings):
+                    instead = said_instead(text, concept.name, "")
                 targets.append(target_prompt(encoder, concept, text, instead, settings.include_end))
         kinds = dict.fromkeys(concept.kind for concept in request.concepts)
         kept += [template.format(p) for p in request.preserve for kind in kinds for template in settings.said(kind)]
