@@ -1,4 +1,6 @@
 # demo, test and test-long set everything up in .venv first (Python 3.10 to 3.12); `make format` tidies the code.
+# `make bench-methods` fills benchmarks/methods.csv, going on where it was; ARGS="--full", "--dry-run" and others are the
+# script's own.
 # PYTHON=python3.11 chooses an interpreter; PIP_ARGS="..." is passed to pip (another index for torch, say).
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
@@ -9,8 +11,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINK := $(VENV)/typing/forget_concept
 OUT ?= demo
+ARGS ?=
 
-.PHONY: demo test test-long lint format
+.PHONY: demo test test-long lint format bench-methods
 
 demo: $(READY)
 	$(BIN)/python -m forget_concept.core.cli demo --out $(OUT)
@@ -20,6 +23,9 @@ test: lint
 
 test-long: lint
 	$(BIN)/python -m pytest
+
+bench-methods: $(READY)
+	$(BIN)/python benchmarks/methods.py --work build/bench $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

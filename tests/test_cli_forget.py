@@ -10,6 +10,7 @@ import pytest
 import torch
 from console import LONG
 from safetensors.torch import load_file
+from test_methods import QUICK
 from tiny import flags, state_hash
 
 from forget_concept.core.concepts import Concept, ForgetRequest
@@ -81,7 +82,7 @@ def test_half_precision_halves_the_file(run, tiny):
 
 @pytest.mark.parametrize("method", sorted(all_methods()))
 def test_every_method_works_from_here(run, tiny, method):
-    quick = [] if method == "uce" else ["--set", "steps=2", "--set", "latents=zeros"]
+    quick = [part for name, value in QUICK[method].items() for part in ("--set", f"{name}={value}")]
     assert run("forget", "--concept", "star", "--method", method, *quick, "--out", "p.safetensors", "--json") == 0
     assert run.json["request"]["method"] == method
     assert run("inspect", "p.safetensors", "--json") == 0

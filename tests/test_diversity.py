@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -36,7 +37,9 @@ def words(text: str) -> list[str]:
 
 
 def every_pair(kind: str, grammar: str, split: str, name: str | None = None) -> list[PromptPair]:
-    return list(_pairs(Concept(name or NAMES[kind], kind), 0, split, grammar, ()))
+    """All of them, but for the first tenth or so of what the general grammar has for training."""
+    found = _pairs(Concept(name or NAMES[kind], kind), 0, split, grammar, ())
+    return list(itertools.islice(found, 6000))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ def test_the_retain_prompt_is_the_forget_prompt_without_the_concept(name, seed, 
 
 def test_both_prompts_are_clean_sentences(everything):
     for pairs in everything.values():
-        for prompt in (text for pair in pairs[:5000] for text in (pair.forget, pair.retain)):
+        for prompt in (text for pair in pairs[:2000] for text in (pair.forget, pair.retain)):
             assert prompt
             assert prompt == " ".join(prompt.split())
             assert not re.search(r"[][{}|()]| [,:.]|[,:] *[,:]|^[,:]|[,:]$", prompt)

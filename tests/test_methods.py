@@ -18,12 +18,18 @@ from forget_concept.core.formats import kohya
 from forget_concept.core.methods import Inputs, all_methods, fit, get, register, resolve_settings
 from forget_concept.core.patch import LowRank, Patch
 
-QUICK = {"uce": {}, "forget_me_not": {"steps": 2, "n_images": 1, "sample_steps": 1}}
+TRAINED = {"steps": 2, "n_images": 1, "sample_steps": 1}
+QUICK = {
+    "uce": {},
+    "duge": TRAINED | {"bank": 2, "memory": 1},
+    "forget_me_not": TRAINED,
+    "selective_amnesia": TRAINED | {"replay_images": 1, "fisher_samples": 1, "fisher_draws": 1},
+}
 
 
 def test_every_method_in_the_folder_is_there():
     found = all_methods()
-    assert list(found) == sorted(found) and {"uce", "forget_me_not"} <= set(found)
+    assert list(found) == sorted(found)
     assert set(found) == set(QUICK), "give a new method its quick settings here: the shared tests then run on it"
     for name, method in found.items():
         assert get(name) is method and method.id == name and method.title and method.paper.startswith("https://")

@@ -1,0 +1,373 @@
+"""Twelve requests in sequence for each method: what is forgotten stays forgotten, what is kept stays kept, or not.
+
+`python benchmarks/continual.py` fills `continual.csv`, a row a step; a row that is there is not measured again, and
+with `--work` a sequence that was cut short goes on from its last step (without, its fits are made again). Each request
+goes through `core/continual.py` with the method's tuned preset, a replacement and, to preserve, every concept of its
+category that is never forgotten: more than half of each (what the preset refuses of these is left out for the whole
+sequence, and said). Seed 0 takes the requests in the order written here, any other in an order of its own.
+
+- `step` 0 is the base model; its `ua_all` is the share of wrong pictures of all twelve targets, what the model gets
+  wrong of itself;
+- `ua_all`: unlearning accuracy over the prompts of *all* targets so far;
+- `ira`, `cra`: each target so far has its in-domain and cross-domain retain accuracy on concepts that are never
+  forgotten, against the base model; the mean over these targets;
+- `weight_drift`: ‖ΔW‖ / ‖W‖ over all projections of every cross-attention (Frobenius);
+- `seconds`: of this step's fit.
+
+Prompts and seeds of the pictures are the same at every step. `docs/continual.png` shows the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import SharedDrawings, Table, Watch, costing
+from methods import Run, asked, embedded
+
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.continual import History
+from forget_concept.core.diffusion import LatentDiffusion
+from forget_concept.core.errors import ForgetConceptError
+from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Sampling, Subject, evaluate
+from forget_concept.core.formats import kohya
+from forget_concept.core.methods import all_methods
+from forget_concept.core.mini.vocabulary import CATEGORIES
+from forget_concept.core.patch import Patch
+from forget_concept.core.unet import PROJECTIONS
+from forget_concept.core.workspace import Workspace, key_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+# what is shown instead is never forgotten, nor are the concepts that chose the settings (tree, mosaic, Hugo Marsh)
+REQUESTS = (
+    Concept("star", "object", "circle"),
+    Concept("neon", "style", "sketch"),
+    Concept("Lena Frost", "identity", "Nadia Pell"),
+    Concept("fish", "object", "arrow"),
+    Concept("watercolour", "style", "dotted"),
+    Concept("Bruno Finch", "identity", "Otto Brand"),
+    Concept("key", "object", "cup"),
+    Concept("comic", "style", "striped"),
+    Concept("Zuri Okoye", "identity", "Ivy Stone"),
+    Concept("umbrella", "object", "mushroom"),
+    Concept("checkered", "style", "blueprint"),
+    Concept("house", "object", "boat"),
+)
+TARGETS = tuple(concept.name for concept in REQUESTS)
+COLUMNS = ["method", "seed", "step", "ua_all", "ira", "cra", "weight_drift", "seconds"]
+KEY = ["method", "seed", "step"]
+COUNT = 32
+
+
+def ordered(seed: int) -> list[Concept]:
+    """The requests in the order of a seed."""
+    found = list(REQUESTS)
+    if seed:
+        random.Random(seed).shuffle(found)
+    return found
+
+
+def weight_drift(model: LatentDiffusion, patch: Patch) -> float:
+    """``‖ΔW‖ / ‖W‖`` over every projection of every cross-attention, changed or not."""
+    base = sum(
+        float(site.projection(w).weight.detach().float().square().sum()) for site in model.survey for w in PROJECTIONS
+    )
+    change = sum(float(factor.delta().square().sum()) for factor in patch.factors.values())
+    return (change / base) ** 0.5
+
+
+def kept(category: str) -> tuple[str, ...]:
+    """The concepts of a category that no request forgets."""
+    return tuple(word.name for word in CATEGORIES[category] if word.name not in TARGETS)
+
+
+def _row(
+    method: str, seed: int, step: int, found: Sequence[Evaluation], drift: float, seconds: float
+) -> dict[str, Any]:
+    scores = [one.scores[PATCHED] for one in found]
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name).value for each in scores) / len(scores)
+
+    row = {"method": method, "seed": seed, "step": step, "ua_all": mean("ua"), "ira": mean("ira"), "cra": mean("cra")}
+    return row | {"weight_drift": drift, "seconds": seconds}
+
+
+class Course:
+    """One method's way through the requests, a step at a time."""
+
+    def __init__(
+        self, model: LatentDiffusion, method: str, preset: str, seed: int, workspace: Workspace | None
+    ) -> None:
+        self.model, self.method, self.preset, self.seed = model, method, preset, seed
+        self.order = ordered(seed)
+        self.workspace = workspace
+        self.history, self.step, self.seconds = History(), 0, 0.0
+        # what it takes is found out on the first request
+        first = asked(model, Run(method, preset, "", self.order[0], seed), kept(self.order[0].kind))
+        self.replaced, self.preserved = bool(first.request.concepts[0].replacement), bool(first.request.preserve)
+        self.note = first.note
+
+    def _path(self, step: int) -> Path | None:
+        if self.workspace is None:
+            return None
+        names = [concept.name for concept in self.order[:step]]
+        key = key_of(self.model.model_hash, self.method, self.preset, self.seed, names)
+        return self.workspace.path("continual", key)
+
+    def resume(self, step: int) -> None:
+        """Take up the last step up to ``step`` that the workspace holds."""
+        for at in range(step, 0, -1):
+            path = self._path(at)
+            if path is not None and path.exists():
+                self.history = History.from_patch(kohya.load(path, self.model.survey))
+                self.step = at
+                return
+
+    def forward(self, watch: Watch) -> None:
+        """The next request."""
+        concept = self.order[self.step]
+        request = ForgetRequest(
+            (Concept(concept.name, concept.kind, concept.replacement if self.replaced else None),),
+            preserve=kept(concept.kind) if self.preserved else (),
+            method=self.method,
+            preset=self.preset,
+            seed=self.seed,
+        )
+        with costing(self.model) as cost:
+            self.history = self.history.forget(self.model, request, watch)
+        self.step, self.seconds = self.step + 1, cost.seconds
+        path = self._path(self.step)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kohya.save(self.history.patch, path, self.model.survey)
+
+    @property
+    def past(self) -> list[str]:
+        return [concept.name for concept in self.order[: self.step]]
+
+
+# -- the plot -----------------------------------------------------------------------------------------------------
+
+# told apart also by people who see few colours (Okabe and Ito), and by grey
+PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
+PAPER, INK, FAINT, GRID = (255, 255, 255), (28, 30, 36), (110, 114, 122), (226, 228, 232)
+PANELS = (
+    ("ua_all", "All targets so far: forgotten"),
+    ("ira", "Kept, same category"),
+    ("cra", "Kept, other categories"),
+)
+SCALE = 2  # drawn twice as large, for smooth lines
+PLOT, LEFT, TOP, GAP, BELOW = (400, 300), 64, 92, 72, 56
+
+
+def plot(rows: Sequence[Mapping[str, str]]) -> Image:
+    """The three scores over the steps, a line for each method: the mean over seeds, thin lines the seeds."""
+    from PIL import Image, ImageDraw
+    from PIL.Image import Resampling
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    last = max(int(row["step"]) for row in rows)
+    size = (LEFT + len(PANELS) * (PLOT[0] + GAP) - GAP + 40, TOP + PLOT[1] + BELOW)
+    image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), PAPER)
+    draw = ImageDraw.Draw(image)
+    x = LEFT
+    for method, colour in zip(methods, _colours(len(methods)), strict=True):
+        _line(draw, [(x, 30), (x + 28, 30)], colour, 3)
+        x += 36 + _write(draw, (x + 36, 21), method, 16) + 28
+    for number, (name, title) in enumerate(PANELS):
+        left = LEFT + number * (PLOT[0] + GAP)
+        _write(draw, (left, TOP - 34), title, 17)
+        values = [float(row[name]) for row in rows]
+        # in whole ticks, with 0 only where it is of use
+        low = math.floor(20 * min(0.0 if name == "ua_all" else 0.8, *values)) / 20
+        high = math.ceil(20 * max(1.0, *values)) / 20
+        tick = next((t for t in (0.05, 0.1, 0.2, 0.5) if (high - low) / t <= 6), 1.0)
+
+        def at(
+            step: float, value: float, left: int = left, low: float = low, high: float = high
+        ) -> tuple[float, float]:
+            return left + step / last * PLOT[0], TOP + (high - value) / (high - low) * PLOT[1]
+
+        for mark in range(math.ceil(low / tick - 1e-9), math.floor(high / tick + 1e-9) + 1):
+            value = mark * tick
+            _line(draw, [at(0, value), at(last, value)], GRID, 1)
+            _write(draw, (left - 44, at(0, value)[1] - 8), f"{100 * value:.0f} %", 13, FAINT)
+        for step in range(0, last + 1, 1 if last <= 12 else 4):
+            _write(draw, (at(step, low)[0] - 4, TOP + PLOT[1] + 8), str(step), 13, FAINT)
+        _write(draw, (left + PLOT[0] / 2 - 34, TOP + PLOT[1] + 30), "requests", 14, FAINT)
+        for method, colour in zip(methods, _colours(len(methods)), strict=True):
+            by_seed: dict[str, dict[int, float]] = {}
+            for row in rows:
+                if row["method"] == method:
+                    by_seed.setdefault(row["seed"], {})[int(row["step"])] = float(row[name])
+            if len(by_seed) > 1:
+                for curve in by_seed.values():
+                    _line(draw, [at(step, curve[step]) for step in sorted(curve)], _pale(colour), 1)
+            shared = set.intersection(*(set(curve) for curve in by_seed.values()))
+            mean = {step: sum(curve[step] for curve in by_seed.values()) / len(by_seed) for step in shared}
+            points = [at(step, mean[step]) for step in sorted(mean)]
+            _line(draw, points, colour, 3)
+            for px, py in points:
+                draw.ellipse([SCALE * (px - 3), SCALE * (py - 3), SCALE * (px + 3), SCALE * (py + 3)], fill=colour)
+    return image.resize(size, Resampling.LANCZOS)
+
+
+def _colours(count: int) -> list[tuple[int, int, int]]:
+    return [PALETTE[i % len(PALETTE)] for i in range(count)]
+
+
+def _pale(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = (round(0.4 * c + 0.6 * 255) for c in colour)
+    return red, green, blue
+
+
+def _line(draw: ImageDraw, points: Sequence[tuple[float, float]], colour: tuple[int, int, int], width: int) -> None:
+    if len(points) > 1:
+        draw.line([(SCALE * px, SCALE * py) for px, py in points], fill=colour, width=SCALE * width, joint="curve")
+
+
+def _write(draw: ImageDraw, at: tuple[float, float], text: str, size: int, colour: tuple[int, int, int] = INK) -> float:
+    """Write, and give the width."""
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(SCALE * size)
+    draw.text((SCALE * at[0], SCALE * at[1]), text, font=font, fill=colour)
+    return draw.textlength(text, font=font) / SCALE
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Forget twelve concepts one after the other, and measure after each.")
+    p.add_argument("--method", action="append", help="only these (default: all)")
+    p.add_argument("--preset", default="tuned")
+    p.add_argument("--seed", type=int, action="append", help="of the order, the fits and the pictures (default: 0)")
+    p.add_argument("--requests", type=int, default=len(REQUESTS), help="only the first so many")
+    p.add_argument("--count", type=int, default=COUNT, help="pictures of each target and of each kept category")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--steps", type=int, default=Sampling.steps, help="sampling steps while measuring")
+    p.add_argument("--batch", type=int, default=Sampling.batch, help="pictures drawn at a time while measuring")
+    p.add_argument("--precision", default=Sampling.precision, help="while measuring: auto, float32 or bfloat16")
+    p.add_argument("--out", type=Path, default=Path(__file__).with_name("continual.csv"))
+    p.add_argument("--plot", type=Path, default=Path(__file__).parent.parent / "docs" / "continual.png")
+    p.add_argument("--work", type=Path, help="a folder that keeps each step's patch, and the unedited model's pictures")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, load: Any = embedded) -> int:
+    """0; 1 where a sequence failed (the others are made all the same); 2 where nothing could be run."""
+    options = parser().parse_args(argv)
+    try:
+        return _main(options, load)
+    except ForgetConceptError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _main(options: argparse.Namespace, load: Any) -> int:
+    table = Table(options.out, COLUMNS, KEY)
+    steps = min(options.requests, len(REQUESTS))
+    methods, seeds = options.method or list(all_methods()), options.seed or [0]
+    plans = [(method, seed) for seed in seeds for method in methods]
+    todo = {
+        plan: [step for step in range(steps + 1) if not table.has({"method": plan[0], "seed": plan[1], "step": step})]
+        for plan in plans
+    }
+    failed = 0
+    if any(todo.values()):
+        model, probe, by = load(options.device)
+        workspace = Workspace(options.work) if options.work else None
+        sampling = Sampling(options.steps, batch=options.batch, precision=options.precision)
+        with Watch(sum(map(len, todo.values()))) as watch:
+            drawings: dict[int, SharedDrawings] = {}
+            for method, seed in plans:
+                if not (wanted := todo[method, seed]):
+                    continue
+                if seed not in drawings:
+                    drawings = {seed: SharedDrawings(model, probe, sampling, workspace, by)}
+                watch.name = f"{method} seed {seed}"
+                try:
+                    measure(
+                        model,
+                        probe,
+                        (method, options.preset, seed),
+                        wanted,
+                        options.count,
+                        drawings[seed],
+                        table,
+                        watch,
+                    )
+                except ForgetConceptError as error:
+                    failed += 1
+                    watch.say(f"{watch.name}: {error}", wrong=True)
+    if table.rows:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot(table.rows).save(options.plot, optimize=True)
+    return 1 if failed else 0
+
+
+def measure(
+    model: LatentDiffusion,
+    probe: Any,
+    plan: tuple[str, str, int],
+    wanted: Sequence[int],
+    count: int,
+    drawings: SharedDrawings,
+    table: Table,
+    watch: Watch,
+) -> None:
+    """Make and measure the wanted steps of one sequence, a row each."""
+    method, preset, seed = plan
+
+    def measured(patches: tuple[tuple[Patch, float], ...], names: Sequence[str]) -> list[Evaluation]:
+        subjects = [Subject(name, patches) for name in names]
+        found = evaluate(
+            model,
+            probe,
+            subjects,
+            count,
+            seed,
+            without=TARGETS,
+            baselines=(UNEDITED,),
+            progress=watch,
+            drawings=drawings,
+        )
+        drawings.release()
+        return found
+
+    if 0 in wanted:
+        table.append(_row(method, seed, 0, measured((), TARGETS), 0.0, 0.0))
+        watch.done()
+    if not any(wanted):
+        return
+    sequence = Course(model, method, preset, seed, drawings.workspace)
+    if sequence.note:
+        watch.say(f"{watch.name}: asked {sequence.note}")
+    sequence.resume(min(step for step in wanted if step) - 1)
+    while sequence.step < max(wanted):
+        sequence.forward(watch)
+        if sequence.step not in wanted:
+            continue
+        patch = sequence.history.patch
+        found = measured(((patch, 1.0),), sequence.past)
+        row = _row(method, seed, sequence.step, found, weight_drift(model, patch), sequence.seconds)
+        table.append(row)
+        watch.say(
+            f"{watch.name} after {sequence.step}: UA {row['ua_all']:.3f} IRA {row['ira']:.3f} CRA {row['cra']:.3f} "
+            f"drift {row['weight_drift']:.3f} in {row['seconds']:.1f} s"
+        )
+        watch.done()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
