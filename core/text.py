@@ -79,42 +79,39 @@ _BEFORE, _AFTER = r"(?<![^\W_])", r"(?![^\W_])"
 
 
 def _places(phrase: str, prompt: str) -> list[tuple[int, int]]:
-    """Where the phrase stands in the prompt as words of its own: first character and the one after the last.
-
-    Punctuation at its ends is taken with all that touches it: an encoder's tokenizer may merge the two.
-    """
+    """Where the phrase stands in the prompt as words of its own: first character and the one after the last."""
     words = phrase.split()
     pattern = r"\s+".join(re.escape(word) for word in words)
     pattern = (_BEFORE if words[0][0].isalnum() else "") + pattern + (_AFTER if words[-1][-1].isalnum() else "")
-    found = []
-    for match in re.finditer(pattern, prompt, re.IGNORECASE):
-        start, end = match.span()
-        while not prompt[start].isalnum() and start and _touches(prompt[start - 1]):
-            start -= 1
-        while not prompt[end - 1].isalnum() and end < len(prompt) and _touches(prompt[end]):
-            end += 1
-        found.append((start, end))
-    return found
+    return [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
 
 
-def _touches(character: str) -> bool:
-    return not character.isalnum() and not character.isspace()
+def _tokens_before(encoder: TextEncoder, prompt: str, end: int, ids: list[int]) -> int | None:
+    """How many of the prompt's tokens its first characters make; ``None`` where one token reaches over their end."""
+    before = list(encoder.phrase_ids(prompt[:end]))
+    return len(before) if ids[: len(before)] == before else None
 
 
 def _found(encoder: TextEncoder, phrase: str, prompt: str) -> list[tuple[int, int]]:
     """First position and number of sub-words of every occurrence; the errors of the public functions.
 
-    Looked for in the words, not in the sub-words: a longer word may end in the very sub-words of the phrase.
+    Looked for in the words, not in the sub-words: a longer word may end in the very sub-words of the phrase. Where a
+    tokenizer merges punctuation at the phrase's ends with what touches it, that is taken in.
     """
     if not encoder.phrase_ids(phrase):
         raise TokenError(f"The phrase '{phrase}' has no tokens in this text encoder: use other words for it.")
     phrase, prompt = unicodedata.normalize("NFC", phrase), unicodedata.normalize("NFC", prompt)
-    meant, encoded = encoder.phrase_ids(prompt), encoder.token_ids(prompt)
+    meant, encoded = list(encoder.phrase_ids(prompt)), encoder.token_ids(prompt)
     spans = []
     for first, after in _places(phrase, prompt):
-        start, end = len(encoder.phrase_ids(prompt[:first])), len(encoder.phrase_ids(prompt[:after]))
+        while (start := _tokens_before(encoder, prompt, first, meant)) is None and not prompt[first].isalnum():
+            first -= 1
+        while (end := _tokens_before(encoder, prompt, after, meant)) is None and not prompt[after - 1].isalnum():
+            after += 1
+        if start is None or end is None:
+            continue  # the inside of what is one word to this tokenizer
         # an encoder cuts a prompt off silently; what is there before the cut and not after it was lost
-        if list(encoded[1 + start : 1 + end]) != list(meant[start:end]):
+        if list(encoded[1 + start : 1 + end]) != meant[start:end]:
             raise TokenError(
                 f"'{phrase}' is cut off in the prompt '{_short(prompt)}': the text encoder reads {encoder.max_length} "
                 "tokens and no more; use a shorter prompt or a shorter name."

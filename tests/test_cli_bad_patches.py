@@ -77,7 +77,7 @@ BAD_PATCHES = [
     (_not_a_number, "NaN"),
     (_another_architecture, "another architecture"),
     (_no_matching_layer, "No layer of this model matches"),
-    (_another_kind_of_lora, "cross-attention"),
+    (_another_kind_of_lora, "holds no LoRA of an attention layer"),
     (_folder, "folder"),
     (_missing, "no file"),
 ]

@@ -24,8 +24,13 @@ from forget_concept.core.workspace import Workspace
 QUICK = {"latents": "zeros", "steps": 3, "batch_size": 2}
 
 
+# the terms at weights of one size, whatever the tuned preset's are
+PLAIN = {"contexts": False, "train": ("to_q", "to_k"), "preserve_weight": 1.0, "steer_weight": 1.0}
+
+
 def request(*concepts, preserve=(), preset="tuned", seed=0, **settings):
-    return ForgetRequest(concepts or (Concept("star"),), preserve, "forget_me_not", preset, QUICK | settings, seed=seed)
+    values = QUICK | (PLAIN if preset == "tuned" else {}) | settings
+    return ForgetRequest(concepts or (Concept("star"),), preserve, "forget_me_not", preset, values, seed=seed)
 
 
 def mass_on(model, phrase, prompt):
@@ -37,7 +42,7 @@ def mass_on(model, phrase, prompt):
 
 def test_the_attention_on_the_concept_falls(model):
     before = mass_on(model, "star", "a photo of star")
-    patch = fit(model, request(steps=12, lr=1e-2, train=("to_q", "to_k"), preserve_weight=1.0, preserve=("tree",)))
+    patch = fit(model, request(steps=12, lr=1e-2, steer_weight=0.0, preserve=("tree",)))
     with patch.applied(model.unet):
         assert mass_on(model, "star", "a photo of star") < 0.5 * before
 
@@ -45,7 +50,7 @@ def test_the_attention_on_the_concept_falls(model):
 def test_several_concepts_of_several_sub_words(model):
     both = (Concept("butterfly"), Concept("watercolour wash", "style"))
     before = [mass_on(model, c.name, f"a photo of {c.name}") for c in both]
-    patch = fit(model, request(*both, steps=12, lr=1e-2, preserve_weight=0.0))
+    patch = fit(model, request(*both, steps=12, lr=1e-2, preserve_weight=0.0, steer_weight=0.0))
     with patch.applied(model.unet):
         for concept, was in zip(both, before, strict=True):
             assert mass_on(model, concept.name, f"a photo of {concept.name}") < 0.7 * was
@@ -79,7 +84,9 @@ def test_the_preserve_term_keeps_the_prediction():
     drift = []
     for weight in (0.0, 100.0):
         model = tiny_model()
-        patch = fit(model, request(steps=10, lr=1e-2, train=("to_k", "to_v"), preserve_weight=weight, seed=3))
+        patch = fit(
+            model, request(steps=10, lr=1e-2, train=("to_k", "to_v"), preserve_weight=weight, steer_weight=0.0, seed=3)
+        )
         x, t = rand(4, 4, 8, 8), torch.tensor([100, 400, 600, 900])
         empty = model.text.encode([""] * 4)
         with torch.no_grad():
@@ -113,7 +120,7 @@ def test_a_batch_is_each_prompt_with_its_own_positions(model):
     with torch.no_grad():  # fresh weights look at all tokens alike, which would hide whose positions are whose
         for site in model.survey:
             site.projection("to_q").weight.mul_(30)
-    settings = ForgetMeNotSettings(latents="zeros", batch_size=4, preserve_weight=0.0)
+    settings = ForgetMeNotSettings(latents="zeros", batch_size=4, preserve_weight=0.0, steer_weight=0.0)
     asked = ForgetRequest((Concept("star"), Concept("butterfly")))
     prompts, _ = ForgetMeNot().prompts(model.text, asked, settings)
     batch = [prompts[i] for i in (0, 5, 2, 7)]
@@ -239,7 +246,8 @@ def test_words_that_are_cut_off_are_refused_before_any_work(model):
 def test_the_whole_unet_is_every_linear_layer_of_its_transformers(model, tmp_path):
     before, flagged = state_hash(model.unet), flags(model.unet)
     mass = mass_on(model, "star", "a photo of star")
-    patch = fit(model, request(scope="unet", train=PROJECTIONS, steps=8, lr=1e-2, rank=2, preserve_weight=0.0))
+    alone = {"preserve_weight": 0.0, "steer_weight": 0.0}
+    patch = fit(model, request(scope="unet", train=PROJECTIONS, steps=8, lr=1e-2, rank=2, **alone))
     assert set(patch.factors) == set(model.survey.layers) and len(patch) == 110 and patch.rank == 2
     changed = {
         key.split(".transformer_blocks.0.")[1] for key, f in patch.factors.items() if float(f.up.abs().max()) > 0
@@ -335,3 +343,16 @@ def test_pictures_that_are_not_there_or_cannot_be_used_are_said(seeing, model):
     for setting in ("tokens", "inversion_steps", "inversion_lr"):
         with pytest.raises(RequestError, match=f"'{setting}'"):
             fit(seeing, request(**INVERTED | {setting: 0}), None, Inputs(pictures("star")))
+
+
+def test_without_a_replacement_it_is_steered_to_the_prompt_without_it(model):
+    """Attention alone leaves other ways in; with a replacement that is dropped, all of them lead elsewhere."""
+    (target,), _ = ForgetMeNot().prompts(
+        model.text, ForgetRequest((Concept("star"),)), ForgetMeNotSettings(templates=("a photo of {} at night",))
+    )
+    assert target.instead == "a photo of at night"
+    events = []
+    fit(model, request(), events.append)
+    assert set(events[-1].terms) == {"attention", "steer", "preserve"}
+    fit(model, request(steer_weight=0.0), events.append)
+    assert set(events[-1].terms) == {"attention", "preserve"}

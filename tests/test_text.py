@@ -58,11 +58,11 @@ def test_words_inside_other_words_are_no_occurrence():
         # "starfish" is "star" + "fish_" here: its last sub-word is all of "fish"
         ("fish", "a starfish and a fish", [6]),
         ("fish", "a FISH, starfish", [2]),
-        ("house (small)", "a house (small), red", [2, 3, 4, 5, 6, 7, 8]),
-        ("star", "the star's star_shape (star)", [2, 5, 9]),
+        ("house (small)", "a house (small), red", [2, 3, 4, 5, 6, 7]),
+        ("star", "the star's star_shape (star)", [2, 9]),
         ("caf\u00e9", "the cafe\u0301", [2]),
         ("stained  glass", "a stained\nglass", [2, 3, 4, 5]),
-        ("C++", "c++, c", [1, 2, 3, 4]),
+        ("C++", "c++, c", [1, 2, 3]),
     ],
 )
 def test_a_phrase_is_found_as_words(phrase, prompt, wanted):

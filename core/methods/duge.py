@@ -74,7 +74,6 @@ class DugeSettings(TrainedSettings):
     local: bool = True
     bank: int = 64
     pixels: int = 64
-    contexts: bool = False
     keep_common: bool = False
     unlearn_weight: float = 1.0
     prior_weight: float = 0.0
@@ -99,10 +98,6 @@ class DugeSettings(TrainedSettings):
                 raise RequestError("The setting 'project' must be above 0 and at most 1, or null.")
             if not {"to_k", "to_v"} & set(self.train):
                 raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
-
-    def said(self, kind: str) -> tuple[str, ...]:
-        found = super().said(kind)
-        return found + CONTEXTS[kind] if self.contexts and self.templates is None else found
 
 
 def site_matching(now: Sequence[Tensor], wanted: Sequence[Tensor], relative: bool = False) -> Tensor:

@@ -127,7 +127,9 @@ class ForgetMeNot(TrainedMethod):
             steer_weight=0.0,
         ),
         # chosen on tree, mosaic and Hugo Marsh of the embedded world
-        "tuned": ForgetMeNotSettings(lr=3e-3, train=("to_k", "to_v"), preserve_weight=10.0, steer_weight=10.0),
+        "tuned": ForgetMeNotSettings(
+            steps=60, lr=3e-3, train=("to_k", "to_v"), contexts=True, preserve_weight=10.0, steer_weight=10.0
+        ),
         # a name loses a sense, an attribute or a bias: 'unwanted' and 'wanted' say which
         "correction": _CORRECTION,
         # many names at once: a whole theme

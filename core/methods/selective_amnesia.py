@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..common_words import COMMON, CONTEXTS
+from ..common_words import COMMON
 from ..concepts import KINDS, ForgetRequest, normalised, templates
 from ..diffusion import LatentDiffusion
 from ..errors import ForgetConceptError, RequestError
@@ -66,7 +66,6 @@ class SelectiveAmnesiaSettings(TrainedSettings):
     """
 
     surrogate: Literal["prompt", "images", "noise"] = "prompt"
-    contexts: bool = False
     replay_images: int = 64
     keep_common: bool = False
     ewc_weight: float = 1.0
@@ -90,10 +89,6 @@ class SelectiveAmnesiaSettings(TrainedSettings):
             raise RequestError("With 'templates' of your own 'contexts' has no use: leave one of the two out.")
         if self.include_end:
             raise RequestError("Selective Amnesia looks at no single tokens: leave 'include_end' out.")
-
-    def said(self, kind: str) -> tuple[str, ...]:
-        """The templates for concepts of a kind, and its contexts where wanted."""
-        return (*super().said(kind), *CONTEXTS[kind]) if self.contexts else super().said(kind)
 
 
 def elastic_penalty(changes: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..common_words import CONTEXTS
 from ..concepts import Concept, ForgetRequest, templates
 from ..diffusion import LatentDiffusion
 from ..diversity import given_pairs, prompt_pairs
@@ -45,11 +46,12 @@ class TrainedSettings:
     trained LoRA; ``None`` trains dense deltas, which are factored at the end (``max_rank`` cuts them then).
     ``latents``: the pictures that are noised: ``"zeros"`` (none), ``"generated"`` (``n_images`` of each concept by the
     model itself, in ``sample_steps`` steps at ``guidance``, ``None`` for the model's usual one) or the person's own
-    ``"images"``. ``templates``: prompts with ``{}`` (default: the kind's; with ``one_template`` only the first).
-    ``diverse``: that many prompts of each concept from a written ``grammar`` instead, each with its pair without the
-    concept to be kept; ``forget_prompts`` and ``retain_prompts``: one's own. ``include_end``: the first end-of-text
-    token counts as the concept's too (never the padding, which in SD1 has the same id). ``preserve_weight``: of keeping
-    the base model's prediction on what is kept.
+    ``"images"``. ``templates``: prompts with ``{}`` (default: the kind's; with ``one_template`` only the first);
+    ``contexts``: the kind's everyday contexts too, beside colours, styles and backgrounds. ``diverse``: that many
+    prompts of each concept from a written ``grammar`` instead, each with its pair without the concept to be kept;
+    ``forget_prompts`` and ``retain_prompts``: one's own. ``include_end``: the first end-of-text token counts as the
+    concept's too (never the padding, which in SD1 has the same id). ``preserve_weight``: of keeping the base model's
+    prediction on what is kept.
     """
 
     steps: int = 35
@@ -69,6 +71,7 @@ class TrainedSettings:
     guidance: float | None = None
     templates: tuple[str, ...] | None = None
     one_template: bool = False
+    contexts: bool = False
     diverse: int = 0
     grammar: Literal["general", "embedded"] = "general"
     forget_prompts: tuple[str, ...] = ()
@@ -100,9 +103,11 @@ class TrainedSettings:
             raise RequestError("Give prompts of your own or 'diverse', not both.")
 
     def said(self, kind: str) -> tuple[str, ...]:
-        """The templates for concepts of a kind."""
+        """The templates for concepts of a kind, and its everyday contexts where wanted."""
         found = self.templates or templates(kind)
-        return found[:1] if self.one_template else found
+        if self.one_template:
+            return found[:1]
+        return found + CONTEXTS[kind] if self.contexts and self.templates is None else found
 
 
 class BaseObjective:
