@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import rand
+from tiny import rand, tiny_model
 
 from forget_concept.core import gradients
+from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.gradients import (
+    MARGIN,
     blind_projection,
     inner_products,
     kept_basis,
     project_step,
     restricted_gradient,
 )
+from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
+from forget_concept.core.mini.vocabulary import CATEGORIES
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gradients as bench
 
 SHAPES = [(3, 4), (5,), (2, 1, 2), ()]
 SIZE = sum(math.prod(shape) for shape in SHAPES)
@@ -72,13 +83,21 @@ def restricted_reference(f, r, alpha=1.0):
     return (f - s / (r @ r) * r) + alpha * (r - s / (f @ f) * f)
 
 
-def projection_reference(u, f, r, rounds=200_000):
+def asked(u, f, r, margin):
+    """By the docstring: what is wanted of ``g·u'`` for gradients of norm 1."""
+    halved = 1.0
+    if f.norm() > 0 and r.norm() > 0:
+        halved = float(((f / f.norm() + r / r.norm()) / 2).norm())  # cos(φ/2), by the bisector
+    return margin * float(u.norm()) * halved
+
+
+def projection_reference(u, f, r, margin=0.0, rounds=200_000):
     """Dual projected gradient descent, knowing nothing of cases, on gradients of norm 1."""
     units = [v / v.norm() for v in (f, r) if v.norm() > 0]
     if not units:
         return u
     basis = torch.stack(units)
-    gram, at = basis @ basis.T, basis @ u
+    gram, at = basis @ basis.T, basis @ u - asked(u, f, r, margin)
     multipliers = torch.zeros(len(units), dtype=torch.float64)
     for _ in range(rounds):
         new = (multipliers - 0.5 * (gram @ multipliers + at)).clamp(min=0)
@@ -190,30 +209,39 @@ def test_what_is_done_to_the_result_does_not_reach_what_it_was_made_of():
 # -- the projected step -------------------------------------------------------------------------------------------
 
 
-@given(geometries(count=3))
-def test_the_step_meets_the_conditions_of_optimality(vectors):
+MARGINS = st.sampled_from([0.0, 0.3, 1.0])
+
+
+@given(geometries(count=3), MARGINS)
+def test_the_step_meets_the_conditions_of_optimality(vectors, margin):
     """Feasible, multipliers not negative, complementary slackness: for a convex problem that is the minimum."""
     u, f, r = vectors
-    found = project_step(split(u), split(f), split(r))
+    found = project_step(split(u), split(f), split(r), margin)
     v, a, b = flat(found.step), found.forget_multiplier, found.retain_multiplier
     assert a >= 0 and b >= 0
     assert found.forget_active == (a > 0) and found.retain_active == (b > 0)
     torch.testing.assert_close(v, u + a * f + b * r, rtol=1e-12, atol=1e-12 * float(u.norm()) + 1e-300)
-    assert dot(f, v) >= -slack(f, u) and dot(r, v) >= -slack(r, u)
+    least = asked(u, f, r, margin)
+    beyond = [dot(g, v) - least * float(g.norm()) for g in (f, r)]
+    # where the two are opposite to rounding, cos(φ/2) is no better known than to the root of it
+    known = [
+        slack(g, u) + (1e-7 * margin * slack(g, u) / 1e-12 if least < 1e-6 * float(u.norm()) else 0) for g in (f, r)
+    ]
+    assert beyond[0] >= -known[0] and beyond[1] >= -known[1]
     if found.forget_active:
-        assert abs(dot(f, v)) <= slack(f, u)
+        assert abs(beyond[0]) <= known[0]
     if found.retain_active:
-        assert abs(dot(r, v)) <= slack(r, u)
-    assert v.norm() <= u.norm() * (1 + 1e-12)  # the projection on a cone never lengthens
+        assert abs(beyond[1]) <= known[1]
+    assert v.norm() <= u.norm() * math.sqrt(1 + margin**2) * (1 + 1e-12)
     if not (found.forget_active or found.retain_active):
         assert torch.equal(v, u)
 
 
-@given(geometries(count=3))
-def test_the_step_is_the_one_a_search_finds(vectors):
+@given(geometries(count=3), MARGINS)
+def test_the_step_is_the_one_a_search_finds(vectors, margin):
     u, f, r = vectors
-    found = flat(project_step(split(u), split(f), split(r)).step)
-    wanted = projection_reference(u, f, r)
+    found = flat(project_step(split(u), split(f), split(r), margin).step)
+    wanted = projection_reference(u, f, r, margin)
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7 * float(u.norm()) + 1e-300)
 
 
@@ -221,10 +249,12 @@ def test_the_step_is_the_one_a_search_finds(vectors):
 def test_a_step_that_is_good_already_comes_back_bit_for_bit(seed, dtype):
     u, f, r = (rand(SIZE, seed=seed + i) for i in range(3))
     f, r = (v if u.to(dtype).double() @ v.to(dtype).double() >= 0 else -v for v in (f, r))
-    given_step = split(u, dtype=dtype)
-    found = project_step(given_step, split(f, dtype=dtype), split(r, dtype=dtype))
-    assert all(a is b for a, b in zip(found.step, given_step, strict=True))
-    assert not found.forget_active and not found.retain_active
+    for margin in (0.0, 0.3):
+        good = u + margin * (f.norm() + u.norm()) * (f / f.norm() + r / r.norm()) if margin else u
+        given_step = split(good, dtype=dtype)
+        found = project_step(given_step, split(f, dtype=dtype), split(r, dtype=dtype), margin)
+        assert all(a is b for a, b in zip(found.step, given_step, strict=True))
+        assert not found.forget_active and not found.retain_active
 
 
 def test_one_projection_after_the_other_is_not_enough():
@@ -238,7 +268,7 @@ def test_one_projection_after_the_other_is_not_enough():
         return u
 
     assert dot(f, in_turn(u, f, r)) == pytest.approx(-0.5) and dot(r, in_turn(u, f, r)) >= -1e-15
-    found = project_step([u], [f], [r])
+    found = project_step([u], [f], [r], margin=0)
     assert found.forget_active and found.retain_active
     assert dot(f, found.step[0]) >= -1e-15 and dot(r, found.step[0]) >= -1e-15
 
@@ -247,7 +277,7 @@ def test_one_projection_after_the_other_is_not_enough():
         u, f, r = (rand(6, seed=3 * seed + i, dtype=torch.float64) for i in range(3))
         v = in_turn(u, f, r)
         violated += dot(f, v) < -1e-9
-        (exact,) = project_step([u], [f], [r]).step
+        (exact,) = project_step([u], [f], [r], margin=0).step
         assert dot(f, exact) >= -1e-12 and dot(r, exact) >= -1e-12
     assert violated > 10
 
@@ -266,7 +296,7 @@ def test_the_four_cases_on_every_device(device, dtype):
         u = rand(SIZE, seed=4, dtype=torch.float64)
         u[0], u[1] = x, y
         given_step, gf, gr = split(u, device, dtype), split(f, device, dtype), split(r, device, dtype)
-        found = project_step(given_step, gf, gr)
+        found = project_step(given_step, gf, gr, margin=0)
         assert (found.forget_active, found.retain_active) == active
         wanted = projection_reference(flat(given_step), f, r)
         torch.testing.assert_close(flat(found.step), wanted, rtol=EPS[dtype], atol=10 * EPS[dtype])
@@ -280,7 +310,7 @@ def test_gradients_on_one_line(device, dtype, factor):
     r = [(factor + 1) * x - x for x in f]
     for sign in (1.0, -1.0):
         u = [sign * x + y for x, y in zip(f, split(rand(SIZE, seed=2), device, dtype), strict=True)]
-        v, wide = flat(project_step(u, f, r).step), flat(f)
+        v, wide = flat(project_step(u, f, r, margin=0).step), flat(f)
         across = flat(u) - (flat(u) @ wide) / (wide @ wide) * wide
         wanted = flat(u) if factor > 0 and flat(u) @ wide >= 0 else across
         torch.testing.assert_close(v, wanted, rtol=EPS[dtype], atol=10 * EPS[dtype])
@@ -291,9 +321,9 @@ def test_zero_gradients_constrain_nothing(device):
     zero = [torch.zeros_like(x) for x in u]
     for nothing in (zero, [None] * 4):
         assert torch.equal(flat(project_step(u, nothing, nothing).step), flat(u))
-        found = project_step(u, f, nothing)
+        found = project_step(u, f, nothing, margin=0)
         assert found.forget_active and not found.retain_active and flat(found.step).norm() < 1e-14
-        found = project_step(u, nothing, f)
+        found = project_step(u, nothing, f, margin=0)
         assert found.retain_active and not found.forget_active and flat(found.step).norm() < 1e-14
     assert project_step(zero, f, f).step[0] is zero[0]
 
@@ -301,7 +331,7 @@ def test_zero_gradients_constrain_nothing(device):
 def test_half_precision_gradients_and_a_full_precision_step(device):
     u = split(rand(SIZE, seed=1), device, torch.float32)
     f, r = (split(-rand(SIZE, seed=1) + rand(SIZE, seed=i), device, torch.bfloat16) for i in (2, 3))
-    found = project_step(u, f, r)
+    found = project_step(u, f, r, margin=0)
     assert found.forget_active or found.retain_active
     assert all(v.dtype == torch.float32 for v in found.step)
     v = flat(found.step)
@@ -342,6 +372,9 @@ def test_what_does_not_belong_together_is_said():
             call(f, [r[0] * float("nan"), *r[1:]])
         with pytest.raises(ForgetConceptError, match="not finite"):
             call([f[0] * float("inf"), *f[1:]], r)
+    for margin in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ForgetConceptError, match="'margin'"):
+            project_step(f, f, r, margin)
     for alpha in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ForgetConceptError, match="'alpha'"):
             restricted_gradient(f, r, alpha)
@@ -464,7 +497,7 @@ def test_a_small_step_lowers_both_losses_where_the_sum_raises_one(device):
 
 
 def test_adam_undoes_the_gradients_claim_and_the_projected_step_restores_it(device):
-    """An active constraint leaves nothing of first order: what a loss may still rise by falls with the square."""
+    """Without a margin nothing of first order is left, and a loss rises by its curvature; with one it falls."""
     weights, losses = two_losses(device, seed=6)
     f, r = (torch.autograd.grad(loss, weights) for loss in losses())
     signs = [g.sign() for g in restricted_gradient(f, r)]  # Adam's first step
@@ -472,12 +505,13 @@ def test_adam_undoes_the_gradients_claim_and_the_projected_step_restores_it(devi
     assert max(free[0]) > 0
     worse = free[0].index(max(free[0]))
     assert free[0][worse] / free[1][worse] == pytest.approx(10, rel=0.1)  # of first order
-    found = project_step(signs, f, r)
+    found = project_step(signs, f, r, margin=0)
     assert found.forget_active or found.retain_active
     held = [rise(weights, losses, found.step, size) for size in (1e-5, 1e-6)]
     assert held[0][worse] < free[0][worse] / 50
     assert abs(held[0][worse] / held[1][worse]) == pytest.approx(100, rel=0.1)  # of second
-    assert held[0][1 - worse] < 0
+    assert held[0][worse] > 0 > held[0][1 - worse]
+    assert max(rise(weights, losses, project_step(signs, f, r, margin=0.3).step, 1e-5)) < 0
 
 
 def test_the_references_of_this_file_agree_with_a_search_by_hand():
@@ -488,3 +522,54 @@ def test_the_references_of_this_file_agree_with_a_search_by_hand():
     feasible = points[(points @ f >= 0) & (points @ r >= 0)]
     best = feasible[(feasible - u).square().sum(1).argmin()]
     assert (best - projection_reference(u, f, r)).norm() < 0.02
+
+
+# -- the benchmark that looks on ----------------------------------------------------------------------------------
+
+STAR = Concept("star", "object", "circle")
+QUICK = ForgetMeNotSettings(steps=2, lr=1e-2, batch_size=2, latents="zeros", one_template=True, rank=2)
+
+
+@pytest.fixture()
+def brief(monkeypatch):
+    monkeypatch.setattr(bench, "HELD_OUT", 1)
+
+
+def test_a_training_that_is_watched_is_the_one_that_is_not(brief):
+    settings = replace(QUICK, gradient="restricted_step")
+    watch = bench.watched(tiny_model(), STAR, settings, seed=3, margin=MARGIN)
+    others = tuple(word.name for word in CATEGORIES["object"] if word.name != "star")
+    plain = ForgetMeNot().fit(tiny_model(), ForgetRequest((STAR,), others, "forget_me_not", seed=3), settings)
+    seen = watch.inner.deltas.factors()
+    assert seen.keys() == plain.factors.keys()
+    for key, factor in plain.factors.items():
+        assert torch.equal(seen[key].up, factor.up) and torch.equal(seen[key].down, factor.down)
+    assert len(watch.steps) == len({w.before["forget"] for w in watch.steps}) == 2
+    other = bench.watched(tiny_model(), STAR, settings, seed=3, margin=0.0)
+    assert other.steps[0].before == watch.steps[0].before and other.held_out[1] != watch.held_out[1]
+
+
+def test_the_losses_are_worked_out_again_on_the_very_same_batch(brief):
+    """A step too small to be felt leaves both bit for bit, though every batch is another; a large one does not."""
+    still = bench.watched(tiny_model(), STAR, replace(QUICK, optimiser="sgd", lr=1e-30), seed=0)
+    assert all(w.after == w.before for w in still.steps) and still.held_out[0] == still.held_out[1]
+    row = bench.row_of(still, {})
+    assert row["forget_rose"] == row["retain_rose"] == row["either_rose"] == 0
+    moved = bench.watched(tiny_model(), STAR, QUICK, seed=0)
+    assert all(w.after["forget"] < w.before["forget"] and w.after["retain"] > w.before["retain"] for w in moved.steps)
+    row = bench.row_of(moved, {"seed": 0})
+    assert (row["seed"], row["forget_rose"], row["retain_rose"], row["either_rose"]) == (0, 0, 1, 1)
+    assert row["step_norm"] > 0 == moved.held_out[0]["retain"] < row["retain_after"]
+
+
+def test_the_summary_pools_trainings_and_says_how_many_steps_are_left():
+    def row(gradient, margin, either, steps):
+        shares = dict.fromkeys(bench.SHARES, "0") | {"either_rose": either, "retain_rose": either}
+        numbers = dict.fromkeys(["step_norm", "gradient_norm", *bench.LOSSES], "1")
+        key = dict(zip(bench.KEY, ["m", gradient, margin, "adamw", "0.0002", "star", "0", steps], strict=True))
+        return key | shares | numbers
+
+    rows = [row("sum", "", "0.9", "60"), row("sum", "", "0.6", "30"), row("restricted_step", "0.3", "0.2", "60")]
+    text = bench.summary(rows)
+    assert "| sum | 90 | 0.0% | 80.0% | 80.0% |" in text
+    assert "20.0% of the steps against 80.0% with the sum: 0.25 of it" in text
