@@ -7,7 +7,8 @@ training; one that is there is not run again. The Markdown summary goes to the s
 
 - `method`: `forget_me_not` with its tuned settings, or `concept_ablation`: its terms alone (the concept's prediction
   moved to that of its replacement, what is kept held), which is the same objective without attention;
-- `gradient`, `margin`: the rule, and the margin of a projected step (0: it may not rise to first order, no more);
+- `gradient`, `margin`, `backtracks`: the rule; the margin of a projected step (0: it may not rise to first order, no
+  more), and how often it is halved at most where a loss rose all the same (each is a pass forward more);
 - `lr`: AdamW's 1e-4, 2e-4 (the default) and 5e-4; SGD's are those times a factor for each method that makes its mean
   step over a training as long as AdamW's (`step_norm`) at `sum`, where a step is `lr · gradient_norm`;
 - `forget_rose`, `retain_rose`, `either_rose`, `conflicts`: shares of the `steps`; a conflict is an angle above 90°
@@ -39,21 +40,28 @@ from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.gradients import MARGIN, inner_products, project_step
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
 from forget_concept.core.mini.vocabulary import CATEGORIES
-from forget_concept.core.training import Terms, borrowed
+from forget_concept.core.training import BACKTRACKS, SIDES, Terms, borrowed
 
 CONCEPTS = (Concept("star", "object", "circle"), Concept("neon", "style", "sketch"))
-RULES = (("sum", None), ("restricted", None), ("restricted_step", MARGIN), ("restricted_step", 0.0))
+# a projected step as it is, without going back, and without a margin either
+RULES: tuple[tuple[str, float | None, int | None], ...] = (
+    ("sum", None, None),
+    ("restricted", None, None),
+    ("restricted_step", MARGIN, BACKTRACKS),
+    ("restricted_step", MARGIN, 0),
+    ("restricted_step", 0.0, 0),
+)
 OPTIMISERS = ("adamw", "sgd")
 TUNED = ForgetMeNot.presets["tuned"]
 LEARNING_RATES = (TUNED.lr, TUNED.lr / 3, TUNED.lr / 10)  # the default first
 SETTINGS = {"forget_me_not": TUNED, "concept_ablation": replace(TUNED, attention_weight=0.0)}
 SGD_FACTOR = {"forget_me_not": 60.0, "concept_ablation": 100.0}
-SIDES = ("forget", "retain")
 HELD_OUT = 4
 
-KEY = ["method", "gradient", "margin", "optimiser", "lr", "concept", "seed", "steps"]
+KEY = ["method", "gradient", "margin", "backtracks", "optimiser", "lr", "concept", "seed", "steps"]
 SHARES = ["forget_rose", "retain_rose", "either_rose", "conflicts"]
 LOSSES = ["forget_before", "forget_after", "retain_after"]
+GROUP = ["method", "optimiser", "lr", "gradient", "margin", "backtracks"]
 COLUMNS = [*KEY, *SHARES, "step_norm", "gradient_norm", *LOSSES]
 
 
@@ -82,6 +90,8 @@ class Watch:
         self._last: tuple[dict[str, Tensor], int, dict[str, float], tuple[float, float], list[Tensor]] | None = None
 
     def __call__(self, step: int) -> Terms:
+        if not torch.is_grad_enabled():  # the loop itself looks whether a step raised a loss
+            return self.inner(step)
         self.look_back()
         if not self.held_out:
             self.measure()
@@ -160,12 +170,12 @@ class WatchedForgetMeNot(ForgetMeNot):
 
 
 @contextlib.contextmanager
-def projecting(margin: float | None) -> Iterator[None]:
-    """The loop's projected steps have this margin inside a ``with`` block."""
-    if margin is None:
-        yield
-        return
-    with mock.patch.object(training, "project_step", functools.partial(project_step, margin=margin)):
+def projecting(margin: float, backtracks: int) -> Iterator[None]:
+    """The loop's projected steps have this margin, and go back so often, inside a ``with`` block."""
+    with (
+        mock.patch.object(training, "project_step", functools.partial(project_step, margin=margin)),
+        mock.patch.object(training, "BACKTRACKS", backtracks),
+    ):
         yield
 
 
@@ -174,13 +184,14 @@ def watched(
     concept: Concept,
     settings: ForgetMeNotSettings,
     seed: int,
-    margin: float | None = None,
+    margin: float = MARGIN,
+    backtracks: int = BACKTRACKS,
     pictures: dict[Any, Any] | None = None,
 ) -> Watch:
     """A whole training with every step looked at; all others of the concept's category are to be kept."""
     others = tuple(word.name for word in CATEGORIES[concept.kind] if word.name != concept.name)
     method = WatchedForgetMeNot({} if pictures is None else pictures)
-    with projecting(margin):
+    with projecting(margin, backtracks):
         method.fit(model, ForgetRequest((concept,), preserve=others, method=method.id, seed=seed), settings)
     watch = method.watch
     assert watch is not None
@@ -218,34 +229,37 @@ def summary(rows: Sequence[Mapping[str, str]]) -> str:
     ]
     groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("method", "optimiser", "lr", "gradient", "margin")), []).append(
-            row
-        )
-    order = {(rule, "" if margin is None else f"{margin:.5g}"): i for i, (rule, margin) in enumerate(RULES)}
+        groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
+    order = {_cells(*rule): i for i, rule in enumerate(RULES)}
     either: dict[tuple[str, ...], float] = {}
-    for key in sorted(groups, key=lambda k: (k[0], k[1], float(k[2]), order.get((k[3], k[4]), len(order)), k[4])):
-        method, optimiser, lr, gradient, margin = key
+    for key in sorted(groups, key=lambda k: (k[0], k[1], float(k[2]), order.get(k[3:], len(order)), k[4:])):
+        method, optimiser, lr, gradient, margin, backtracks = key
         steps = sum(int(row["steps"]) for row in groups[key])
 
         def mean(name: str, of: Sequence[Mapping[str, str]] = groups[key], steps: int = steps) -> float:
             return sum(float(row[name]) * int(row["steps"]) for row in of) / steps
 
         either[key] = mean("either_rose")
-        rule = f"{gradient}, margin {margin}" if margin else gradient
+        rule = f"{gradient}, margin {margin}, halved {backtracks} times" if margin else gradient
         shares = " | ".join(f"{mean(name):.1%}" for name in SHARES)
         losses = f"{mean('forget_before'):.4g} → {mean('forget_after'):.4g} | {mean('retain_after'):.2e}"
         lines.append(
             f"| {method} | {optimiser} | {lr} | {rule} | {steps} | {shares} | {mean('step_norm'):.3g} | {losses} |"
         )
     lines.append("")
-    for (method, optimiser, lr, gradient, margin), share in either.items():
-        added = either.get((method, optimiser, lr, "sum", ""))
+    for (method, optimiser, lr, gradient, margin, backtracks), share in either.items():
+        added = either.get((method, optimiser, lr, "sum", "", ""))
         if gradient == "restricted_step" and added:
             lines.append(
-                f"- {method}, {optimiser} at {lr}, margin {margin}: a loss rose in {share:.1%} of the steps against "
+                f"- {method}, {optimiser} at {lr}, margin {margin}, halved {backtracks} times: "
+                f"a loss rose in {share:.1%} of the steps against "
                 f"{added:.1%} with the sum: {share / added:.2f} of it."
             )
     return "\n".join(lines)
+
+
+def _cells(gradient: str, margin: float | None, backtracks: int | None) -> tuple[str, str, str]:
+    return gradient, "" if margin is None else f"{margin:.5g}", "" if backtracks is None else str(backtracks)
 
 
 def planned(options: argparse.Namespace) -> list[tuple[dict[str, Any], Concept]]:
@@ -255,12 +269,12 @@ def planned(options: argparse.Namespace) -> list[tuple[dict[str, Any], Concept]]
         for multiple in LEARNING_RATES:
             for optimiser in options.optimiser or OPTIMISERS:
                 lr = multiple * (SGD_FACTOR[method] if optimiser == "sgd" else 1.0)
-                for gradient, margin in RULES:
-                    if margin == 0 and multiple != LEARNING_RATES[0]:
-                        continue  # at the default learning rate alone: it shows what the margin is for
+                for rule in RULES:
+                    if rule[2] == 0 and multiple != LEARNING_RATES[0]:
+                        continue  # at the default learning rate alone: they show what margin and halving are for
                     for concept in CONCEPTS:
                         values = (
-                            *(method, gradient, "" if margin is None else f"{margin:.5g}", optimiser, f"{lr:.5g}"),
+                            *(method, *_cells(*rule), optimiser, f"{lr:.5g}"),
                             *(concept.name, options.seed, options.steps),
                         )
                         found.append((dict(zip(KEY, values, strict=True)), concept))
@@ -288,8 +302,8 @@ def main() -> None:
             optimiser=key["optimiser"],
             gradient=key["gradient"],
         )
-        margin = float(key["margin"]) if key["margin"] else None
-        table.append(row_of(watched(model, concept, settings, options.seed, margin, pictures), key))
+        how = (float(key["margin"]), int(key["backtracks"])) if key["margin"] else (MARGIN, BACKTRACKS)
+        table.append(row_of(watched(model, concept, settings, options.seed, *how, pictures), key))
     print(summary(table.rows))
 
 

@@ -45,8 +45,10 @@ Side = Literal["forget", "retain"]
 GradientRule = Literal["sum", "restricted", "restricted_step"]
 Optimiser = Literal["adamw", "sgd"]
 Shown = Literal["base", "earlier", "now"]
+SIDES: tuple[Side, Side] = ("forget", "retain")
 GRADIENTS: tuple[GradientRule, ...] = ("sum", "restricted", "restricted_step")
 OPTIMISERS: tuple[Optimiser, ...] = ("adamw", "sgd")
+BACKTRACKS = 2  # times that a projected step is halved where it really raised a loss; see benchmarks/gradients.py
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ class TrainingSettings:
 
     Weight decay acts on the deltas, so it pulls back to the base model, not to zero weights. ``gradient`` is ``"sum"``
     (plain), ``"restricted"`` (:func:`~.gradients.restricted_gradient` with ``alpha``) or ``"restricted_step"`` (that,
-    and the step the optimiser then makes goes through :func:`~.gradients.project_step`).
+    and the step the optimiser then makes goes through :func:`~.gradients.project_step`, and is halved, twice at most,
+    while one of the losses, worked out again on the same draws, is above what it was).
     """
 
     steps: int
@@ -326,6 +329,7 @@ def _step(
     """One step: the whole loss and its terms, unweighted, before it."""
     parameters = deltas.parameters()
     optimiser.zero_grad(set_to_none=True)
+    drawn = objective.state() if settings.gradient == "restricted_step" else None
     terms = objective(step)
     loss = torch.stack([term.weighted for term in terms.values()]).sum()
     value = float(loss.detach())
@@ -347,10 +351,11 @@ def _step(
     if settings.clip_norm is not None and norm > settings.clip_norm:
         for gradient in gradients:
             gradient.mul_(settings.clip_norm / norm)
-    if sides is None or settings.gradient == "restricted":
+    if sides is None or drawn is None:
         optimiser.step()
     else:
-        _projected_step(optimiser, parameters, sides)
+        was, change = _projected_step(optimiser, parameters, sides)
+        _backtrack(objective, step, drawn, terms, sides, parameters, was, change)
     return value, {name: float(term.value.detach()) for name, term in terms.items()}
 
 
@@ -358,7 +363,7 @@ def _both_sides(
     terms: Terms, parameters: list[nn.Parameter], settings: TrainingSettings
 ) -> tuple[list[Tensor], list[Tensor]]:
     found = []
-    for side in ("forget", "retain"):
+    for side in SIDES:
         parts = [term.weighted for term in terms.values() if term.side == side and term.value.requires_grad]
         if not parts:
             raise RequestError(
@@ -375,12 +380,52 @@ def _both_sides(
 @torch.no_grad()
 def _projected_step(
     optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], sides: tuple[list[Tensor], list[Tensor]]
-) -> None:
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Make the step; returns the parameters as they were, and what was taken off them."""
     before = [parameter.detach().clone() for parameter in parameters]
     optimiser.step()
     made = [b - p for b, p in zip(before, parameters, strict=True)]
-    for parameter, was, change in zip(parameters, before, project_step(made, *sides).step, strict=True):
-        parameter.copy_(was - change)
+    change = project_step(made, *sides).step
+    for parameter, was, taken in zip(parameters, before, change, strict=True):
+        parameter.copy_(was - taken)
+    return before, change
+
+
+@torch.no_grad()
+def _backtrack(
+    objective: Objective,
+    step: int,
+    drawn: Mapping[str, Tensor],
+    terms: Terms,
+    sides: tuple[list[Tensor], list[Tensor]],
+    parameters: list[nn.Parameter],
+    before: Sequence[Tensor],
+    change: Sequence[Tensor],
+) -> None:
+    """Halve a step that raised a loss of the very same draws, at most :data:`BACKTRACKS` times.
+
+    Such a step falls to first order, so what raises a loss is its curvature, which a shorter step feels less. A loss
+    without a gradient can only rise (what is kept, at the start), and is not asked.
+    """
+    asked = [
+        side
+        for side, gradients in zip(SIDES, sides, strict=True)
+        if any(bool(gradient.any()) for gradient in gradients)
+    ]
+    held = {side: _of_side(terms, side) for side in asked}
+    after = objective.state()
+    for halvings in range(1, BACKTRACKS + 1):
+        objective.restore(drawn)
+        now = objective(step)
+        if all(_of_side(now, side) <= value for side, value in held.items()):
+            break
+        for parameter, was, taken in zip(parameters, before, change, strict=True):
+            parameter.copy_(was - taken * 0.5**halvings)
+    objective.restore(after)
+
+
+def _of_side(terms: Terms, side: Side) -> float:
+    return float(torch.stack([term.weighted.detach() for term in terms.values() if term.side == side]).sum())
 
 
 def _means(told: Sequence[Mapping[str, float]]) -> dict[str, float]:

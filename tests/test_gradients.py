@@ -563,13 +563,16 @@ def test_the_losses_are_worked_out_again_on_the_very_same_batch(brief):
 
 
 def test_the_summary_pools_trainings_and_says_how_many_steps_are_left():
-    def row(gradient, margin, either, steps):
+    def row(gradient, margin, backtracks, either, steps):
         shares = dict.fromkeys(bench.SHARES, "0") | {"either_rose": either, "retain_rose": either}
         numbers = dict.fromkeys(["step_norm", "gradient_norm", *bench.LOSSES], "1")
-        key = dict(zip(bench.KEY, ["m", gradient, margin, "adamw", "0.0002", "star", "0", steps], strict=True))
+        key = dict(
+            zip(bench.KEY, ["m", gradient, margin, backtracks, "adamw", "0.0002", "star", "0", steps], strict=True)
+        )
         return key | shares | numbers
 
-    rows = [row("sum", "", "0.9", "60"), row("sum", "", "0.6", "30"), row("restricted_step", "0.3", "0.2", "60")]
+    sums = [row("sum", "", "", "0.9", "60"), row("sum", "", "", "0.6", "30")]
+    rows = [*sums, row("restricted_step", "0.3", "2", "0.2", "60")]
     text = bench.summary(rows)
     assert "| sum | 90 | 0.0% | 80.0% | 80.0% |" in text
     assert "20.0% of the steps against 80.0% with the sum: 0.25 of it" in text

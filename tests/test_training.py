@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import flags, forward, rand, state_hash, tiny_model
 
+from forget_concept.core import training
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, RequestError
 from forget_concept.core.losses import noise_matching
 from forget_concept.core.patch import LowRank, Patch
@@ -244,6 +245,55 @@ def test_the_restricted_step_ascends_neither_side_under_adam(model):
 
     assert max(made("sum")) > 0.01
     assert max(made("restricted_step")) < 1e-5
+
+
+class Valley:
+    """Forgetting pulls the first delta one way; keeping is a parabola along it, as steep as it is told, with noise."""
+
+    def __init__(self, deltas, steepness):
+        self.deltas, self.steepness = deltas, steepness
+        self.generator = seeded()
+        self.seen = []
+
+    def state(self):
+        return {"generator": self.generator.get_state()}
+
+    def restore(self, state):
+        self.generator.set_state(state["generator"])
+
+    def __call__(self, step):
+        noise = float(torch.rand((), generator=self.generator))
+        at = self.deltas.parameters()[0].flatten()[:2]
+        forget = (3 - at[0]).square() + (1 + noise) * 1e-3 * (1 - at[1])
+        keep = self.steepness * (at[1] - 1e-3).square() + (1 + noise) * 1e-2 * at[0].square()
+        if torch.is_grad_enabled():
+            self.seen.append(noise)
+        return {"forget": Term(forget, 1.0, "forget"), "keep": Term(keep, 1.0, "retain")}
+
+    def losses(self, state):
+        after = self.state()
+        self.restore(state)
+        with torch.no_grad():
+            found = [float(term.value) for term in self(1).values()]
+        self.restore(after)
+        return found
+
+
+@pytest.mark.parametrize("backtracks, rises", [(0, True), (2, False)])
+def test_a_step_that_raised_a_loss_is_halved(model, monkeypatch, backtracks, rises):
+    """Adam's first step overshoots the valley of what is kept; half of it does not, and no draw is another one."""
+    monkeypatch.setattr(training, "BACKTRACKS", backtracks)
+    deltas = deltas_of(model, rank=None, which=("to_k",))
+    valley = Valley(deltas, steepness=50.0)
+    state = valley.state()
+    before = valley.losses(state)
+    train(model, deltas, valley, TrainingSettings(1, 3e-3, gradient="restricted_step"))
+    after = valley.losses(state)
+    assert after[0] < before[0]
+    assert (after[1] > before[1]) == rises
+    assert float(deltas.parameters()[0].detach().abs().max()) > 3e-4
+    drawn = torch.rand(2, generator=seeded())
+    assert valley.seen == [float(drawn[0])] and float(torch.rand((), generator=valley.generator)) == float(drawn[1])
 
 
 @pytest.mark.parametrize("rule", ["restricted", "restricted_step"])
