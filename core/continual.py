@@ -30,7 +30,6 @@ from .concepts import KINDS, Concept, ForgetRequest, bare, normalised, templates
 from .diffusion import LatentDiffusion
 from .errors import PatchError, RequestError, listed
 from .methods import Inputs, fit, get, resolve_settings
-from .methods.trained import TrainedMethod
 from .patch import LowRank, Patch
 from .progress import Progress
 from .version import VERSION
@@ -74,7 +73,7 @@ def is_closed_form(method_id: str) -> bool:
 
     Raises :class:`RequestError` for an unknown one.
     """
-    return not issubclass(get(method_id), TrainedMethod)
+    return not get(method_id).trained
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def target_prompt(
 
 
 class Material:
-    """Prompts to forget (``targets``) and to keep (``kept``, the empty one first), and pools of pictures by name.
+    """Prompts to forget (``targets``), to keep (``kept``, the empty one first) and of what is forgotten already
+    (``earlier``), and pools of pictures by name.
 
     A pool is named after its concept, :data:`KEPT` is that of everything else; where there is none, ``x_0`` is zero.
     """
@@ -101,11 +102,12 @@ class Material:
         batch_size: int,
         sampling: Sampling,
         workspace: Workspace | None = None,
+        earlier: Sequence[str] = (),
     ) -> None:
         """Raises :class:`RequestError` for a prompt that is to be forgotten and kept."""
         if clash := sorted({t.text for t in targets} & set(kept)):
             raise RequestError(f"The prompt '{clash[0]}' is both to be forgotten and to be kept: take it from one.")
-        self.model, self.targets, self.kept = model, list(targets), list(kept)
+        self.model, self.targets, self.kept, self.earlier = model, list(targets), list(kept), list(earlier)
         self.generator, self.batch_size = generator, batch_size
         self.sampling, self.workspace = sampling, workspace
         self.pools: dict[str, Tensor] = {}
@@ -142,6 +144,11 @@ class Material:
             return [self.kept[i] for i in self._next(self._kept_turn, len(self.kept), count)]
         others = self._next(self._kept_turn, len(self.kept) - 1, count - 1)
         return [self.kept[0], *(self.kept[1 + i] for i in others)]
+
+    def next_earlier(self, count: int) -> list[str]:
+        """Prompts of what earlier requests forgot, drawn at random."""
+        drawn = torch.randint(len(self.earlier), (count,), generator=self.generator).tolist()
+        return [self.earlier[i] for i in drawn]
 
     def _next(self, turn: list[int], of: int, count: int) -> list[int]:
         while len(turn) < count:

@@ -16,8 +16,9 @@ from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.continual import RECORD, Asked, History, Part, is_closed_form, read_record
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.formats import context_map, kohya
-from forget_concept.core.methods import Inputs, fit
+from forget_concept.core.methods import Inputs, all_methods, fit, get, resolve_settings
 from forget_concept.core.patch import LowRank, Patch
+from forget_concept.core.training import Deltas, borrowed
 
 QUICK = {"steps": 2, "latents": "zeros", "batch_size": 2, "lr": 1e-2, "train": ("to_q", "to_k")}
 FEW = {"contexts": False, "keep_common": False}
@@ -374,3 +375,48 @@ def test_which_methods_are_closed_forms():
     assert is_closed_form("uce") and not is_closed_form("forget_me_not")
     with pytest.raises(RequestError, match="not known"):
         is_closed_form("amnesia")
+
+
+# -- what a later request would bring back -------------------------------------------------------------------------
+
+SHORT = {"steps": 2, "n_images": 1, "sample_steps": 1}
+TRAINED = {
+    "duge": SHORT | {"bank": 2, "local": False},
+    "forget_me_not": SHORT,
+    "selective_amnesia": SHORT | {"replay_images": 2, "ewc_weight": 0.0},
+}
+
+
+def test_all_trained_methods_are_here():
+    assert set(TRAINED) == {name for name, method in all_methods().items() if method.trained}
+
+
+@pytest.mark.parametrize("name", list(TRAINED))
+def test_every_trained_method_holds_what_was_forgotten_earlier_where_it_left_it(model, name):
+    """Prompts of an earlier concept have a term of their own: zero at the start, off as soon as something is moved; and
+    none of them is kept as the base model has it."""
+    change = random_patch(model.survey, rank=2, scale=0.05)
+    earlier = change.with_metadata(request=ForgetRequest((Concept("fish"),)).to_json())
+    method, settings = get(name)(), resolve_settings(get(name), "tuned", TRAINED[name])
+    request = ForgetRequest((Concept("star", replacement="circle"),), ("moon", "blue fish"), name, "tuned")
+    inputs = Inputs(earlier=earlier)
+    material = method.material(model, request, settings, inputs)
+    assert any("moon" in text for text in material.kept) and not any("fish" in text for text in material.kept)
+    assert material.earlier and all("fish" in text for text in material.earlier)
+    with borrowed(model.unet):
+        method.picture(material, settings, inputs, None)
+        deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier)
+        with deltas.attached():
+            objective = method.objective(material, deltas, request, settings, inputs, None)
+            term = objective(1)["earlier"]
+            assert float(term.value) == 0 and term.weight > 0 and term.side == "retain"
+            with torch.no_grad():
+                for parameter in deltas.parameters():
+                    parameter.add_(0.05)
+            assert float(objective(2)["earlier"].value.detach()) > 0
+    assert (
+        "earlier"
+        not in json.loads(fit(model, replace(request, settings=TRAINED[name])).metadata["forget_concept.terms"])[
+            "first"
+        ]
+    )

@@ -15,7 +15,6 @@ from forget_concept.core.continual import History
 from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
 from forget_concept.core.gradients import kept_basis
-from forget_concept.core.material import Material, Sampling
 from forget_concept.core.methods import Inputs, fit, resolve_settings
 from forget_concept.core.methods.duge import DUGE, MEMORY, DugeSettings, drift_from_base, site_matching
 from forget_concept.core.patch import Patch
@@ -57,15 +56,11 @@ def earlier_patch(model, scale=0.05):
 def built(model, request, earlier=None):
     """The objective, its deltas and material, as `fit` makes them."""
     method, settings = DUGE(), resolve_settings(DUGE, request.preset, request.settings)
-    targets, kept = method.prompts(model.text, request, settings)
-    generator = torch.Generator().manual_seed(request.seed)
-    material = Material(
-        model, targets, kept, generator, settings.batch_size, Sampling(settings.sample_steps, model.guidance)
-    )
     inputs = Inputs(earlier=earlier)
+    material = method.material(model, request, settings, inputs)
     method.picture(material, settings, inputs, None)
     blind = method.blind(model, material, settings)
-    deltas = Deltas(model, method.keys(model, settings), settings.rank, generator, earlier, blind)
+    deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier, blind)
     with borrowed(model.unet):
         return method.objective(material, deltas, request, settings, inputs, None), deltas, material
 
@@ -326,9 +321,9 @@ def test_prompts_to_keep_that_name_what_was_forgotten_earlier_are_left_out(model
     request = asked(preserve=("moon",), retain_prompts=("a fish and a moon", "a moon"))
     _, _, material = built(model, request)
     assert "a fish and a moon" in material.kept
-    objective, _, material = built(model, request, earlier_patch(model))
+    _, _, material = built(model, request, earlier_patch(model))
     assert "a fish and a moon" not in material.kept and {"", "a moon"} <= set(material.kept)
-    assert {text for text in objective.earlier if "fish" in text} == set(objective.earlier) != set()
+    assert {text for text in material.earlier if "fish" in text} == set(material.earlier) != set()
 
 
 def test_contexts_that_name_another_target_are_left_out(model):

@@ -54,7 +54,8 @@ class Method(ABC):
 
     ``id`` names it in requests, ``title`` and ``paper`` in interfaces. ``Settings`` is a frozen dataclass of plain
     values; ``presets`` has at least ``"published"`` (the authors') and ``"tuned"`` (ours). ``takes_images``: whether it
-    can look at a person's own pictures.
+    can look at a person's own pictures. ``trained``: whether it starts from what earlier requests left; the others, the
+    closed forms, are solved for all requests at once.
     """
 
     id: ClassVar[str]
@@ -63,6 +64,7 @@ class Method(ABC):
     Settings: ClassVar[type]
     presets: ClassVar[Mapping[str, Any]]
     takes_images: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
 
     @abstractmethod
     def fit(

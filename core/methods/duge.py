@@ -31,14 +31,13 @@ from torch import Tensor
 
 from ..attention import AttentionRecorder
 from ..common_words import CONTEXTS
-from ..concepts import Concept, ForgetRequest
-from ..continual import read_record
+from ..concepts import ForgetRequest
 from ..diffusion import LatentDiffusion
 from ..diversity import mentions
 from ..errors import ForgetConceptError, RequestError
 from ..gradients import kept_basis
 from ..losses import noise_matching
-from ..material import KEPT, Material, Noised, TargetPrompt, said_instead
+from ..material import Material, Noised, TargetPrompt, said_instead
 from ..progress import Progress
 from ..site_outputs import SiteRecorder, attention_map, sampled, site_map, site_output
 from ..text import TextEncoder
@@ -64,7 +63,7 @@ class DugeSettings(TrainedSettings):
     ``contexts`` and ``keep_common``: as in the closed form, say the concept in everyday contexts too, and keep everyday
     words too. ``unlearn_weight``: of L_U. ``prior_weight``: λ_p, with a memory of ``memory`` pictures.
     ``anchor_weight`` and ``preserve_weight``: λ_r's two parts, ``‖θ − φ_0‖²`` (as a share of ``‖φ_0‖²``) and the
-    distillation. ``earlier_weight``: of keeping forgotten what earlier requests forgot. ``project``: the share of the
+    distillation. ``project``: the share of the
     kept text states (above 0, at most 1) whose directions the change of K and V must be blind to.
     """
 
@@ -79,7 +78,6 @@ class DugeSettings(TrainedSettings):
     prior_weight: float = 0.0
     memory: int = 8
     anchor_weight: float = 0.0
-    earlier_weight: float = 1.0
     project: float | None = None
 
     def __post_init__(self) -> None:
@@ -220,18 +218,13 @@ class DUGE(TrainedMethod):
         inputs: Inputs,
         progress: Progress | None,
     ) -> DugeObjective:
-        earlier: list[Concept] = []
-        if inputs.earlier is not None:
-            earlier = list(read_record(inputs.earlier.metadata).concepts)
-            # the base model still shows them: keeping these prompts as it has them would bring them back
-            material.kept = [text for text in material.kept if not any(mentions(c.name, text) for c in earlier)]
         memory: list[str] = []
         if settings.prior_weight:
             others = [text for text in material.kept if text] or material.kept
             order = torch.randperm(len(others), generator=material.generator).tolist()
             memory = [others[i % len(others)] for i in (order * settings.memory)[: settings.memory]]
             material.draw({MEMORY: memory}, len(memory), progress)
-        objective = DugeObjective(material, deltas, settings, earlier, memory, inputs)
+        objective = DugeObjective(material, deltas, settings, memory, inputs)
         if settings.local:
             with deltas.attached():
                 objective.record()
@@ -246,13 +239,11 @@ class DugeObjective(BaseObjective):
         material: Material,
         deltas: Deltas,
         settings: DugeSettings,
-        earlier: Sequence[Concept],
         memory: Sequence[str],
         inputs: Inputs,
     ) -> None:
         super().__init__(material, deltas)
         self.settings, self.memory = settings, list(memory)
-        self.earlier = [template.format(c.name) for c in earlier for template in settings.said(c.kind)]
         self.frozen: dict[str, tuple[Tensor, Tensor]] = {}
         if inputs.earlier is not None:
             for key, factor in inputs.earlier.factors.items():
@@ -288,12 +279,6 @@ class DugeObjective(BaseObjective):
             wanted = self.sites(batch, [self.instead(prompt) for prompt in prompts])
         return site_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
 
-    def _stay_forgotten(self, texts: Sequence[str]) -> Tensor:
-        batch = self.material.noised([self._any_pool()] * len(texts))
-        with torch.no_grad(), self.deltas.showing("earlier"):
-            wanted = self.predicted(batch.x, batch.times, texts)
-        return noise_matching(self.predicted(batch.x, batch.times, texts), wanted)
-
     def _prior(self) -> Tensor:
         material, count = self.material, self.settings.batch_size
         rows = torch.randint(len(self.memory), (count,), generator=material.generator)
@@ -301,10 +286,6 @@ class DugeObjective(BaseObjective):
         noise = torch.randn((count, *self.model.latent_shape), generator=material.generator).to(self.model.device)
         x = self.model.add_noise(material.pools[MEMORY][rows.to(self.model.device)], noise, times)
         return noise_matching(self.predicted(x, times, [self.memory[i] for i in rows.tolist()]), noise)
-
-    def _any_pool(self) -> str:
-        pools = self.material.pools
-        return KEPT if KEPT in pools or not pools else next(iter(pools))
 
     # -- site by site --------------------------------------------------------------------------------------------
 
@@ -322,7 +303,7 @@ class DugeObjective(BaseObjective):
                     texts = [self.instead(prompt) for prompt in prompts]
                 elif material.kept:
                     texts = material.next_kept(count)
-                    batch = material.noised([self._any_pool()] * count)
+                    batch = material.noised([self.any_pool()] * count)
                 else:
                     return
                 with torch.no_grad(), self.deltas.showing(shown), SiteRecorder(self.model.survey) as recorder:
@@ -353,6 +334,9 @@ class DugeObjective(BaseObjective):
             now.append(at(site, x, here))
         return site_matching(now, wanted, self.settings.relative)
 
+    def _as_earlier(self, texts: Sequence[str]) -> Tensor:
+        return self._matched("kept", texts, "earlier") if self.settings.local else super()._as_earlier(texts)
+
     def _context(self, texts: Sequence[str]) -> Tensor:
         return self.material.states(texts).to(self.model.device, self.model.dtype).hidden
 
@@ -380,9 +364,5 @@ class DugeObjective(BaseObjective):
                 terms["preserve"] = Term(kept, s.preserve_weight, "retain")
             else:
                 terms["preserve"] = self.preserve(s.preserve_weight)
-        if s.earlier_weight and self.earlier:
-            drawn = torch.randint(len(self.earlier), (s.batch_size,), generator=material.generator).tolist()
-            texts = [self.earlier[i] for i in drawn]
-            stay = self._matched("kept", texts, "earlier") if s.local else self._stay_forgotten(texts)
-            terms["earlier"] = Term(stay, s.earlier_weight, "retain")
+        terms |= self.stay_forgotten(s.earlier_weight, s.batch_size)
         return terms

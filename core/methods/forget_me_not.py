@@ -125,10 +125,17 @@ class ForgetMeNot(TrainedMethod):
             one_template=True,
             preserve_weight=0.0,
             steer_weight=0.0,
+            earlier_weight=0.0,
         ),
         # chosen on tree, mosaic and Hugo Marsh of the embedded world
         "tuned": ForgetMeNotSettings(
-            steps=60, lr=3e-3, train=("to_k", "to_v"), contexts=True, preserve_weight=10.0, steer_weight=10.0
+            steps=60,
+            lr=3e-3,
+            train=("to_k", "to_v"),
+            contexts=True,
+            preserve_weight=10.0,
+            steer_weight=10.0,
+            earlier_weight=10.0,
         ),
         # a name loses a sense, an attribute or a bias: 'unwanted' and 'wanted' say which
         "correction": _CORRECTION,
@@ -345,4 +352,4 @@ class ForgetMeNotObjective(BaseObjective):
                     terms[name] = Term(error, scale * s.steer_weight, side)
         if self.material.kept:
             terms["preserve"] = self.preserve(scale * s.preserve_weight)
-        return terms
+        return terms | self.stay_forgotten(scale * s.earlier_weight, s.batch_size)

@@ -134,6 +134,7 @@ class SelectiveAmnesia(TrainedMethod):
             guidance=7.5,
             ewc_weight=50.0,
             ewc_scale="published",
+            earlier_weight=0.0,
         ),
         "tuned": SelectiveAmnesiaSettings(
             steps=120,
@@ -297,7 +298,7 @@ class SelectiveAmnesiaObjective(BaseObjective):
         if self.fisher:
             changes = {key: self.deltas.delta(key) for key in self.deltas.keys}
             terms["elastic"] = Term(elastic_penalty(changes, self.fisher), s.ewc_weight, "retain")
-        return terms
+        return terms | self.stay_forgotten(s.earlier_weight, s.batch_size)
 
     def _denoising(self, pools: Sequence[str], texts: Sequence[str]) -> Tensor:
         batch = self.material.noised(pools)

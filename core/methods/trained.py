@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..common_words import CONTEXTS
 from ..concepts import Concept, ForgetRequest, templates
+from ..continual import read_record
 from ..diffusion import LatentDiffusion
-from ..diversity import given_pairs, prompt_pairs
+from ..diversity import given_pairs, mentions, prompt_pairs
 from ..errors import RequestError
 from ..losses import noise_matching
 from ..material import KEPT, Material, Sampling, TargetPrompt, said_instead, target_prompt
@@ -51,7 +52,7 @@ class TrainedSettings:
     prompts of each concept from a written ``grammar`` instead, each with its pair without the concept to be kept;
     ``forget_prompts`` and ``retain_prompts``: one's own. ``include_end``: the first end-of-text token counts as the
     concept's too (never the padding, which in SD1 has the same id). ``preserve_weight``: of keeping the base model's
-    prediction on what is kept.
+    prediction on what is kept. ``earlier_weight``: of keeping forgotten what earlier requests of a sequence forgot.
     """
 
     steps: int = 35
@@ -78,6 +79,7 @@ class TrainedSettings:
     retain_prompts: tuple[str, ...] = ()
     include_end: bool = False
     preserve_weight: float = 1.0
+    earlier_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.train or set(self.train) - set(PROJECTIONS) or len(set(self.train)) != len(self.train):
@@ -132,6 +134,27 @@ class BaseObjective:
         now = self.predicted(batch.x, batch.times, texts)
         return Term(noise_matching(now, self.base(batch.x, batch.times, texts)), weight, "retain")
 
+    def stay_forgotten(self, weight: float, count: int) -> dict[str, Term]:
+        """Prompts of what earlier requests forgot predict what these left, not what the base model does.
+
+        Nothing where there are none. Without it, what is kept pulls them back to the base model.
+        """
+        if not weight or not self.material.earlier:
+            return {}
+        texts = self.material.next_earlier(count)
+        return {"earlier": Term(self._as_earlier(texts), weight, "retain")}
+
+    def _as_earlier(self, texts: Sequence[str]) -> Tensor:
+        batch = self.material.noised([self.any_pool()] * len(texts))
+        with torch.no_grad(), self.deltas.showing("earlier"):
+            wanted = self.predicted(batch.x, batch.times, texts)
+        return noise_matching(self.predicted(batch.x, batch.times, texts), wanted)
+
+    def any_pool(self) -> str:
+        """Of pictures that are no concept's own, where there are such."""
+        pools = self.material.pools
+        return KEPT if KEPT in pools or not pools else next(iter(pools))
+
     def __call__(self, step: int) -> Terms:
         raise NotImplementedError
 
@@ -146,6 +169,7 @@ class TrainedMethod(Method):
     """A method that trains deltas on the model's projections; ``Settings`` extends :class:`TrainedSettings`."""
 
     takes_images: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
     message: ClassVar[str] = "training"
 
     @abstractmethod
@@ -238,6 +262,23 @@ class TrainedMethod(Method):
             end_position(encoder, text)
         return targets, kept
 
+    def material(self, model: LatentDiffusion, request: ForgetRequest, settings: Any, inputs: Inputs) -> Material:
+        """What this request trains on, nothing drawn yet; its generator is the request's seed's."""
+        targets, kept = self.prompts(model.text, request, settings)
+        earlier = [] if inputs.earlier is None else list(read_record(inputs.earlier.metadata).concepts)
+        # the base model still shows them: keeping these prompts as it has them would bring them back
+        kept = [text for text in kept if not any(mentions(concept.name, text) for concept in earlier)]
+        return Material(
+            model,
+            targets,
+            kept,
+            torch.Generator("cpu").manual_seed(request.seed),
+            settings.batch_size,
+            Sampling(settings.sample_steps, model.guidance if settings.guidance is None else settings.guidance),
+            inputs.workspace,
+            [template.format(concept.name) for concept in earlier for template in settings.said(concept.kind)],
+        )
+
     def fit(
         self,
         model: LatentDiffusion,
@@ -253,22 +294,12 @@ class TrainedMethod(Method):
         inputs = inputs or Inputs()
         self._refuse_without_use(request, settings, inputs)
         self.refuse(request, settings, inputs)
-        targets, kept = self.prompts(model.text, request, settings)
-        generator = torch.Generator("cpu").manual_seed(request.seed)
         # what is made here must not be made in a host's inference mode, or it could not take part in a gradient
         with borrowed(model.unet):
-            material = Material(
-                model,
-                targets,
-                kept,
-                generator,
-                settings.batch_size,
-                Sampling(settings.sample_steps, model.guidance if settings.guidance is None else settings.guidance),
-                inputs.workspace,
-            )
+            material = self.material(model, request, settings, inputs)
             self.picture(material, settings, inputs, progress)
             blind = self.blind(model, material, settings)
-            deltas = Deltas(model, self.keys(model, settings), settings.rank, generator, inputs.earlier, blind)
+            deltas = Deltas(model, self.keys(model, settings), settings.rank, material.generator, inputs.earlier, blind)
             objective = self.objective(material, deltas, request, settings, inputs, progress)
             checkpoint = None
             if inputs.workspace is not None:
