@@ -273,6 +273,8 @@ def planned(options: argparse.Namespace) -> list[tuple[dict[str, Any], Concept]]
                     if rule[2] == 0 and multiple != LEARNING_RATES[0]:
                         continue  # at the default learning rate alone: they show what margin and halving are for
                     for concept in CONCEPTS:
+                        if concept.name not in (options.concept or [concept.name]):
+                            continue
                         values = (
                             *(method, *_cells(*rule), optimiser, f"{lr:.5g}"),
                             *(concept.name, options.seed, options.steps),
@@ -285,6 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", action="append", choices=list(SETTINGS), help="only these")
     parser.add_argument("--optimiser", action="append", choices=OPTIMISERS, help="only these")
+    names = [concept.name for concept in CONCEPTS]
+    parser.add_argument("--concept", action="append", choices=names, help="only these")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="at most so many new trainings")
