@@ -81,6 +81,36 @@ def test_the_names_prediction_goes_to_that_of_what_is_wanted(model):
         assert float((model.predict_noise(x, t, name) - to).norm()) < 0.7 * far
 
 
+@pytest.mark.parametrize(
+    ("concept", "settings", "against"),
+    [
+        # away from the unwanted phrases by turns; without any away from the name, and from nothing where it is wanted
+        ("bat", BAT, {"flying bat": {"wooden bat"}}),
+        (
+            "bat",
+            BAT | {"wanted": ["flying bat", "small bat"]},
+            {"flying bat": {"wooden bat"}, "small bat": {"baseball bat"}},
+        ),
+        ("pilot", {"wanted": ["pilot", "tall pilot"]}, {"pilot": {"pilot"}, "tall pilot": {"pilot"}}),
+    ],
+)
+def test_a_contrast_steers_beyond_the_wanted_away_from_the_unwanted(model, watched, concept, settings, against):
+    only = {"templates": ("a photo of {}",), "contrast": 1.5, "batch_size": 4, "steps": 1}
+    fit(model, request(Concept(concept), **settings | only))
+    rows, objective = watched["rows"], watched["objective"]
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.instead.removeprefix("a photo of "), set()).add(row.against.removeprefix("a photo of "))
+    assert found == against
+    x, t = rand(4, 4, 8, 8), torch.tensor([100, 400, 600, 900])
+    with torch.no_grad():
+        to, off = (
+            model.predict_noise(x, t, model.text.encode(texts))
+            for texts in ([row.instead for row in rows], [row.against for row in rows])
+        )
+    torch.testing.assert_close(objective._steered(x, t, rows), 2.5 * to - 1.5 * off, atol=1e-5, rtol=1e-4)
+
+
 def test_published_is_the_attention_loss_on_pictures_of_the_unwanted(model, watched):
     told = []
     fit(model, request(preset="published", batch_size=2, unwanted=("wooden bat",)), told.append)
@@ -99,6 +129,8 @@ def test_published_is_the_attention_loss_on_pictures_of_the_unwanted(model, watc
         (request(**BAT, latents="zeros"), "need pictures"),
         (request(**BAT, latents="images"), "leave 'unwanted' out"),
         (request(unwanted=("a bat of wood",), wanted=("Bat of  Wood",)), "there twice"),
+        (request(**BAT, contrast=-1.0), "'contrast' must be at least 0"),
+        (request(contrast=1.0), "needs phrases that are 'wanted'"),
         (request(wanted=(" ",)), "is empty"),
         (request(wanted="flying bat"), "'wanted' must be a list"),
     ],

@@ -21,12 +21,17 @@ minimises
 ``Σ_j E_{x_0 ~ p(·|w_j)} ‖ε_θ(x_t, t, name) − ε_base(x_t, t, w_j)‖²`` is ``Σ_j p(w_j | x_t) ε_base(x_t, t, w_j)``, the
 exact prediction for pictures of which each ``w_j`` has an equal share. So one wanted phrase is a sense that stays,
 and several make a biased word an even one.
+
+A model that confuses two senses confuses them under longer phrases too, and the targets with them: ``contrast`` ``η``
+steers to ``ε_base(w_j) + η (ε_base(w_j) − ε_base(u_j))`` instead, away from an unwanted ``u_j`` (from the name itself
+where none is given), as guidance does when a picture is drawn.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +70,7 @@ class ForgetMeNotSettings(TrainedSettings):
     ``"inversion"`` of its pictures, in ``tokens`` vectors learned in ``inversion_steps`` at ``inversion_lr``.
     ``unwanted``, ``wanted``: what the name is no longer to show, and what from now on, each as often, as phrases in the
     name's place ("wooden bat" for "bat"); with ``latents`` ``"images"`` the pictures are the unwanted ones.
+    ``contrast``: ``η``, how far beyond the wanted, away from the unwanted, the name's prediction is moved.
     """
 
     attention_weight: float = 1.0
@@ -76,6 +82,7 @@ class ForgetMeNotSettings(TrainedSettings):
     inversion_lr: float = 1e-3
     unwanted: tuple[str, ...] = ()
     wanted: tuple[str, ...] = ()
+    contrast: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +97,8 @@ class ForgetMeNotSettings(TrainedSettings):
             raise RequestError("'unwanted' and 'wanted' need pictures: set 'latents' to 'generated' or 'images'.")
         if self.unwanted and self.latents == "images":
             raise RequestError("With 'latents' 'images' the pictures are what is unwanted: leave 'unwanted' out.")
+        if self.contrast < 0 or (self.contrast and not self.wanted):
+            raise RequestError("'contrast' must be at least 0, and above 0 it needs phrases that are 'wanted'.")
         if self.wanted and self.steer_weight == 0:
             raise RequestError("With 'steer_weight' 0 nothing would show what is 'wanted': set it above 0.")
         if self.wanted and self.attention_weight and not self.resteers:
@@ -293,13 +302,14 @@ def _in_place(target: TargetPrompt, phrases: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a batch: its prompt, the pool of its picture, the prompt it is steered to, and whether attention is
-    turned away from it."""
+    """One row of a batch: its prompt, the pool of its picture, the prompt it is steered to, whether attention is turned
+    away from it, and the prompt it is steered away from."""
 
     prompt: TargetPrompt
     pool: str
     instead: str | None
     resteered: bool
+    against: str | None = None
 
 
 class ForgetMeNotObjective(BaseObjective):
@@ -319,8 +329,19 @@ class ForgetMeNotObjective(BaseObjective):
             away = s.resteers and i % 2 == 0
             j = (i // 2 if s.resteers else i) % len(s.wanted)
             pool = prompt.concept if away else _WANTED + s.wanted[j]
-            rows.append(_Row(prompt, pool, _in_place(prompt, s.wanted)[j], away))
+            against = None
+            if s.contrast:
+                against = _in_place(prompt, s.unwanted)[j % len(s.unwanted)] if s.unwanted else prompt.text
+            rows.append(_Row(prompt, pool, _in_place(prompt, s.wanted)[j], away, against))
         return rows
+
+    def _steered(self, x: Tensor, times: Tensor, rows: Sequence[_Row]) -> Tensor:
+        """The base model's prediction that each of these rows is moved to."""
+        wanted = self.base(x, times, [row.instead or "" for row in rows])
+        if all(row.against is None for row in rows):
+            return wanted
+        against = self.base(x, times, [row.against or row.instead or "" for row in rows])
+        return wanted + self.settings.contrast * (wanted - against)
 
     def __call__(self, step: int) -> Terms:
         s, model = self.settings, self.model
@@ -343,7 +364,7 @@ class ForgetMeNotObjective(BaseObjective):
                 scale = sum(mass.numel() for mass in masses) ** 0.5
         steered = [i for i, row in enumerate(rows) if row.instead is not None]
         if s.steer_weight and steered:
-            wanted = self.base(batch.x[steered], batch.times[steered], [rows[i].instead or "" for i in steered])
+            wanted = self._steered(batch.x[steered], batch.times[steered], [rows[i] for i in steered])
             # what is not turned away from shows what the name is to keep
             away_or_not: tuple[tuple[str, Side, bool], ...] = (("steer", "forget", True), ("show", "retain", False))
             for name, side, resteered in away_or_not:
