@@ -109,17 +109,9 @@ class InvertedText:
         # by a hook, because older CLIPTextModels take no embeddings
         handle = self._embedding.register_forward_hook(put)
         try:
-            return _clip_states(self.encoder, plain)
+            return self.encoder.states(plain)
         finally:
             handle.remove()
-
-
-def _clip_states(encoder: CLIPText, ids: Tensor) -> TextStates:
-    """What :meth:`.text.CLIPText.encode` gives of these ids, with whatever gradients are on."""
-    if encoder.clip_skip == 1:
-        return TextStates(encoder.model(ids)[0])
-    hidden = encoder.model(ids, output_hidden_states=True).hidden_states
-    return TextStates(getattr(encoder.model, "text_model", encoder.model).final_layer_norm(hidden[-encoder.clip_skip]))
 
 
 def _normalised(words: str) -> str:
@@ -218,7 +210,7 @@ def invert(
         vectors = _Vectors(start)
         train(
             model,
-            vectors,  # type: ignore[arg-type]  # parameters() and attached() are all that the loop asks for
+            vectors,
             _Denoising(model, encoder, latents, vectors.parameter, settings, generator),
             TrainingSettings(settings.steps, settings.lr, settings.weight_decay),
             progress,

@@ -205,12 +205,14 @@ class CLIPText:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        ids = torch.tensor([self.token_ids(p) for p in prompts], device=_device(self.model))
+        return self.states(torch.tensor([self.token_ids(p) for p in prompts], device=_device(self.model)))
+
+    def states(self, ids: Tensor) -> TextStates:
+        """The states of token ids ``(n, max_length)``, with whatever gradients are on."""
         if self.clip_skip == 1:
             return TextStates(self.model(ids)[0])
-        out = self.model(ids, output_hidden_states=True)
-        norm = getattr(self.model, "text_model", self.model).final_layer_norm
-        return TextStates(norm(out.hidden_states[-self.clip_skip]))
+        hidden = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+        return TextStates(getattr(self.model, "text_model", self.model).final_layer_norm(hidden))
 
 
 class SDXLText:

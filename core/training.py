@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -35,6 +35,7 @@ __all__ = [
     "ProgressEvent",
     "Term",
     "Terms",
+    "Trainable",
     "TrainingReport",
     "TrainingSettings",
     "borrowed",
@@ -79,6 +80,14 @@ class Objective(Protocol):
     def state(self) -> dict[str, Tensor]: ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Trainable(Protocol):
+    """What the loop moves: parameters, and what has to be on the model while it does (:class:`Deltas`)."""
+
+    def parameters(self) -> list[nn.Parameter]: ...
+
+    def attached(self) -> AbstractContextManager[object]: ...
 
 
 @contextmanager
@@ -268,7 +277,7 @@ class TrainingReport:
 
 def train(
     model: LatentDiffusion,
-    deltas: Deltas,
+    deltas: Trainable,
     objective: Objective,
     settings: TrainingSettings,
     progress: Progress | None = None,
@@ -320,7 +329,7 @@ def _optimiser(parameters: list[nn.Parameter], settings: TrainingSettings) -> to
 
 
 def _step(
-    deltas: Deltas,
+    deltas: Trainable,
     objective: Objective,
     optimiser: torch.optim.Optimizer,
     settings: TrainingSettings,
@@ -439,7 +448,7 @@ def _means(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _save(
     checkpoint: Checkpoint,
-    deltas: Deltas,
+    deltas: Trainable,
     optimiser: torch.optim.Optimizer,
     kept: Mapping[str, Tensor],
     done: int,
@@ -454,7 +463,7 @@ def _save(
 
 @torch.no_grad()
 def _restored(
-    checkpoint: Checkpoint | None, deltas: Deltas, optimiser: torch.optim.Optimizer, objective: Objective
+    checkpoint: Checkpoint | None, deltas: Trainable, optimiser: torch.optim.Optimizer, objective: Objective
 ) -> int:
     """The number of steps already made; deltas, optimiser and objective are then as they were after them."""
     found = None if checkpoint is None else checkpoint.workspace.load("training", checkpoint.key)
