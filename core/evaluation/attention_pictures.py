@@ -1,0 +1,271 @@
+"""Where a word looks: how much of its attention each place of a picture pays to a phrase while the picture is drawn.
+
+The idea is DAAM's (Tang et al. 2022, arXiv 2210.04885): sum the cross-attention to a word's tokens over heads, sites
+and time steps, each site's map brought to the latent's size. Here it stays a *share*: the mean instead of the sum, of
+the conditional pass alone, never stretched to its own range. So 0.1 means the same before and after forgetting, and the
+shares of all tokens add up to 1 at every place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..attention import AttentionRecorder, attention_mass, token_mask
+from ..diffusion import LatentDiffusion
+from ..errors import ModelError, RequestError
+from ..patch import Patch
+from ..progress import Progress, ProgressEvent, report
+from ..text import token_positions
+from .drawing import Picture, Sampling, Variant, draw, patched
+
+__all__ = ["AttentionMap", "AttentionPair", "attention_maps", "attention_pairs", "heat", "overlay"]
+
+# of the heat in an overlay; the rest is the picture without its colours
+OPACITY = 0.75
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """``mass`` ``(h, w)``, fp32, in [0, 1]: the share of its attention each place of the latent pays to the phrase.
+
+    The mean over heads, cross-attention sites and time steps. ``picture`` ``(3, H, W)`` uint8 is what was drawn then.
+    """
+
+    mass: Tensor
+    picture: Tensor
+
+    @property
+    def share(self) -> float:
+        """The mean of ``mass`` over all places."""
+        return float(self.mass.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPair:
+    """A phrase's map without and with patches, at the same prompt and seed."""
+
+    prompt: str
+    phrase: str
+    seed: int
+    before: AttentionMap
+    after: AttentionMap
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The lowest and the highest share in either map: the ends of the one scale that both are shown on."""
+        lowest, highest = torch.stack([self.before.mass, self.after.mass]).aminmax()
+        return float(lowest), float(highest)
+
+    def overlays(self) -> tuple[Tensor, Tensor]:
+        """Both maps over their pictures on the common scale; see :func:`overlay`."""
+        first, second = (overlay(found.picture, found.mass, *self.scale) for found in (self.before, self.after))
+        return first, second
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "phrase": self.phrase,
+            "seed": self.seed,
+            "scale": list(self.scale),
+            "share_before": self.before.share,
+            "share_after": self.after.share,
+        }
+
+
+def attention_maps(
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    phrases: Sequence[str],
+    patches: Sequence[tuple[Patch, float]] = (),
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+    implementation: Literal["sdpa", "reference"] = "sdpa",
+) -> list[AttentionMap]:
+    """Draw each picture, with ``patches`` (each at a strength) on the model, and keep where its phrase looks.
+
+    One phrase a picture; every sub-word of every occurrence counts. The model is given back as it was. Raises
+    :class:`~..errors.TokenError` where a phrase does not occur in its prompt, :class:`RequestError` on counts that do
+    not match, and :class:`ModelError` where the model has no autoencoder or its attention cannot be read.
+    """
+    if len(pictures) != len(phrases) or not pictures:
+        raise RequestError(
+            f"There are {len(pictures)} pictures and {len(phrases)} phrases: give one phrase for each picture."
+        )
+    sampling = (sampling or Sampling()).resolved(model)
+    # before anything is drawn: a phrase that is missing is told at once
+    places = [
+        token_positions(model.text, phrase, picture.prompt) for phrase, picture in zip(phrases, pictures, strict=True)
+    ]
+    found: list[AttentionMap] = []
+    # patches first, so that what the recorder listens to has them in it
+    with patched(model, patches), AttentionRecorder(model.survey) as recorder:
+        for start in range(0, len(pictures), sampling.batch):
+            part = slice(start, start + sampling.batch)
+            collector = _Collector(model, recorder, places[part], sampling.guidance != 1.0, implementation)
+
+            def told(event: ProgressEvent, start: int = start, collector: _Collector = collector) -> None:
+                collector.take()
+                at = start * sampling.steps + event.step * collector.count
+                words = f"watching {len(pictures)} pictures being drawn"
+                report(progress, ProgressEvent(at, len(pictures) * sampling.steps, message=words))
+
+            (images,) = draw(model, pictures[part], Variant(), sampling, told)
+            found += [AttentionMap(mass, image) for mass, image in zip(collector.shares(), images, strict=True)]
+    return found
+
+
+def attention_pairs(
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    phrases: Sequence[str],
+    patches: Sequence[tuple[Patch, float]],
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> list[AttentionPair]:
+    """:func:`attention_maps` without and with the patches. Raises as it does."""
+    sampling = (sampling or Sampling()).resolved(model)
+    half = len(pictures) * sampling.steps
+
+    def second(event: ProgressEvent) -> None:
+        report(progress, ProgressEvent(half + event.step, 2 * half, message=event.message))
+
+    def first(event: ProgressEvent) -> None:
+        report(progress, ProgressEvent(event.step, 2 * half, message=event.message))
+
+    before = attention_maps(model, pictures, phrases, (), sampling, first)
+    after = attention_maps(model, pictures, phrases, patches, sampling, second)
+    return [
+        AttentionPair(picture.prompt, phrase, picture.seed, b, a)
+        for picture, phrase, b, a in zip(pictures, phrases, before, after, strict=True)
+    ]
+
+
+class _Collector:
+    """Adds up one batch's shares, a time step at a time, from what a recorder holds of the latest pass."""
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        recorder: AttentionRecorder,
+        places: Sequence[Sequence[int]],
+        guided: bool,
+        implementation: Literal["sdpa", "reference"],
+    ) -> None:
+        self.recorder, self.implementation = recorder, implementation
+        self.count, self.rows = len(places), len(places) * (2 if guided else 1)
+        self.size = model.latent_shape[1:]
+        # one column for all of the phrase's tokens: their sum
+        mask = token_mask(places, len(model.text.token_ids("")), model.device)
+        self.mask = mask.sum(-1, keepdim=True)
+        self.total = torch.zeros(self.count, *self.size, device=model.device)
+        self.steps = 0
+
+    def take(self) -> None:
+        for site in self.recorder.sites:
+            q, k = self.recorder.q.get(site.name), self.recorder.k.get(site.name)
+            if q is None or k is None or q.shape[0] != self.rows or k.shape[0] != self.rows:
+                raise ModelError(
+                    f"The attention at {site.name} cannot be read: this model does not draw the {self.count} pictures "
+                    "with and without their prompts in one batch."
+                )
+            # the conditional rows come first; fp32 whatever the precision of the drawing
+            with torch.autocast(q.device.type, enabled=False):
+                mass = attention_mass(
+                    q[: self.count].float(), k[: self.count].float(), self.mask, site.heads, self.implementation
+                )
+            shares = mass[..., 0].mean(1).unflatten(-1, _grid(mass.shape[2], self.size))
+            # bilinear, and not a spline: a share must stay one
+            grown = F.interpolate(shares[:, None], self.size, mode="bilinear", align_corners=False)
+            self.total += grown[:, 0] / len(self.recorder.sites)
+        self.steps += 1
+
+    def shares(self) -> list[Tensor]:
+        """The means over the time steps, ``(h, w)`` each, on the CPU."""
+        return list((self.total / self.steps).cpu())
+
+
+def _grid(pixels: int, size: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of a site's map: the latent's, halved as often as it takes."""
+    height, width = size
+    while height * width > pixels and height * width > 1:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    if height * width != pixels:
+        raise ModelError(f"A cross-attention map of {pixels} places does not fit a latent of {size[0]}×{size[1]}.")
+    return height, width
+
+
+# -- colours --------------------------------------------------------------------------------------------------------
+
+# from dark violet over red to pale yellow, in OKLCH (Ottosson 2020): lightness and hue (degrees) run evenly from end to
+# end, chroma from one end to the other by way of the third number
+LIGHTNESS, HUE, CHROMA = (0.24, 0.95), (285.0, 465.0), (0.10, 0.09, 0.17)
+LEVELS = 256
+
+
+def _from_oklab(lab: Tensor) -> Tensor:
+    """OKLab ``(n, 3)`` as sRGB in [0, 1]."""
+    roots = lab @ torch.tensor(
+        [[1.0, 1.0, 1.0], [0.3963377774, -0.1055613458, -0.0894841775], [0.2158037573, -0.0638541728, -1.2914855480]],
+        dtype=lab.dtype,
+    )
+    linear = roots**3 @ torch.tensor(
+        [
+            [4.0767416621, -1.2684380046, -0.0041960863],
+            [-3.3077115913, 2.6097574011, -0.7034186147],
+            [0.2309699292, -0.3413193965, 1.7076147010],
+        ],
+        dtype=lab.dtype,
+    )
+    # the matrices' own rounding apart, the path lies within the colours of a screen
+    linear = linear.clamp(0, 1)
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@cache
+def _table() -> Tensor:
+    """The colours at equal steps of *perceived* difference, sRGB ``(LEVELS, 3)``."""
+    at = torch.linspace(0, 1, 16 * LEVELS, dtype=torch.float64)
+    lightness = LIGHTNESS[0] + (LIGHTNESS[1] - LIGHTNESS[0]) * at
+    start, end, middle = CHROMA
+    chroma = start * (1 - at) ** 2 + (4 * middle - start - end) * at * (1 - at) + end * at**2
+    angle = torch.deg2rad(HUE[0] + (HUE[1] - HUE[0]) * at)
+    lab = torch.stack([lightness, chroma * angle.cos(), chroma * angle.sin()], 1)
+    way = F.pad((lab[1:] - lab[:-1]).norm(dim=1).cumsum(0), (1, 0))
+    nearest = torch.searchsorted(way, torch.linspace(0, 1, LEVELS, dtype=torch.float64) * way[-1]).clamp(
+        max=len(at) - 1
+    )
+    return _from_oklab(lab[nearest]).float()
+
+
+def heat(values: Tensor) -> Tensor:
+    """Colours of values in [0, 1] (others are taken for the nearer end): ``(…)`` to ``(…, 3)``, sRGB in [0, 1].
+
+    Equal steps of value are equal steps of perceived difference (OKLab), and more is always lighter, so that the maps
+    read the same in grey.
+    """
+    return _table()[(values.float().nan_to_num().clamp(0, 1) * (LEVELS - 1)).round().long().cpu()]
+
+
+def overlay(picture: Tensor, mass: Tensor, low: float, high: float) -> Tensor:
+    """``mass`` ``(h, w)`` in colour over a grey copy of the picture ``(3, H, W)`` uint8; the same shape and dtype.
+
+    ``low`` and ``high`` are the shares that get the darkest and the lightest colour. Raises :class:`RequestError` where
+    they are no range.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise RequestError(f"The scale of an attention picture must rise, and goes from {low} to {high}.")
+    size = (picture.shape[1], picture.shape[2])
+    # a flat map has one colour; without the bound it would be divided by nothing
+    values = (mass[None, None].float().cpu() - low) / max(high - low, 1e-12)
+    values = F.interpolate(values, size, mode="bilinear")[0, 0]
+    grey = (picture.float().cpu() / 255 * torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)).sum(0, keepdim=True)
+    mixed = OPACITY * heat(values).permute(2, 0, 1) + (1 - OPACITY) * grey
+    return (mixed * 255).round().to(torch.uint8)

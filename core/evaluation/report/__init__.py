@@ -1,0 +1,42 @@
+"""The report of an evaluation: one HTML file that needs nothing else, and the same figures as JSON beside it."""
+
+from __future__ import annotations
+
+from .contents import (
+    Attack,
+    Drift,
+    ErosionStep,
+    Grid,
+    KindScores,
+    Metric,
+    MScore,
+    Pair,
+    PatchFacts,
+    Provenance,
+    Report,
+    grids,
+)
+from .verdict import ConceptVerdict, Verdict
+from .write import SCHEMA_PATH, SCHEMA_VERSION, render_html, report_dict, write_report
+
+__all__ = [
+    "SCHEMA_PATH",
+    "SCHEMA_VERSION",
+    "Attack",
+    "ConceptVerdict",
+    "Drift",
+    "ErosionStep",
+    "Grid",
+    "KindScores",
+    "MScore",
+    "Metric",
+    "Pair",
+    "PatchFacts",
+    "Provenance",
+    "Report",
+    "Verdict",
+    "grids",
+    "render_html",
+    "report_dict",
+    "write_report",
+]

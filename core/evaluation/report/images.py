@@ -1,0 +1,79 @@
+"""Pictures inside the report's own text, and what stands for them where they cannot be seen."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attention_pictures import AttentionMap, AttentionPair
+from ..pictures import to_image
+from .contents import Pair
+from .verdict import fine, percent
+
+__all__ = ["Inline", "inline_map", "inline_pair"]
+
+# below, the very pixels (PNG); above, a smaller copy (JPEG), or a report of a real checkpoint would weigh megabytes
+EXACT, LARGEST, QUALITY = 256, 512, 90
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A picture as a data URI, with its size in pixels and its alternative text."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+
+
+def _inline(picture: Tensor, alt: str) -> Inline:
+    from PIL.Image import Resampling
+
+    image = to_image(picture.cpu())
+    stream = io.BytesIO()
+    if max(image.size) <= EXACT:
+        kind = "png"
+        image.save(stream, "PNG", optimize=True)
+    else:
+        kind = "jpeg"
+        image.thumbnail((LARGEST, LARGEST), Resampling.LANCZOS)
+        image.save(stream, "JPEG", quality=QUALITY, subsampling=0)
+    data = base64.b64encode(stream.getvalue()).decode()
+    return Inline(f"data:image/{kind};base64,{data}", *image.size, alt)
+
+
+def _where(seed: int | None, model: str, prompt: str) -> str:
+    return f"{model}, prompt “{prompt}”" + ("" if seed is None else f", seed {seed}")
+
+
+def inline_pair(pair: Pair) -> tuple[Inline, Inline]:
+    """Both pictures; the alternative text is the prompt, the seed, the variant and what was seen."""
+
+    def one(picture: Tensor, model: str, seen: str | None) -> Inline:
+        return _inline(picture, _where(pair.seed, model, pair.prompt) + ("" if seen is None else f": shows {seen}"))
+
+    return one(pair.before, "Unedited model", pair.before_seen), one(pair.after, "With the patch", pair.after_seen)
+
+
+def _words(found: AttentionMap) -> str:
+    """A map's figures: its mean, and its highest place as shares of width and height."""
+    height, width = found.mass.shape
+    row, column = divmod(int(found.mass.argmax()), width)
+    return (
+        f"{fine(found.share)} of the attention on average, at most {fine(float(found.mass.max()))}, "
+        f"{percent((column + 0.5) / width)} from the left and {percent((row + 0.5) / height)} from the top"
+    )
+
+
+def inline_map(pair: AttentionPair) -> tuple[Inline, Inline]:
+    """Both maps over their pictures."""
+
+    def one(picture: Tensor, found: AttentionMap, model: str) -> Inline:
+        where = _where(pair.seed, model, pair.prompt)
+        return _inline(picture, f"Where “{pair.phrase}” looks. {where}: {_words(found)}")
+
+    first, second = pair.overlays()
+    return one(first, pair.before, "Unedited model"), one(second, pair.after, "With the patch")

@@ -1,0 +1,170 @@
+"""The report in a paragraph: what the figures say, in plain words, by fixed rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..intervals import Score
+from ..scores import NEGATIVE, PATCHED, Evaluation, Scores
+from .contents import Attack, Report
+
+__all__ = ["MOSTLY", "YES", "ConceptVerdict", "Verdict", "fine", "percent", "span", "verdict"]
+
+# a share from here on is a "yes"; from the second on it is "partly"
+YES, MOSTLY = 0.9, 0.5
+# what is kept is missed sooner than what should be gone
+KEPT_PARTLY = 0.7
+# an attack that succeeds this often brings the concept back
+RETURNS = 0.1
+# concepts up to this many have a sentence each
+EACH = 3
+
+Grade = Literal["yes", "partly", "no"]
+
+
+def percent(value: float) -> str:
+    """A share in percent; what is not quite all or nothing is not rounded to it."""
+    whole = f"{100 * value:.0f}"
+    return f"{100 * value:.1f} %" if whole in ("0", "100") and float(whole) != 100 * value else f"{whole} %"
+
+
+def fine(value: float) -> str:
+    """A small share in percent, to two figures."""
+    return f"{100 * value:.2g} %" if value < 0.0995 else percent(value)
+
+
+def span(score: Score) -> str:
+    """The interval in percent."""
+    low, high = percent(score.low).removesuffix(" %"), percent(score.high)
+    return f"{low}–{high}"
+
+
+@dataclass(frozen=True)
+class ConceptVerdict:
+    """Of one concept: is it ``forgotten``, is the rest ``kept``, and does it come back (``None``: nobody attacked)."""
+
+    concept: str
+    forgotten: Grade
+    kept: Grade
+    returns: bool | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "concept": self.concept,
+            "forgotten": self.forgotten,
+            "kept": self.kept,
+            "returns": self.returns,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The paragraph, and its grades by concept."""
+
+    text: str
+    concepts: tuple[ConceptVerdict, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "concepts": [one.as_dict() for one in self.concepts]}
+
+
+def verdict(report: Report) -> Verdict:
+    """What the report says. The rules are in ``docs/report.md``."""
+    attacks: dict[str, list[Attack]] = {}
+    for attack in report.attacks:
+        attacks.setdefault(attack.concept, []).append(attack)
+    graded = tuple(_graded(one, attacks.get(one.concept, ())) for one in report.evaluations)
+    if not graded:
+        sentences = ["What was forgotten and what was kept was not scored here."]
+    elif len(graded) <= EACH:
+        sentences = [part for one in report.evaluations for part in _told(one)]
+    else:
+        sentences = _summed(report.evaluations, graded)
+    if report.evaluations:
+        sentences += _baseline(report.evaluations)
+    sentences += _attacked(report.attacks)
+    return Verdict(" ".join(sentences), graded)
+
+
+def _kept(scores: Scores) -> Score:
+    """The worst of what should stay."""
+    return min((scores.ira, scores.cra, scores.cra_target), key=lambda score: score.value)
+
+
+def _graded(one: Evaluation, attacks: Sequence[Attack]) -> ConceptVerdict:
+    scores = one.scores[PATCHED]
+    gone, kept = scores.ua.value, _kept(scores).value
+    return ConceptVerdict(
+        one.concept,
+        "yes" if gone >= YES else "partly" if gone >= MOSTLY else "no",
+        "yes" if kept >= YES else "partly" if kept >= KEPT_PARTLY else "no",
+        max(attack.after.value for attack in attacks) >= RETURNS if attacks else None,
+    )
+
+
+GONE = {"yes": "is forgotten", "partly": "is partly forgotten", "no": "is not forgotten"}
+STAYS = {"yes": "The rest stays", "partly": "The rest suffers", "no": "The rest is damaged"}
+
+
+def _told(one: Evaluation) -> list[str]:
+    scores, grade = one.scores[PATCHED], _graded(one, ())
+    gone = round(scores.ua.value * scores.ua.n)
+    return [
+        f"“{one.concept}” {GONE[grade.forgotten]}: {gone} of {scores.ua.n} prompts that name it no longer show it "
+        f"(95 % interval {span(scores.ua)}). {STAYS[grade.kept]}: {percent(_kept(scores).value)} of what the unedited "
+        "model draws right, at worst.",
+    ]
+
+
+def _summed(evaluations: Sequence[Evaluation], graded: Sequence[ConceptVerdict]) -> list[str]:
+    gone = sum(one.forgotten == "yes" for one in graded)
+    kept = sum(one.kept == "yes" for one in graded)
+    least = min(evaluations, key=lambda one: one.scores[PATCHED].ua.value)
+    worst = min(evaluations, key=lambda one: _kept(one.scores[PATCHED]).value)
+    ua, rest = least.scores[PATCHED].ua, _kept(worst.scores[PATCHED])
+    return [
+        f"{gone} of {len(graded)} concepts are forgotten; the least is “{least.concept}”, which {percent(ua.value)} of "
+        f"the prompts that name it no longer show (95 % interval {span(ua)}).",
+        f"The rest stays for {kept} of them; it suffers most for “{worst.concept}”: {percent(rest.value)} of what the "
+        f"unedited model draws right (95 % interval {span(rest)}).",
+    ]
+
+
+def _baseline(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A patch that does not beat a negative prompt has no use."""
+    both = [one for one in evaluations if NEGATIVE in one.scores]
+    if not both:
+        return []
+
+    def worst(name: str) -> tuple[Score, Score]:
+        return (
+            min((one.scores[name].ua for one in both), key=lambda score: score.value),
+            min((_kept(one.scores[name]) for one in both), key=lambda score: score.value),
+        )
+
+    (gone, kept), (patched_gone, patched_kept) = worst(NEGATIVE), worst(PATCHED)
+    as_good = gone.value >= patched_gone.value and kept.value >= patched_kept.value
+    words = (
+        f"forgets {percent(gone.value)} and keeps {percent(kept.value)}"
+        + (" at worst" if len(both) > 1 else "")
+        + f", the patch {percent(patched_gone.value)} and {percent(patched_kept.value)}"
+    )
+    if as_good:
+        return [f"A negative prompt alone does as well: it {words}."]
+    return [f"A negative prompt alone {words}."]
+
+
+def _attacked(attacks: Sequence[Attack]) -> list[str]:
+    if not attacks:
+        return ["Whether it comes back with other words was not tested."]
+    strongest = max(attacks, key=lambda attack: attack.after.value)
+    count = f"the strongest of {len(attacks)} attacks" if len(attacks) > 1 else "the attack"
+    before = (
+        "" if strongest.before is None else f"; on the unedited model it succeeds in {percent(strongest.before.value)}"
+    )
+    return [
+        f"Attacked, {count} ({strongest.name}) brings “{strongest.concept}” back in "
+        f"{percent(strongest.after.value)} of its tries (95 % interval {span(strongest.after)}){before}."
+    ]
