@@ -9,7 +9,8 @@ Marsh did).
 Each request has a replacement and preserves the other concepts of its category. Some presets take no replacement or
 nothing to preserve: they are asked first (a request that is refused costs nothing), and what they refuse is left out,
 with a note in the summary; a preset that needs pictures gets eight drawn ones of the concept. `none` is the unedited
-model, `negative_prompt` the unedited model with the concept as its negative prompt.
+model, `negative_prompt` the unedited model with the concept as its negative prompt, `safe_guidance` the unedited model
+under Safe Latent Diffusion's guidance away from the concept (its published medium configuration).
 
 - `ua`, `ira`, `cra`: unlearning accuracy, in-domain and cross-domain retain accuracy (`core/evaluation/scores.py`);
 - `drift`: root-mean-square difference of pixels in [0, 1] between the edited and the unedited model's picture of the
@@ -41,7 +42,7 @@ from forget_concept.core import mini
 from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
-from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, Sampling, Subject, evaluate
+from forget_concept.core.evaluation import NEGATIVE, PATCHED, SAFE, UNEDITED, Sampling, Subject, evaluate
 from forget_concept.core.methods import Inputs, all_methods, fit, get, resolve_settings
 from forget_concept.core.mini import world
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
@@ -49,7 +50,7 @@ from forget_concept.core.patch import Patch
 from forget_concept.core.progress import Progress, ProgressEvent
 from forget_concept.core.workspace import Workspace
 
-NOTHING, BASELINES = "none", ("none", NEGATIVE)
+NOTHING, BASELINES = "none", ("none", NEGATIVE, SAFE)
 PRESETS = ("published", "tuned")
 # the first of each category is the screening's
 CONCEPTS = (
@@ -208,6 +209,7 @@ def measured(
 ) -> dict[str, Any]:
     """Run it: the row. Raises :class:`ForgetConceptError` where the method refuses or fails."""
     cost, patches = Cost(), ()
+    variant = run.method if run.method in (NEGATIVE, SAFE) else PATCHED
     if run.forgets:
         wanted = asked(model, run)
         with costing(model) as cost:
@@ -220,12 +222,11 @@ def measured(
         count,
         run.seed,
         without=[concept.name for concept in CONCEPTS],
-        baselines=(UNEDITED, NEGATIVE) if run.method == NEGATIVE else (UNEDITED,),
+        baselines=(UNEDITED,) if variant == PATCHED else (UNEDITED, variant),
         progress=progress,
         drawings=drawings,
     )
     drawings.release()
-    variant = NEGATIVE if run.method == NEGATIVE else PATCHED
     scores = found.scores[variant]
     return run.key(model.name, count) | {
         "ua": scores.ua.value,

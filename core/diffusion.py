@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, RequestError
+from .guidance import SafetyGuidance, safety_term
 from .progress import Progress, ProgressEvent, report
 from .text import TextEncoder, TextStates
 from .unet import PROJECTIONS, UNetSurvey, survey
 
-__all__ = ["Autoencoder", "DiffusersAutoencoder", "LatentDiffusion", "sd_alphas_cumprod"]
+__all__ = ["Autoencoder", "DiffusersAutoencoder", "LatentDiffusion", "hash_of_weights", "sd_alphas_cumprod"]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SAMPLERS = ("ddim", "dpm++")
@@ -56,6 +57,17 @@ def sd_alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.
     """``α̅_t`` of Stable Diffusion 1, 2 and XL ("scaled linear"), fp32 ``(steps,)``."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).float()
+
+
+def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """:attr:`LatentDiffusion.model_hash` of the weights of all projections by canonical key, in the survey's order."""
+    digest = hashlib.sha256()
+    for key, weight in weights:
+        digest.update(key.encode())
+        plain = weight.detach().to("cpu", torch.float16).contiguous()
+        # the memory itself: this package does without numpy
+        digest.update((ctypes.c_char * (plain.numel() * 2)).from_address(plain.data_ptr()))
+    return digest.hexdigest()
 
 
 class LatentDiffusion:
@@ -119,14 +131,9 @@ class LatentDiffusion:
         """Hash of the cross-attention weights, rounded to fp16: one for full and pruned copies and for both layouts."""
         if self._known_hash is not None:
             return self._known_hash
-        digest = hashlib.sha256()
-        for site in self.survey:
-            for which in PROJECTIONS:
-                digest.update(site.key(which).encode())
-                weight = site.projection(which).weight.detach().to("cpu", torch.float16).contiguous()
-                # the memory itself: this package does without numpy
-                digest.update((ctypes.c_char * (weight.numel() * 2)).from_address(weight.data_ptr()))
-        return digest.hexdigest()
+        return hash_of_weights(
+            (site.key(which), site.projection(which).weight) for site in self.survey for which in PROJECTIONS
+        )
 
     # -- the noise -----------------------------------------------------------------------------------------------
 
@@ -212,6 +219,7 @@ class LatentDiffusion:
         batch: int = 16,
         spacing: str = "leading",
         sampler: str = "ddim",
+        safety: SafetyGuidance | None = None,
     ) -> Tensor:
         """Latents ``(n, 4, h, w)``, fp32, with classifier-free guidance.
 
@@ -222,7 +230,8 @@ class LatentDiffusion:
         ``negative`` is one prompt for all or one for each. ``until`` stops after that many of the ``steps`` (for
         methods that want an ``x_t`` on the way: it is then at time ``timesteps(steps)[until]``). At ``guidance`` 1 the
         unconditional pass is left out. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
-        ``batch`` pictures are worked on together. Raises :class:`RequestError` on counts that do not match.
+        ``batch`` pictures are worked on together. ``safety`` steers away from a concept (:mod:`.guidance`), for a third
+        pass of each step. Raises :class:`RequestError` on counts that do not match.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = list(seeds)
@@ -244,8 +253,8 @@ class LatentDiffusion:
             return torch.empty(0, *self.latent_shape, device=self.device)
         if sampler not in SAMPLERS:
             raise RequestError(f"The sampler '{sampler}' is not known: choose one of {', '.join(SAMPLERS)}.")
-        guided = guidance != 1.0
-        wanted = list(dict.fromkeys(prompts + (negatives if guided else [])))
+        guided = guidance != 1.0 or safety is not None
+        wanted = list(dict.fromkeys(prompts + (negatives if guided else []) + ([safety.concept] if safety else [])))
         row = {prompt: i for i, prompt in enumerate(wanted)}
         states = self._encoded(wanted)
         # from each visited step to the next one, in ᾱ
@@ -264,10 +273,17 @@ class LatentDiffusion:
             rows = [row[prompts[i]] for i in chunk]
             if guided:
                 rows += [row[negatives[i]] for i in chunk]
+            if safety is not None:
+                rows += [row[safety.concept]] * len(chunk)
             context = states.index(rows)
+            momentum = torch.zeros_like(x)  # of the safety guidance
             earlier: Tensor | None = None  # the x_0 that the step before foresaw
             for k in range(stop):
-                eps = self._guided(x, times[k], context, guidance if guided else None)
+                if safety is None:
+                    eps = self._guided(x, times[k], context, guidance if guided else None)
+                else:
+                    used = k >= safety.settings.first_step(steps)
+                    eps, momentum = self._safely_guided(x, times[k], context, guidance, safety, momentum, used)
                 alpha, after = path[k], path[k + 1]
                 x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
                 ahead = x0
@@ -291,6 +307,23 @@ class LatentDiffusion:
         both = self.predict_noise(torch.cat([x, x]), torch.full((2 * x.shape[0],), time), context)
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
+
+    def _safely_guided(
+        self,
+        x: Tensor,
+        time: int,
+        context: TextStates,
+        guidance: float,
+        safety: SafetyGuidance,
+        momentum: Tensor,
+        used: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The guided prediction, and the momentum after it."""
+        every = self.predict_noise(torch.cat([x, x, x]), torch.full((3 * x.shape[0],), time), context)
+        conditional, unconditional, unsafe = every.chunk(3)
+        term, momentum = safety_term(conditional, unconditional, unsafe, safety.settings, momentum)
+        direction = conditional - unconditional
+        return unconditional + guidance * (direction - term if used else direction), momentum
 
     def _encoded(self, prompts: Sequence[str], batch: int = 64) -> TextStates:
         return TextStates.cat([self.text.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])

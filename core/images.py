@@ -15,7 +15,7 @@ from .errors import ModelError, RequestError, listed
 if TYPE_CHECKING:
     from .diffusion import LatentDiffusion
 
-__all__ = ["SUFFIXES", "check_images", "load_images", "picture_size"]
+__all__ = ["SUFFIXES", "check_images", "fit_images", "load_images", "picture_size"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -68,6 +68,33 @@ def check_images(images: Tensor, n_min: int, size: tuple[int, int], name: str = 
         raise RequestError(
             f"The pictures of {name} must have values in [-1, 1], and these go from {low:g} to {high:g}."
         )
+
+
+def fit_images(images: Tensor, size: tuple[int, int], name: str = "the concept") -> Tensor:
+    """Pictures ``(n, 3, H, W)`` in [-1, 1] of any size, brought to ``size`` ``(H, W)`` as :func:`load_images` does.
+
+    Those of that size stay as they are. Raises :class:`RequestError` where they are no such pictures, or smaller than
+    half of ``size`` on a side.
+    """
+    shape = " × ".join(map(str, images.shape)) or "a single number"
+    if images.ndim != 4 or images.shape[1] != 3 or not images.dtype.is_floating_point:
+        raise RequestError(
+            f"The pictures of {name} must be (number, 3, height, width), red, green and blue; these are {shape}."
+        )
+    given = (images.shape[2], images.shape[3])
+    if given == tuple(size):
+        return images
+    if 2 * given[0] < size[0] or 2 * given[1] < size[1]:
+        raise RequestError(
+            f"The pictures of {name} are too small: {_said(given)}, and this model works with {_said(size)}; at least "
+            "half of that is needed on each side."
+        )
+    scale = min(given[0] / size[0], given[1] / size[1])
+    height, width = max(round(scale * size[0]), 1), max(round(scale * size[1]), 1)
+    top, left = (given[0] - height) // 2, (given[1] - width) // 2
+    cut = images[:, :, top : top + height, left : left + width].float()
+    resized = torch.nn.functional.interpolate(cut, size=tuple(size), mode="bicubic", antialias=True)
+    return resized.clamp(-1, 1)
 
 
 def _said(size: tuple[int, int]) -> str:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .apply_patch import ApplyForgetPatch
+from .combine_patches import CombineForgetPatches
+from .fisher_information import FisherInformation
 from .forget_concept import ForgetConcept
+from .forget_in_sequence import ForgetInSequence
+from .inspect_patch import InspectForgetPatch
 from .load_embedded_model import LoadEmbeddedModel
+from .load_patch import LoadForgetPatch
+from .reference_images import ReferenceImages
+from .save_patch import SaveForgetPatch
+from .settings_nodes import settings_nodes
+from .take_back import TakeBack
 
 __all__ = ["ForgetConceptExtension"]
 
@@ -14,4 +24,17 @@ class ForgetConceptExtension(ComfyExtension):
     """What this pack gives to ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ForgetConcept, LoadEmbeddedModel]
+        return [
+            ForgetConcept,
+            ForgetInSequence,
+            TakeBack,
+            ReferenceImages,
+            FisherInformation,
+            LoadForgetPatch,
+            SaveForgetPatch,
+            ApplyForgetPatch,
+            CombineForgetPatches,
+            InspectForgetPatch,
+            LoadEmbeddedModel,
+            *settings_nodes(),
+        ]

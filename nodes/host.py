@@ -7,12 +7,16 @@ copying it, and gives it back as it was.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
+import comfy.float
 import comfy.latent_formats
 import comfy.ldm.models.autoencoder
 import comfy.lora
@@ -24,27 +28,40 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
 from server import PromptServer
 from torch import Tensor, nn
 
-from ..core.diffusion import LatentDiffusion
+from ..core.diffusion import LatentDiffusion, hash_of_weights
 from ..core.errors import ModelError, PatchError, listed
 from ..core.mini import ldm
-from ..core.mini.config import GUIDANCE
+from ..core.mini.config import GUIDANCE, LATENT_COLOURS, LATENT_COLOURS_BIAS
 from ..core.mini.files import weights_folder
+from ..core.patch import Patch
 from ..core.progress import Progress, ProgressEvent
 from ..core.text import TextStates
 from ..core.unet import PROJECTIONS, UNetSurvey, survey
+from .words import Story
 
 __all__ = [
+    "Fading",
     "HostText",
     "borrowed",
     "embedded_model",
+    "lora_file",
+    "lora_files",
+    "lora_folder",
+    "lora_stamp",
     "patched_weights",
     "progress",
     "show_text",
+    "surveyed",
+    "surviving_share",
+    "weights_hash",
     "with_lora",
+    "work_folder",
+    "workflow",
 ]
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,22 +78,115 @@ def show_text(node_id: str | None, text: str) -> None:
         instance.send_progress_text(text, node_id)
 
 
-def progress(node_id: str | None) -> Progress:
-    """A core progress callback: bar and text on the node; it raises the host's own exception once Cancel is pressed."""
+def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
+    """A core progress callback: bar, picture and text on the node; it raises the host's own exception once Cancel is
+    pressed."""
     bar = comfy.utils.ProgressBar(1)
+    story = Story()
     shown = 0.0
 
     def told(event: ProgressEvent) -> None:
         nonlocal shown
         management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(event.step, max(event.total, 1))
+        line = story.line(event)
+        picture = fading.picture() if fading is not None and fading.due(event) else None
+        bar.update_absolute(event.step, max(event.total, 1), picture)
         now = time.monotonic()
         if now - shown >= 0.2 or event.step >= event.total:
             shown = now
-            loss = "" if event.loss is None else f", loss {event.loss:.4g}"
-            show_text(node_id, f"{event.message or 'working'} {event.step}/{event.total}{loss}")
+            show_text(node_id, line)
 
     return told
+
+
+class Fading:
+    """The concept as the model shows it now, drawn in a few steps while it is trained: a preview for :func:`progress`.
+
+    What is trained is on while a training reports its steps, so that a picture drawn there shows it. It has noise of
+    its own: the training goes on as if there had been none.
+    """
+
+    _STEPS = 8
+    _SIDE = 256
+
+    def __init__(self, diffusion: LatentDiffusion, model: Any, prompt: str, seed: int, every: int) -> None:
+        """``every``: training steps from one picture to the next, 0 for none."""
+        self._diffusion, self._format = diffusion, model.model.latent_format
+        self._prompt, self._seed, self._every = prompt, seed, every
+
+    def due(self, event: ProgressEvent) -> bool:
+        """Whether this step wants a picture: only trainings have a loss."""
+        return self._every > 0 and event.loss is not None and (event.step == 1 or event.step % self._every == 0)
+
+    def picture(self) -> tuple[str, Any, int] | None:
+        """The picture as the host takes it, or ``None`` where these latents have no colours known."""
+        from PIL import Image
+
+        def stop(event: ProgressEvent) -> None:
+            management.throw_exception_if_processing_interrupted()
+
+        model = self._diffusion
+        latents = model.sample(
+            [self._prompt], [self._seed], self._STEPS, model.guidance, progress=stop, sampler="dpm++"
+        )
+        if model.vae is not None:
+            pixels = model.decode(latents)[0].movedim(0, -1)
+        else:
+            factors = getattr(self._format, "latent_rgb_factors", None)
+            if factors is None:
+                return None
+            bias = getattr(self._format, "latent_rgb_factors_bias", None)
+            colours = torch.tensor(factors, dtype=torch.float32)
+            pixels = latents[0].float().cpu().movedim(0, -1) @ colours
+            if bias is not None:
+                pixels = pixels + torch.tensor(bias, dtype=torch.float32)
+        whole = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return "JPEG", Image.fromarray(whole.contiguous().numpy()), self._SIDE
+
+
+def workflow(hidden: Any) -> dict[str, str]:
+    """The graph that is running, as pictures carry it (``prompt``, ``workflow``); empty where the host is told not to
+    write such things."""
+    if comfy.cli_args.args.disable_metadata:
+        return {}
+    found = {"prompt": hidden.prompt} if hidden.prompt else {}
+    found |= hidden.extra_pnginfo or {}
+    return {str(name): json.dumps(value) for name, value in found.items()}
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def lora_files() -> list[str]:
+    """What there is in the host's LoRA folders, as the stock loaders list it."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(".safetensors")]
+
+
+def lora_file(name: str) -> Path:
+    """Where a file of that list is. Raises :class:`PatchError` for one that is not in it."""
+    found = folder_paths.get_full_path("loras", name) if name in lora_files() else None
+    if found is None:
+        raise PatchError(f"There is no file '{name}' in the LoRA folders: press R to read them again, and choose one.")
+    return Path(found)
+
+
+def lora_stamp(name: str | None) -> str:
+    """What changes when a file of that list does."""
+    try:
+        found = lora_file(name or "").stat()
+    except (OSError, PatchError):
+        return "absent"
+    return f"{found.st_mtime_ns} {found.st_size}"
+
+
+def lora_folder() -> Path:
+    """Where new LoRAs go."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def work_folder() -> Path:
+    """For what takes long and may be wanted again; the page cannot reach it."""
+    return Path(folder_paths.get_user_directory()) / "__forget_concept"
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -94,9 +204,12 @@ class HostText:
     """
 
     max_length = 77
+    _AT_ONCE = 32
 
-    def __init__(self, clip: Any, family: str) -> None:
+    def __init__(self, clip: Any, family: str, pooled: bool) -> None:
+        """``pooled``: whether the model takes a pooled vector too."""
         self._clip = clip.clone()
+        self._pooled = pooled
         # loading again for every prompt could push out the UNet that is being worked on
         self._clip.load_model = lambda *args, **kwargs: self._clip.patcher
         self._family = family
@@ -134,17 +247,54 @@ class HostText:
         return self._ids([token for section in sections for token in section if token[2] != 0])
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        hidden, pooled = [], []
+        # the host encodes all sections of one prompt at once, and gives only the first one's pooled vector
+        size = 1 if self._pooled else self._AT_ONCE
+        found = [self._encoded(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return TextStates.cat(found)
+
+    def _encoded(self, prompts: Sequence[str]) -> TextStates:
+        management.throw_exception_if_processing_interrupted()
+        sections: dict[str, list[list[tuple[Any, ...]]]] = {}
         for prompt in prompts:
+            for name, own in self._sections(prompt).items():
+                sections.setdefault(name, []).append(own[0])
+        with torch.inference_mode():
+            states, vector = self._clip.encode_from_tokens(sections, return_pooled=True)
+        # a clone made outside of inference mode is an ordinary tensor
+        hidden = states.clone().unflatten(1, (len(prompts), -1)).flatten(0, 1)
+        return TextStates(hidden, vector.clone() if self._pooled and vector is not None else None)
+
+
+class HostAutoencoder:
+    """A VAE as the core's autoencoder, at the scale of the latents that the UNet works with.
+
+    The VAE must have been loaded already: its own calls could push out the UNet that is being worked on.
+    """
+
+    def __init__(self, vae: Any, latent_format: Any) -> None:
+        self._vae, self._format = vae, latent_format
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents ``(n, c, h, w)`` of pictures ``(n, 3, H, W)`` in [-1, 1]; the posterior's mean."""
+        found = []
+        for image in images.float().split(1):
             management.throw_exception_if_processing_interrupted()
-            tokens = {name: sections[:1] for name, sections in self._sections(prompt).items()}
             with torch.inference_mode():
-                states, vector = self._clip.encode_from_tokens(tokens, return_pooled=True)
-            # a clone made outside of inference mode is an ordinary tensor
-            hidden.append(states.clone())
-            pooled.append(None if vector is None else vector.clone())
-        vectors = [v for v in pooled if v is not None]
-        return TextStates(torch.cat(hidden), torch.cat(vectors) if len(vectors) == len(prompts) else None)
+                pixels = self._vae.process_input((image + 1) / 2).to(self._vae.vae_dtype).to(self._vae.device)
+                found.append(self._format.process_in(self._vae.first_stage_model.encode(pixels).float()))
+            if found[-1].ndim != 4:
+                raise ModelError("The VAE that came in is none of a picture model: connect the checkpoint's own.")
+        return torch.cat(found).clone()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``(n, 3, H, W)`` in [-1, 1] of latents ``(n, c, h, w)``."""
+        found = []
+        for latent in latents.float().split(1):
+            management.throw_exception_if_processing_interrupted()
+            with torch.inference_mode():
+                samples = self._format.process_out(latent).to(self._vae.vae_dtype).to(self._vae.device)
+                found.append(self._vae.process_output(self._vae.first_stage_model.decode(samples).float()) * 2 - 1)
+        return torch.cat(found).clone()
 
 
 # -- the model ----------------------------------------------------------------------------------------------------
@@ -208,9 +358,20 @@ def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int,
     return (int(patcher.model.latent_format.latent_channels), side, side)
 
 
+def surveyed(model: Any) -> UNetSurvey:
+    """The cross-attention sites of a MODEL; nothing is loaded. Raises :class:`ModelError` where it has none."""
+    if model is None:
+        raise ModelError("The MODEL that came in is empty: the checkpoint has none.")
+    unet = getattr(model.model, "diffusion_model", None)
+    if not isinstance(unet, nn.Module):
+        raise ModelError("The MODEL that came in has no diffusion model in it.")
+    return survey(unet)
+
+
 @contextmanager
-def borrowed(model: Any, clip: Any) -> Iterator[LatentDiffusion]:
-    """MODEL and CLIP, loaded, as the core's model, under gradients; given back bit-identical however the block ends.
+def borrowed(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion]:
+    """MODEL, CLIP and VAE, loaded, as the core's model, under gradients; given back bit-identical however the block
+    ends.
 
     Every parameter of the UNet is for that time another, frozen ``Parameter`` on the same memory: the host's own are
     inference tensors, which autograd refuses. Weights are seen with the patches that MODEL carries. Raises
@@ -219,21 +380,21 @@ def borrowed(model: Any, clip: Any) -> Iterator[LatentDiffusion]:
     """
     if model is None or clip is None:
         raise ModelError(f"The {'MODEL' if model is None else 'CLIP'} that came in is empty: the checkpoint has none.")
-    unet = getattr(model.model, "diffusion_model", None)
-    if not isinstance(unet, nn.Module):
-        raise ModelError("The MODEL that came in has no diffusion model in it.")
-    found = survey(unet)  # first of all: its refusals need nothing loaded
+    found = surveyed(model)  # first of all: its refusals need nothing loaded
+    if vae is not None and getattr(vae, "first_stage_model", None) is None:
+        raise ModelError("The VAE that came in is empty: the checkpoint has none.")
     patcher = _static(model)
     base, unet = patcher.model, patcher.model.diffusion_model
     alphas, prediction = _schedule(patcher)
     shape = _latent_shape(patcher, found.family, prediction)
-    # room for a few pictures' activations; both at once, so that neither pushes out the other
+    # room for a few pictures' activations; all at once, so that none pushes out another
     room = patcher.memory_required([8, *shape])
-    management.load_models_gpu([patcher, clip.patcher], memory_required=room, force_full_load=True)
+    wanted = [patcher, clip.patcher] + ([] if vae is None else [vae.patcher])
+    management.load_models_gpu(wanted, memory_required=room, force_full_load=True)
     dtype = base.manual_cast_dtype or base.get_dtype()
     if dtype not in _PLAIN:
         dtype = torch.float32
-    text = HostText(clip, found.family)
+    text = HostText(clip, found.family, bool(base.adm_channels))
 
     def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
         if x.shape[1] != unet.in_channels:
@@ -258,6 +419,7 @@ def borrowed(model: Any, clip: Any) -> Iterator[LatentDiffusion]:
             text,
             alphas,
             prediction,
+            vae=None if vae is None else HostAutoencoder(vae, base.latent_format),
             latent_shape=shape,
             name=getattr(base.model_config, "forget_concept_name", type(base).__name__),
             eps_model=predict,
@@ -348,7 +510,7 @@ def _effective(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[No
                 module.weight_function = functions
 
 
-def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
+def with_lora(model: Any, lora: Mapping[str, Tensor], strength: float = 1.0) -> Any:
     """A MODEL with a LoRA's state dict on, through the very path of the stock loaders; the one given stays as it is.
 
     Raises :class:`PatchError` unless every layer of the LoRA found its weight.
@@ -356,7 +518,7 @@ def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     loaded = comfy.lora.load_lora(dict(lora), names)
     patched = model.clone()
-    taken = set(patched.add_patches(loaded, 1.0))
+    taken = set(patched.add_patches(loaded, strength))
     layers = [name[: -len(".lora_up.weight")] for name in lora if name.endswith(".lora_up.weight")]
     lost = [layer for layer in layers if names.get(layer) not in taken]
     if lost or not layers:
@@ -367,14 +529,67 @@ def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
     return patched
 
 
+def weights_hash(model: Any) -> str:
+    """The hash by which a patch knows its base, of a MODEL's own weights, without any patches on it."""
+    entries = model.get_key_patches(_UNET)
+
+    def own(path: str) -> Tensor:
+        weight, convert = entries[f"{_UNET}{path}.weight"][0]
+        return weight if type(weight) in (Tensor, nn.Parameter) else convert(weight)
+
+    found = surveyed(model)
+    return hash_of_weights((site.key(which), own(site.weight_path(which))) for site in found for which in PROJECTIONS)
+
+
+def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[float, str] | None:
+    """Share of the edit that is left once the host has rounded it into the weights, and the dtype these have.
+
+    ``⟨Δ', Δ⟩ / ‖Δ‖²`` with the host's own rounding, on top of what the MODEL carries already. ``None`` where the host
+    keeps the weights in a form of its own (quantised), which nothing is rounded into by this path.
+    """
+    found = surveyed(model)
+    entries = model.get_key_patches(_UNET)
+    seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+    kept = total = 0.0
+    dtypes: dict[torch.dtype, None] = {}
+    for canonical, factor in patch.factors.items():
+        layer = found.layer(canonical)
+        key = f"{_UNET}{layer.path}.weight"
+        (weight, convert), *patches = entries[key]
+        if type(weight) not in (Tensor, nn.Parameter):
+            return None
+        with torch.no_grad():
+            wide = management.cast_to_device(weight, model.load_device, torch.float32, copy=True)
+            wide = comfy.lora.calculate_weight(patches, convert(wide, inplace=True), key)
+            delta = strength * factor.to(wide.device, torch.float32).delta()
+            before = comfy.float.stochastic_rounding(wide, weight.dtype, seed=seed(key)).float()
+            after = comfy.float.stochastic_rounding(wide + delta, weight.dtype, seed=seed(key)).float()
+            kept += float(((after - before) * delta).sum(dtype=torch.float64))
+            total += float(delta.square().sum(dtype=torch.float64))
+        dtypes[weight.dtype] = None
+    if total == 0:
+        return None
+    return kept / total, " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 # -- the embedded model -------------------------------------------------------------------------------------------
+
+
+class _EmbeddedLatent(comfy.latent_formats.SD15):
+    """SD1's scale, and colours of its own: for the previews of every sampler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent_rgb_factors = [list(row) for row in LATENT_COLOURS]
+        self.latent_rgb_factors_bias = list(LATENT_COLOURS_BIAS)
+        self.taesd_decoder_name = None
 
 
 class _EmbeddedConfig(comfy.supported_models_base.BASE):
     """SD1's kind of model in its own size."""
 
     unet_extra_config: dict[str, Any] = {}
-    latent_format = comfy.latent_formats.SD15
+    latent_format = _EmbeddedLatent
     memory_usage_factor = 1.0
     forget_concept_name = "mini"
     forget_concept_guidance = GUIDANCE

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from comfy_api.latest import io
 
 from . import host
+from .common import schema
 
 __all__ = ["LoadEmbeddedModel"]
 
@@ -17,22 +15,18 @@ class LoadEmbeddedModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        extra: dict[str, Any] = {}
-        if "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}:
-            extra["search_aliases"] = ["mini model", "tiny stable diffusion"]
-        return io.Schema(
+        return schema(
             node_id="ForgetConceptLoadEmbeddedModel",
             display_name="Load Embedded Model (Forget Concept)",
-            category="model_patches/unlearning",
             description="A small trained model that draws simple objects, styles and characters at 128×128: to try "
             "forgetting without a checkpoint, on any computer.",
             inputs=[],
             outputs=[
-                io.Model.Output("MODEL"),
-                io.Clip.Output("CLIP"),
-                io.Vae.Output("VAE"),
+                io.Model.Output("MODEL", tooltip="The UNet."),
+                io.Clip.Output("CLIP", tooltip="The text encoder."),
+                io.Vae.Output("VAE", tooltip="The autoencoder."),
             ],
-            **extra,
+            search_aliases=["mini model", "tiny stable diffusion"],
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import tiny_model
 
 from forget_concept.core.errors import ModelError, RequestError
-from forget_concept.core.images import check_images, load_images, picture_size
+from forget_concept.core.images import check_images, fit_images, load_images, picture_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SIZE = (64, 64)
@@ -214,3 +214,40 @@ def test_a_hosts_pictures_are_checked(images, words):
 def test_good_pictures_pass_as_they_are(device):
     for images in (good(), good() + 1, good(9) - 1, good().half()):
         check_images(images.to(device), 4, (64, 32))
+
+
+def test_given_pictures_are_cut_and_resized_as_files_are(tmp_path):
+    """The same picture as a file and as numbers: the same corners, nearly the same pixels, whatever its shape."""
+    for width, height in ((64, 64), (200, 128), (100, 260), (40, 40)):
+        image = quarters(width, height)
+        image.save(tmp_path / "p.png")
+        pixels = (
+            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, height, width, 3).movedim(-1, 1)
+        )
+        given = fit_images(pixels / 127.5 - 1, SIZE)
+        read = load_images([tmp_path / "p.png"], SIZE)
+        assert given.shape == read.shape and given.dtype == torch.float32
+        assert given.min() >= -1 and given.max() <= 1
+        for mine, theirs in zip(corners(given), corners(read), strict=True):
+            assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) <= 2
+        # two ways to interpolate differ at the quarters' edges alone
+        assert float((given - read).abs().mean()) < 0.05
+
+
+def test_given_pictures_of_the_size_are_left_alone():
+    pictures = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert fit_images(pictures, SIZE) is pictures
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((3, 64, 64), "must be"),
+        ((1, 4, 64, 64), "must be"),
+        ((1, 3, 31, 64), "too small"),
+        ((1, 3, 64, 31), "too small"),
+    ],
+)
+def test_given_pictures_that_are_none_or_too_small_are_refused(shape, words):
+    with pytest.raises(RequestError, match=words):
+        fit_images(torch.zeros(shape), SIZE, "'star'")

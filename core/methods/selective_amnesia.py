@@ -43,6 +43,7 @@ __all__ = [
     "SelectiveAmnesia",
     "SelectiveAmnesiaObjective",
     "SelectiveAmnesiaSettings",
+    "asked_fisher",
     "elastic_penalty",
     "fisher_prompts",
 ]
@@ -108,6 +109,17 @@ def fisher_prompts() -> list[str]:
     # the kinds mixed, so that few samples see all of them
     places = sorted((i / len(group), k, text) for k, group in enumerate(words) for i, text in enumerate(group))
     return ["", *dict.fromkeys(text for _, _, text in places)]
+
+
+def asked_fisher(settings: SelectiveAmnesiaSettings) -> tuple[list[str], FisherSettings]:
+    """The prompts and the measurement of the Fisher information that these settings ask for."""
+    return list(settings.fisher_prompts) or fisher_prompts(), FisherSettings(
+        settings.fisher,
+        settings.fisher_samples,
+        draws=settings.fisher_draws,
+        sample_steps=settings.sample_steps,
+        guidance=settings.guidance,
+    )
 
 
 @register
@@ -239,20 +251,9 @@ class SelectiveAmnesia(TrainedMethod):
         model = material.model
         weights: dict[str, Tensor] = {}
         if settings.ewc_weight:
-            asked = FisherSettings(
-                settings.fisher,
-                settings.fisher_samples,
-                draws=settings.fisher_draws,
-                sample_steps=settings.sample_steps,
-                guidance=settings.guidance,
-            )
+            prompts, asked = asked_fisher(settings)
             found = fisher_information(
-                model,
-                deltas.keys,
-                settings.fisher_prompts or fisher_prompts(),
-                asked,
-                workspace=inputs.workspace,
-                progress=progress,
+                model, deltas.keys, prompts, asked, workspace=inputs.workspace, progress=progress
             )
             weights = scaled_fisher(model, found.values, settings.ewc_scale)
         return SelectiveAmnesiaObjective(material, deltas, settings, weights)

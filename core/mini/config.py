@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 LATENT_SCALE = 0.18215
 TOKENS = 77
+# red, green and blue of a latent's channels, and what is added: least squares on eight pictures (R² 0.96), for hosts
+# that show a latent as it grows
+LATENT_COLOURS = (
+    (-0.0743, -0.2700, -0.2106),
+    (0.3186, 0.1321, -0.1318),
+    (0.2798, 0.3339, 0.2729),
+    (-0.1870, 0.0413, -0.1424),
+)
+LATENT_COLOURS_BIAS = (0.4118, 0.4111, 0.3474)
 GUIDANCE = 2.5  # its colours suffer above 3
 TEXT_WIDTH = 192
 HEADS = 4

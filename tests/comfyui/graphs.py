@@ -81,6 +81,8 @@ def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
                 kind, *options = known["input"][section][name]
                 options = options[0] if options else {}
                 if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                    if not values and section == "optional":
+                        continue  # saved before there was such a box
                     inputs[name] = values.pop(0)
                     if options.get("control_after_generate", name in ("seed", "noise_seed")):
                         assert values.pop(0) in ("fixed", "randomize", "increment", "decrement"), entry

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from comfyhost import ROOT, ComfyUI, ExecutionError, png_size
 from graphs import PROMPT, base, difference, drawn, forget, from_workflow, node
+from nodetexts import english, ours, plain
 
 # training in a few steps: what is looked at here is the host's model, not what is forgotten
 QUICK = json.dumps({"steps": 2, "n_images": 1, "sample_steps": 2, "batch_size": 1})
@@ -45,35 +46,49 @@ def red(comfyui: ComfyUI, graph: dict[str, Any]) -> ExecutionError:
 
 def test_the_pack_loads_under_any_folder_name(comfyui: ComfyUI) -> None:
     info = comfyui.get("/object_info")
-    for name in ("ForgetConcept", "ForgetConceptLoadEmbeddedModel"):
-        assert info[name]["python_module"] == f"custom_nodes.{comfyui.pack_name}"
-        assert info[name]["category"] == "model_patches/unlearning"
-        assert info[name]["description"]
-    known = info["ForgetConcept"]
+    own = {name: node for name, node in info.items() if node["python_module"] == f"custom_nodes.{comfyui.pack_name}"}
+    assert set(own) == set(ours(info)), "an id without the pack's prefix"
+    assert len(own) >= 15
+    for name, known in own.items():
+        assert known["category"] == "model_patches/unlearning"
+        assert known["description"] and known["display_name"]
+        for section in ("required", "optional"):
+            for field, (_, *options) in known["input"].get(section, {}).items():
+                assert options and options[0].get("tooltip"), f"{name}: {field} has no tooltip"
+        assert all(known["output_tooltips"]), f"{name}: an output has no tooltip"
+    known = own["ForgetConcept"]
     assert known["output"] == ["MODEL", "LORA_MODEL", "STRING"]
-    assert info["ForgetConceptLoadEmbeddedModel"]["output"] == ["MODEL", "CLIP", "VAE"]
-    for section in (known["input"]["required"], known["input"]["optional"]):
-        for name, (_, options) in section.items():
-            assert options.get("tooltip"), f"{name} has no tooltip"
+    assert own["ForgetConceptLoadEmbeddedModel"]["output"] == ["MODEL", "CLIP", "VAE"]
     methods = known["input"]["required"]["method"]
     assert {"uce", "forget_me_not"} <= set(methods[0] if isinstance(methods[0], list) else methods[1]["options"])
-    assert "Traceback" not in comfyui.log.read_text(encoding="utf-8", errors="replace")
+    started, said, _ = comfyui.log.read_text(encoding="utf-8", errors="replace").partition("To see the GUI")
+    assert said and "Traceback" not in started
 
 
 def test_the_pages_of_help_and_the_translations_belong_to_the_nodes(comfyui: ComfyUI) -> None:
-    info = comfyui.get("/object_info")
-    for page in (ROOT / "web" / "docs").glob("*.md"):
-        assert page.stem in info
+    own = ours(comfyui.get("/object_info"))
+    pages = {page.stem: page for page in (ROOT / "web" / "docs").glob("*.md")}
+    assert set(pages) == set(own)
+    for page in pages.values():
         address = f"/extensions/{comfyui.pack_name}/docs/{page.name}"
         assert comfyui.raw(address).decode() == page.read_text(encoding="utf-8")
     translations = comfyui.get("/i18n")
     for path in (ROOT / "locales").glob("*/nodeDefs.json"):
-        for name, texts in json.loads(path.read_text(encoding="utf-8")).items():
-            assert name in info
-            known = {e for part in ("required", "optional") for e in info[name]["input"].get(part, {})}
-            assert set(texts.get("inputs", {})) == known
-            assert set(texts.get("outputs", {})) == {str(i) for i in range(len(info[name]["output"]))}
+        told = json.loads(path.read_text(encoding="utf-8"))
+        assert set(told) == set(own)
+        for name, texts in told.items():
+            known = {e for part in ("required", "optional") for e in own[name]["input"].get(part, {})}
+            assert set(texts["inputs"]) == known
+            assert set(texts["outputs"]) == {str(i) for i in range(len(own[name]["output"]))}
             assert translations[path.parent.name]["nodeDefs"][name] == texts
+            for entry in [*texts["inputs"].values(), *texts["outputs"].values()]:
+                assert plain(entry["name"]) and plain(entry["tooltip"])
+            assert plain(texts["display_name"]) and plain(texts["description"])
+
+
+def test_the_english_locale_is_what_the_nodes_say(comfyui: ComfyUI) -> None:
+    told = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert told == english(ours(comfyui.get("/object_info"))), "write it anew: tests/comfyui/nodetexts.py <a ComfyUI>"
 
 
 # -- run ----------------------------------------------------------------------------------------------------------

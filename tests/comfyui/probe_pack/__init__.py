@@ -259,9 +259,82 @@ class Core(io.ComfyNode):
         return io.NodeOutput(ui={"facts": [facts]})
 
 
+class Narrow(io.ComfyNode):
+    """The MODEL with its weights kept in a narrower dtype, as a checkpoint loaded so."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeNarrow",
+            category="probe",
+            inputs=[io.Model.Input("model"), io.Combo.Input("dtype", options=["bfloat16", "float16", "float8_e4m3fn"])],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, dtype):
+        inner = model.model
+        kept = {name: value.clone() for name, value in inner.diffusion_model.state_dict().items()}
+        config = type(inner.model_config)(dict(inner.model_config.unet_config))
+        config.set_inference_dtype(getattr(torch, dtype), torch.float32)
+        made = config.get_model({}, "", torch.device("cpu"))
+        made.diffusion_model.load_state_dict(kept)
+        cpu = torch.device("cpu")
+        return io.NodeOutput(comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu))
+
+
+class Share(io.ComfyNode):
+    """Of the weights that the host really made: how much of a patch's edit is in them."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeShare",
+            category="probe",
+            inputs=[
+                io.Model.Input("base"),
+                io.Model.Input("patched"),
+                io.Custom("LORA_MODEL").Input("lora"),
+                io.Float.Input("strength"),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, base, patched, lora, strength):
+        found = []
+        for model in (base, patched):
+            comfy.model_management.load_models_gpu([model], force_full_load=True)
+            found.append({name: value.float().clone() for name, value in model.model.state_dict().items()})
+        kept = total = 0.0
+        for name in lora:
+            if not name.endswith(".lora_up.weight"):
+                continue
+            layer = name.removesuffix(".lora_up.weight")
+            delta = strength * (lora[name] @ lora[f"{layer}.lora_down.weight"])
+            moved = found[1][f"{layer}.weight"] - found[0][f"{layer}.weight"]
+            kept += float((moved.double() * delta.double()).sum())
+            total += float(delta.double().square().sum())
+        return io.NodeOutput(ui={"share": [kept / total]})
+
+
+class Nothing(io.ComfyNode):
+    """What a checkpoint without a part of it gives."""
+
+    @classmethod
+    def define_schema(cls):
+        outputs = [io.Model.Output(), io.Clip.Output(), io.Custom("LORA_MODEL").Output(), io.Vae.Output()]
+        return io.Schema(node_id="ProbeNothing", category="probe", inputs=[], outputs=outputs)
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(None, None, None, None)
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [Hash, Difference, Trap, NoAttention, OtherText, LowMemory, Core]
+        return [Hash, Difference, Trap, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing]
 
 
 _told = []
@@ -278,14 +351,15 @@ PromptServer.instance.send_sync = _listen
 
 @PromptServer.instance.routes.get("/probe/told")
 async def _tell(request):
-    """How often each message went to the page since the last question, and the texts."""
-    counts, texts = {}, []
+    """How often each message went to the page since the last question, the texts, and how many previews."""
+    counts, texts, pictures = {}, [], 0
     for event, data in _told:
+        pictures += event in ("UNENCODED_PREVIEW_IMAGE", str(BinaryEventTypes.UNENCODED_PREVIEW_IMAGE))
         counts[event] = counts.get(event, 0) + 1
         if event in ("TEXT", str(BinaryEventTypes.TEXT)) and data is not None:  # an enum, or a plain number
             texts.append(bytes(data[4 + int.from_bytes(data[:4], "big") :]).decode())
     _told.clear()
-    return web.json_response({"counts": counts, "texts": texts})
+    return web.json_response({"counts": counts, "texts": texts, "pictures": pictures})
 
 
 async def comfy_entrypoint():

@@ -1,0 +1,114 @@
+"""Black-box attack with the name written otherwise: look-alike letters, invisible characters, hyphens, doubled letters.
+
+A person still reads the name; a byte-level tokenizer reads other tokens, which an edit of the name's own tokens has
+never seen. What the tokenizer itself undoes (upper case, often) is not tried.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from ...errors import RequestError
+from ...progress import Progress
+from ...text import TextEncoder
+from .ground import Found, Ground
+from .target import Target, with_name
+
+__all__ = ["LOOKALIKES", "homoglyphs", "other_spellings", "plain", "spellings"]
+
+# of other scripts, as Unicode's confusables (UTS 39) have them: Cyrillic, Greek, Armenian, IPA
+LOOKALIKES: dict[str, str] = {
+    "a": "\u0430",
+    "b": "\u042c",
+    "c": "\u0441",
+    "d": "\u0501",
+    "e": "\u0435",
+    "g": "\u0261",
+    "h": "\u04bb",
+    "i": "\u0456",
+    "j": "\u0458",
+    "k": "\u03ba",
+    "l": "\u04cf",
+    "m": "\u043c",
+    "n": "\u0578",
+    "o": "\u043e",
+    "p": "\u0440",
+    "q": "\u051b",
+    "r": "\u0433",
+    "s": "\u0455",
+    "t": "\u0442",
+    "u": "\u03c5",
+    "v": "\u03bd",
+    "w": "\u051d",
+    "x": "\u0445",
+    "y": "\u0443",
+}
+# zero-width space, zero-width joiner, word joiner, soft hyphen
+INVISIBLE = ("\u200b", "\u200d", "\u2060", "\u00ad")
+_LATIN = {lookalike.casefold(): letter for letter, lookalike in LOOKALIKES.items()}
+
+
+def plain(text: str) -> str:
+    """``text`` as a person reads it: look-alikes as Latin letters, without case, invisible characters, blanks, hyphens
+    and doubled letters. Every spelling of a name has the same as the name."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf").casefold()
+    latin = "".join(_LATIN.get(c, c) for c in seen)
+    return re.sub(r"(.)\1+", r"\1", re.sub(r"[\s\-]+", "", latin))
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Ways to write ``name`` that are not the name, each once; the likeliest to pass for it first."""
+    letters = [i for i, c in enumerate(name) if c.isalpha()]
+    if not letters:
+        return ()
+    alike = [i for i in letters if name[i].lower() in LOOKALIKES]
+    found = []
+    if alike:
+        found.append("".join(LOOKALIKES.get(c.lower(), c) for c in name))
+        found += [_put(name, i, LOOKALIKES[name[i].lower()]) for i in dict.fromkeys((alike[0], alike[-1]))]
+    found.append("".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in name))  # full-width forms
+    inside = [i for i in letters if i > 0 and name[i - 1].isalpha()]
+    middle = inside[len(inside) // 2] if inside else None
+    if middle is not None:
+        found += [name[:middle] + mark + name[middle:] for mark in INVISIBLE]
+        found += [name[:middle] + "-" + name[middle:], _between(name, inside, "-"), _between(name, inside, " ")]
+    found += [_put(name, i, 2 * name[i]) for i in dict.fromkeys((letters[0], letters[len(letters) // 2], letters[-1]))]
+    found += [name.upper(), name.lower(), name.title(), "".join(c.upper() if i % 2 else c for i, c in enumerate(name))]
+    return tuple(spelling for spelling in dict.fromkeys(found) if spelling != name)
+
+
+def _put(name: str, at: int, what: str) -> str:
+    return name[:at] + what + name[at + 1 :]
+
+
+def _between(name: str, places: Sequence[int], mark: str) -> str:
+    return "".join(mark + c if i in places else c for i, c in enumerate(name))
+
+
+def other_spellings(encoder: TextEncoder, target: Target) -> tuple[str, ...]:
+    """The target's prompts, in turn, with each spelling in place of the name.
+
+    Those spellings only whose tokens are neither the name's nor an earlier one's, and which are not cut off.
+    """
+    name = target.concept.name
+    found: list[str] = []
+    known = {tuple(encoder.phrase_ids(name))}
+    for spelling in spellings(name):
+        prompt = with_name(target.prompts[len(found) % len(target.prompts)], name, spelling)
+        fits = len(encoder.phrase_ids(prompt)) + 2 <= encoder.max_length
+        if fits and (ids := tuple(encoder.phrase_ids(spelling))) not in known:
+            known.add(ids)
+            found.append(prompt)
+    return tuple(found)
+
+
+def homoglyphs(ground: Ground, progress: Progress | None = None) -> Found:
+    """The other spellings as they are. Raises :class:`RequestError` where the text encoder knows none."""
+    found = other_spellings(ground.model.text, ground.target)
+    if not found:
+        raise RequestError(
+            f"The text encoder reads every other spelling of '{ground.target.concept.name}' as the name."
+        )
+    return Found(found, ground.model)

@@ -1,0 +1,16 @@
+"""Black-box attack with other words: synonyms, descriptions without the name, indirect prompts."""
+
+from __future__ import annotations
+
+from ...errors import RequestError
+from ...progress import Progress
+from .ground import Found, Ground
+
+__all__ = ["rephrased"]
+
+
+def rephrased(ground: Ground, progress: Progress | None = None) -> Found:
+    """The target's paraphrases as they are. Raises :class:`RequestError` where there are none."""
+    if not ground.target.paraphrases:
+        raise RequestError(f"No paraphrases of '{ground.target.concept.name}' were given to attack with.")
+    return Found(ground.target.paraphrases, ground.model)

@@ -1,0 +1,260 @@
+"""Every attack on one concept: does it come back?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...diffusion import LatentDiffusion
+from ...errors import ModelError, RequestError
+from ...patch import Patch
+from ...progress import Progress, ProgressEvent, report
+from ...text import CLIPText, end_position
+from ...workspace import Workspace, key_of
+from ..drawing import Picture, Sampling, Variant, draw, from_bytes
+from ..intervals import Score
+from ..scores import seed_of
+from .budget import AttackBudget, Spent, attack_budget
+from .discrete import discrete
+from .ground import Found, Ground, example_latents, with_hash_of
+from .homoglyphs import homoglyphs, other_spellings
+from .inversion_recall import inversion_recall
+from .judge import SuccessJudge
+from .rephrased import rephrased
+from .result import AttackReport, AttackResult, PromptSuccess
+from .soft_prompt import soft_prompt
+from .target import Target
+
+__all__ = ["ATTACKS", "WHITE_BOX", "Search", "run_attacks"]
+
+Search = Callable[[Ground, Progress | None], Found]
+ATTACKS: dict[str, Search] = {
+    "rephrased": rephrased,
+    "homoglyphs": homoglyphs,
+    "discrete": discrete,
+    "soft_prompt": soft_prompt,
+    "inversion_recall": inversion_recall,
+}
+# those that need the model's gradients and pictures of the concept
+WHITE_BOX = ("discrete", "soft_prompt", "inversion_recall")
+
+
+def run_attacks(
+    model: LatentDiffusion,
+    edited: Variant | Sequence[tuple[Patch, float]],
+    target: Target,
+    judge: SuccessJudge,
+    budget: str | AttackBudget = "quick",
+    seed: int = 0,
+    *,
+    attacks: Sequence[str] | None = None,
+    images: Tensor | None = None,
+    before: bool = True,
+    sampling: Sampling | None = None,
+    workspace: Workspace | None = None,
+    progress: Progress | None = None,
+) -> AttackReport:
+    """Attack ``model`` with patches (each at its strength) on it, and with ``before`` also as it is.
+
+    A :class:`~..drawing.Variant` in their place may also have a negative prompt or safety guidance: the searches see
+    the patched model alone, and pictures are drawn under these as well.
+
+    ``attacks`` names some of :data:`ATTACKS`; without it all are made that can be, and the report says which cannot
+    and why. ``images`` ``(m, 3, H, W)`` in [-1, 1] are the attacker's pictures of the concept, in place of ones that
+    the unedited model draws. With a ``workspace`` nothing is done twice and what was cut short goes on. The model is
+    given back bit for bit; the result is the same for the same seed on one device. Raises
+    :class:`~....errors.PatchError` for a patch that does not fit, :class:`RequestError` for an unknown attack or one
+    asked for without what it needs, :class:`ModelError` for one that this model's text encoder cannot be put to, and
+    :class:`~....errors.ForgetConceptError` and :class:`~....errors.Cancelled` as the sampling and training they use.
+    """
+    budget = attack_budget(budget)
+    variant = edited if isinstance(edited, Variant) else Variant(tuple(edited))
+    for patch, _ in variant.patches:
+        patch.check_fits(model.survey)
+    chosen, left_out = _chosen(model, target, attacks)
+    sampling = (sampling or Sampling()).resolved(model)
+    if any(name in WHITE_BOX for name in chosen):
+        examples, cost = budget.examples, 2 * sampling.steps * budget.examples
+    else:
+        examples, cost = 0, 0
+    unedited = variant.key == Variant().key
+    sides = [(Variant(), "the unedited model")] if before and not unedited else []
+    sides.append((variant, "the unedited model" if unedited else "the edited model"))
+    counts = {name: _prompts_of(name, model, target) for name in chosen}
+    total = cost + len(sides) * sum(_cost(name, budget, sampling, counts[name]) for name in chosen)
+    meter = _Meter(progress, total)
+    latents = torch.empty(0, *model.latent_shape)
+    if examples:
+        with meter.part(cost, f"drawing pictures of {target.concept.name}") as inner:
+            latents = example_latents(model, target, judge, budget.examples, sampling, seed, workspace, inner, images)
+    plain = Ground(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
+    outcomes: dict[str, list[_Outcome]] = {name: [] for name in chosen}
+    for on, which in sides:
+        ground = replace(plain, model=with_hash_of(model, on.patches), variant=on)
+        for name in chosen:
+            searching = _search_cost(name, budget)
+            with meter.part(searching, f"{_said(name)} on {which}: searching") as inner:
+                found = ATTACKS[name](ground, inner)
+            drawing = _cost(name, budget, sampling, counts[name]) - searching
+            with meter.part(drawing, f"{_said(name)} on {which}: drawing") as inner:
+                outcomes[name].append(_tried(ground, found, inner))
+    results = []
+    for name, found_on in outcomes.items():
+        last = found_on[-1]
+        first = found_on[0].success if before else None
+        results.append(AttackResult(name, last.success, first, last.spent, last.strongest, last.losses))
+    return AttackReport(target.concept.name, budget, seed, tuple(results), left_out)
+
+
+def _said(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _chosen(
+    model: LatentDiffusion, target: Target, attacks: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    wanted = tuple(ATTACKS) if attacks is None else tuple(dict.fromkeys(attacks))
+    if not wanted:
+        raise RequestError(f"There is no attack to make: choose among {', '.join(ATTACKS)}.")
+    why: dict[str, str] = {}
+    for name in wanted:
+        if name not in ATTACKS:
+            raise RequestError(f"The attack '{name}' is not known: choose among {', '.join(ATTACKS)}.")
+        if name in WHITE_BOX and not isinstance(model.text, CLIPText):
+            why[name] = f"it needs gradients through the text encoder, which {type(model.text).__name__} does not give"
+            if attacks is not None:
+                raise ModelError(f"The attack '{name}' cannot be made on '{model.name}': {why[name]}.")
+        if name == "rephrased" and not target.paraphrases:
+            why[name] = "no paraphrases were given"
+            if attacks is not None:
+                raise RequestError(f"The attack '{name}' cannot be made on '{target.concept.name}': {why[name]}.")
+        if name == "homoglyphs" and not other_spellings(model.text, target):
+            why[name] = "the text encoder reads every other spelling as the name itself, or cuts it off"
+            if attacks is not None:
+                raise RequestError(f"The attack '{name}' cannot be made on '{target.concept.name}': {why[name]}.")
+    left = tuple(name for name in wanted if name not in why)
+    if not left:
+        raise RequestError(f"No attack on '{target.concept.name}' can be made here: give paraphrases of it.")
+    return left, why
+
+
+# -- what it costs, in pictures through the UNet ---------------------------------------------------------------------
+
+
+def _prompts_of(name: str, model: LatentDiffusion, target: Target) -> int:
+    if name == "rephrased":
+        return len(target.paraphrases)
+    if name == "homoglyphs":
+        return len(other_spellings(model.text, target))
+    return len(target.prompts)
+
+
+def _search_cost(name: str, budget: AttackBudget) -> int:
+    # a gradient costs about twice the way there
+    if name == "discrete":
+        return budget.rounds * budget.rows * (3 + budget.candidates)
+    return 3 * budget.steps * budget.batch if name in WHITE_BOX else 0
+
+
+def _cost(name: str, budget: AttackBudget, sampling: Sampling, prompts: int) -> int:
+    chosen = prompts * budget.trials if prompts > budget.strongest else 0
+    return _search_cost(name, budget) + 2 * sampling.steps * (chosen + budget.pictures)
+
+
+class _Meter:
+    """One count over all parts of the work, each with its share."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    @contextmanager
+    def part(self, cost: int, message: str) -> Iterator[Progress]:
+        start = self.done
+
+        def inner(event: ProgressEvent) -> None:
+            step = start + cost * min(event.step, event.total) // max(event.total, 1)
+            report(self.progress, ProgressEvent(step, self.total, event.loss, event.terms, message))
+
+        inner(ProgressEvent(0, 1))
+        yield inner
+        self.done = start + cost
+        inner(ProgressEvent(1, 1))
+
+
+# -- trying what was found -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    success: Score
+    spent: Spent
+    strongest: tuple[PromptSuccess, ...]
+    losses: tuple[float, ...]
+
+
+def _tried(ground: Ground, found: Found, progress: Progress) -> _Outcome:
+    """Choose the strongest prompts by a few pictures of each, and measure them under other seeds."""
+    budget, prompts = ground.budget, list(found.prompts)
+    for prompt in prompts:
+        end_position(found.model.text, prompt)  # raises where it is cut off
+    first: list[Picture] = []
+    if len(prompts) > budget.strongest:
+        first = [
+            Picture(prompt, seed_of("attack", "choose", ground.seed, i))
+            for prompt in prompts
+            for i in range(budget.trials)
+        ]
+    total = len(first) + budget.pictures
+    shown = _shown(ground, found.model, first, progress, 0, total)
+    hits = dict.fromkeys(prompts, 0)
+    for picture, hit in zip(first, shown, strict=True):
+        hits[picture.prompt] += hit
+    best = sorted(prompts, key=lambda prompt: -hits[prompt])[: min(budget.strongest, budget.pictures)]
+    second = [
+        Picture(best[i % len(best)], seed_of("attack", "measure", ground.seed, i)) for i in range(budget.pictures)
+    ]
+    shown = _shown(ground, found.model, second, progress, len(first), total)
+    each = [
+        PromptSuccess(
+            prompt,
+            sum(hit for picture, hit in zip(second, shown, strict=True) if picture.prompt == prompt),
+            sum(picture.prompt == prompt for picture in second),
+        )
+        for prompt in best
+    ]
+    each.sort(key=lambda one: -one.shown / max(one.pictures, 1))
+    spent = Spent(found.gradient_steps, found.unet_passes, len(prompts), total)
+    return _Outcome(Score.share(shown), spent, tuple(each), found.losses)
+
+
+def _shown(
+    ground: Ground, model: LatentDiffusion, pictures: Sequence[Picture], progress: Progress, start: int, total: int
+) -> list[bool]:
+    """Whether the judge finds the concept in each; verdicts are kept in the work folder."""
+    if not pictures:
+        return []
+    s, key = ground.sampling, ""
+    if ground.workspace is not None:
+        safe = ground.variant.safe
+        under = [ground.variant.negative, None if safe is None else asdict(safe)]
+        about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, ground.judge.about, *under]
+        asked = [[picture.prompt, picture.seed] for picture in pictures]
+        key = key_of("verdicts", model.model_hash, ground.text_key, asked, about)
+        if (known := ground.workspace.load("attack", key)) is not None:
+            return known["shown"].tolist()
+    found: list[bool] = []
+
+    def inner(event: ProgressEvent) -> None:
+        size = min(s.batch, len(pictures) - len(found))
+        at = (start + len(found)) * event.total + size * event.step
+        report(progress, ProgressEvent(at, total * event.total))
+
+    for images in draw(model, pictures, ground.variant, s, inner):
+        found += map(bool, ground.judge.shows(from_bytes(images)))
+    if ground.workspace is not None:
+        ground.workspace.save("attack", key, {"shown": torch.tensor(found)})
+    return found

@@ -1,0 +1,30 @@
+"""White-box attack with a soft prompt: learned vectors before the concept's own prompt.
+
+The prefix of P4D and UnlearnDiffAtk (arXiv 2309.06135; arXiv 2310.11868), left as free input embeddings of the text
+encoder: ``E ‖ε - ε_θ'(x_t, t, c([v; prompt]))‖²`` on pictures of the concept is made small in ``v``, with gradients
+through the patched model ``θ'``. The name stays in the prompt, so what is asked is whether a disturbance undoes the
+edit of *that* name; :mod:`.inversion_recall` asks whether any words at all still reach the concept.
+"""
+
+from __future__ import annotations
+
+from ...inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
+from ...progress import Progress
+from .ground import Found, Ground
+
+__all__ = ["soft_prompt"]
+
+
+def soft_prompt(ground: Ground, progress: Progress | None = None) -> Found:
+    """Vectors before the target's prompts. Raises as :func:`~....inversion.invert`."""
+    _ = ground.clip
+    budget = ground.budget
+    templates = tuple(f"{{}} {prompt}" for prompt in ground.target.prompts)
+    settings = InversionSettings(
+        budget.vectors, budget.steps, ground.stride, batch_size=budget.batch, templates=templates
+    )
+    with ground.edited():
+        vectors = invert(ground.model, ground.latents, settings, ground.seed, progress, workspace=ground.workspace)
+    prompts = tuple(template.format(PLACEHOLDER) for template in templates)
+    reading = with_vectors(ground.model, {PLACEHOLDER: vectors})
+    return Found(prompts, reading, budget.steps, budget.steps * budget.batch)

@@ -1,0 +1,62 @@
+"""The node that puts a patch on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .common import LORA, schema
+from .lora_state import patch_of, state_of
+from .words import base_words, share_words
+
+__all__ = ["ApplyForgetPatch"]
+
+
+class ApplyForgetPatch(io.ComfyNode):
+    """A patch on a MODEL at a strength, once it is sure that it fits; what the weights' dtype keeps of it is told."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ForgetConceptApplyPatch",
+            display_name="Apply Forget Patch",
+            description="Puts a patch on a model at a strength. Says so, in words, where it is made for another kind "
+            "of model, and how much of the edit the model's dtype keeps.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to put the patch on, with or without LoRAs."),
+                LORA.Input("lora", tooltip="The patch: from Load Forget Patch, Forget Concept or Combine."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1: as it was made. 0: not at all. Below 0: the opposite.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", tooltip="The model with the patch on."),
+                io.String.Output("REPORT", tooltip="Whether it was made on this model, and how much of it survives."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            search_aliases=["apply lora", "use patch"],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, lora: Any, strength: float) -> io.NodeOutput:
+        survey = host.surveyed(model)
+        patch = patch_of(lora, survey)
+        patch.check_fits(survey)
+        lines = [f"{len(patch)} weights at strength {strength:g}"]
+        if strength == 0:
+            patched = model
+            lines.append("at strength 0 nothing is changed")
+        else:
+            patched = host.with_lora(model, state_of(patch, survey), strength)
+            lines += share_words(host.surviving_share(model, patch, strength))
+        lines.append(base_words(patch.metadata, host.weights_hash(model)))
+        words = "\n".join(lines)
+        host.show_text(cls.hidden.unique_id, words)
+        return io.NodeOutput(patched, words)

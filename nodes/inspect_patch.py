@@ -1,0 +1,54 @@
+"""The node that says what a patch is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core.errors import PatchError
+from . import host
+from .common import LORA, schema
+from .lora_state import patch_of
+from .words import about_patch, base_words, share_words
+
+__all__ = ["InspectForgetPatch"]
+
+
+class InspectForgetPatch(io.ComfyNode):
+    """A patch in words: what it forgets, how it was made, its size, and whether it fits a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ForgetConceptInspectPatch",
+            display_name="Inspect Forget Patch",
+            description="Says what a patch forgets, by which method, settings and seed, on which model, how large it "
+            "is, and whether it fits a model.",
+            inputs=[
+                LORA.Input("lora", tooltip="The patch to look at."),
+                io.Model.Input("model", optional=True, tooltip="A model to hold it against."),
+            ],
+            outputs=[io.String.Output("REPORT", tooltip="The patch in words.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            search_aliases=["lora info", "patch info"],
+        )
+
+    @classmethod
+    def execute(cls, lora: Any, model: Any = None) -> io.NodeOutput:
+        survey = None if model is None else host.surveyed(model)
+        patch = patch_of(lora, survey)
+        lines = [about_patch(patch)]
+        if survey is not None:
+            try:
+                patch.check_fits(survey)
+            except PatchError as error:
+                lines.append(f"does not fit this MODEL: {error}")
+            else:
+                lines.append("fits this MODEL: every layer is there")
+                lines += share_words(host.surviving_share(model, patch))
+                lines.append(base_words(patch.metadata, host.weights_hash(model)))
+        words = "\n".join(lines)
+        host.show_text(cls.hidden.unique_id, words)
+        return io.NodeOutput(words, ui={"text": (words,)})

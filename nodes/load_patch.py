@@ -1,0 +1,61 @@
+"""The node that reads a patch from the LoRA folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core.formats import kohya
+from ..core.formats.safe import read_metadata, read_safetensors
+from . import host
+from .common import LORA, schema
+from .lora_state import LoraState
+from .words import about_patch
+
+__all__ = ["LoadForgetPatch"]
+
+
+class LoadForgetPatch(io.ComfyNode):
+    """A file as LORA_MODEL with what it says of itself; nothing in it is ever run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ForgetConceptLoadPatch",
+            display_name="Load Forget Patch",
+            description="Reads a patch from the LoRA folders, with the record of what it forgets. Any LoRA of a UNet's "
+            "attention and feed-forward layers can be read.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.lora_files(),
+                    tooltip="A .safetensors file in the LoRA folders. Press R to see files that were saved since.",
+                )
+            ],
+            outputs=[
+                LORA.Output("LORA_MODEL", tooltip="The patch: for Apply, Inspect or Combine, or the stock LoRA nodes."),
+                io.String.Output("REPORT", tooltip="What the patch says of itself."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            search_aliases=["load lora", "open patch"],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: Any = None) -> str:
+        return host.lora_stamp(file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = host.lora_file(file)
+        if read_metadata(path).get("forget_concept.format") == "context_map":
+            from ..core.errors import PatchError
+
+            raise PatchError(
+                f"'{file}' is a context map, which is no LoRA: make a patch of it with 'forget-concept export' first."
+            )
+        tensors, metadata = read_safetensors(path)
+        words = f"{file}\n{about_patch(kohya.from_state(tensors, metadata, source=file))}"
+        host.show_text(cls.hidden.unique_id, words)
+        # the file's own names: every loader knows them, and a UNet of any depth is still to come
+        return io.NodeOutput(LoraState(tensors, metadata), words)

@@ -1,0 +1,155 @@
+"""The node that writes a patch into the LoRA folder, with the workflow that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io as streams
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..core.errors import ForgetConceptError
+from ..core.files import check_folder, make_folder, write_bytes
+from ..core.formats import kohya
+from ..core.patch import Patch
+from . import host
+from .common import LORA, schema
+from .lora_state import patch_of
+from .words import patch_name
+
+__all__ = ["SaveForgetPatch"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_WORKFLOW = ("prompt", "workflow")
+_SIDE = 512
+
+
+class SaveForgetPatch(io.ComfyNode):
+    """A kohya LoRA with the patch's record and the running workflow in it, under a name that was never used before.
+
+    Beside it a picture of the same name that carries the workflow too: either, dropped on the canvas, restores it.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ForgetConceptSavePatch",
+            display_name="Save Forget Patch",
+            description="Writes a patch into the LoRA folder under a new name, with its record and this workflow in "
+            "it, and a preview picture. Every LoRA loader can load it; dropping the file or its picture on the canvas "
+            "brings the workflow back.",
+            inputs=[
+                LORA.Input("lora", tooltip="The patch to save."),
+                io.String.Input(
+                    "filename",
+                    default="forget/%concept%",
+                    dynamic_prompts=False,
+                    tooltip="Folders and name in the LoRA folder; %concept% is what the patch forgets. A number comes "
+                    "behind it, so that nothing is ever written over.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(_DTYPES),
+                    default="float32",
+                    tooltip="float32: exact. float16: half the size, and nearly always as good.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="For the preview picture: up to four, side by side. Nothing: where and how much the patch "
+                    "changes the model.",
+                ),
+            ],
+            outputs=[
+                LORA.Output("LORA_MODEL", tooltip="The patch as it came in."),
+                io.String.Output("FILE", tooltip="The new file's name in the LoRA folder."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            is_output_node=True,
+            search_aliases=["save lora", "export patch"],
+        )
+
+    @classmethod
+    def execute(cls, lora: Any, filename: str, precision: str, image: Tensor | None = None) -> io.NodeOutput:
+        patch = patch_of(lora)
+        *folders, stem = patch_name(filename, _concepts(patch))
+        carried = host.workflow(cls.hidden)
+        own = {name: text for name, text in patch.metadata.items() if name not in _WORKFLOW}
+        patch = dataclasses.replace(patch, metadata={**own, **carried})
+        root = host.lora_folder()
+        folder = make_folder(check_folder(root.joinpath(*folders)))
+        path = _fresh(folder, stem)
+        picture = _bars(patch) if image is None else _row(image)
+        kohya.save(patch, path, dtype=_DTYPES[precision])
+        write_bytes(path.with_suffix(".preview.png"), _png(picture, carried))
+        name = path.relative_to(root).as_posix()
+        size = path.stat().st_size / 1024
+        host.show_text(cls.hidden.unique_id, f"saved: {name} ({size:,.0f} kB)")
+        return io.NodeOutput(lora, name, ui=ui.PreviewImage(picture[None], cls=cls))
+
+
+def _concepts(patch: Patch) -> list[str]:
+    try:
+        found = json.loads(patch.metadata.get("forget_concept.concepts", "[]"))
+    except json.JSONDecodeError:
+        found = []
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _fresh(folder: Path, stem: str) -> Path:
+    """The first number that no file of this name has."""
+    try:
+        taken = {path.name.casefold() for path in folder.iterdir()}
+    except OSError as error:
+        raise ForgetConceptError(f"The folder '{folder}' cannot be read: {error.strerror or error}.") from error
+    number = 1
+    while any(name.startswith(f"{stem}_{number:05}.".casefold()) for name in taken):
+        number += 1
+    return folder / f"{stem}_{number:05}.safetensors"
+
+
+def _row(images: Tensor) -> Tensor:
+    """Up to four pictures side by side, ``(h, w, 3)`` in [0, 1]."""
+    few = images[:4, ..., :3].detach().float().cpu()
+    height, width = few.shape[1:3]
+    scale = min(1.0, _SIDE / height)
+    if scale < 1:
+        size = (round(height * scale), max(round(width * scale), 1))
+        few = torch.nn.functional.interpolate(few.movedim(-1, 1), size=size, mode="bicubic", antialias=True)
+        few = few.movedim(1, -1)
+    return torch.cat(list(few.clamp(0, 1)), 1)
+
+
+_COLOURS = {"to_q": (0.42, 0.62, 0.94), "to_k": (0.95, 0.71, 0.32), "to_v": (0.45, 0.82, 0.58)}
+_OTHER = (0.72, 0.55, 0.88)
+
+
+def _bars(patch: Patch) -> Tensor:
+    """How far each weight is moved, first layer to the left, ``(h, w, 3)`` in [0, 1]; a colour a projection."""
+    keys = list(patch.factors)
+    sizes = [float(patch.factors[key].delta().norm()) for key in keys]
+    height, top = 256, max(max(sizes), 1e-12)
+    step = max(_SIDE // len(keys), 1)
+    picture = torch.full((height, step * len(keys) + 16, 3), 0.11)
+    for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+        tall = max(round(size / top * (height - 16)), 1)
+        colour = torch.tensor(_COLOURS.get(key.rpartition(".")[2], _OTHER))
+        picture[height - 8 - tall : height - 8, 8 + i * step : 8 + (i + 1) * step - (step > 2)] = colour
+    return picture
+
+
+def _png(picture: Tensor, texts: dict[str, str]) -> bytes:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    for name, text in texts.items():
+        about.add_text(name, text)
+    whole = (picture * 255).round().to(torch.uint8).contiguous().numpy()
+    stream = streams.BytesIO()
+    Image.fromarray(whole).save(stream, "PNG", pnginfo=about)
+    return stream.getvalue()

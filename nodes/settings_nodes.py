@@ -1,0 +1,74 @@
+"""One settings node a method, made of the method's own settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core.methods import Method, all_methods
+from . import host
+from .common import ForgetSettings, schema
+from .fields import Widget, node_id, presets, settings_of, told, widgets
+
+__all__ = ["settings_nodes"]
+
+
+def _input(widget: Widget) -> Any:
+    about = widget.about
+    words = about.words if widget.thing is None else f"{widget.thing}: {about.words}"
+    # behind "Show Advanced" on the node's menu
+    common: dict[str, Any] = {"tooltip": words, "extra_dict": {"advanced": True} if about.rare else None}
+    if widget.kind == "switch":
+        return io.Boolean.Input(widget.name, default=widget.default, **common)
+    if widget.kind == "choice":
+        return io.Combo.Input(widget.name, options=list(widget.options), default=widget.default, **common)
+    if widget.kind == "whole":
+        low, high = int(about.low), int(about.high)
+        return io.Int.Input(widget.name, default=widget.default, min=low, max=high, **common)
+    if widget.kind == "number":
+        return io.Float.Input(
+            widget.name, default=widget.default, min=about.low, max=about.high, step=about.step, **common
+        )
+    several = widget.kind == "lines"
+    return io.String.Input(widget.name, default=widget.default, multiline=several, dynamic_prompts=False, **common)
+
+
+class _SettingsNode(io.ComfyNode):
+    """The fields of one method; those of a preset are filled in by the page as it is chosen."""
+
+    METHOD: type[Method]
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        method = cls.METHOD
+        chosen = io.Combo.Input(
+            "preset",
+            options=list(method.presets),
+            default="tuned",
+            tooltip="Fills in the fields below. They are what counts, and what differs from the preset is told.",
+            extra_dict={"forget_concept_presets": presets(method)},
+        )
+        return schema(
+            node_id=node_id(method),
+            display_name=f"Settings: {method.title}",
+            description=f"The settings of {method.title}, for the input method_settings. Published in {method.paper}",
+            inputs=[chosen, *map(_input, widgets(method))],
+            outputs=[ForgetSettings.Output("SETTINGS", tooltip="For the input method_settings.")],
+            hidden=[io.Hidden.unique_id],
+            search_aliases=[method.id, "unlearning settings"],
+        )
+
+    @classmethod
+    def execute(cls, preset: str, **given: Any) -> io.NodeOutput:
+        settings = settings_of(cls.METHOD, preset, given)
+        host.show_text(cls.hidden.unique_id, told(settings, cls.METHOD))
+        return io.NodeOutput(settings)
+
+
+def settings_nodes() -> list[type[io.ComfyNode]]:
+    """A node for each method that is registered."""
+    return [
+        type(node_id(method), (_SettingsNode,), {"METHOD": method, "__module__": __name__, "__doc__": method.title})
+        for method in all_methods().values()
+    ]

@@ -1,0 +1,76 @@
+"""The node that takes a request back out of a patch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core.continual import History, read_record
+from ..core.errors import RequestError, listed
+from . import host
+from .common import LORA, patch_outputs, schema
+from .forget_in_sequence import check_base
+from .lora_state import patch_of, state_of
+from .words import history_words, share_words, takes_back
+
+__all__ = ["TakeBack"]
+
+
+class TakeBack(io.ComfyNode):
+    """A patch without some of its requests, by concept or by number.
+
+    Closed forms are solved again for what is left, which needs the base model; a trained request is left away.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ForgetConceptTakeBack",
+            display_name="Take Back (Forget Concept)",
+            description="Takes one request back out of a patch that holds several: the model knows the concept again, "
+            "and the others stay forgotten.",
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint's own model, which the patch was made on."),
+                io.Clip.Input("clip", tooltip="Its text encoder, after the same CLIP Set Last Layer as then."),
+                LORA.Input("lora", tooltip="A patch with a record: from Forget in Sequence, or Load Forget Patch."),
+                io.String.Input(
+                    "which",
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip="What to take back: a concept, or the number of a request as Inspect shows it (2 or #2). "
+                    "Several: separated by commas.",
+                ),
+            ],
+            outputs=patch_outputs("The patch of what stays forgotten"),
+            hidden=[io.Hidden.unique_id],
+            search_aliases=["restore concept", "remember"],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, lora: Any, which: str) -> io.NodeOutput:
+        record = read_record(getattr(lora, "metadata", {}))
+        wanted = takes_back(which, record.asked)
+        with host.borrowed(model, clip) as diffusion:
+            history = History.from_patch(patch_of(lora, diffusion.survey))
+            check_base(history, diffusion, model)
+            before, on_it = history.concepts, set()
+            told = host.progress(cls.hidden.unique_id)
+            for one in wanted:
+                on_it |= {later.number for later in history.trained_on(one)}
+                history = history.without(one, diffusion, told)
+            if not history.parts:
+                raise RequestError(
+                    "Nothing would be left of this patch: for the model as it was, use it without the patch."
+                )
+            patch = history.patch
+            left = state_of(patch, diffusion.survey)
+        back = [concept.name for concept in before if concept not in history.concepts]
+        lines = [f"taken back: {listed(back, 12)}", *share_words(host.surviving_share(model, patch))]
+        later = [one.names for one in history.asked if one.number in on_it]
+        if later:
+            lines.append(f"note: {listed(later)} were trained with it on, and stay as they were trained")
+        lines += ["still forgotten:", *history_words(read_record(patch.metadata))]
+        words = "\n".join(lines)
+        host.show_text(cls.hidden.unique_id, words)
+        return io.NodeOutput(host.with_lora(model, left), left, words)

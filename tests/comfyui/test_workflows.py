@@ -1,0 +1,77 @@
+"""The example workflows run to their last node: on the embedded model, for there is no checkpoint here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyhost import ROOT, ComfyUI
+from graphs import Graph, from_workflow
+from workflows import dumped, graphs, to_workflow
+
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+# trained in a few steps: what is looked at is that everything fits together
+QUICK = {
+    "steps": 2,
+    "n_images": 1,
+    "sample_steps": 2,
+    "batch_size": 1,
+    "replay_images": 1,
+    "fisher_samples": 2,
+    "fisher_draws": 1,
+}
+SMALL = {"EmptyLatentImage": {"width": 128, "height": 128}, "KSampler": {"steps": 2, "cfg": 2.5}}
+
+
+def on_the_embedded_model(graph: Graph) -> Graph:
+    """The same graph with the embedded model for the checkpoint, in few steps."""
+    found: Graph = {}
+    for key, part in graph.items():
+        kind, inputs = part["class_type"], dict(part["inputs"])
+        if kind == "CheckpointLoaderSimple":
+            kind, inputs = "ForgetConceptLoadEmbeddedModel", {}
+        inputs |= SMALL.get(kind, {})
+        if kind.startswith("ForgetConcept") and kind.endswith("Settings"):
+            inputs |= {name: value for name, value in QUICK.items() if name in inputs}
+        found[key] = {"class_type": kind, "inputs": inputs}
+    return found
+
+
+def test_the_files_are_what_is_written_down(comfyui: ComfyUI) -> None:
+    info = comfyui.get("/object_info")
+    for name, graph in graphs(info).items():
+        path = ROOT / "example_workflows" / f"{name}.json"
+        assert path.read_text(encoding="utf-8") == dumped(to_workflow(name, graph, info)), (
+            "make them anew: tests/comfyui/workflows.py <a ComfyUI folder>"
+        )
+        assert path.with_suffix(".jpg").is_file(), f"{name} has no thumbnail"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_runs_to_its_last_node(comfyui: ComfyUI, path: Path) -> None:
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    offered = [names for names in comfyui.get("/api/workflow_templates").values() if path.stem in names]
+    assert offered, "the host does not offer it"
+    graph = on_the_embedded_model(from_workflow(workflow, comfyui.get("/object_info")))
+    if path.stem == "use_a_saved_patch":
+        _made(comfyui, graph)
+    entry = comfyui.run(graph)
+    assert entry["status"]["status_str"] == "success"
+    ends = {key for key in graph if not any([key, i] in p["inputs"].values() for p in graph.values() for i in range(4))}
+    assert ends <= set(entry["outputs"]) | comfyui.cached(entry)
+    pictures = [comfyui.image(entry, key) for key, part in graph.items() if part["class_type"] == "SaveImage"]
+    assert len(pictures) == 2 and pictures[0] != pictures[1], "the picture is the same with the patch"
+
+
+def _made(comfyui: ComfyUI, graph: dict[str, Any]) -> None:
+    """The file that the workflow loads, as another one of these saves it."""
+    instant = json.loads((ROOT / "example_workflows" / "forget_instantly.json").read_text(encoding="utf-8"))
+    other = on_the_embedded_model(from_workflow(instant, comfyui.get("/object_info")))
+    for part in other.values():
+        if part["class_type"] == "KSampler":
+            part["inputs"]["seed"] = 2  # or its pictures would be taken from there
+    comfyui.run(other)
+    (wanted,) = [p["inputs"]["lora_name"] for p in graph.values() if p["class_type"] == "LoraLoaderModelOnly"]
+    assert (comfyui.folder / "models" / "loras" / wanted).is_file()

@@ -1,0 +1,38 @@
+// Settings nodes: fields are filled in as a preset is chosen, and those that are seldom needed wait behind "Show Advanced".
+import { app } from "../../scripts/app.js";
+
+/**
+ * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
+ * @typedef {Record<string, Record<string, string | number | boolean>>} Presets values by field, by preset
+ */
+
+/** @type {ComfyExtension} */
+const extension = {
+  name: "forget-concept.settings",
+
+  nodeCreated(node) {
+    /** @type {Presets | undefined} */
+    const presets = node.constructor?.nodeData?.input?.required?.preset?.[1]?.forget_concept_presets;
+    const chooser = node.widgets?.find((widget) => widget.name === "preset");
+    if (!presets || !chooser) return;
+    // the page hands the mark on to its newer kind of nodes alone; on the canvas, what is only "advanced" leaves gaps
+    for (const widget of node.widgets ?? []) {
+      if (!widget.options?.advanced) continue;
+      widget.advanced = true;
+      Object.defineProperty(widget, "hidden", { get: () => !node.showAdvanced, set() {}, configurable: true });
+    }
+    node.setSize?.(node.computeSize());
+    const before = chooser.callback;
+    chooser.callback = function (value, ...rest) {
+      const answer = before?.call(this, value, ...rest);
+      for (const widget of node.widgets ?? []) {
+        const values = presets[value];
+        if (widget !== chooser && values && widget.name in values) widget.value = values[widget.name];
+      }
+      node.setDirtyCanvas(true, true);
+      return answer;
+    };
+  },
+};
+
+app.registerExtension(extension);
