@@ -33,8 +33,17 @@ def asked(prompt: str) -> Labels:
 class DrawnPatch:
     """Stands for a patch: while it is on, ``fault(prompt, seed, labels)`` says what is drawn instead."""
 
+    rank, nbytes = 1, 8
+
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
+        self.metadata: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return 1
+
+    def check_fits(self, survey: Any) -> None:
+        """It fits everything."""
 
     @contextmanager
     def applied(self, model: DrawnModel, strength: float = 1.0) -> Any:
@@ -49,6 +58,7 @@ class DrawnModel:
     """Draws every prompt right, but for what its own ``fault`` and the patches that are on say."""
 
     device, dtype, name = torch.device("cpu"), torch.float32, "mini"
+    model_hash, guidance = "drawn", 2.5
 
     def __init__(self, fault: Fault | None = None) -> None:
         self.faults: list[Fault] = [fault] if fault else []
@@ -82,6 +92,9 @@ class DrawnModel:
 
 class DrawnProbe:
     """Reads what :class:`DrawnModel` wrote into its pictures."""
+
+    def eval(self) -> DrawnProbe:
+        return self
 
     def see(self, images: Tensor) -> list[Labels]:
         rows = ((images[:, 0, 0, :4] + 1) * 127.5).round().int().tolist()

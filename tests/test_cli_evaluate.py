@@ -22,7 +22,7 @@ def test_evaluate_prints_the_scores_and_writes_them(run, drawn):
         24,
         48,
     )
-    assert set(concept["scores"]) == {"patched", "unedited", "negative_prompt"}
+    assert set(concept["scores"]) == {"patched", "unedited", "negative_prompt", "safe_guidance"}
     scores = concept["scores"]["patched"]
     assert scores["ua"]["value"] == 1
     assert scores["ua"]["n"] == 24
@@ -59,10 +59,14 @@ def test_evaluate_refuses_what_it_cannot_measure(run, drawn, args, says):
     assert not run.left
 
 
-def test_only_the_embedded_model_is_measured_by_its_probe(run, tiny):
+def test_another_model_is_asked_about_a_benchmarks_concepts_and_judged_by_clip(run, tiny):
     kohya.save(random_patch(tiny.survey), "p.safetensors")
     assert run("evaluate", "--patch", "p.safetensors", "--model", "other", "--concept", "star") == 1
-    assert "--model mini" in run.err
+    assert "has no concept 'star'" in run.err and "cat" in run.err
+    Path("clip").mkdir()
+    asked = ("evaluate", "--patch", "p.safetensors", "--model", "other", "--concept", "cat", "--clip", "clip")
+    assert run(*asked) == 1
+    assert "'clip'" in run.err and run.out == ""
 
 
 def test_mini_table_prints_n_and_intervals(run, drawn):

@@ -62,7 +62,9 @@ def test_demo_writes_patches_pictures_and_a_report(demo: Path):
     jsonschema.validate(report, REPORT)
     assert sorted(one["category"] for one in report["concepts"]) == ["identity", "object", "style"]
     patches = {one["patch"] for one in report["concepts"]}
-    assert {path.name for path in demo.iterdir()} == patches | {"before_after.png", "report.json"}
+    assert {path.name for path in demo.iterdir()} == patches | {
+        *("before_after.png", "report.json", "forgetting.html", "forgetting.json"),
+    }
     model = load()
     for one in report["concepts"]:
         patch = load_patch(demo / one["patch"], model.survey)

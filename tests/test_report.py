@@ -557,7 +557,7 @@ def test_nothing_known_is_said_where_a_judge_finds_nothing():
     from forget_concept.core.mini.world import Labels
 
     blank = Seen(to_bytes(torch.zeros(3, 4, 4)), Labels())
-    one = replace(evaluation(), target_examples=(Example("a star", blank, blank),))
+    one = replace(evaluation(), target_examples=(Example("a star", 3, blank, blank),))
     (grid,) = grids(one)
     assert grid.pairs[0].before_seen == "nothing known"
 

@@ -15,7 +15,7 @@ from types import FrameType, ModuleType
 
 from ..errors import Cancelled, ForgetConceptError
 from ..version import VERSION
-from . import demo, evaluate, export, forget, generate, inspect, methods, mini_table, restore
+from . import bench, demo, evaluate, export, forget, generate, inspect, methods, mini_table, restore
 from .options import Parser
 
 __all__ = ["build_parser", "main"]
@@ -26,6 +26,7 @@ COMMANDS: dict[str, ModuleType] = {
     "restore": restore,
     "generate": generate,
     "evaluate": evaluate,
+    "bench": bench,
     "methods": methods,
     "inspect": inspect,
     "export": export,

@@ -23,7 +23,7 @@ CONCEPTS = (
     Concept("neon", "style", "sketch"),
     Concept("Lena Frost", "identity", "Nadia Pell"),
 )
-REPORT, PICTURES = "report.json", "before_after.png"
+REPORT, PICTURES, PAGE = "report.json", "before_after.png", "forgetting.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +62,7 @@ def requests(method: str, preset: str) -> list[ForgetRequest]:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation import UNEDITED, Subject, evaluate
     from ..evaluation.pictures import before_after
+    from ..evaluation.report import PatchFacts, Provenance, Report, grids, write_report
     from ..formats import kohya
     from ..methods import fit, get, resolve_settings
 
@@ -96,11 +97,24 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "schema": 1,
         "concepts": [entry(one, request, file.name) for one, request, file in zip(found, asked, files, strict=True)],
     }
+    facts = [
+        PatchFacts.of(patch, strength, file.name)
+        for subject, file in zip(subjects, files, strict=True)
+        for patch, strength in subject.patches
+    ]
+    measured = {"count": args.count, "seed": args.seed, "steps": args.steps, "guidance": args.guidance}
+    page = Report(
+        f"Forgetting {', '.join(one.concept for one in found)}",
+        Provenance.of(model, facts, measured),
+        tuple(found),
+        pictures=tuple(grid for one in found for grid in grids(one)),
+    )
     title = f"The same prompts and seeds before and after '{args.method}' ({args.preset})"
     write_picture(folder / PICTURES, before_after(found, title))
     write_json(folder / REPORT, report)
+    write_report(page, folder / PAGE)
     show(found, console, f"{args.method} ({args.preset}), {args.count} pictures a cell, {args.steps} steps")
-    console.say(f"{folder}: {', '.join(file.name for file in files)}, {PICTURES}, {REPORT}")
+    console.say(f"{folder}: {', '.join(file.name for file in files)}, {PICTURES}, {REPORT}, {PAGE}")
     console.say(f"{time.perf_counter() - began:.0f} s in all")
     return report
 

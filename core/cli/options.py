@@ -13,12 +13,16 @@ from ..errors import RequestError
 
 if TYPE_CHECKING:
     from ..diffusion import LatentDiffusion
-    from ..evaluation import Probe, Sampling
+    from ..evaluation import Sampling
+    from ..evaluation.assess import Instruments
+    from ..evaluation.concept_bench import ConceptBench
+    from ..mini.probe import Probe
     from ..patch import Patch
     from .console import Console
 
 __all__ = [
     "Parser",
+    "add_judge",
     "add_model",
     "add_patches",
     "add_sampling",
@@ -93,11 +97,12 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | 
     )
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The :class:`~..evaluation.Sampling` that :func:`add_sampling`'s options say."""
+def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) -> Sampling:
+    """The :class:`~..evaluation.Sampling` that :func:`add_sampling`'s options say; the ``model``'s guidance if none."""
     from ..evaluation import Sampling
 
-    return Sampling(args.steps, args.guidance, args.batch, args.precision, args.sampler)
+    guidance = model.guidance if args.guidance is None and model is not None else args.guidance
+    return Sampling(args.steps, guidance, args.batch, args.precision, args.sampler)
 
 
 def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -148,7 +153,7 @@ def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
 
     extra = {"clip_skip": args.clip_skip, "config": args.config} if "clip_skip" in args else {}
     _quieten()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -179,3 +184,58 @@ def load_embedded(args: argparse.Namespace, console: Console) -> tuple[LatentDif
             "use --model mini."
         )
     return model, load_probe().to(model.device)
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clip",
+        default="openai/clip-vit-base-patch32",
+        metavar="NAME",
+        help="who judges a checkpoint's pictures: a CLIP on the Hugging Face hub, or a folder with one (default: "
+        "openai/clip-vit-base-patch32)",
+    )
+    parser.add_argument(
+        "--clip-weights",
+        metavar="NAME",
+        help="read the CLIP by open_clip instead: its name of weights, or a file; --clip is then open_clip's name too",
+    )
+
+
+def load_instruments(
+    args: argparse.Namespace, bench: ConceptBench | None, console: Console, quality: bool = False
+) -> tuple[LatentDiffusion, Instruments]:
+    """The model, and what looks at its pictures: the embedded one's probe, else the CLIP of :func:`add_judge`.
+
+    With ``quality`` also what FID, KID and LPIPS of a checkpoint need, as far as it can be had.
+    """
+    from ..errors import ForgetConceptError
+    from ..evaluation.assess import Instruments
+    from ..evaluation.judges import ClipJudge
+    from ..evaluation.metrics import LPIPS, ImageText, InceptionFeatures, OpenClip, TransformersClip
+
+    if args.model == "mini":
+        model, probe = load_embedded(args, console)
+        return model, Instruments.embedded(probe)
+    if bench is None:
+        raise RequestError(f"'{args.model}' has no world of its own to ask about: name a benchmark with --bench.")
+    # the judge first: it is the smaller one, and the one that may be missing
+    device = device_of(args)
+    if args.clip_weights is None and not args.clip.startswith(("local-dir:", "hf-hub:")):
+        words: ImageText = TransformersClip(args.clip, device)
+    else:
+        words = OpenClip(args.clip, args.clip_weights, device)
+    features, distance, missing = None, None, {}
+    if quality:
+        try:
+            features, distance = InceptionFeatures(device), LPIPS(device=device)
+        except ForgetConceptError as error:
+            missing["metrics"] = str(error)
+    judge = ClipJudge(words, bench.names())
+    return load_model(args, console), Instruments(judge, features, distance, words, missing)
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """Where to work: the option, or cuda where there is one."""
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,14 +1,35 @@
-"""Measuring what was forgotten and what was kept, on the embedded model and with its probe."""
+"""Measuring what was forgotten and what was kept, on the embedded model with its probe and on checkpoints with CLIP."""
 
 from __future__ import annotations
 
-from .drawing import Drawings, Picture, Probe, Sampling, Seen, Variant, draw, faster_precision, from_bytes, to_bytes
+from .bench import BenchRow, evaluate_bench, run_bench
+from .bench_questions import bench_cells
+from .bench_results import BenchResults, means
+from .concept_bench import BenchConcept, ConceptBench, load_bench
+from .drawing import (
+    Drawings,
+    Picture,
+    Probe,
+    Sampling,
+    Seen,
+    Variant,
+    draw,
+    faster_precision,
+    faster_threads,
+    from_bytes,
+    to_bytes,
+)
 from .intervals import Score, paired_ratio, wilson
+from .judges import ClipJudge, Judge, WorldJudge
 from .mini_table import MiniTable, mini_table
+from .prompt_lists import ListedPrompt, read_prompts
 from .scores import (
+    BASELINES,
     NEGATIVE,
     PATCHED,
+    SAFE,
     UNEDITED,
+    Cells,
     Evaluation,
     Example,
     Question,
@@ -21,12 +42,22 @@ from .scores import (
 )
 
 __all__ = [
+    "BASELINES",
     "NEGATIVE",
     "PATCHED",
+    "SAFE",
     "UNEDITED",
+    "BenchConcept",
+    "BenchResults",
+    "BenchRow",
+    "Cells",
+    "ClipJudge",
+    "ConceptBench",
     "Drawings",
     "Evaluation",
     "Example",
+    "Judge",
+    "ListedPrompt",
     "MiniTable",
     "Picture",
     "Probe",
@@ -37,14 +68,22 @@ __all__ = [
     "Seen",
     "Subject",
     "Variant",
+    "WorldJudge",
+    "bench_cells",
     "draw",
     "evaluate",
+    "evaluate_bench",
     "faster_precision",
+    "faster_threads",
     "from_bytes",
     "kept_questions",
     "known_concept",
+    "load_bench",
+    "means",
     "mini_table",
     "paired_ratio",
+    "read_prompts",
+    "run_bench",
     "target_questions",
     "to_bytes",
     "wilson",

@@ -13,11 +13,23 @@ from torch import Tensor
 
 from ..diffusion import LatentDiffusion
 from ..errors import RequestError
+from ..guidance import SafetyGuidance
 from ..mini.world import Labels
 from ..patch import Patch
 from ..progress import Progress, ProgressEvent, report
+from .spread import ALONE, Spread
 
-__all__ = ["Drawings", "Picture", "Probe", "Sampling", "Seen", "Variant", "draw", "faster_precision"]
+__all__ = [
+    "Drawings",
+    "Picture",
+    "Probe",
+    "Sampling",
+    "Seen",
+    "Variant",
+    "draw",
+    "faster_precision",
+    "faster_threads",
+]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 # bf16 also moves the pictures a little, so it must be worth it
@@ -34,7 +46,9 @@ class Probe(Protocol):
 class Sampling:
     """How pictures are drawn: ``steps`` of a ``sampler``, ``guidance``, how many at a time, the UNet's precision.
 
-    ``precision="auto"`` times one batch in fp32 and under bf16 autocast and takes bf16 where that is clearly faster.
+    ``precision="auto"`` times one batch in fp32 and under bf16 autocast and takes bf16 where that is clearly faster; on
+    a CPU it then times one thread against all of torch's (on a busy machine many threads mostly wait for each other).
+    ``threads`` says how many instead; they are set while a batch is drawn and put back after it.
     """
 
     steps: int = 16
@@ -42,16 +56,23 @@ class Sampling:
     batch: int = 32
     precision: str = "auto"
     sampler: str = "dpm++"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise RequestError(f"The precision '{self.precision}' is not known: choose one of {', '.join(PRECISIONS)}.")
         if self.batch < 1:
             raise RequestError(f"The batch must be at least 1, not {self.batch}.")
+        if self.threads is not None and self.threads < 1:
+            raise RequestError(f"The number of threads must be at least 1, not {self.threads}.")
 
     def resolved(self, model: LatentDiffusion) -> Sampling:
-        """The same with a precision that is no longer ``"auto"``."""
-        return replace(self, precision=faster_precision(model, self.batch)) if self.precision == "auto" else self
+        """The same with a precision that is no longer ``"auto"``, and the threads timed with it."""
+        if self.precision != "auto":
+            return self
+        precision = faster_precision(model, self.batch)
+        threads = faster_threads(model, precision, self.batch) if self.threads is None else self.threads
+        return replace(self, precision=precision, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -64,15 +85,16 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """What draws it: the model with ``patches`` on it (each at a strength), and with a negative prompt."""
+    """What draws it: the model with ``patches`` on it (each at a strength), a negative prompt, safety guidance."""
 
     patches: tuple[tuple[Patch, float], ...] = ()
     negative: str = ""
+    safe: SafetyGuidance | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for variants that draw the same pictures; patches are told apart as objects."""
-        return (self.negative, *((id(patch), strength) for patch, strength in self.patches))
+        return (self.negative, self.safe, *((id(patch), strength) for patch, strength in self.patches))
 
 
 @dataclass(frozen=True)
@@ -84,24 +106,53 @@ class Seen:
 
 
 @torch.no_grad()
+def _seconds(model: LatentDiffusion, precision: str, batch: int, rounds: int, warm: int = 1) -> float:
+    """The shortest of ``rounds`` guided steps of ``batch`` pictures, after ``warm`` that do not count."""
+    states = model.text.encode([""]).index([0] * 2 * batch)
+    noise = torch.randn(2 * batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    steps = torch.full((2 * batch,), model.train_steps // 2)
+    times = []
+    for _ in range(warm + rounds):
+        began = time.perf_counter()
+        with _autocast(model, precision):
+            # taking a value back waits for a device that works ahead
+            float(model.predict_noise(noise, steps, states).sum())
+        times.append(time.perf_counter() - began)
+    return min(times[warm:])
+
+
 def faster_precision(model: LatentDiffusion, batch: int = 32, rounds: int = 2) -> str:
     """``"bfloat16"`` where a guided step of ``batch`` pictures is clearly faster so, else ``"float32"``."""
     if model.dtype != torch.float32:
         return "float32"  # the model's own dtype then decides
-    states = model.text.encode([""]).index([0] * 2 * batch)
-    noise = torch.randn(2 * batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    steps = torch.full((2 * batch,), model.train_steps // 2)
-    seconds = {}
-    for precision in ("float32", "bfloat16"):
-        times = []
-        for _ in range(rounds + 1):  # the first one only warms up
-            began = time.perf_counter()
-            with _autocast(model, precision):
-                # taking a value back waits for a device that works ahead
-                float(model.predict_noise(noise, steps, states).sum())
-            times.append(time.perf_counter() - began)
-        seconds[precision] = min(times[1:])
-    return "bfloat16" if seconds["float32"] > GAIN * seconds["bfloat16"] else "float32"
+    single, half = (_seconds(model, precision, batch, rounds) for precision in ("float32", "bfloat16"))
+    return "bfloat16" if single > GAIN * half else "float32"
+
+
+def faster_threads(model: LatentDiffusion, precision: str, batch: int = 32, rounds: int = 2) -> int:
+    """One thread or as many as torch has now, whichever draws ``batch`` pictures sooner; the latter on a GPU."""
+    now = torch.get_num_threads()
+    if model.device.type != "cpu" or now == 1:
+        return now
+    # timed for the precision already, mostly: nothing is left to warm up
+    together = _seconds(model, precision, batch, rounds, 0)
+    with torch_threads(1):
+        alone = _seconds(model, precision, batch, rounds, 0)
+    return 1 if alone < together else now
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many of torch's threads for the length of a ``with`` block (``None``: as many as there are)."""
+    before = torch.get_num_threads()
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _autocast(model: LatentDiffusion, precision: str) -> contextlib.AbstractContextManager[object]:
@@ -134,7 +185,7 @@ def draw(
     variant, sampling = variant or Variant(), (sampling or Sampling()).resolved(model)
     for start in range(0, len(pictures), sampling.batch):
         chunk = pictures[start : start + sampling.batch]
-        with patched(model, variant.patches), _autocast(model, sampling.precision):
+        with torch_threads(sampling.threads), patched(model, variant.patches), _autocast(model, sampling.precision):
             latents = model.sample(
                 [picture.prompt for picture in chunk],
                 [picture.seed for picture in chunk],
@@ -144,8 +195,11 @@ def draw(
                 batch=sampling.batch,
                 progress=progress,
                 sampler=sampling.sampler,
+                safety=variant.safe,
             )
-        yield to_bytes(model.decode(latents, batch=sampling.batch))
+        with torch_threads(sampling.threads):
+            images = to_bytes(model.decode(latents, batch=sampling.batch))
+        yield images
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -162,11 +216,12 @@ class Drawings:
     """Pictures asked for by several measurements, each drawn and looked at once.
 
     :meth:`want` says what will be needed, :meth:`make` draws it, :meth:`seen` gives it. So the pictures of the unedited
-    model serve every concept that is measured beside it.
+    model serve every concept that is measured beside it. With a ``spread`` of several processes each draws its part,
+    and all of them have everything afterwards.
     """
 
-    def __init__(self, model: LatentDiffusion, probe: Probe, sampling: Sampling) -> None:
-        self.model, self.probe, self.sampling = model, probe, sampling
+    def __init__(self, model: LatentDiffusion, probe: Probe, sampling: Sampling, spread: Spread = ALONE) -> None:
+        self.model, self.probe, self.sampling, self.spread = model, probe, sampling, spread
         self._variants: dict[tuple[object, ...], Variant] = {}
         self._wanted: dict[tuple[object, ...], dict[Picture, None]] = {}
         self._seen: dict[tuple[tuple[object, ...], Picture], Seen] = {}
@@ -179,26 +234,39 @@ class Drawings:
 
     def make(self, progress: Progress | None = None) -> None:
         """Draw and look at everything asked for. Progress counts pictures' steps over all of it."""
-        total = sum(map(len, self._wanted.values()))
-        if total == 0:
+        if not any(self._wanted.values()):
             return
-        self.sampling = sampling = self.sampling.resolved(self.model)
+        self.sampling = sampling = self.spread.from_main(lambda: self.sampling.resolved(self.model))
+        batches = [
+            (key, list(wanted)[start : start + sampling.batch])
+            for key, wanted in self._wanted.items()
+            for start in range(0, len(wanted), sampling.batch)
+        ]
+        made: list[tuple[int, Tensor, list[Labels]]] = []
         done = 0
 
         def inner(event: ProgressEvent) -> None:
-            size = min(sampling.batch, len(pictures) - drawn)
-            at = done * sampling.steps + size * event.step
+            at = done * sampling.steps + len(pictures) * event.step
             report(progress, ProgressEvent(at, total * sampling.steps, message=f"drawing {total} pictures"))
 
-        for key, wanted in self._wanted.items():
-            pictures, drawn = list(wanted), 0
-            for images in draw(self.model, pictures, self._variants[key], sampling, inner):
-                found = self.probe.see(from_bytes(images))
-                for picture, image, labels in zip(pictures[drawn : drawn + len(images)], images, found, strict=True):
-                    self._seen[key, picture] = Seen(image, labels)
-                drawn += len(images)
-                done += len(images)
+        with self.spread.share(range(len(batches))) as mine:
+            total = sum(len(batches[number][1]) for number in mine)
+            for number in mine:
+                key, pictures = batches[number]
+                (images,) = draw(self.model, pictures, self._variants[key], sampling, inner)
+                made.append((number, images, self.probe.see(from_bytes(images))))
+                done += len(pictures)
+        for number, images, found in self.spread.gather(made):
+            key, pictures = batches[number]
+            for picture, image, labels in zip(pictures, images, found, strict=True):
+                self._seen[key, picture] = Seen(image, labels)
         self._wanted.clear()
+
+    def drop(self, variant: Variant) -> None:
+        """Let go of a variant's pictures, which on large models fill the memory."""
+        self._wanted.pop(variant.key, None)
+        self._variants.pop(variant.key, None)
+        self._seen = {at: seen for at, seen in self._seen.items() if at[0] != variant.key}
 
     def seen(self, variant: Variant, pictures: Sequence[Picture]) -> list[Seen]:
         """What was asked for and made, in this order."""

@@ -2,7 +2,8 @@
 
 The words are UnlearnCanvas' (arXiv 2402.11846): unlearning accuracy, in-domain and cross-domain retain accuracy. Every
 picture has its own fixed seed, the same for each variant of the model, so that two variants are compared picture by
-picture. Baselines stand beside a patch: the unedited model, and the concept as a negative prompt.
+picture. Baselines stand beside a patch: the unedited model, the concept as a negative prompt, and Safe Latent
+Diffusion's guidance away from it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from ..concepts import normalised
 from ..diffusion import LatentDiffusion
 from ..errors import RequestError
+from ..guidance import SafetyGuidance
 from ..mini import vocabulary, world
 from ..patch import Patch
 from ..progress import Progress
@@ -25,21 +27,32 @@ from .intervals import Score
 __all__ = [
     "NEGATIVE",
     "PATCHED",
+    "SAFE",
     "UNEDITED",
+    "Cells",
     "Evaluation",
     "Example",
+    "Plan",
     "Question",
     "Scores",
     "Subject",
+    "check_baselines",
+    "drifted",
     "evaluate",
     "kept_questions",
     "known_concept",
+    "measured",
+    "seed_of",
+    "shares",
     "target_questions",
+    "variants_of",
+    "world_plans",
 ]
 
 CATEGORIES = ("object", "style", "identity")
 ATTRIBUTES = (*CATEGORIES, "colour")
-PATCHED, UNEDITED, NEGATIVE = "patched", "unedited", "negative_prompt"
+PATCHED, UNEDITED, NEGATIVE, SAFE = "patched", "unedited", "negative_prompt", "safe_guidance"
+BASELINES = (UNEDITED, NEGATIVE, SAFE)
 FEWEST, EXAMPLES = 4, 3
 
 
@@ -58,11 +71,15 @@ def known_concept(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Question:
-    """A picture and the attribute that is asked about: does the probe find what the prompt says of ``category``?"""
+    """A picture and the attribute that is asked about: does the judge find what the prompt says of ``category``?
+
+    ``kind`` is that of the prompt, where a benchmark has several.
+    """
 
     prompt: world.Prompt
     seed: int
     category: str
+    kind: str = ""
 
     @property
     def picture(self) -> Picture:
@@ -81,7 +98,8 @@ class Question:
         return [a for a in ATTRIBUTES if a != self.category and getattr(self.prompt.asks, a) != vocabulary.NONE]
 
 
-def _seed(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
+    """A seed for what these parts name, the same in every run and on every machine."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little") // 2
 
@@ -96,8 +114,8 @@ def _prompts(category: str, name: str, count: int, seed: int, without: tuple[str
 def target_questions(name: str, count: int, seed: int = 0) -> list[Question]:
     """``count`` prompts that name the concept, each about the concept itself."""
     name, category = known_concept(name)
-    asked = _prompts(category, name, count, _seed("target", name, seed))
-    return [Question(p, _seed("target", name, seed, i), category) for i, p in enumerate(asked)]
+    asked = _prompts(category, name, count, seed_of("target", name, seed))
+    return [Question(p, seed_of("target", name, seed, i), category) for i, p in enumerate(asked)]
 
 
 def kept_questions(category: str, count: int, seed: int = 0, without: Sequence[str] = ()) -> list[Question]:
@@ -109,12 +127,12 @@ def kept_questions(category: str, count: int, seed: int = 0, without: Sequence[s
     names = [word.name for word in vocabulary.CATEGORIES[category] if word.name not in left_out]
     if not names:
         raise RequestError(f"No {category} is left that could be kept: forget fewer of them.")
-    order = np.random.default_rng(_seed("order", category, seed)).permutation(len(names))
+    order = np.random.default_rng(seed_of("order", category, seed)).permutation(len(names))
     found = []
     for i in range(count):
         name = names[order[i % len(names)]]
-        (prompt,) = _prompts(category, name, 1, _seed("kept", category, seed, i), left_out)
-        found.append(Question(prompt, _seed("kept", category, seed, i, prompt.text), category))
+        (prompt,) = _prompts(category, name, 1, seed_of("kept", category, seed, i), left_out)
+        found.append(Question(prompt, seed_of("kept", category, seed, i, prompt.text), category))
     return found
 
 
@@ -151,6 +169,7 @@ class Example:
     """The same prompt and seed before and after, for the eye: two ``(3, H, W)`` uint8 pictures."""
 
     prompt: str
+    seed: int
     before: Seen
     after: Seen
 
@@ -164,6 +183,9 @@ class Evaluation:
     pixels and channels in [0, 1], between its picture and the unedited model's of the same prompt and seed, as the mean
     over the ``n_kept`` prompts. It sees what the probe does not: a picture that still shows what was asked for, and is
     another one.
+
+    A benchmark also gives UA ``by_kind`` of the target's prompts, then by variant, and of ``ira``, by variant, the part
+    that asks for ``neighbours``, where it names some and the unedited model draws any of them right.
     """
 
     concept: str
@@ -175,6 +197,8 @@ class Evaluation:
     target_examples: tuple[Example, ...] = ()
     kept_examples: tuple[Example, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
+    by_kind: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    neighbours: Mapping[str, Score] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -189,14 +213,79 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Cells:
+class Cells:
+    """What is asked about one concept: about itself, about others of its category, about those of other categories.
+
+    ``near`` names those of the same category that are its neighbours.
+    """
+
     target: list[Question]
     same: list[Question]
     other: list[Question]
+    near: tuple[str, ...] = ()
 
     @property
     def all(self) -> list[Question]:
         return [*self.target, *self.same, *self.other]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be drawn to measure one concept: the cells, by each variant of the model. One is :data:`UNEDITED`."""
+
+    concept: str
+    category: str
+    cells: Cells
+    variants: Mapping[str, Variant]
+
+    def want(self, drawings: Drawings) -> None:
+        """Ask for all its pictures."""
+        for variant in self.variants.values():
+            drawings.want(variant, [question.picture for question in self.cells.all])
+
+
+def check_baselines(baselines: Sequence[str]) -> None:
+    """Raises :class:`RequestError` for a baseline that is none of :data:`BASELINES`."""
+    if unknown := [name for name in baselines if name not in BASELINES]:
+        raise RequestError(f"The baseline '{unknown[0]}' is not known: choose among {', '.join(BASELINES)}.")
+
+
+def variants_of(
+    name: str, patches: tuple[tuple[Patch, float], ...], baselines: Sequence[str] = BASELINES
+) -> dict[str, Variant]:
+    """The variants of the model that are compared about a concept; the unedited one is always among them."""
+    variants = {PATCHED: Variant(patches), UNEDITED: Variant()}
+    if NEGATIVE in baselines:
+        variants[NEGATIVE] = Variant(negative=name)
+    if SAFE in baselines:
+        variants[SAFE] = Variant(safe=SafetyGuidance(name))
+    return variants
+
+
+def world_plans(
+    subjects: Sequence[Subject],
+    count: int,
+    seed: int = 0,
+    *,
+    without: Sequence[str] = (),
+    baselines: Sequence[str] = (UNEDITED, NEGATIVE),
+) -> list[Plan]:
+    """The questions of the embedded model's own world about each subject; see :func:`evaluate`, and what it raises."""
+    if count < FEWEST:
+        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {FEWEST}.")
+    if not subjects:
+        raise RequestError("There is no concept to evaluate: name at least one.")
+    check_baselines(baselines)
+    named = [known_concept(subject.concept) for subject in subjects]
+    left_out = tuple(dict.fromkeys([name for name, _ in named] + [known_concept(name)[0] for name in without]))
+    pools = {category: kept_questions(category, count, seed, left_out) for category in CATEGORIES}
+    plans = []
+    for subject, (name, category) in zip(subjects, named, strict=True):
+        first, second = (c for c in CATEGORIES if c != category)
+        other = [*pools[first][: count - count // 2], *pools[second][: count // 2]]
+        cells = Cells(target_questions(name, count, seed), pools[category], other)
+        plans.append(Plan(name, category, cells, variants_of(name, subject.patches, baselines)))
+    return plans
 
 
 def evaluate(
@@ -215,31 +304,18 @@ def evaluate(
     """Measure every subject with ``count`` pictures in each of its three cells (target, same category, other ones).
 
     Prompts about what is kept name none of the subjects nor of ``without``, so that all subjects share them and the
-    unedited model draws them once. ``drawings`` shares pictures with other measurements of the same model; its own
-    model, probe and sampling then count. Raises :class:`RequestError` for concepts the probe does not know or too few
-    pictures, and :class:`~..errors.ForgetConceptError` where the unedited model itself draws nothing right.
+    unedited model draws them once. ``baselines`` are any of :data:`UNEDITED`, :data:`NEGATIVE` and :data:`SAFE` (its
+    published medium configuration, which takes three passes a step for two). ``drawings`` shares pictures with other
+    measurements of the same model; its own model, probe and sampling then count. Raises :class:`RequestError` for
+    concepts the probe does not know, too few pictures or an unknown baseline, and
+    :class:`~..errors.ForgetConceptError` where the unedited model itself draws nothing right.
     """
-    if count < FEWEST:
-        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {FEWEST}.")
-    if not subjects:
-        raise RequestError("There is no concept to evaluate: name at least one.")
-    named = [known_concept(subject.concept) for subject in subjects]
-    left_out = tuple(dict.fromkeys([name for name, _ in named] + [known_concept(name)[0] for name in without]))
-    pools = {category: kept_questions(category, count, seed, left_out) for category in CATEGORIES}
+    plans = world_plans(subjects, count, seed, without=without, baselines=baselines)
     drawings = drawings or Drawings(model, probe, sampling or Sampling())
-    plans = []
-    for subject, (name, category) in zip(subjects, named, strict=True):
-        first, second = (c for c in CATEGORIES if c != category)
-        other = [*pools[first][: count - count // 2], *pools[second][: count // 2]]
-        cells = _Cells(target_questions(name, count, seed), pools[category], other)
-        variants = {PATCHED: Variant(subject.patches), UNEDITED: Variant()}
-        if NEGATIVE in baselines:
-            variants[NEGATIVE] = Variant(negative=name)
-        for variant in variants.values():
-            drawings.want(variant, [question.picture for question in cells.all])
-        plans.append((name, category, cells, variants))
+    for plan in plans:
+        plan.want(drawings)
     drawings.make(progress)
-    return [_measured(drawings, *plan, baselines) for plan in plans]
+    return [measured(drawings, plan, baselines) for plan in plans]
 
 
 def _right(questions: Sequence[Question], seen: Sequence[Seen]) -> list[bool]:
@@ -262,48 +338,90 @@ def _drift(before: Sequence[Seen], after: Sequence[Seen]) -> float:
     return sum(distances) / len(distances)
 
 
-def _measured(
-    drawings: Drawings,
-    name: str,
-    category: str,
-    cells: _Cells,
-    variants: Mapping[str, Variant],
-    baselines: Sequence[str],
-) -> Evaluation:
+def shares(drawings: Drawings, plan: Plan, variant: str) -> dict[str, Score | None]:
+    """What one variant was drawn to do, counted part by part: the four of :class:`Scores`, ``neighbours`` and ``ua_*``.
+
+    The last are UA of each kind of the target's prompts. ``None`` where nothing can be said: no such question was
+    asked, or the unedited model answers none of them.
+    """
+    cells = plan.cells
+
+    def outcomes(name: str) -> dict[str, list[bool]]:
+        def seen(questions: Sequence[Question]) -> list[Seen]:
+            return drawings.seen(plan.variants[name], [question.picture for question in questions])
+
+        same = _right(cells.same, seen(cells.same))
+        return {
+            "ua": [not found for found in _right(cells.target, seen(cells.target))],
+            "ira": same,
+            "cra": _right(cells.other, seen(cells.other)),
+            "cra_target": _right_otherwise(cells.target, seen(cells.target)),
+            "neighbours": [right for right, q in zip(same, cells.same, strict=True) if q.wanted in cells.near],
+        }
+
+    base, got = outcomes(UNEDITED), outcomes(variant)
+    found: dict[str, Score | None] = {"ua": Score.share(got["ua"])}
+    for part in ("ira", "cra", "cra_target", "neighbours"):
+        found[part] = Score.ratio(got[part], base[part]) if any(base[part]) else None
+    for kind in dict.fromkeys(question.kind for question in cells.target if question.kind):
+        gone = [one for one, question in zip(got["ua"], cells.target, strict=True) if question.kind == kind]
+        found[f"ua_{kind}"] = Score.share(gone)
+    return found
+
+
+def drifted(drawings: Drawings, plan: Plan, variant: str) -> float:
+    """How far one variant moves the pictures of what is kept: :attr:`Evaluation.drift`."""
+    pictures = [question.picture for question in (*plan.cells.same, *plan.cells.other)]
+    before, after = (drawings.seen(plan.variants[name], pictures) for name in (UNEDITED, variant))
+    return _drift(before, after)
+
+
+def measured(drawings: Drawings, plan: Plan, baselines: Sequence[str] = BASELINES) -> Evaluation:
+    """What was drawn as planned, counted. :data:`UNEDITED` is among the scores where it is among ``baselines``.
+
+    Raises :class:`~..errors.ForgetConceptError` where the unedited model draws nothing of a cell right, so that nothing
+    can be said of what is kept.
+    """
+    cells, variants = plan.cells, plan.variants
+
     def seen(variant: str, questions: Sequence[Question]) -> list[Seen]:
         return drawings.seen(variants[variant], [question.picture for question in questions])
 
-    def outcomes(variant: str) -> dict[str, list[bool]]:
-        on_target = seen(variant, cells.target)
-        return {
-            "ua": [not found for found in _right(cells.target, on_target)],
-            "ira": _right(cells.same, seen(variant, cells.same)),
-            "cra": _right(cells.other, seen(variant, cells.other)),
-            "cra_target": _right_otherwise(cells.target, on_target),
-        }
-
-    base = outcomes(UNEDITED)
-    kept_cells = [*cells.same, *cells.other]
-    kept_before = seen(UNEDITED, kept_cells)
-    scores, drift = {}, {}
+    on_target = seen(UNEDITED, cells.target)
+    base = {
+        "ira": _right(cells.same, seen(UNEDITED, cells.same)),
+        "cra": _right(cells.other, seen(UNEDITED, cells.other)),
+        "cra_target": _right_otherwise(cells.target, on_target),
+    }
+    scores, drift, neighbours = {}, {}, {}
+    by_kind: dict[str, dict[str, Score]] = {}
     for variant in variants:
         if variant == UNEDITED and UNEDITED not in baselines:
             continue
-        got = outcomes(variant)
-        kept = {part: Score.ratio(got[part], base[part]) for part in ("ira", "cra", "cra_target")}
-        scores[variant] = Scores(Score.share(got["ua"]), **kept)
-        drift[variant] = _drift(kept_before, seen(variant, kept_cells))
+        found = shares(drawings, plan, variant)
+        near = found.pop("neighbours")
+        for part, answers in base.items():
+            if found[part] is None:
+                Score.ratio(answers, answers)  # raises, in words
+        known = {part: score for part, score in found.items() if score is not None}
+        scores[variant] = Scores(*(known[part] for part in ("ua", "ira", "cra", "cra_target")))
+        for part, score in known.items():
+            if part.startswith("ua_"):
+                by_kind.setdefault(part[3:], {})[variant] = score
+        if near is not None:
+            neighbours[variant] = near
+        drift[variant] = drifted(drawings, plan, variant)
 
     def examples(questions: Sequence[Question]) -> tuple[Example, ...]:
         before, after = seen(UNEDITED, questions), seen(PATCHED, questions)
-        return tuple(Example(q.prompt.text, b, a) for q, b, a in zip(questions, before, after, strict=True))
+        return tuple(Example(q.prompt.text, q.seed, b, a) for q, b, a in zip(questions, before, after, strict=True))
 
     # one example of its own category and of each other one; concepts that share their prompts show different ones
-    at = CATEGORIES.index(category)
+    at = CATEGORIES.index(plan.category)
     shown = [cells.same[at], cells.other[at % (len(cells.other) // 2)], cells.other[-1 - at % (len(cells.other) // 2)]]
     return Evaluation(
-        name,
-        category,
+        plan.concept,
+        plan.category,
         len(cells.target),
         len(cells.same) + len(cells.other),
         scores,
@@ -311,4 +429,6 @@ def _measured(
         examples(cells.target[:EXAMPLES]),
         examples(shown),
         drift,
+        by_kind,
+        neighbours,
     )

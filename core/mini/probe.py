@@ -44,6 +44,17 @@ class Probe(nn.Module):
         """The last hidden layer, `(n, 128)`."""
         return self.trunk(images)
 
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """The activations after each convolution, five of `(n, channels, h, w)`, from the finest to the coarsest."""
+        found = []
+        for part in self.trunk:
+            if isinstance(part, nn.AvgPool2d):
+                break
+            images = part(images)
+            if isinstance(part, nn.SiLU):
+                found.append(images)
+        return found
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         hidden = self.features(images)
         return {name: head(hidden) for name, head in self.heads.items()}

@@ -94,7 +94,7 @@ def grids(evaluation: Evaluation) -> tuple[Grid, ...]:
                     example.prompt,
                     example.before.picture,
                     example.after.picture,
-                    getattr(example, "seed", None),
+                    example.seed,
                     _seen(example.before.labels),
                     _seen(example.after.labels),
                 )

@@ -1,0 +1,309 @@
+"""``forget-concept bench``: how well a method, or a patch, forgets the concepts of a benchmark, one after the other."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..concepts import KINDS, ForgetRequest, bare
+from ..errors import RequestError
+from . import options
+from .console import Console
+from .evaluate import SPOKEN, concepts_of
+from .files import check_writable
+from .forget import setting
+
+if TYPE_CHECKING:
+    from ..diffusion import LatentDiffusion
+    from ..evaluation.bench import BenchRow, Patches
+    from ..evaluation.concept_bench import BenchConcept, ConceptBench
+    from ..evaluation.drawing import Sampling
+    from ..evaluation.prompt_lists import ListedPrompt
+    from ..evaluation.spread import Spread
+    from ..patch import Patch
+    from ..progress import Progress
+
+HELP = "measure a method or a patch on a whole list of concepts (ConceptBench)"
+EXPLAINED = (
+    "Means over the concepts. UA: the judge no longer finds the concept, in all its prompts and by kind of prompt.",
+    "IRA, CRA: prompts without it still show what they name, of its category (near: its neighbours) and of others;",
+    "CRA on target: so does what else its own prompts name. These four as shares of the unedited model's.",
+    "Drift: how far the pictures of what is kept have moved, 0 to 1.",
+)
+HEADS = {
+    "ua": "UA",
+    "ua_plain": "plain",
+    "ua_compositional": "compos.",
+    "ua_paraphrased": "paraphr.",
+    "ua_indirect": "indirect",
+    "ua_listed": "listed",
+    "ira": "IRA",
+    "neighbours": "near",
+    "cra": "CRA",
+    "cra_target": "CRA on target",
+    "drift": "drift",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bench",
+        action="append",
+        metavar="FILE",
+        help="a benchmark file, 'embedded' or 'checkpoints'; several are put together (default: the one of the model)",
+    )
+    options.add_patches(parser)
+    parser.add_argument("--method", help="forget each concept in turn with this method, see 'forget-concept methods'")
+    parser.add_argument("--preset", default="tuned", help="of the method: published or tuned (default: tuned)")
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="one setting of the method, its value as JSON or words"
+    )
+    parser.add_argument(
+        "--concept",
+        action="append",
+        metavar="NAME",
+        help="measure this one alone; may be given several times (default: all; with --patch those that it names)",
+    )
+    parser.add_argument("--category", action="append", choices=KINDS, help="measure concepts of this category alone")
+    parser.add_argument("--limit", type=options.whole(1), metavar="N", help="measure the first N concepts alone")
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        metavar="NAME=FILE[#COLUMN]",
+        help="more prompts that ask for the concept NAME, from a .csv, .tsv or .txt list such as I2P or UnlearnDiffAtk "
+        "(default column: prompt); drawn with the list's seeds, at --guidance",
+    )
+    parser.add_argument("--count", type=options.whole(4), default=24, help="pictures in each cell (default: 24)")
+    parser.add_argument("--seed", type=options.whole(), default=0, help="of the pictures (default: 0)")
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="leave out the negative prompt and the safe guidance"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="results as .jsonl or .csv; the same command goes on from there"
+    )
+    options.add_sampling(parser, steps=16, guidance=None)
+    options.add_judge(parser)
+    options.add_model(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from ..evaluation.bench import run_bench
+    from ..evaluation.bench_questions import bench_cells
+    from ..evaluation.bench_results import BenchResults, check_results, means
+    from ..evaluation.concept_bench import load_bench
+    from ..evaluation.drawing import Drawings
+    from ..evaluation.scores import BASELINES, UNEDITED
+    from ..evaluation.spread import launched
+    from ..workspace import key_of
+
+    # what can be refused is refused before a model is loaded
+    if bool(args.patch) == bool(args.method):
+        raise RequestError("Say what is to be measured: either --patch FILE or --method NAME.")
+    bench = load_bench(args.bench or ("embedded" if args.model == "mini" else "checkpoints"))
+    requests = {one.name: request_for(one, args) for one in bench.concepts} if args.method else {}
+    listed = read_lists(args.prompts or (), bench)
+    chosen = choose(bench, args.concept, args.category)
+    if args.out is not None:
+        check_results(check_writable(args.out))
+    spread = launched(options.device_of(args))
+    try:
+        if not spread.main:
+            console.as_json = False  # one process speaks for all
+        model, instruments = options.load_instruments(args, bench, console)
+        judge = instruments.judge
+        patches = options.load_patches(args.patch, model)
+        without = concepts_of([patch for patch, _ in patches])
+        if args.patch and not args.concept:
+            chosen = [name for name in chosen if bare(name) in map(bare, without)]
+            if not chosen:
+                raise RequestError(
+                    f"The patch forgets {', '.join(without) or 'it does not say what'}, and '{bench.name}' has none of "
+                    "that to measure: name a concept with --concept, or give another --bench."
+                )
+        chosen = chosen[: args.limit]
+        for name in chosen:
+            bench_cells(bench, judge.names, name, args.count, args.seed, without)  # raises where it cannot be asked for
+        sampling = spread.from_main(lambda: sampling_for(args, model))
+        settings = {
+            "bench": bench.name,
+            "bench_digest": bench.digest(),
+            "model": model.name,
+            "model_hash": model.model_hash,
+            "judge": judge.about,
+            **what_is_measured(args, patches),
+            "lists": {name: key_of([[p.text, p.seed] for p in prompts]) for name, prompts in listed.items()},
+            "count": args.count,
+            "seed": args.seed,
+            "steps": sampling.steps,
+            "sampler": sampling.sampler,
+            "guidance": sampling.guidance,
+            "precision": sampling.precision,
+        }
+        results = spread.from_main(lambda: BenchResults(args.out, settings))
+        known = len(results.rows)
+
+        def patches_of(concept: BenchConcept, progress: Progress) -> Patches:
+            return tuple(patches) if args.patch else forgotten(model, requests[concept.name], spread, progress)
+
+        with console.progress(f"measuring {len(chosen)} concepts") as progress:
+            for row in run_bench(
+                judge,
+                bench,
+                chosen,
+                patches_of,
+                Drawings(model, judge, sampling, spread),
+                args.count,
+                args.seed,
+                without=without,
+                listed=listed,
+                baselines=(UNEDITED,) if args.no_baselines else BASELINES,
+                done=results.done,
+                progress=progress if spread.main else None,
+            ):
+                if spread.main:
+                    results.add(row)
+                else:
+                    results.rows.append(row)
+    finally:
+        spread.close()
+    rows = [row for row in results.rows if row.concept in chosen]
+    by_variant = {name: means([row for row in rows if row.variant == name]) for name in variants_in(rows)}
+    if spread.main:
+        show(rows, f"{bench.name}: {len(chosen)} concepts, {args.count} pictures a cell, {args.steps} steps", console)
+        if args.out is not None:
+            console.say(f"{args.out}: {len(results.rows)} rows, {known} of them from before")
+    return {
+        "schema": 1,
+        "settings": settings,
+        "concepts": len(chosen),
+        "means": by_variant,
+        "rows": [row.as_dict() for row in rows],
+    }
+
+
+# -- what is asked ------------------------------------------------------------------------------------------------
+
+
+def request_for(concept: BenchConcept, args: argparse.Namespace) -> ForgetRequest:
+    """The request to forget one concept of a benchmark: its replacement, its neighbours kept.
+
+    Raises :class:`RequestError` where it cannot be meant.
+    """
+    from ..methods import get, resolve_settings
+
+    request = ForgetRequest(
+        (concept.concept,),
+        preserve=concept.neighbours,
+        method=args.method,
+        preset=args.preset,
+        settings=dict(map(setting, args.set or ())),
+        seed=args.seed,
+    )
+    request.check()
+    resolve_settings(get(request.method), request.preset, request.settings)
+    return request
+
+
+def read_lists(given: Sequence[str], bench: ConceptBench) -> dict[str, tuple[ListedPrompt, ...]]:
+    """``NAME=FILE[#COLUMN]``: the lists' prompts by concept. Raises :class:`RequestError` in words."""
+    from ..evaluation.prompt_lists import read_prompts
+
+    found: dict[str, tuple[ListedPrompt, ...]] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name.strip() or not path.strip():
+            raise RequestError(f"'--prompts {text}' is not of the form NAME=FILE or NAME=FILE#COLUMN.")
+        concept = bench.find(name)
+        column = ""
+        if not Path(path).exists() and "#" in path:
+            path, _, column = path.rpartition("#")
+        prompts = read_prompts(path, column) if column else read_prompts(path)
+        found[concept.name] = (*found.get(concept.name, ()), *prompts)
+    return found
+
+
+def choose(bench: ConceptBench, names: Sequence[str] | None, categories: Sequence[str] | None) -> list[str]:
+    """The concepts to measure, in the order of the benchmark. Raises :class:`RequestError` where none is left."""
+    wanted = None if not names else {bench.find(name).name for name in names}
+    found = [
+        one.name
+        for one in bench.concepts
+        if (wanted is None or one.name in wanted) and (not categories or one.category in categories)
+    ]
+    if not found:
+        raise RequestError(f"'{bench.name}' has no such concept of the category {' or '.join(categories or ())}.")
+    return found
+
+
+# -- what it takes ------------------------------------------------------------------------------------------------
+
+
+def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> Sampling:
+    """How to draw. Where earlier results say in which precision, in that one; ``auto`` is timed on an empty file."""
+    from ..evaluation.bench_results import settings_in
+
+    earlier = settings_in(args.out) if args.out is not None and args.precision == "auto" else None
+    if earlier is not None:
+        args.precision = earlier.get("precision", "auto")
+    return options.sampling_of(args, model).resolved(model)
+
+
+def what_is_measured(args: argparse.Namespace, patches: Sequence[tuple[Patch, float]]) -> dict[str, Any]:
+    """The patches or the method, as they stand among the settings of the results."""
+    from ..workspace import key_of
+
+    if args.method:
+        return {"method": args.method, "preset": args.preset, "method_settings": dict(map(setting, args.set or ()))}
+    files = [options.split_strength(text)[0] for text in args.patch]
+    return {
+        "patches": [
+            {
+                "file": Path(file).name,
+                "strength": strength,
+                "digest": key_of({key: [factor.up, factor.down] for key, factor in patch.factors.items()}),
+            }
+            for file, (patch, strength) in zip(files, patches, strict=True)
+        ]
+    }
+
+
+def forgotten(model: LatentDiffusion, request: ForgetRequest, spread: Spread, progress: Progress) -> Patches:
+    """What the method makes of the request: worked out by one process, for all of them."""
+    from ..methods import fit
+
+    return ((spread.from_main(lambda: fit(model, request, progress)), 1.0),)
+
+
+# -- what is shown ------------------------------------------------------------------------------------------------
+
+
+def variants_in(rows: Sequence[BenchRow]) -> list[str]:
+    """The variants of the rows, each once, in the order of the table."""
+    there = {row.variant for row in rows}
+    return [name for name in SPOKEN if name in there]
+
+
+def show(rows: Sequence[BenchRow], title: str, console: Console) -> None:
+    """The means by category and over all, a row a variant; a part that no row has is left out."""
+    from ..evaluation.bench_results import means
+
+    groups = {kind: [row for row in rows if row.category == kind] for kind in KINDS}
+    groups = {kind: found for kind, found in groups.items() if found}
+    if len(groups) > 1:
+        groups["all"] = list(rows)
+    table: list[tuple[str, Mapping[str, float | None]]] = []
+    for kind, found in groups.items():
+        for variant in variants_in(found):
+            some = [row for row in found if row.variant == variant]
+            table.append((f"{kind} ({len(some)})\n  {SPOKEN[variant]}", means(some)))
+    parts = [part for part in HEADS if any(values[part] is not None for _, values in table)]
+    cells = [[name, *(_cell(values[part]) for part in parts)] for name, values in table]
+    console.table(["", *(HEADS[part] for part in parts)], cells, title)
+    for line in EXPLAINED:
+        console.say(line)
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

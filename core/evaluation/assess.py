@@ -1,0 +1,434 @@
+"""One call that answers: is it gone, is the rest intact, does it come back with other words?
+
+Every measurement of this folder on one model with patches on it, as one :class:`~.report.Report`. What looks at the
+pictures is given (:class:`Instruments`), so that the embedded model and a person's checkpoint go the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..concepts import Concept, bare
+from ..diffusion import LatentDiffusion
+from ..errors import ForgetConceptError, RequestError, listed
+from ..inversion import InversionSettings
+from ..mini.probe import Probe
+from ..patch import Patch
+from ..progress import Progress
+from ..text import token_positions
+from ..workspace import Workspace
+from .attacks import AttackBudget, SuccessJudge, Target, run_attacks
+from .attention_pictures import AttentionPair, attention_pairs
+from .bench_questions import bench_cells
+from .concept_bench import ConceptBench
+from .drawing import Drawings, Picture, Sampling
+from .erosion import erosion
+from .judges import Judge, WorldJudge
+from .m_score import concept_latents, m_score
+from .metrics import (
+    FeatureExtractor,
+    ImageText,
+    PairDistance,
+    ProbeDistance,
+    ProbeFeatures,
+    ProbeWords,
+    clip_score,
+    features_of,
+    fid,
+    kid,
+    perceptual_distance,
+)
+from .report import Attack, Drift, ErosionStep, KindScores, Metric, MScore, PatchFacts, Provenance, Report, grids
+from .scores import BASELINES, PATCHED, UNEDITED, Plan, Subject, check_baselines, measured, variants_of, world_plans
+from .weight_drift import weight_drift
+
+__all__ = ["Instruments", "Measures", "assess"]
+
+# pictures of where a concept's word looks, for each concept
+LOOKS = 2
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What looks at pictures: the ``judge``, and for their quality ``features``, a ``distance`` and a CLIP (``words``).
+
+    Each but the judge may be missing; ``missing`` then says why, by the part of a report that is left out for it.
+    """
+
+    judge: Judge
+    features: FeatureExtractor | None = None
+    distance: PairDistance | None = None
+    words: ImageText | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def embedded(cls, probe: Probe) -> Instruments:
+        """The embedded model's: its probe in every part."""
+        return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeWords(probe))
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured: ``count`` pictures in each cell of UA, IRA and CRA, beside ``baselines``, under ``seed``.
+
+    ``quality``: FID, KID and the like of the kept pictures; ``drift``: how far the weights are moved; ``attention``:
+    where the concept's word looks; ``m_score``: by quick inversions, or by those of these settings; ``attacks``: a
+    budget or its name, ``None`` for no attacks. These last two take by far the longest.
+    """
+
+    count: int = 100
+    seed: int = 0
+    baselines: tuple[str, ...] = BASELINES
+    sampling: Sampling = field(default_factory=Sampling)
+    quality: bool = True
+    drift: bool = True
+    attention: bool = True
+    m_score: bool | InversionSettings = False
+    attacks: str | AttackBudget | None = None
+
+    def as_dict(self) -> dict[str, str | int | float | bool | None]:
+        budget = self.attacks.name if isinstance(self.attacks, AttackBudget) else self.attacks
+        s = self.sampling
+        return {
+            "count": self.count,
+            "seed": self.seed,
+            "baselines": ", ".join(self.baselines),
+            "steps": s.steps,
+            "sampler": s.sampler,
+            "guidance": s.guidance,
+            "precision": s.precision,
+            "attacks": budget,
+        }
+
+
+class _Sees:
+    """A judge asked for one concept: the attacks' question."""
+
+    def __init__(self, judge: Judge, name: str, category: str) -> None:
+        self.judge, self.name, self.category = judge, name, category
+        self.about = f"{judge.about}: {category} {name}"
+
+    def shows(self, images: Tensor) -> list[bool]:
+        return [bare(getattr(labels, self.category)) == bare(self.name) for labels in self.judge.see(images)]
+
+
+class _Stages:
+    """How long each stage took, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def assess(
+    model: LatentDiffusion,
+    instruments: Instruments,
+    patches: Sequence[tuple[Patch, float]],
+    concepts: Sequence[str],
+    measures: Measures | None = None,
+    *,
+    bench: ConceptBench | None = None,
+    earlier: Sequence[Patch] = (),
+    without: Sequence[str] = (),
+    files: Sequence[str] = (),
+    title: str = "",
+    progress: Progress | None = None,
+    workspace: Workspace | None = None,
+) -> Report:
+    """Measure ``concepts`` on ``model`` with ``patches`` (each at a strength) on it.
+
+    Questions come from ``bench``, or, on the embedded model, from its own world where there is none. ``earlier`` are
+    the patches of earlier steps of the same sequence, the first step first: what each request cost is then part of the
+    report (on the embedded model). ``without`` names what else is not to count as kept, ``files`` the patches' files.
+    With a ``workspace`` inversions and attacks that were cut short go on. What cannot be measured on this model is left
+    out, and the report says why.
+
+    Raises :class:`RequestError` for concepts that the judge or the benchmark does not know and for measures that make
+    no sense, :class:`~..errors.PatchError` for a patch that does not fit, and
+    :class:`~..errors.Cancelled` as everything that draws. The model is given back bit for bit.
+    """
+    measures = measures or Measures()
+    names = list(dict.fromkeys(concepts))
+    if not names:
+        raise RequestError("There is no concept to evaluate: name at least one.")
+    check_baselines(measures.baselines)
+    for patch, _ in patches:
+        patch.check_fits(model.survey)
+    if earlier and not isinstance(instruments.judge, WorldJudge):
+        raise RequestError("Erosion over a sequence is measured on the embedded model: leave the earlier patches out.")
+    patches, left_out, stages = tuple(patches), dict(instruments.missing), _Stages()
+    baselines = tuple(dict.fromkeys((UNEDITED, *measures.baselines)))
+    plans = _plans(instruments.judge, patches, names, measures, baselines, bench, without)
+    drawings = Drawings(model, instruments.judge, measures.sampling)
+    for plan in plans:
+        plan.want(drawings)
+    with stages("pictures"):
+        drawings.make(progress)
+        evaluations = tuple(measured(drawings, plan, baselines) for plan in plans)
+    sampling = drawings.sampling.resolved(model)
+    metrics: tuple[Metric, ...] = ()
+    if measures.quality:
+        with stages("picture quality"):
+            metrics = _quality(instruments, drawings, plans)
+    attention: tuple[AttentionPair, ...] = ()
+    if measures.attention:
+        with stages("attention"):
+            attention = _attention(model, plans, patches, sampling, left_out, progress)
+    m_scores: list[MScore] = []
+    attacks: list[Attack] = []
+    for plan in plans:
+        concept = Concept(plan.concept, plan.category)
+        if measures.m_score:
+            with stages("M-Score"), _unless_impossible(left_out, "m_scores"):
+                latents = concept_latents(model, concept, seed=measures.seed, progress=progress, workspace=workspace)
+                how = measures.m_score if isinstance(measures.m_score, InversionSettings) else None
+                found = m_score(model, concept, latents, patches, how, measures.seed, progress, workspace)
+                m_scores.append(MScore(found.concept, found.before, found.after))
+        if measures.attacks is not None:
+            with stages("attacks"), _unless_impossible(left_out, "attacks"):
+                attacks += _attacked(
+                    model, instruments.judge, plan, bench, measures, sampling, left_out, progress, workspace
+                )
+    steps: tuple[ErosionStep, ...] = ()
+    if earlier:
+        with stages("erosion"):
+            steps = _eroded(model, instruments.judge, [*earlier, _together(patches)], measures, drawings, progress)
+    drift = weight_drift(model.survey, _together(patches)) if measures.drift and patches else None
+    facts = [
+        PatchFacts.of(patch, strength, files[i] if i < len(files) else None)
+        for i, (patch, strength) in enumerate(patches)
+    ]
+    return Report(
+        title or f"Forgetting {listed(names)}",
+        Provenance.of(
+            model,
+            facts,
+            measures.as_dict()
+            | {"precision": sampling.precision, "judge": instruments.judge.about}
+            | ({} if bench is None else {"benchmark": bench.name, "benchmark_digest": bench.digest()}),
+        ),
+        evaluations,
+        tuple(KindScores(one.concept, kind, ua) for one in evaluations for kind, ua in one.by_kind.items()),
+        tuple(attacks),
+        tuple(m_scores),
+        metrics,
+        None if drift is None else Drift("‖ΔW‖ / ‖W‖ of each cross-attention", drift.sites),
+        steps,
+        tuple(grid for one in evaluations for grid in grids(one)),
+        attention,
+        stages.seconds,
+        left_out,
+    )
+
+
+def _together(patches: Sequence[tuple[Patch, float]]) -> Patch:
+    if len(patches) == 1 and patches[0][1] == 1.0:
+        return patches[0][0]
+    return Patch.combined(list(patches))
+
+
+@contextmanager
+def _unless_impossible(left_out: dict[str, str], part: str) -> Iterator[None]:
+    """What this model cannot be asked is left out, with the reason; a request that is wrong is still an error."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except ForgetConceptError as error:
+        left_out[part] = str(error)
+
+
+def _plans(
+    judge: Judge,
+    patches: tuple[tuple[Patch, float], ...],
+    names: Sequence[str],
+    measures: Measures,
+    baselines: Sequence[str],
+    bench: ConceptBench | None,
+    without: Sequence[str],
+) -> list[Plan]:
+    if bench is None:
+        if not isinstance(judge, WorldJudge):
+            raise RequestError("This model has no world of its own to ask about: give a benchmark.")
+        subjects = [Subject(name, patches) for name in names]
+        return world_plans(subjects, measures.count, measures.seed, without=without, baselines=baselines)
+    found = []
+    for name in names:
+        concept = bench.find(name)
+        cells = bench_cells(bench, judge.names, concept.name, measures.count, measures.seed, without=[*names, *without])
+        found.append(Plan(concept.name, concept.category, cells, variants_of(concept.name, patches, baselines)))
+    return found
+
+
+def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]) -> tuple[Metric, ...]:
+    """Pictures of what is kept, each variant's against the unedited model's of the same prompts and seeds."""
+    pairs: dict[str, dict[object, tuple[str, Tensor, Tensor]]] = {}
+    for plan in plans:
+        for name, variant in plan.variants.items():
+            if name == UNEDITED:
+                continue
+            asked = [question.picture for question in (*plan.cells.same, *plan.cells.other)]
+            before, after = drawings.seen(plan.variants[UNEDITED], asked), drawings.seen(variant, asked)
+            for picture, was, now in zip(asked, before, after, strict=True):
+                pairs.setdefault(name, {})[variant.key, picture] = (picture.prompt, was.picture, now.picture)
+    stacks = {
+        name: (
+            [prompt for prompt, _, _ in found.values()],
+            torch.stack([was for _, was, _ in found.values()]),
+            torch.stack([now for _, _, now in found.values()]),
+        )
+        for name, found in pairs.items()
+    }
+    n = len(stacks[PATCHED][0])
+    kept = f"{n} pictures of what is kept, against the unedited model's"
+    metrics: list[Metric] = []
+    if instruments.features is not None:
+        extractor = instruments.features
+        seen = {name: tuple(features_of(extractor, part) for part in parts[1:]) for name, parts in stacks.items()}
+        distances = {name: fid(now, was) for name, (was, now) in seen.items()}
+        metrics.append(
+            Metric(
+                "FID",
+                {name: found.value for name, found in distances.items()},
+                n,
+                "lower",
+                "; ".join(filter(None, (kept, distances[PATCHED].note))),
+            )
+        )
+        kernels = {name: kid(now, was) for name, (was, now) in seen.items()}
+        errors = {name: found.error for name, found in kernels.items() if found.error is not None}
+        metrics.append(Metric("KID", {name: found.value for name, found in kernels.items()}, n, "lower", kept, errors))
+    if instruments.distance is not None:
+        means = {name: perceptual_distance(instruments.distance, was, now) for name, (_, was, now) in stacks.items()}
+        errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
+        metrics.append(
+            Metric(
+                "Perceptual distance",
+                {name: mean.value for name, mean in means.items()},
+                n,
+                "lower",
+                f"{instruments.distance.name}; same prompts and seeds",
+                errors,
+            )
+        )
+    if instruments.words is not None:
+        prompts, unedited, _ = stacks[PATCHED]
+        means = {UNEDITED: clip_score(instruments.words, unedited, prompts)}
+        means |= {name: clip_score(instruments.words, now, said) for name, (said, _, now) in stacks.items()}
+        errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
+        metrics.append(
+            Metric(
+                "CLIP score",
+                {name: mean.value for name, mean in means.items()},
+                n,
+                "higher",
+                f"{instruments.words.name}; pictures of what is kept and their prompts",
+                errors,
+            )
+        )
+    return tuple(metrics)
+
+
+def _attention(
+    model: LatentDiffusion,
+    plans: Sequence[Plan],
+    patches: Sequence[tuple[Patch, float]],
+    sampling: Sampling,
+    left_out: dict[str, str],
+    progress: Progress | None,
+) -> tuple[AttentionPair, ...]:
+    pictures: list[Picture] = []
+    phrases: list[str] = []
+    for plan in plans:
+        named = [q.picture for q in plan.cells.target if _says(model, q.picture.prompt, plan.concept)]
+        pictures += named[:LOOKS]
+        phrases += [plan.concept] * len(named[:LOOKS])
+    if not pictures:
+        left_out["attention"] = "no prompt says the concept by its name."
+        return ()
+    with _unless_impossible(left_out, "attention"):
+        return tuple(attention_pairs(model, pictures, phrases, patches, sampling, progress))
+    return ()
+
+
+def _says(model: LatentDiffusion, prompt: str, phrase: str) -> bool:
+    try:
+        return bool(token_positions(model.text, phrase, prompt))
+    except ForgetConceptError:  # it does not, or beyond what the encoder reads
+        return False
+
+
+def _attacked(
+    model: LatentDiffusion,
+    judge: Judge,
+    plan: Plan,
+    bench: ConceptBench | None,
+    measures: Measures,
+    sampling: Sampling,
+    left_out: dict[str, str],
+    progress: Progress | None,
+    workspace: Workspace | None,
+) -> list[Attack]:
+    if bench is None:
+        target = Target.embedded(plan.concept)
+    else:
+        prompts = bench.find(plan.concept).prompts
+        target = Target.named(Concept(plan.concept, plan.category), (*prompts["paraphrased"], *prompts["indirect"]))
+    assert measures.attacks is not None
+    asked: SuccessJudge = _Sees(judge, plan.concept, plan.category)
+    found = run_attacks(
+        model,
+        plan.variants[PATCHED],
+        target,
+        asked,
+        measures.attacks,
+        measures.seed,
+        sampling=sampling,
+        workspace=workspace,
+        progress=progress,
+    )
+    left_out |= {f"attack {name} on '{plan.concept}'": why for name, why in found.left_out.items()}
+    return [
+        Attack(
+            one.attack,
+            found.concept,
+            one.before,
+            one.after,
+            one.spent.words,
+            tuple(prompt.prompt for prompt in one.strongest),
+        )
+        for one in found.results
+    ]
+
+
+def _eroded(
+    model: LatentDiffusion,
+    judge: Judge,
+    steps: Sequence[Patch],
+    measures: Measures,
+    drawings: Drawings,
+    progress: Progress | None,
+) -> tuple[ErosionStep, ...]:
+    found = erosion(
+        model, judge, steps, measures.count, measures.seed, measures.sampling, drawings=drawings, progress=progress
+    )
+    before: set[str] = set()
+    told = []
+    for step in found:
+        new = [name for name in step.forgotten if name not in before]
+        before |= set(step.forgotten)
+        lost = step.erosion
+        kept = type(lost)(1 - lost.value, 1 - lost.high, 1 - lost.low, lost.n)
+        told.append(ErosionStep(step.step, listed(new) if new else "nothing new", kept))
+    return tuple(told)

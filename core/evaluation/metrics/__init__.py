@@ -1,0 +1,43 @@
+"""Metrics of pictures: FID, KID, CLIP score and accuracy, LPIPS; each on features, whoever makes them.
+
+For real checkpoints the features are transformers' CLIP and, in the extra ``forget-concept[evaluation]``, clean-fid's
+Inception, open_clip's CLIP and torchmetrics' LPIPS; on the embedded model its probe's, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from .clip import clip_accuracy, clip_score, clip_similarities, zero_shot
+from .extra import EXTRA, needs
+from .features import FeatureExtractor, InceptionFeatures, ProbeFeatures, features_of
+from .frechet import FID, fid
+from .image_text import ImageText, OpenClip, ProbeWords, TransformersClip
+from .kernel import KID, kid
+from .mean import Mean
+from .perceptual import LPIPS, PairDistance, ProbeDistance, layer_distance, perceptual_distance
+
+__all__ = [
+    "EXTRA",
+    "FID",
+    "KID",
+    "LPIPS",
+    "FeatureExtractor",
+    "ImageText",
+    "InceptionFeatures",
+    "Mean",
+    "OpenClip",
+    "PairDistance",
+    "ProbeDistance",
+    "ProbeFeatures",
+    "ProbeWords",
+    "TransformersClip",
+    "clip_accuracy",
+    "clip_score",
+    "clip_similarities",
+    "features_of",
+    "fid",
+    "kid",
+    "layer_distance",
+    "needs",
+    "perceptual_distance",
+    "zero_shot",
+]

@@ -1,0 +1,117 @@
+"""Pictures to features: one protocol, with the embedded model's probe and the field's Inception behind it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelError, RequestError
+from ...progress import Progress, ProgressEvent, report
+from ..drawing import from_bytes, to_bytes
+from .extra import needs
+
+if TYPE_CHECKING:
+    from ...mini.probe import Probe
+
+__all__ = ["FeatureExtractor", "InceptionFeatures", "ProbeFeatures", "as_images", "features_of"]
+
+INCEPTION_FILE = "inception-2015-12-05.pt"
+
+
+class FeatureExtractor(Protocol):
+    """Pictures ``(n, 3, H, W)`` in [-1, 1] to features ``(n, d)``, fp32 on the CPU; ``name`` says whose they are.
+
+    Distances of features are comparable under one name only.
+    """
+
+    name: str
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+
+def as_images(images: Tensor) -> Tensor:
+    """Pictures ``(n, 3, H, W)``, fp32 in [-1, 1], of such or of uint8 ones. Raises :class:`RequestError` in words."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        shape = " × ".join(map(str, images.shape)) or "a single number"
+        raise RequestError(f"The pictures must be (number, 3, height, width), red, green and blue; these are {shape}.")
+    if not len(images):
+        raise RequestError("There are no pictures to measure: give at least one.")
+    if images.dtype == torch.uint8:
+        return from_bytes(images)
+    if not images.dtype.is_floating_point or not bool(torch.isfinite(images).all()):
+        raise RequestError("The pictures must be 8-bit values, or finite numbers in [-1, 1].")
+    if float(images.min()) < -1 or float(images.max()) > 1:
+        raise RequestError(
+            f"The pictures' values must lie in [-1, 1], and these go from {float(images.min()):g} to "
+            f"{float(images.max()):g}."
+        )
+    return images.float()
+
+
+def features_of(
+    extractor: FeatureExtractor, images: Tensor, batch: int = 32, progress: Progress | None = None
+) -> Tensor:
+    """Features ``(n, d)``, fp32, of pictures ``(n, 3, H, W)``: uint8, or in [-1, 1]; ``batch`` of them at a time.
+
+    Progress counts pictures. Raises :class:`RequestError` for pictures of another form or with values out of range.
+    """
+    if batch < 1:
+        raise RequestError(f"The batch must be at least 1, not {batch}.")
+    if images.ndim != 4 or not len(images):
+        as_images(images)  # raises
+    found = []
+    for start in range(0, len(images), batch):
+        found.append(extractor.features(as_images(images[start : start + batch])).float().cpu())
+        done = min(start + batch, len(images))
+        report(progress, ProgressEvent(done, len(images), message=f"looking at {len(images)} pictures"))
+    return torch.cat(found)
+
+
+class ProbeFeatures:
+    """The last hidden layer of the embedded model's probe, 128 wide."""
+
+    name = "probe"
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe.eval()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        return self.probe.features(images.to(next(self.probe.parameters()).device)).cpu()
+
+
+class InceptionFeatures:
+    """The 2,048 features of the Inception network that FID and KID are published with, as clean-fid reads them.
+
+    Parmar et al. (arXiv 2104.11222): 8-bit pictures, resized with anti-aliasing. The network (91 MB) is looked for in
+    ``folder``, torch's own folder for such files by default, and else downloaded there by clean-fid. Raises
+    :class:`ModelError` where the extra is missing or the network cannot be had.
+    """
+
+    name = "inception"
+
+    def __init__(self, device: torch.device | str = "cpu", folder: str | os.PathLike[str] | None = None) -> None:
+        what = "The Inception network of FID and KID"
+        network = needs("cleanfid.inception_torchscript", what)
+        self._resize: Any = needs("cleanfid.resize", what).build_resizer("clean")
+        place = Path(folder) if folder is not None else Path(torch.hub.get_dir()) / "checkpoints"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            self._network = network.InceptionV3W(str(place), download=True, resize_inside=False).to(device).eval()
+        except (OSError, URLError, RuntimeError) as error:
+            raise ModelError(
+                f"The Inception network '{place / INCEPTION_FILE}' can neither be read nor downloaded ({error}): put "
+                "the file there, or delete it where it is damaged and connect to the network."
+            ) from error
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
+        resized = torch.stack([torch.from_numpy(self._resize(picture)) for picture in pixels]).permute(0, 3, 1, 2)
+        return self._network(resized.to(self.device).float()).float().cpu()

@@ -1,0 +1,121 @@
+"""Perceptual distance of pairs of pictures: LPIPS by torchmetrics, or the same on the embedded model's probe.
+
+Zhang et al. (arXiv 1801.03924), equation 1: unit-normalised activations of two pictures, layer by layer, their squared
+differences weighted by channel, averaged over space and summed over layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelError, RequestError
+from ...progress import Progress, ProgressEvent, report
+from .extra import needs
+from .features import as_images
+from .mean import Mean
+
+if TYPE_CHECKING:
+    from ...mini.probe import Probe
+
+__all__ = ["LPIPS", "PairDistance", "ProbeDistance", "layer_distance", "perceptual_distance"]
+
+
+class PairDistance(Protocol):
+    """Distances ``(n,)``, fp32 on the CPU, of two times ``n`` pictures ``(n, 3, H, W)`` in [-1, 1], pair by pair."""
+
+    name: str
+
+    def distances(self, first: Tensor, second: Tensor) -> Tensor: ...
+
+
+class LPIPS:
+    """LPIPS by torchmetrics, with ``network`` ``"alex"``, ``"vgg"`` or ``"squeeze"``.
+
+    torchvision downloads the network's ImageNet weights where they are not on this machine. Raises :class:`ModelError`
+    where the extra is missing or the weights cannot be had.
+    """
+
+    def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu") -> None:
+        needs("torchvision", "LPIPS")
+        metric = needs("torchmetrics.image.lpip", "LPIPS").LearnedPerceptualImagePatchSimilarity
+        if network not in ("alex", "vgg", "squeeze"):
+            raise RequestError(f"LPIPS knows no network '{network}': choose alex, vgg or squeeze.")
+        try:
+            self._metric: Any = metric(net_type=network, reduction="none").to(device)
+        except (OSError, URLError, RuntimeError) as error:
+            raise ModelError(
+                f"The weights of LPIPS' network '{network}' can neither be read nor downloaded ({error}): connect to "
+                f"the network once, or put torchvision's file into {torch.hub.get_dir()}/checkpoints."
+            ) from error
+        self.device = torch.device(device)
+        self.name = f"lpips {network}"
+
+    @torch.no_grad()
+    def distances(self, first: Tensor, second: Tensor) -> Tensor:
+        self._metric.reset()
+        self._metric.update(first.to(self.device), second.to(self.device))
+        return self._metric.compute().flatten().float().cpu()
+
+
+class ProbeDistance:
+    """LPIPS' formula on the layers of the embedded model's probe, all channels of equal weight."""
+
+    name = "probe"
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe.eval()
+
+    @torch.no_grad()
+    def distances(self, first: Tensor, second: Tensor) -> Tensor:
+        device = next(self.probe.parameters()).device
+        layers = (self.probe.layers(images.to(device)) for images in (first, second))
+        return layer_distance(*layers).float().cpu()
+
+
+def layer_distance(
+    first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """``Σ_l mean_hw Σ_c w_lc (ŷ¹ − ŷ²)²`` of layers' activations ``(n, c, h, w)``: ``(n,)``.
+
+    ``ŷ`` are unit vectors over the channels; ``weights`` are ``(c,)`` a layer, all 1 by default.
+    """
+    total = torch.zeros(len(first[0]), device=first[0].device, dtype=first[0].dtype)
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        difference = (_directions(one) - _directions(other)).square()
+        if weights is not None:
+            difference = difference * weights[number].to(difference).view(1, -1, 1, 1)
+        total = total + difference.sum(1).mean((1, 2))
+    return total
+
+
+def _directions(activations: Tensor) -> Tensor:
+    return activations / (activations.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
+
+def perceptual_distance(
+    metric: PairDistance, first: Tensor, second: Tensor, batch: int = 32, progress: Progress | None = None
+) -> Mean:
+    """The mean distance of pairs of pictures, ``(n, 3, H, W)`` each, uint8 or in [-1, 1].
+
+    Raises :class:`RequestError` where the two are of different shapes, or are no pictures.
+    """
+    if first.shape != second.shape:
+        raise RequestError(
+            f"Pictures are compared pair by pair, and these are {tuple(first.shape)} and {tuple(second.shape)}."
+        )
+    if batch < 1:
+        raise RequestError(f"The batch must be at least 1, not {batch}.")
+    if first.ndim != 4 or not len(first):
+        as_images(first)  # raises
+    found = []
+    for start in range(0, len(first), batch):
+        part = slice(start, start + batch)
+        found.append(metric.distances(as_images(first[part]), as_images(second[part])))
+        done = min(start + batch, len(first))
+        report(progress, ProgressEvent(done, len(first), message=f"comparing {len(first)} pairs of pictures"))
+    return Mean.of(torch.cat(found))
