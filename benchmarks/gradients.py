@@ -55,7 +55,7 @@ OPTIMISERS = ("adamw", "sgd")
 TUNED = ForgetMeNot.presets["tuned"]
 LEARNING_RATES = (TUNED.lr, TUNED.lr / 3, TUNED.lr / 10)  # the default first
 SETTINGS = {"forget_me_not": TUNED, "concept_ablation": replace(TUNED, attention_weight=0.0)}
-SGD_FACTOR = {"forget_me_not": 60.0, "concept_ablation": 100.0}
+SGD_FACTOR = {"forget_me_not": 3.5, "concept_ablation": 500.0}
 HELD_OUT = 4
 
 KEY = ["method", "gradient", "margin", "backtracks", "optimiser", "lr", "concept", "seed", "steps"]
