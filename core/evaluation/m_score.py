@@ -35,7 +35,8 @@ from .drawing import patched
 __all__ = ["SPACES", "MScore", "concept_latents", "m_score", "quick_inversion", "similarities"]
 
 SPACES = ("input", "nearest", "output", "output_raw")
-PICTURES, DRAW_STEPS, RESTARTS = 8, 16, 2
+# one restart was enough to tell every forgotten concept from every kept one
+PICTURES, DRAW_STEPS, RESTARTS = 8, 16, 1
 
 
 @dataclass(frozen=True)

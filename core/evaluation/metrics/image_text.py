@@ -34,25 +34,41 @@ class ImageText(Protocol):
     def text_features(self, texts: Sequence[str]) -> Tensor: ...
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
 class TransformersClip:
     """A CLIP by transformers: ``model`` is its name on the Hugging Face hub, or a folder of one's own.
 
-    What is not on this machine transformers downloads. Pictures are resized with anti-aliasing, cut to a square about
-    the centre and normalised as the model's own configuration says; a text is read up to the model's 77 tokens. Raises
-    :class:`ModelError` where transformers is missing or the model cannot be had whole.
+    What is not on this machine transformers downloads, unless ``local_only``. Pictures are resized with anti-aliasing,
+    cut to a square about the centre and normalised as the model's own configuration says; a text is read up to the
+    model's 77 tokens. Raises :class:`ModelError` where transformers is missing or the model cannot be had whole.
     """
 
-    def __init__(self, model: str = "openai/clip-vit-base-patch32", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-base-patch32",
+        device: torch.device | str = "cpu",
+        local_only: bool = False,
+    ) -> None:
         clip = needs("transformers", "The CLIP score and the CLIP accuracy", 'pip install "forget-concept[cli]"')
         try:
-            self._model, found = clip.CLIPModel.from_pretrained(model, output_loading_info=True)
-            self._tokenizer = clip.CLIPTokenizer.from_pretrained(model)
-            prepare = clip.CLIPImageProcessor.from_pretrained(model)
+            self._model, found = clip.CLIPModel.from_pretrained(
+                model, output_loading_info=True, local_files_only=local_only
+            )
+            self._tokenizer = clip.CLIPTokenizer.from_pretrained(model, local_files_only=local_only)
+            prepare = clip.CLIPImageProcessor.from_pretrained(model, local_files_only=local_only)
             self._short = int(prepare.size["shortest_edge"])
             self._side = int(prepare.crop_size["height"]), int(prepare.crop_size["width"])
             self._mean = torch.tensor(prepare.image_mean).view(1, 3, 1, 1)
             self._deviation = torch.tensor(prepare.image_std).view(1, 3, 1, 1)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            if local_only:
+                raise ModelError(
+                    f"The CLIP model '{model}' is not on this machine, or is none ({_first_line(error)}): nothing is "
+                    "downloaded here. Give a folder with one, or the name of one that was downloaded before."
+                ) from error
             raise ModelError(
                 f"The CLIP model '{model}' can neither be read nor downloaded ({error}): give the name of a CLIP on "
                 "the Hugging Face hub, or a folder with one."
