@@ -1,16 +1,18 @@
 """Does the M-Score tell what is forgotten from what is kept? The concepts of the embedded world, once each way.
 
-`python benchmarks/m_score.py` takes some quarter of an hour of one core and fills `m_score.csv`, a row a concept, state
-and restart; rows that are there are not made again, and an inversion that was cut short goes on. The 27 concepts are
-all but the seven that the inversion's settings were chosen on. They are dealt to three patches (`uce`, its tuned
-preset), so that each patch forgets nine, of all three categories, and preserves the others; every concept is measured
-under the patch that forgets it (`forgotten`) and under the next one, which keeps it (`kept`), with the same eight drawn
-pictures of it and the same unedited inversions.
+`python benchmarks/m_score.py` takes some quarter of an hour of one core and fills `m_score.csv`, a row a concept, state,
+kind of pictures and restart; rows that are there are not made again, and an inversion that was cut short goes on. The 27
+concepts are all but the seven that the inversion's settings were chosen on. They are dealt to three patches (`uce`, its
+tuned preset), so that each patch forgets nine, of all three categories, and preserves the others; every concept is
+measured under the patch that forgets it (`forgotten`) and under the next one, which keeps it (`kept`), with the same
+pictures and the same unedited inversions. The eight `pictures` are either `rendered`, of any style and background, as a
+person's own may be, or `drawn` by the unedited model from the concept's plain prompts.
 
 `<space>_before` and `<space>_after` are the cosines of `core/evaluation/m_score.py` in each of its spaces; the score is
 their drop, the mean over restarts. Printed is how well each separates the two states: the area under the ROC curve with
-a 95 % interval (bootstrap over concepts), and the best threshold. `shown` is the share of `n` pictures, drawn by the
-patched model from prompts that name the concept, in which the probe finds it: what was to be forgotten may not be.
+a 95 % interval (bootstrap over concepts), and the threshold that errs least. `shown` is the share of `n` pictures, drawn
+by the patched model from prompts that name the concept, in which the probe finds it: what was to be forgotten may not
+be. `seconds` are wall clock of the inversions, two of them, or one where the unedited model's is there already.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ CONCEPTS = tuple(
     Concept(word.name, kind) for kind, words in CATEGORIES.items() for word in words if word.name not in CHOSE
 )
 PATCHES, IMAGES = 3, 8
-STATES = ("forgotten", "kept")
-KEY = ["model", "category", "concept", "state", "restart"]
+STATES, PICTURES = ("forgotten", "kept"), ("rendered", "drawn")
+KEY = ["model", "category", "concept", "state", "pictures", "restart"]
 COLUMNS = [
     *KEY,
     *(f"{space}_{when}" for space in SPACES for when in ("before", "after")),
-    *("tokens", "steps", "lr", "pictures", "shown", "n", "seconds"),
+    *("tokens", "steps", "lr", "shown", "n", "seconds"),
 ]
 
 
@@ -87,14 +89,19 @@ def auc(forgotten: Sequence[float], kept: Sequence[float]) -> float:
 
 
 def summary(rows: Sequence[Mapping[str, str]], draws: int = 2000) -> str:
+    """For each kind of pictures :func:`_summary`."""
+    return "\n".join(_summary([row for row in rows if row["pictures"] == which], which, draws) for which in PICTURES)
+
+
+def _summary(rows: Sequence[Mapping[str, str]], pictures: str, draws: int) -> str:
     """A line for each space: its AUC by the drop and by the cosine after alone, and the threshold that errs least."""
     both: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for row in rows:
         both.setdefault((row["concept"], row["state"]), []).append(row)
     names = sorted({name for name, _ in both if all((name, state) in both for state in STATES)})
     if not names:
-        return "No concept is there in both states yet."
-    lines = [f"{len(names)} concepts, each once forgotten and once kept"]
+        return f"No concept is there in both states yet with {pictures} pictures."
+    lines = [f"{len(names)} concepts, each once forgotten and once kept, by {pictures} pictures"]
     for space in SPACES:
 
         def values(state: str, after: bool = False, space: str = space) -> np.ndarray:
@@ -141,7 +148,7 @@ def shown(model: LatentDiffusion, probe: Probe, concept: Concept, patch: Patch, 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--restarts", type=int, default=RESTARTS, help="inversions of each concept and state")
-    parser.add_argument("--count", type=int, default=0, help="pictures that check each state, at its first restart")
+    parser.add_argument("--count", type=int, default=0, help="pictures that check each state, once")
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("m_score.csv"))
@@ -150,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         table = Table(options.out, COLUMNS, KEY)
-        every = [(*plan, restart) for restart in range(options.restarts) for plan in plans()]
+        every = [
+            (*plan, which, restart) for restart in range(options.restarts) for which in PICTURES for plan in plans()
+        ]
         todo = [plan for plan in every[: options.limit] if not table.has(_key(*plan))]
         if todo:
             model, probe, _ = embedded(options.device)
@@ -162,12 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _key(concept: Concept, state: str, patch: int, restart: int) -> dict[str, object]:
+def _key(concept: Concept, state: str, patch: int, pictures: str, restart: int) -> dict[str, object]:
     return {
         "model": "mini",
         "category": concept.kind,
         "concept": concept.name,
         "state": state,
+        "pictures": pictures,
         "restart": restart,
     }
 
@@ -175,27 +185,27 @@ def _key(concept: Concept, state: str, patch: int, restart: int) -> dict[str, ob
 def _measure(
     model: LatentDiffusion,
     probe: Probe,
-    todo: Sequence[tuple[Concept, str, int, int]],
+    todo: Sequence[tuple[Concept, str, int, str, int]],
     table: Table,
     options: argparse.Namespace,
 ) -> None:
     workspace = Workspace(options.work)
     patches = [patch_of(model, group) for group in dealt()]
     with Watch(len(todo)) as watch:
-        for concept, state, k, restart in todo:
+        for concept, state, k, which, restart in todo:
             watch.name = f"{concept.name} {state}"
-            latents = concept_latents(model, concept, pictures_of(concept, IMAGES, 0))
+            images = pictures_of(concept, IMAGES, 0) if which == "rendered" else None
+            latents = concept_latents(model, concept, images, IMAGES, progress=watch, workspace=workspace)
             applied = ((patches[k], 1.0),)
             with costing(model) as cost:
                 found = m_score(
                     model, concept, latents, applied, seed=restart, progress=watch, workspace=workspace, restarts=1
                 )
-            count = 0 if restart else options.count
-            row = _key(concept, state, k, restart) | {
+            count = options.count if (which, restart) == (PICTURES[0], 0) else 0
+            row = _key(concept, state, k, which, restart) | {
                 "tokens": found.settings.tokens,
                 "steps": found.settings.steps,
                 "lr": found.settings.lr,
-                "pictures": found.pictures,
                 "shown": shown(model, probe, concept, patches[k], count) if count else None,
                 "n": count,
                 "seconds": cost.seconds,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_patch import ApplyForgetPatch
+from .attention_map import ConceptAttentionMap
 from .combine_patches import CombineForgetPatches
+from .evaluate_forgetting import EvaluateForgetting
 from .fisher_information import FisherInformation
 from .forget_concept import ForgetConcept
 from .forget_in_sequence import ForgetInSequence
@@ -35,6 +37,8 @@ class ForgetConceptExtension(ComfyExtension):
             ApplyForgetPatch,
             CombineForgetPatches,
             InspectForgetPatch,
+            EvaluateForgetting,
+            ConceptAttentionMap,
             LoadEmbeddedModel,
             *settings_nodes(),
         ]

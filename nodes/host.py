@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.cli_args
+import comfy.clip_model
 import comfy.float
 import comfy.latent_formats
 import comfy.ldm.models.autoencoder
@@ -40,7 +41,7 @@ from ..core.mini.config import GUIDANCE, LATENT_COLOURS, LATENT_COLOURS_BIAS
 from ..core.mini.files import weights_folder
 from ..core.patch import Patch
 from ..core.progress import Progress, ProgressEvent
-from ..core.text import TextStates
+from ..core.text import CLIPText, TextEncoder, TextStates
 from ..core.unet import PROJECTIONS, UNetSurvey, survey
 from .words import Story
 
@@ -49,10 +50,13 @@ __all__ = [
     "HostText",
     "borrowed",
     "embedded_model",
+    "is_embedded",
     "lora_file",
     "lora_files",
     "lora_folder",
     "lora_stamp",
+    "opened_text",
+    "output_folder",
     "patched_weights",
     "progress",
     "show_text",
@@ -66,6 +70,8 @@ __all__ = [
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _UNET = "diffusion_model."
+# of two text encoders that are the same one, in half precision or not
+_SAME_STATES = 0.02
 
 
 # -- what the person sees -----------------------------------------------------------------------------------------
@@ -184,6 +190,11 @@ def lora_folder() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0])
 
 
+def output_folder() -> Path:
+    """Where the host's own nodes write what they make."""
+    return Path(folder_paths.get_output_directory())
+
+
 def work_folder() -> Path:
     """For what takes long and may be wanted again; the page cannot reach it."""
     return Path(folder_paths.get_user_directory()) / "__forget_concept"
@@ -263,6 +274,53 @@ class HostText:
         # a clone made outside of inference mode is an ordinary tensor
         hidden = states.clone().unflatten(1, (len(prompts), -1)).flatten(0, 1)
         return TextStates(hidden, vector.clone() if self._pooled and vector is not None else None)
+
+
+def opened_text(clip: Any, own: TextEncoder, device: torch.device) -> CLIPText | None:
+    """The CLIP once more, as one that gradients flow through and vectors can stand in: for inversions and attacks.
+
+    The weights are copied as they are loaded, with the patches in them. ``None`` where the host's text encoder is not
+    a single CLIP, or where the copy does not give the states of ``own``.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    name = getattr(clip.cond_stage_model, "clip", "")
+    encoder: Any = getattr(clip.cond_stage_model, name, None)
+    words: Any = getattr(getattr(clip.tokenizer, name, None), "tokenizer", None)
+    if type(getattr(encoder, "transformer", None)) is not comfy.clip_model.CLIPTextModel or words is None:
+        return None
+    body = encoder.transformer.text_model
+    layer = body.encoder.layers[0]
+    table = body.embeddings.token_embedding.weight
+    # some tables have rows that no word stands for
+    rows = min(len(table), len(words))
+    quick = layer.mlp.activation is comfy.clip_model.ACTIVATIONS["quick_gelu"]
+    config = CLIPTextConfig(
+        vocab_size=rows,
+        hidden_size=table.shape[1],
+        intermediate_size=layer.mlp.fc1.weight.shape[0],
+        num_hidden_layers=len(body.encoder.layers),
+        num_attention_heads=layer.self_attn.heads,
+        max_position_embeddings=body.embeddings.position_embedding.weight.shape[0],
+        hidden_act="quick_gelu" if quick else "gelu",
+        bos_token_id=encoder.special_tokens["start"],
+        eos_token_id=encoder.special_tokens["end"],
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and overwritten
+            copied = CLIPTextModel(config).float().eval().requires_grad_(False)
+        state = {key: value.detach().float().cpu() for key, value in body.state_dict().items()}
+        state["embeddings.token_embedding.weight"] = state["embeddings.token_embedding.weight"][:rows]
+        found = copied.text_model.load_state_dict(state, strict=False)
+        if found.missing_keys or found.unexpected_keys:
+            return None
+        index = clip.layer_idx if clip.layer_idx is not None else encoder.layer_idx
+        opened = CLIPText(copied.to(device), words, 1 if index is None else -index)
+        asked = ["", "a photo of a red star beside a house"]
+        states, wanted = opened.encode(asked).hidden.float(), own.encode(asked).hidden.float().to(device)
+        if states.shape != wanted.shape or float((states - wanted).norm() / wanted.norm()) > _SAME_STATES:
+            return None
+    return opened
 
 
 class HostAutoencoder:
@@ -539,6 +597,18 @@ def weights_hash(model: Any) -> str:
 
     found = surveyed(model)
     return hash_of_weights((site.key(which), own(site.weight_path(which))) for site in found for which in PROJECTIONS)
+
+
+def is_embedded(model: Any) -> bool:
+    """Whether a MODEL's own weights, without any patches on it, are those of the embedded model."""
+    keys = [site.key(which) for site in surveyed(model) for which in PROJECTIONS]
+    weights = ldm.read_parts(weights_folder()).unet
+    # as the file has them: diffusers' last projection is the first of a list
+    names = [f"{key}.0.weight" if key.endswith("to_out") else f"{key}.weight" for key in keys]
+    if any(name not in weights for name in names):
+        return False
+    own = ((key, weights[name]) for key, name in zip(keys, names, strict=True))
+    return hash_of_weights(own) == weights_hash(model)
 
 
 def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[float, str] | None:

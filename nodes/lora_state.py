@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.errors import PatchError
@@ -39,5 +40,7 @@ def patch_of(lora: Any, survey: UNetSurvey | None = None, source: str = "the LOR
     """
     if not isinstance(lora, Mapping) or not all(isinstance(name, str) for name in lora):
         raise PatchError(f"There is no LoRA in {source}: connect a LORA_MODEL output.")
-    tensors = {name: tensor.detach().clone() for name, tensor in lora.items() if isinstance(tensor, Tensor)}
-    return kohya.from_state(tensors, getattr(lora, "metadata", {}), survey, source)
+    # clones made outside of inference mode are ordinary tensors, which gradients may flow past
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = {name: tensor.detach().clone() for name, tensor in lora.items() if isinstance(tensor, Tensor)}
+        return kohya.from_state(tensors, getattr(lora, "metadata", {}), survey, source)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io as streams
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..core.errors import ForgetConceptError
 from ..core.files import check_folder, make_folder, write_bytes
 from ..core.formats import kohya
 from ..core.patch import Patch
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
-from .words import patch_name
+from .words import concepts_in, fresh_file, patch_name
 
 __all__ = ["SaveForgetPatch"]
 
@@ -76,13 +73,13 @@ class SaveForgetPatch(io.ComfyNode):
     @classmethod
     def execute(cls, lora: Any, filename: str, precision: str, image: Tensor | None = None) -> io.NodeOutput:
         patch = patch_of(lora)
-        *folders, stem = patch_name(filename, _concepts(patch))
+        *folders, stem = patch_name(filename, concepts_in(patch.metadata))
         carried = host.workflow(cls.hidden)
         own = {name: text for name, text in patch.metadata.items() if name not in _WORKFLOW}
         patch = dataclasses.replace(patch, metadata={**own, **carried})
         root = host.lora_folder()
         folder = make_folder(check_folder(root.joinpath(*folders)))
-        path = _fresh(folder, stem)
+        path = fresh_file(folder, stem, ".safetensors")
         picture = _bars(patch) if image is None else _row(image)
         kohya.save(patch, path, dtype=_DTYPES[precision])
         write_bytes(path.with_suffix(".preview.png"), _png(picture, carried))
@@ -90,26 +87,6 @@ class SaveForgetPatch(io.ComfyNode):
         size = path.stat().st_size / 1024
         host.show_text(cls.hidden.unique_id, f"saved: {name} ({size:,.0f} kB)")
         return io.NodeOutput(lora, name, ui=ui.PreviewImage(picture[None], cls=cls))
-
-
-def _concepts(patch: Patch) -> list[str]:
-    try:
-        found = json.loads(patch.metadata.get("forget_concept.concepts", "[]"))
-    except json.JSONDecodeError:
-        found = []
-    return [str(name) for name in found] if isinstance(found, list) else []
-
-
-def _fresh(folder: Path, stem: str) -> Path:
-    """The first number that no file of this name has."""
-    try:
-        taken = {path.name.casefold() for path in folder.iterdir()}
-    except OSError as error:
-        raise ForgetConceptError(f"The folder '{folder}' cannot be read: {error.strerror or error}.") from error
-    number = 1
-    while any(name.startswith(f"{stem}_{number:05}.".casefold()) for name in taken):
-        number += 1
-    return folder / f"{stem}_{number:05}.safetensors"
 
 
 def _row(images: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..core.concepts import Concept, ForgetRequest
 from ..core.continual import Asked, Record, read_record
-from ..core.errors import PatchError, RequestError, listed
+from ..core.errors import ForgetConceptError, PatchError, RequestError, listed
 from ..core.patch import Patch
 from ..core.progress import ProgressEvent
 
@@ -18,6 +19,8 @@ __all__ = [
     "Story",
     "about_patch",
     "base_words",
+    "concepts_in",
+    "fresh_file",
     "history_words",
     "patch_name",
     "report",
@@ -282,8 +285,10 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST = 120
 
 
-def patch_name(prefix: str, concepts: Sequence[str]) -> tuple[str, ...]:
+def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folder") -> tuple[str, ...]:
     """A file's folders and its name without number and ending, from what a person wrote; ``%concept%`` is filled in.
+
+    ``root`` says in words where they are to lie.
 
     Raises :class:`RequestError` for a place outside of the folder, and for names that not every system can have.
     """
@@ -295,8 +300,8 @@ def patch_name(prefix: str, concepts: Sequence[str]) -> tuple[str, ...]:
         raise RequestError("The file has no name: write one, such as forget/%concept%.")
     if ".." in parts or "." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", prefix.strip()):
         raise RequestError(
-            f"'{prefix}' is no place in the LoRA folder: write a name, or folders and a name, without '..' and without "
-            "a slash before it."
+            f"'{prefix}' is no place in {root}: write a name, or folders and a name, without '..' and without a slash "
+            "before it."
         )
     for part in parts:
         if not part or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part.endswith("."):
@@ -307,3 +312,27 @@ def patch_name(prefix: str, concepts: Sequence[str]) -> tuple[str, ...]:
         if len(part.encode()) > _LONGEST:
             raise RequestError(f"The name '{part[:40]}…' is too long: {_LONGEST} bytes at most.")
     return tuple(parts)
+
+
+def concepts_in(metadata: Mapping[str, str]) -> list[str]:
+    """What a patch says that it forgets, each concept once; nothing for other programs' files."""
+    try:
+        found = json.loads(metadata.get(_PREFIX + "concepts", "[]"))
+    except json.JSONDecodeError:
+        found = []
+    return list(dict.fromkeys(str(name) for name in found)) if isinstance(found, list) else []
+
+
+def fresh_file(folder: Path, stem: str, suffix: str) -> Path:
+    """The file with the first number behind ``stem`` that no file has there, whatever its ending.
+
+    Raises :class:`ForgetConceptError` where the folder cannot be read.
+    """
+    try:
+        taken = {path.name.casefold() for path in folder.iterdir()}
+    except OSError as error:
+        raise ForgetConceptError(f"The folder '{folder}' cannot be read: {error.strerror or error}.") from error
+    number = 1
+    while any(name.startswith(f"{stem}_{number:05}.".casefold()) for name in taken):
+        number += 1
+    return folder / f"{stem}_{number:05}{suffix}"

@@ -317,13 +317,16 @@ def test_the_measured_table_separates_forgotten_from_kept():
     assert list(found[0]) == bench.COLUMNS
     assert len({row["concept"] for row in found if row["state"] == "forgotten"}) >= 20
     assert not {row["concept"] for row in found} & set(bench.CHOSE)
-    drops: dict[tuple[str, str], list[float]] = {}
-    for row in found:
-        drop = float(row["input_before"]) - float(row["input_after"])
-        drops.setdefault((row["concept"], row["state"]), []).append(drop)
-    assert all(len(several) == RESTARTS for several in drops.values())
-    means = [sum(several) / len(several) for several in drops.values()]
-    assert roc_auc_score([state == "forgotten" for _, state in drops], means) >= 0.95
+    for pictures in bench.PICTURES:
+        drops: dict[tuple[str, str], list[float]] = {}
+        for row in found:
+            if row["pictures"] == pictures:
+                drop = float(row["input_before"]) - float(row["input_after"])
+                drops.setdefault((row["concept"], row["state"]), []).append(drop)
+        assert len(drops) == 2 * len(bench.CONCEPTS)
+        assert all(len(several) == RESTARTS for several in drops.values())
+        means = [sum(several) / len(several) for several in drops.values()]
+        assert roc_auc_score([state == "forgotten" for _, state in drops], means) >= 0.95
     assert "input: AUC" in bench.summary(found)
 
 
@@ -344,4 +347,4 @@ def test_a_forgotten_concepts_score_drops_and_a_kept_ones_does_not(tmp_path):
         latents = concept_latents(model, concept, workspace=workspace)
         scores.append(m_score(model, concept, latents, patches, workspace=workspace))
     assert scores[0].before > 0.3
-    assert scores[0].drop > scores[1].drop + 0.1
+    assert scores[0].drop > scores[1].drop + 0.05

@@ -580,3 +580,20 @@ def test_a_library_built_for_another_torch_is_said(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     with pytest.raises(ModelError, match=r"'torchvision' \(operator torchvision::nms"):
         LPIPS()
+
+
+def test_a_kid_of_pairs_is_unbiased_where_that_of_strangers_is_not():
+    """Pictures that hardly moved: near 0, not far below; the same distribution drawn anew says what is right."""
+    draws = torch.Generator().manual_seed(0)
+    before = torch.randn(400, 6, generator=draws)
+    assert kid(before, before, paired=True).value == pytest.approx(0, abs=1e-9)
+    few = [before[i : i + 20] for i in range(0, 400, 20)]
+    noise = [0.1 * torch.randn(20, 6, generator=draws) for _ in few]
+    paired = torch.tensor([kid(x + e, x, paired=True).value for x, e in zip(few, noise, strict=True)])
+    apart = torch.tensor([kid(x + e, x).value for x, e in zip(few, noise, strict=True)])
+    error = float(paired.std()) / len(few) ** 0.5
+    true = kid(before + 0.1 * torch.randn(400, 6, generator=draws), torch.randn(400, 6, generator=draws)).value
+    assert abs(float(paired.mean()) - true) < 4 * error + 0.1
+    assert float(apart.mean()) < -0.5
+    with pytest.raises(RequestError, match="Pairs were to be compared"):
+        kid(before, before[:5], paired=True)

@@ -19,8 +19,13 @@ from hypothesis import strategies as st
 import forget_concept
 from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.continual import History, read_record
-from forget_concept.core.errors import PatchError, RequestError
+from forget_concept.core.errors import ForgetConceptError, ModelError, PatchError, RequestError
+from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Example, Score, Scores, Seen, load_bench
+from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
+from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
+from forget_concept.core.evaluation.report.verdict import verdict
 from forget_concept.core.methods import all_methods, fit, resolve_settings
+from forget_concept.core.mini.world import Labels
 from forget_concept.core.patch import Patch
 from forget_concept.core.progress import ProgressEvent
 from forget_concept.nodes import help_pages
@@ -36,10 +41,21 @@ from forget_concept.nodes.fields import (
     with_settings,
 )
 from forget_concept.nodes.lora_state import LoraState, patch_of, state_of
+from forget_concept.nodes.measuring import (
+    attention_sheet,
+    attention_words,
+    evaluation_words,
+    instruments,
+    known_only,
+    questions,
+    sheet,
+)
 from forget_concept.nodes.words import (
     Story,
     about_patch,
     base_words,
+    concepts_in,
+    fresh_file,
     patch_name,
     report,
     request_from_words,
@@ -380,3 +396,122 @@ def test_the_colours_of_the_embedded_models_latents_are_those_of_its_pictures() 
     small = torch.nn.functional.interpolate(model.decode(latents), size=latents.shape[2:], mode="area").movedim(1, -1)
     spread = (small - small.mean((0, 1, 2))).square().mean()
     assert float((shown - small).square().mean() / spread) < 0.2
+
+
+# -- measured -------------------------------------------------------------------------------------------------------
+
+
+def score(value: float) -> Score:
+    return Score(value, value / 2, (1 + value) / 2, 16)
+
+
+def measured() -> Report:
+    """A report of one concept with a picture of each kind, and one of everything that has words of its own."""
+    scores = {
+        PATCHED: Scores(score(0.875), score(0.75), score(1.0), score(0.5)),
+        UNEDITED: Scores(score(0.0), score(1.0), score(1.0), score(1.0)),
+    }
+    dark, light = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    example = Example("a star", 1, Seen(dark, Labels(object="star")), Seen(light, Labels(object="circle")))
+    accuracy = {part: score(1.0) for part in ("ira", "cra", "cra_target")}
+    one = Evaluation("star", "object", 16, 32, scores, accuracy, (example,), (example,))
+    return Report(
+        "Forgetting star",
+        Provenance("mini", "0" * 64, (), {"judge": "somebody"}, {}, "2026-01-01T00:00:00+00:00"),
+        (one,),
+        attacks=(Attack("discrete", "star", score(0.25), score(0.125), "little"),),
+        m_scores=(MScore("star", 0.5, 0.25),),
+        metrics=(Metric("KID", {PATCHED: 0.0625}, 32, "lower"),),
+        left_out={"drift": "nobody asked"},
+    )
+
+
+def test_an_evaluation_in_words_has_every_figure() -> None:
+    words = evaluation_words(measured(), Path("there.html"))
+    assert words.startswith(verdict(measured()).text)
+    for line in (
+        "star (object), with 95 % intervals",
+        "  with the patch: forgotten 88 % (44–94 %, n 16); kept of its kind 75 % (38–88 %, n 16); kept of other kinds "
+        "100 % (50–100 %, n 16); kept beside it 50 % (25–75 %, n 16)",
+        "attack discrete on star: shown again in 25 % before, 12 % after (6–56 %, n 16)",
+        "M-Score of star: 0.500 before, 0.250 after",
+        "KID: 0.0625 with the patch",
+        "left out: drift of the weights: nobody asked",
+        "judged by somebody",
+        "report: there.html",
+    ):
+        assert line in words.splitlines(), words
+    assert "  unedited model: forgotten 0 %" in words
+
+
+def test_the_sheet_is_an_image_of_the_host() -> None:
+    picture = sheet(measured())
+    assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3 and picture.dtype == torch.float32
+    assert float(picture.min()) == 0 and float(picture.max()) == 1
+    # two tiles of 128, with their frames: the dark pictures before, and nothing else is black
+    columns = (picture[0].sum(-1) == 0).sum(0)
+    assert 240 < int((columns > 100).sum()) <= 256
+
+
+def test_maps_of_a_pair_share_one_scale() -> None:
+    picture = torch.full((3, 8, 8), 128, dtype=torch.uint8)
+    low, high = torch.full((4, 4), 0.125), torch.full((4, 4), 0.25)
+    pair = AttentionPair("a star", "star", 1, AttentionMap(high, picture), AttentionMap(low, picture))
+    images = attention_sheet(pair)
+    assert images.shape == (2, 8, 8, 3) and float(images[0].mean()) > float(images[1].mean()) + 0.3
+    assert attention_words(pair, "star") == (
+        "“star” gets 25 % of the attention before, 12 % with the patch\n"
+        "darkest 12 %, lightest 25 % of the attention that a place of the picture pays"
+    )
+    assert attention_sheet(pair.before).shape == (1, 8, 8, 3)
+    assert attention_words(pair.before, "star").startswith("“star” gets 25 % of the attention\n")
+
+
+def test_each_model_is_asked_what_it_can_know() -> None:
+    assert questions("automatic", True, ["star", "Mira Vale"]) is None
+    assert questions("automatic", False, ["cat"]).name == load_bench("checkpoints").name
+    assert questions("embedded", True, ["star"]).has("star")
+    for chosen, embedded, names, said in (
+        ("automatic", True, ["church"], "church"),
+        ("automatic", False, ["church"], "has no concept 'church'"),
+        ("world", False, ["star"], "embedded model's own world"),
+        ("embedded", False, ["star"], "embedded model's own world"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            questions(chosen, embedded, names)
+    assert known_only(["star", "church"], None) == ["star"]
+    assert known_only(["star", "church"], load_bench("embedded")) == ["star", "church"]
+
+
+def test_a_judge_is_the_probe_or_a_clip_that_is_here(monkeypatch) -> None:
+    state = torch.random.get_rng_state()
+    assert instruments(True, "", None).judge.about == "the embedded model's probe"
+    assert torch.equal(torch.random.get_rng_state(), state)
+    bench = load_bench("checkpoints")
+    with pytest.raises(RequestError, match="no judge for this model"):
+        instruments(False, "  ", bench)
+
+    def network(*given, **more):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.create_connection", network)
+    monkeypatch.setattr("socket.socket.connect", network)
+    with pytest.raises(ModelError, match="is not on this machine"):
+        instruments(False, "no/such-clip", bench)
+
+
+def test_a_patch_says_what_it_forgets() -> None:
+    assert concepts_in({"forget_concept.concepts": '["star", "moon", "star"]'}) == ["star", "moon"]
+    for other in ({}, {"forget_concept.concepts": "{"}, {"forget_concept.concepts": '{"a": 1}'}):
+        assert concepts_in(other) == []
+
+
+def test_a_new_files_number_is_free_for_every_ending(tmp_path: Path) -> None:
+    (tmp_path / "Star_00001.json").touch()
+    (tmp_path / "star_00002.html").touch()
+    assert fresh_file(tmp_path, "star", ".html") == tmp_path / "star_00003.html"
+    assert fresh_file(tmp_path, "sta", ".html") == tmp_path / "sta_00001.html"
+    with pytest.raises(RequestError, match="no place in the output folder"):
+        patch_name("../x", [], "the output folder")
+    with pytest.raises(ForgetConceptError, match="cannot be read"):
+        fresh_file(tmp_path / "none", "star", ".html")

@@ -8,7 +8,9 @@ the same pictures, times and noise.
 
 The paper leaves open in which space the cosine is taken. Here it is the input embeddings', between the mean of the
 inverted vectors and the mean of the name's sub-words, which told forgotten concepts from kept ones best on the embedded
-model (`benchmarks/m_score.csv`); the others of :data:`SPACES` come along in the result.
+model (`benchmarks/m_score.csv`); the others of :data:`SPACES` come along in the result. And the vectors stay at the
+vocabulary's own scale: with many large steps they grow to several times a word's length, where an edit that was made
+for the words no longer reaches, and forgotten concepts may be found again (an attack, and no measure of this).
 """
 
 from __future__ import annotations

@@ -22,7 +22,12 @@ QUICK = {
     "fisher_samples": 2,
     "fisher_draws": 1,
 }
-SMALL = {"EmptyLatentImage": {"width": 128, "height": 128}, "KSampler": {"steps": 2, "cfg": 2.5}}
+SMALL = {
+    "EmptyLatentImage": {"width": 128, "height": 128},
+    "KSampler": {"steps": 2, "cfg": 2.5},
+    "ForgetConceptEvaluate": {"count": 4, "steps": 6},
+    "ForgetConceptAttentionMap": {"steps": 2},
+}
 
 
 def on_the_embedded_model(graph: Graph) -> Graph:

@@ -148,6 +148,37 @@ def graphs(info: dict[str, Any]) -> dict[str, Graph]:
     combine["inspect"] = node("ForgetConceptInspectPatch", lora=["combine", 0], model=["load", 0])
     combine = _compared(combine, ["apply", 0]) | _saved(["combine", 0], "forget/combined")
 
+    measured = _start("a photo of a red umbrella")
+    measured["forget"] = node("ForgetConcept", **_asked("umbrella", "object", "", "bicycle, guitar, teapot, raincoat"))
+    wires = {"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2], "lora": ["forget", 1], "strength": 1.0}
+    measured["evaluate"] = node(
+        "ForgetConceptEvaluate",
+        **wires,
+        concept="",
+        count=16,
+        seed=0,
+        steps=16,
+        baselines=True,
+        attacks="none",
+        m_score=False,
+        benchmark="automatic",
+        clip_judge="openai/clip-vit-base-patch32",
+        filename="forget/evaluation-%concept%",
+    )
+    measured["look"] = node(
+        "ForgetConceptAttentionMap",
+        **wires,
+        prompt="a photo of a red umbrella",
+        phrase="umbrella",
+        seed=1,
+        steps=20,
+        guidance=0.0,
+    )
+    measured["maps"] = node("PreviewImage", images=["look", 0])
+    measured["verdict"] = node("PreviewAny", source=["evaluate", 1])
+    measured["shares"] = node("PreviewAny", source=["look", 1])
+    measured = _compared(measured, ["forget", 0])
+
     stock = _start("a photo of a church on a hill")
     stock["patch"] = node(
         "LoraLoaderModelOnly", model=["load", 0], lora_name="forget/church_00001.safetensors", strength_model=1.0
@@ -160,6 +191,7 @@ def graphs(info: dict[str, Any]) -> dict[str, Graph]:
         "correct_a_word": word,
         "forget_in_sequence": sequence,
         "combine_patches": combine,
+        "evaluate_forgetting": measured,
         "use_a_saved_patch": stock,
     }
 
@@ -182,7 +214,8 @@ def _parts(known: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str
 
 def _size(sockets: int, outputs: int, boxes: list[tuple[str, dict[str, Any]]], kind: str) -> list[int]:
     rows = sum(90 if options.get("multiline") else 24 for _, options in boxes if not options.get("advanced"))
-    tail = {"SaveImage": 300, "PreviewAny": 130, "ForgetConcept": 130, "ForgetConceptInSequence": 160}.get(kind, 0)
+    tail = {"SaveImage": 300, "PreviewImage": 300, "PreviewAny": 130, "ForgetConcept": 130}.get(kind, 0)
+    tail = tail or {"ForgetConceptInSequence": 160, "ForgetConceptEvaluate": 420}.get(kind, 0)
     tail = tail or (120 if kind.startswith("ForgetConcept") and kind.endswith(("Patch", "Patches", "Back")) else 20)
     return [340, 20 * max(sockets, outputs) + rows + tail]
 
