@@ -1,18 +1,18 @@
 """Does the M-Score tell what is forgotten from what is kept? The concepts of the embedded world, once each way.
 
-`python benchmarks/m_score.py` takes some quarter of an hour of one core and fills `m_score.csv`, a row a concept, state,
-kind of pictures and restart; rows that are there are not made again, and an inversion that was cut short goes on. The 27
-concepts are all but the seven that the inversion's settings were chosen on. They are dealt to three patches (`uce`, its
-tuned preset), so that each patch forgets nine, of all three categories, and preserves the others; every concept is
-measured under the patch that forgets it (`forgotten`) and under the next one, which keeps it (`kept`), with the same
-pictures and the same unedited inversions. The eight `pictures` are either `rendered`, of any style and background, as a
-person's own may be, or `drawn` by the unedited model from the concept's plain prompts.
+`python benchmarks/m_score.py` takes some quarter of an hour of one core and fills `m_score.csv`, a row a concept,
+state, kind of pictures and restart; rows that are there are not made again, and an inversion that was cut short goes
+on. The 27 concepts are all but the seven that the inversion's settings were chosen on. They are dealt to three patches
+(`uce`, its tuned preset), so that each patch forgets nine, of all three categories, and preserves the others; every
+concept is measured under the patch that forgets it (`forgotten`) and under the next one, which keeps it (`kept`), with
+the same pictures and the same unedited inversions. The eight `pictures` are either `rendered`, of any style and
+background, as a person's own may be, or `drawn` by the unedited model from the concept's plain prompts.
 
 `<space>_before` and `<space>_after` are the cosines of `core/evaluation/m_score.py` in each of its spaces; the score is
 their drop, the mean over restarts. Printed is how well each separates the two states: the area under the ROC curve with
-a 95 % interval (bootstrap over concepts), and the threshold that errs least. `shown` is the share of `n` pictures, drawn
-by the patched model from prompts that name the concept, in which the probe finds it: what was to be forgotten may not
-be. `seconds` are wall clock of the inversions, two of them, or one where the unedited model's is there already.
+a 95 % interval (bootstrap over concepts), and the threshold that errs least. `shown` is the share of `n` pictures,
+drawn by the patched model from prompts that name the concept, in which the probe finds it: what was to be forgotten may
+not be. `seconds` are wall clock of the inversions, two of them, or one where the unedited model's is there already.
 """
 
 from __future__ import annotations
