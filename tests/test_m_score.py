@@ -18,7 +18,6 @@ from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
 from forget_concept.core.evaluation import m_score as module
 from forget_concept.core.evaluation.m_score import (
-    RESTARTS,
     SPACES,
     concept_latents,
     m_score,
