@@ -35,11 +35,11 @@ from forget_concept.core.continual import History
 from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Sampling, Subject, evaluate
+from forget_concept.core.evaluation.weight_drift import weight_drift
 from forget_concept.core.formats import kohya
 from forget_concept.core.methods import all_methods
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.patch import Patch
-from forget_concept.core.unet import PROJECTIONS
 from forget_concept.core.workspace import Workspace, key_of
 
 if TYPE_CHECKING:
@@ -73,15 +73,6 @@ def ordered(seed: int) -> list[Concept]:
     if seed:
         random.Random(seed).shuffle(found)
     return found
-
-
-def weight_drift(model: LatentDiffusion, patch: Patch) -> float:
-    """``‖ΔW‖ / ‖W‖`` over every projection of every cross-attention, changed or not."""
-    base = sum(
-        float(site.projection(w).weight.detach().float().square().sum()) for site in model.survey for w in PROJECTIONS
-    )
-    change = sum(float(factor.delta().square().sum()) for factor in patch.factors.values())
-    return (change / base) ** 0.5
 
 
 def kept(category: str) -> tuple[str, ...]:
@@ -360,7 +351,7 @@ def measure(
             continue
         patch = sequence.history.patch
         found = measured(((patch, 1.0),), sequence.past)
-        row = _row(method, seed, sequence.step, found, weight_drift(model, patch), sequence.seconds)
+        row = _row(method, seed, sequence.step, found, weight_drift(model.survey, patch).whole, sequence.seconds)
         table.append(row)
         watch.say(
             f"{watch.name} after {sequence.step}: UA {row['ua_all']:.3f} IRA {row['ira']:.3f} CRA {row['cra']:.3f} "

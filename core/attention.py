@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import ForgetConceptError, TokenError
 from .unet import CrossAttentionSite, UNetSurvey
 
-__all__ = ["AttentionRecorder", "attention_mass", "attention_mass_reference", "token_mask"]
+__all__ = ["AttentionRecorder", "attention_mass", "attention_mass_reference", "split_heads", "token_mask"]
 
 
 def token_mask(positions: Sequence[Sequence[int]], tokens: int, device: torch.device | str = "cpu") -> Tensor:
@@ -39,7 +39,7 @@ def token_mask(positions: Sequence[Sequence[int]], tokens: int, device: torch.de
     return mask.to(device)
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``; the batch stays in front, so a row's mask stays its own."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -56,7 +56,7 @@ def _checked(q: Tensor, k: Tensor, mask: Tensor, heads: int) -> None:
 def attention_mass_reference(q: Tensor, k: Tensor, mask: Tensor, heads: int) -> Tensor:
     """The mass as its definition says it, with the whole map in memory; see :func:`attention_mass`."""
     _checked(q, k, mask, heads)
-    q, k = _split(q, heads), _split(k, heads)
+    q, k = split_heads(q, heads), split_heads(k, heads)
     attention = torch.softmax((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5, dim=-1)
     return attention @ mask.to(attention.dtype)[:, None]
 
@@ -78,7 +78,7 @@ def attention_mass(
         return attention_mass_reference(q, k, mask, heads)
     _checked(q, k, mask, heads)
     columns = mask.shape[2]
-    q, k = _split(q, heads), _split(k, heads)
+    q, k = split_heads(q, heads), split_heads(k, heads)
     scale = q.shape[-1] ** -0.5
     # a multiple of 8: the fast kernels want aligned rows
     width = -(-max(q.shape[-1], columns) // 8) * 8

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from .attention import split_heads
 from .errors import ForgetConceptError
 from .unet import CrossAttentionSite, UNetSurvey
 
@@ -76,18 +77,13 @@ def _keep(store: dict[str, Tensor], name: str, inputs: bool = False) -> Any:
     return hook
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def site_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
     """A site's output ``(batch, pixels, width)`` for inputs ``x`` ``(batch, pixels, width)`` under ``context``.
 
     ``context`` is ``(batch, tokens, d)``. The projections are called as the UNet calls them, with whatever is attached.
     """
     q, k, v = (
-        _split(part, site.heads)
+        split_heads(part, site.heads)
         for part in (site.projection("to_q")(x), site.projection("to_k")(context), site.projection("to_v")(context))
     )
     mixed = F.scaled_dot_product_attention(q, k, v)
@@ -101,7 +97,7 @@ def site_map(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
 
 def attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``, of recorded queries and keys."""
-    q, k = _split(q, heads), _split(k, heads)
+    q, k = split_heads(q, heads), split_heads(k, heads)
     return torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
 
 

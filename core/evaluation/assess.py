@@ -428,7 +428,5 @@ def _eroded(
     for step in found:
         new = [name for name in step.forgotten if name not in before]
         before |= set(step.forgotten)
-        lost = step.erosion
-        kept = type(lost)(1 - lost.value, 1 - lost.high, 1 - lost.low, lost.n)
-        told.append(ErosionStep(step.step, listed(new) if new else "nothing new", kept))
+        told.append(ErosionStep(step.step, listed(new) if new else "nothing new", step.erosion.complement))
     return tuple(told)

@@ -22,7 +22,7 @@ from .drawing import Drawings, Probe, Sampling, Seen, Variant
 from .intervals import Score
 from .metrics.mean import Mean
 from .metrics.perceptual import PairDistance, perceptual_distance
-from .scores import CATEGORIES, FEWEST, Question, _drift, kept_questions, known_concept
+from .scores import CATEGORIES, FEWEST, Question, image_distance, kept_questions, known_concept
 from .weight_drift import WeightDrift, weight_drift
 
 __all__ = ["ErosionStep", "erosion"]
@@ -131,8 +131,7 @@ def _step(
     still = [question.answered(seen) for question, seen in zip(asked, after, strict=True)]
 
     def lost(some: Sequence[int]) -> Score:
-        kept = Score.ratio([still[i] for i in some], [was[i] for i in some])
-        return Score(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n)
+        return Score.ratio([still[i] for i in some], [was[i] for i in some]).complement
 
     categories = {name: [i for i in rows if asked[i].category == name] for name in CATEGORIES}
     concepts: dict[str, list[int]] = {}
@@ -151,7 +150,7 @@ def _step(
             name: (sum(was[i] for i in some) - sum(still[i] for i in some)) / len(some)
             for name, some in concepts.items()
         },
-        _drift(before, after),
+        image_distance(before, after),
         weights,
         distance,
     )

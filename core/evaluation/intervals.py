@@ -42,6 +42,11 @@ class Score:
             )
         return cls(*paired_ratio(after, before), len(before))
 
+    @property
+    def complement(self) -> Score:
+        """Of what is left of 1: the share of misses, or what is lost of what was kept."""
+        return Score(1 - self.value, 1 - self.high, 1 - self.low, self.n)
+
     def as_dict(self) -> dict[str, float | int]:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 

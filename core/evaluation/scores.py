@@ -39,6 +39,7 @@ __all__ = [
     "check_baselines",
     "drifted",
     "evaluate",
+    "image_distance",
     "kept_questions",
     "known_concept",
     "measured",
@@ -330,7 +331,8 @@ def _right_otherwise(questions: Sequence[Question], seen: Sequence[Seen]) -> lis
     ]
 
 
-def _drift(before: Sequence[Seen], after: Sequence[Seen]) -> float:
+def image_distance(before: Sequence[Seen], after: Sequence[Seen]) -> float:
+    """Root-mean-square difference of the pixels in [0, 1] of pictures, pair by pair; the mean over the pairs."""
     distances = [
         float((b.picture.float() - a.picture.float()).square().mean().sqrt()) / 255
         for b, a in zip(before, after, strict=True)
@@ -373,7 +375,7 @@ def drifted(drawings: Drawings, plan: Plan, variant: str) -> float:
     """How far one variant moves the pictures of what is kept: :attr:`Evaluation.drift`."""
     pictures = [question.picture for question in (*plan.cells.same, *plan.cells.other)]
     before, after = (drawings.seen(plan.variants[name], pictures) for name in (UNEDITED, variant))
-    return _drift(before, after)
+    return image_distance(before, after)
 
 
 def measured(drawings: Drawings, plan: Plan, baselines: Sequence[str] = BASELINES) -> Evaluation:
