@@ -438,3 +438,11 @@ def test_a_contact_sheet_holds_all_pictures():
     colours = {colour for _, colour in sheet.getcolors(1 << 24)}
     assert {(40 * i,) * 3 for i in range(1, 6)} <= colours
     assert math.isclose(sheet.width, 2 * 24 + 4 * (TILE + 14) - 14)
+
+
+@pytest.mark.parametrize("asked", ["object", "style", "identity"])
+@pytest.mark.parametrize("gone", ["object", "style", "identity"])
+def test_a_category_that_is_forgotten_whole_is_told_whichever_is_asked_about(asked, gone):
+    everything = [word.name for word in CATEGORIES[gone]]
+    with pytest.raises(RequestError, match=f"No {gone} is left"):
+        kept_questions(asked, 4, without=everything)

@@ -125,9 +125,11 @@ def kept_questions(category: str, count: int, seed: int = 0, without: Sequence[s
     No prompt names anything in ``without``. The same questions come first whatever the count.
     """
     left_out = tuple(known_concept(name)[0] for name in without)
+    # a prompt about one category also says something of the others
+    for each in (category, *CATEGORIES):
+        if all(word.name in left_out for word in vocabulary.CATEGORIES[each]):
+            raise RequestError(f"No {each} is left that could be kept: forget fewer of them.")
     names = [word.name for word in vocabulary.CATEGORIES[category] if word.name not in left_out]
-    if not names:
-        raise RequestError(f"No {category} is left that could be kept: forget fewer of them.")
     order = np.random.default_rng(seed_of("order", category, seed)).permutation(len(names))
     found = []
     for i in range(count):
