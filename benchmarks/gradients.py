@@ -9,8 +9,8 @@ training; one that is there is not run again. The Markdown summary goes to the s
   moved to that of its replacement, what is kept held), which is the same objective without attention;
 - `gradient`, `margin`, `backtracks`: the rule; the margin of a projected step (0: it may not rise to first order, no
   more), and how often it is halved at most where a loss rose all the same (each is a pass forward more);
-- `lr`: AdamW's 1e-4, 2e-4 (the default) and 5e-4; SGD's are those times a factor for each method that makes its mean
-  step over a training as long as AdamW's (`step_norm`) at `sum`, where a step is `lr · gradient_norm`;
+- `lr`: AdamW's is the tuned preset's, a third and a tenth of it; SGD's those times a factor for each method that makes
+  its mean step over a training as long as AdamW's (`step_norm`) at `sum`, where a step is `lr · gradient_norm`;
 - `forget_rose`, `retain_rose`, `either_rose`, `conflicts`: shares of the `steps`; a conflict is an angle above 90°
   between the two losses' gradients;
 - `forget_before`, `forget_after`, `retain_after`: means over four batches that no training saw, before and after it

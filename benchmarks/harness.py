@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import gc
+import io
 import math
 import os
 import platform
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import Drawings, Picture, Probe, Sampling, Seen, Variant, wilson
+from forget_concept.core.files import write_bytes
 from forget_concept.core.mini.world import LABELS, Labels
 from forget_concept.core.progress import ProgressEvent
 from forget_concept.core.unet import survey
@@ -60,6 +62,26 @@ class Table:
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether the run that this row's key names is there."""
         return self._key(row) in self._there
+
+    def row(self, key: Mapping[str, Any]) -> dict[str, str]:
+        """The row that a key names. Raises :class:`KeyError` where it is not there."""
+        wanted = self._key(key)
+        for row in self.rows:
+            if self._key(row) == wanted:
+                return row
+        raise KeyError(wanted)
+
+    def fill(self, key: Mapping[str, Any], cells: Mapping[str, Any]) -> None:
+        """Write cells of a row that is there; the file is replaced whole, or not at all."""
+        row = self.row(key)
+        if unknown := set(cells) - set(self.columns) | set(cells) & set(self.key):
+            raise ValueError(f"{sorted(unknown)} cannot be filled in a table of {sorted(self.columns)}")
+        row |= {name: _cell(value) for name, value in cells.items()}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_bytes(self.path, text.getvalue().encode())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; exactly the table's columns."""

@@ -10,7 +10,8 @@ Each request has a replacement and preserves the other concepts of its category.
 nothing to preserve: they are asked first (a request that is refused costs nothing), and what they refuse is left out,
 with a note in the summary; a preset that needs pictures gets eight drawn ones of the concept. `none` is the unedited
 model, `negative_prompt` the unedited model with the concept as its negative prompt, `safe_guidance` the unedited model
-under Safe Latent Diffusion's guidance away from the concept (its published medium configuration).
+under Safe Latent Diffusion's guidance away from the concept (its published medium configuration). A row is attacked
+(`core/evaluation/attacks/`) after it was measured; one that was not attacked yet is fitted again for it.
 
 - `ua`, `ira`, `cra`: unlearning accuracy, in-domain and cross-domain retain accuracy (`core/evaluation/scores.py`);
 - `drift`: root-mean-square difference of pixels in [0, 1] between the edited and the unedited model's picture of the
@@ -20,7 +21,9 @@ under Safe Latent Diffusion's guidance away from the concept (its published medi
   through it (a guided step of one picture is two passes); measuring is not in them;
 - `peak_bytes`: on CUDA the most that torch had allocated during the fit, the model included; on a CPU the growth of the
   process' resident set over what it was before, the model not included; empty where neither can be known;
-- `patch_bytes`: of all factors in fp32.
+- `patch_bytes`: of all factors in fp32;
+- `attack_...`: share of pictures in which the concept came back, by attack; `attack_success` is the highest of them,
+  `attack_budget` what each was allowed (`core/evaluation/attacks/budget.py`).
 """
 
 from __future__ import annotations
@@ -29,20 +32,23 @@ import argparse
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Cost, SharedDrawings, Table, Watch, costing, device_name, mean_interval
+from harness import Cost, SharedDrawings, Table, Watch, costing, device_name
+from methods_summary import first_of_each_kind, write_summary
 
 from forget_concept.core import mini
 from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
-from forget_concept.core.evaluation import NEGATIVE, PATCHED, SAFE, UNEDITED, Sampling, Subject, evaluate
+from forget_concept.core.evaluation import NEGATIVE, PATCHED, SAFE, UNEDITED, Sampling, Subject, Variant, evaluate
+from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge, Target, run_attacks
+from forget_concept.core.guidance import SafetyGuidance
 from forget_concept.core.methods import Inputs, all_methods, fit, get, resolve_settings
 from forget_concept.core.mini import world
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
@@ -65,10 +71,12 @@ CONCEPTS = (
     Concept("Zuri Okoye", "identity", "Ivy Stone"),
 )
 SCREENING = CONCEPTS[:3]
+ATTACKED = ("attack_budget", "attack_success", *(f"attack_{name}" for name in ATTACKS))
 KEY = ["model", "method", "preset", "gradient", "category", "concept", "seed", "n"]
 COLUMNS = [
     *("model", "method", "preset", "gradient", "category", "concept", "seed", "ua", "ira", "cra", "n", "drift"),
     *("seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
+    *ATTACKED,
 ]
 COUNT, SEEDS = 100, (0, 1, 2)
 IMAGES = 8
@@ -204,21 +212,45 @@ def pictures_of(concept: Concept, count: int, seed: int) -> torch.Tensor:
 # -- one run ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What a run made: its pictures' variant, and what it cost."""
+
+    variant: str
+    patches: tuple[tuple[Patch, float], ...]
+    cost: Cost
+
+    def asked_of(self, concept: str) -> Variant:
+        """The model that an attack is put to."""
+        safe = SafetyGuidance(concept) if self.variant == SAFE else None
+        return Variant(self.patches, concept if self.variant == NEGATIVE else "", safe)
+
+
+def fitted(model: LatentDiffusion, run: Run, progress: Progress | None) -> Fitted:
+    """Fit a run's method. Raises :class:`ForgetConceptError` where it refuses or fails."""
+    if not run.forgets:
+        return Fitted(run.method if run.method in (NEGATIVE, SAFE) else PATCHED, (), Cost())
+    wanted = asked(model, run)
+    with costing(model) as cost:
+        patch: Patch = fit(model, wanted.request, progress, wanted.inputs)
+    return Fitted(PATCHED, ((patch, 1.0),), cost)
+
+
 def measured(
-    model: LatentDiffusion, probe: Any, run: Run, count: int, drawings: SharedDrawings, progress: Progress | None
+    model: LatentDiffusion,
+    probe: Any,
+    run: Run,
+    made: Fitted,
+    count: int,
+    drawings: SharedDrawings,
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    """Run it: the row. Raises :class:`ForgetConceptError` where the method refuses or fails."""
-    cost, patches = Cost(), ()
-    variant = run.method if run.method in (NEGATIVE, SAFE) else PATCHED
-    if run.forgets:
-        wanted = asked(model, run)
-        with costing(model) as cost:
-            patch: Patch = fit(model, wanted.request, progress, wanted.inputs)
-        patches = ((patch, 1.0),)
+    """The row of a run, not attacked yet."""
+    variant, cost = made.variant, made.cost
     (found,) = evaluate(
         model,
         probe,
-        [Subject(run.concept.name, patches)],
+        [Subject(run.concept.name, made.patches)],
         count,
         run.seed,
         without=[concept.name for concept in CONCEPTS],
@@ -237,8 +269,37 @@ def measured(
         "forward_passes": cost.forward,
         "backward_passes": cost.backward,
         "peak_bytes": cost.peak,
-        "patch_bytes": patches[0][0].nbytes if patches else 0,
+        "patch_bytes": made.patches[0][0].nbytes if made.patches else 0,
+        **dict.fromkeys(ATTACKED),
     }
+
+
+def attacked(
+    model: LatentDiffusion,
+    probe: Any,
+    run: Run,
+    made: Fitted,
+    budget: str,
+    sampling: Sampling,
+    workspace: Workspace | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """A row's cells of attacks; an attack that cannot be made on this model is left empty."""
+    name = run.concept.name
+    found = run_attacks(
+        model,
+        made.asked_of(name),
+        Target.embedded(name),
+        ProbeJudge(probe, name),
+        budget,
+        run.seed,
+        before=False,
+        sampling=sampling,
+        workspace=workspace,
+        progress=progress,
+    )
+    cells = {f"attack_{one.attack}": one.after.value for one in found.results}
+    return dict.fromkeys(ATTACKED) | cells | {"attack_budget": budget, "attack_success": found.attack_success.value}
 
 
 # -- the estimate -------------------------------------------------------------------------------------------------
@@ -274,7 +335,7 @@ def seconds_a_pass(model: LatentDiffusion, sampling: Sampling) -> float:
 
 
 def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: Sampling, count: int) -> str:
-    """What is to do, in words: a line a run, and how long all of it may take here."""
+    """What is to do, in words: a line a run, and how long all of it may take here, attacks apart."""
     one = seconds_a_pass(model, sampling)
     known: dict[tuple[str, str, str], list[float]] = {}
     for row in table.rows:
@@ -285,106 +346,13 @@ def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: Sa
         fitting = sum(before) / len(before) if before else fit_passes(run) * one
         total += fitting
         lines.append(f"{run}: about {fitting:.0f} s to fit" if run.forgets else f"{run}: nothing to fit")
-    drawn = pictures_to_draw(runs, count)
+    drawn = pictures_to_draw([run for run in runs if not table.has(run.key(model.name, count))], count)
     drawing = drawn * 2 * sampling.steps * one
     lines.append(
         f"{len(runs)} runs: about {total / 60:.0f} min of fitting, and {drawn} pictures to measure with, about "
         f"{drawing / 60:.0f} min, on {device_name(model.device)}."
     )
     return "\n".join(lines)
-
-
-# -- the summary --------------------------------------------------------------------------------------------------
-
-
-def summary(rows: Iterable[Mapping[str, str]], notes: Mapping[tuple[str, str, str], str], devices: str) -> str:
-    """The table in Markdown: a section a category, a line for each method, preset and rule, over concepts and seeds."""
-    rows = list(rows)
-    lines = [
-        "# Every method on the embedded model",
-        "",
-        "Written by `make bench-methods` from `methods.csv`; what the columns mean is said in `methods.py`.",
-        f"Seconds and bytes measured on: {devices}",
-        "",
-        "Means over concepts and seeds with 95 % intervals, in percent: Wilson's over all pictures (ratios above 100 %",
-        "count as 100), widened to Student's over the runs where there are several. `n`: runs × pictures in a cell.",
-    ]
-    for category in CATEGORIES:
-        here = [row for row in rows if row["category"] == category]
-        if not here:
-            continue
-        names = ", ".join(dict.fromkeys(row["concept"] for row in here))
-        lines += [
-            "",
-            f"## {category.capitalize()}: {names}",
-            "",
-            "| method | preset | gradient | n | UA | IRA | CRA | drift | seconds | forward | backward | peak | patch |",
-            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        groups: dict[tuple[str, str, str, str], list[Mapping[str, str]]] = {}
-        for row in here:
-            groups.setdefault((row["method"], row["preset"], row["gradient"], row["n"]), []).append(row)
-        for (method, preset, gradient, n), several in sorted(groups.items(), key=lambda item: _order(item[0])):
-            cells = [f"{method}{' *' if notes.get((method, preset, gradient)) else ''}", preset, gradient]
-            cells.append(f"{len(several)} × {n}")
-            for score in ("ua", "ira", "cra"):
-                cells.append("{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in _interval(several, score, int(n)))))
-            cells.append(f"{_mean(several, 'drift'):.3f}")
-            cells.append(f"{_mean(several, 'seconds'):.2f}" if method not in BASELINES else "")
-            for name in ("forward_passes", "backward_passes"):
-                cells.append(f"{_mean(several, name):.0f}" if method not in BASELINES else "")
-            for name in ("peak_bytes", "patch_bytes"):
-                known = method not in BASELINES and all(row[name] for row in several)
-                cells.append(_bytes(_mean(several, name)) if known else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    said = [
-        f"`{' '.join(filter(None, kind))}`: {note}." for kind, note in sorted(notes.items()) if note and _in(kind, rows)
-    ]
-    if said:
-        lines += ["", "\\* asked for what it takes:", *(f"- {line}" for line in said)]
-    return "\n".join(lines) + "\n"
-
-
-def _order(kind: tuple[str, ...]) -> tuple[object, ...]:
-    return (kind[0] not in BASELINES, kind[0] != NOTHING, *kind)
-
-
-def _in(kind: tuple[str, str, str], rows: Iterable[Mapping[str, str]]) -> bool:
-    return any((row["method"], row["preset"], row["gradient"]) == kind for row in rows)
-
-
-def _interval(rows: Sequence[Mapping[str, str]], score: str, n: int) -> tuple[float, float, float]:
-    return mean_interval([float(row[score]) for row in rows], n)
-
-
-def _mean(rows: Sequence[Mapping[str, str]], name: str) -> float:
-    return sum(float(row[name]) for row in rows) / len(rows)
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e3:.0f} kB"
-
-
-DEVICES = "Seconds and bytes measured on: "
-
-
-def write_summary(table: Table, model: LatentDiffusion, added: bool) -> Path:
-    """``<table>.md`` beside the table; devices of earlier runs stay named in it."""
-    path = table.path.with_suffix(".md")
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    before = next((line.removeprefix(DEVICES) for line in old if line.startswith(DEVICES)), "")
-    devices = dict.fromkeys(filter(None, before.split("; ")))
-    if added or not devices:
-        devices[device_name(model.device)] = None
-    rows = [row for row in table.rows if row["model"] == model.name]
-    notes = {}
-    for row in rows:
-        kind = row["method"], row["preset"], row["gradient"]
-        if kind not in notes and kind[0] not in BASELINES:
-            concept = next(c for c in CONCEPTS if c.name == row["concept"])
-            notes[kind] = asked(model, Run(*kind, concept, int(row["seed"]))).note
-    path.write_text(summary(rows, notes, "; ".join(devices)), encoding="utf-8")
-    return path
 
 
 # -- the command --------------------------------------------------------------------------------------------------
@@ -404,7 +372,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=Sampling.batch, help="pictures drawn at a time while measuring")
     p.add_argument("--precision", default=Sampling.precision, help="while measuring: auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=Path(__file__).with_name("methods.csv"))
-    p.add_argument("--work", type=Path, help="a folder that keeps the unedited model's pictures for later runs")
+    p.add_argument(
+        "--attack", choices=(*BUDGETS, "none"), default="quick", help="what an attack may spend (default: quick)"
+    )
+    p.add_argument(
+        "--work", type=Path, help="a folder that keeps the unedited model's pictures and the attacks' for later runs"
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be run and how long it may take")
     return p
 
@@ -438,7 +411,9 @@ def _main(options: argparse.Namespace, load: Any) -> int:
     runs = planned(methods, options.preset or PRESETS, options.gradient or [], concepts, seeds)
     table = Table(options.out, COLUMNS, KEY)
     model, probe, by = load(options.device)
-    todo = [run for run in runs if not table.has(run.key(model.name, options.count))]
+    keys = {run: run.key(model.name, options.count) for run in runs}
+    attacks = options.attack != "none"
+    todo = [run for run in runs if not table.has(keys[run]) or (attacks and not table.row(keys[run])["attack_budget"])]
     sampling = Sampling(options.steps, batch=options.batch, precision=options.precision)
     if options.dry_run:
         print(told(todo, table, model, sampling, options.count))
@@ -452,17 +427,29 @@ def _main(options: argparse.Namespace, load: Any) -> int:
                 drawings = {run.seed: SharedDrawings(model, probe, sampling, workspace, by)}
             watch.name = str(run)
             try:
-                row = measured(model, probe, run, options.count, drawings[run.seed], watch)
+                made = fitted(model, run, watch)
+                if not table.has(keys[run]):
+                    row = measured(model, probe, run, made, options.count, drawings[run.seed], watch)
+                    table.append(row)
+                    scores = " ".join(f"{name.upper()} {row[name]:.3f}" for name in ("ua", "ira", "cra", "drift"))
+                    watch.say(f"{run}: {scores} in {row['seconds']:.1f} s")
+                if attacks:
+                    cells = attacked(model, probe, run, made, options.attack, sampling, workspace, watch)
+                    table.fill(keys[run], cells)
+                    watch.say(f"{run}: came back in {cells['attack_success']:.2f} of the pictures")
             except ForgetConceptError as error:
                 failed += 1
                 watch.say(f"{run}: {error}", wrong=True)
-            else:
-                table.append(row)
-                scores = " ".join(f"{name.upper()} {row[name]:.3f}" for name in ("ua", "ira", "cra", "drift"))
-                watch.say(f"{run}: {scores} in {row['seconds']:.1f} s")
             watch.done()
         if table.rows:
-            path = write_summary(table, model, len(todo) > failed)
+            named = {concept.name: concept for concept in CONCEPTS}
+            notes = {
+                kind: asked(model, Run(*kind, named[row["concept"]], int(row["seed"]))).note
+                for kind, row in first_of_each_kind(table, model.name).items()
+                if kind[0] not in BASELINES
+            }
+            device = device_name(model.device) if len(todo) > failed else ""
+            path = write_summary(table, model.name, BASELINES, notes, device)
             watch.say(f"{len(todo) - failed} runs added; the summary is in {path}.")
     return 1 if failed else 0
 

@@ -8,16 +8,15 @@ given).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from .errors import ForgetConceptError, TokenError
+from .recording import Kept, Recorder
 from .unet import CrossAttentionSite, UNetSurvey
 
 __all__ = ["AttentionRecorder", "attention_mass", "attention_mass_reference", "split_heads", "token_mask"]
@@ -87,61 +86,26 @@ def attention_mass(
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :columns]
 
 
-class AttentionRecorder:
-    """Keeps every site's queries and keys of the latest forward pass: a context manager, differentiable, host-agnostic.
+class AttentionRecorder(Recorder):
+    """Keeps every site's queries and keys of the latest forward pass.
 
-    It listens to the outputs of ``to_q`` and ``to_k``, so it works with every attention backend, and sees what adapters
-    add to them if those were attached before. ``q[name]`` is ``(batch, pixels, heads · d)``, ``k[name]`` likewise with
-    tokens.
+    ``q[name]`` is ``(batch, pixels, heads · d)``, ``k[name]`` likewise with tokens.
     """
 
     def __init__(self, survey: UNetSurvey, sites: Sequence[CrossAttentionSite] | None = None) -> None:
-        self.survey = survey
-        self.sites = tuple(survey.sites if sites is None else sites)
-        self.q: dict[str, Tensor] = {}
-        self.k: dict[str, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> AttentionRecorder:
-        try:
-            for site in self.sites:
-                for which, store in (("to_q", self.q), ("to_k", self.k)):
-                    self._hooks.append(site.projection(which).register_forward_hook(_keep(store, site.name)))
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        self.clear()
-
-    def clear(self) -> None:
-        """Let go of what was kept (and of the graph behind it)."""
-        self.q.clear()
-        self.k.clear()
+        queries, keys = Kept("to_q"), Kept("to_k")
+        super().__init__(survey.sites if sites is None else sites, (queries, keys))
+        self.q, self.k = queries.by_site, keys.by_site
 
     def masses(self, mask: Tensor, implementation: Literal["sdpa", "reference"] = "sdpa") -> list[Tensor]:
         """Every site's mass on the mask's columns, fp32, in the survey's order; see :func:`attention_mass`.
 
         Raises :class:`ForgetConceptError` where no forward pass has been seen.
         """
-        missing = [site.name for site in self.sites if site.name not in self.q or site.name not in self.k]
-        if missing:
-            raise ForgetConceptError(f"No forward pass has reached {missing[0]}: there is no attention to look at.")
+        self.check_seen()
         return [
             attention_mass(
                 self.q[site.name], self.k[site.name], mask.to(self.k[site.name].device), site.heads, implementation
             ).float()
             for site in self.sites
         ]
-
-
-def _keep(store: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        store[name] = output
-
-    return hook

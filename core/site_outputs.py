@@ -6,75 +6,40 @@ can be trained each on its own (:func:`site_output`), without a pass through the
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from .attention import split_heads
-from .errors import ForgetConceptError
+from .recording import Kept, Recorder
 from .unet import CrossAttentionSite, UNetSurvey
 
 __all__ = ["SiteRecorder", "attention_map", "sampled", "site_map", "site_output"]
 
 
-class SiteRecorder:
-    """Keeps every site's input and output of the latest forward pass: a context manager, differentiable, host-agnostic.
+class SiteRecorder(Recorder):
+    """Keeps every site's input and output of the latest forward pass.
 
-    ``x[name]`` is what ``to_q`` is given and ``out[name]`` what ``to_out`` returns, both ``(batch, pixels, width)``. It
-    sees what adapters add to them if those were attached before.
+    ``x[name]`` is what ``to_q`` is given and ``out[name]`` what ``to_out`` returns, both ``(batch, pixels, width)``.
     """
 
     def __init__(self, survey: UNetSurvey) -> None:
-        self.survey = survey
-        self.x: dict[str, Tensor] = {}
-        self.out: dict[str, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> SiteRecorder:
-        try:
-            for site in self.survey:
-                self._hooks.append(site.projection("to_q").register_forward_hook(_keep(self.x, site.name, inputs=True)))
-                self._hooks.append(site.projection("to_out").register_forward_hook(_keep(self.out, site.name)))
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        self.x.clear()
-        self.out.clear()
-
-    def outputs(self) -> list[Tensor]:
-        """Every site's output in the survey's order.
-
-        Raises :class:`ForgetConceptError` where no forward pass has been seen.
-        """
-        return self._all(self.out)
+        given, returned = Kept("to_q", given=True), Kept("to_out")
+        super().__init__(survey.sites, (given, returned))
+        self.x, self.out = given.by_site, returned.by_site
 
     def inputs(self) -> list[Tensor]:
-        """Every site's input in the survey's order; raises as :meth:`outputs`."""
-        return self._all(self.x)
+        """Every site's input in the survey's order.
 
-    def _all(self, store: dict[str, Tensor]) -> list[Tensor]:
-        missing = [site.name for site in self.survey if site.name not in store]
-        if missing:
-            raise ForgetConceptError(f"No forward pass has reached {missing[0]}: there is nothing of it to look at.")
-        return [store[site.name] for site in self.survey]
+        Raises :class:`~.errors.ForgetConceptError` where no forward pass has been seen.
+        """
+        self.check_seen()
+        return [self.x[site.name] for site in self.sites]
 
-
-def _keep(store: dict[str, Tensor], name: str, inputs: bool = False) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        store[name] = args[0] if inputs else output
-
-    return hook
+    def outputs(self) -> list[Tensor]:
+        """Every site's output in the survey's order; raises as :meth:`inputs`."""
+        self.check_seen()
+        return [self.out[site.name] for site in self.sites]
 
 
 def site_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:

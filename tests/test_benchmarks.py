@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe
+from drawn import DrawnModel, DrawnProbe, asked
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, tiny_model, tiny_unet
@@ -24,7 +24,7 @@ from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import UNEDITED, Picture, Sampling, Subject, Variant, evaluate, wilson
 from forget_concept.core.methods import Inputs, fit
-from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
+from forget_concept.core.mini.vocabulary import CATEGORIES, NONE, find
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.training import Deltas
 from forget_concept.core.unet import PROJECTIONS
@@ -163,6 +163,20 @@ def test_a_row_that_was_cut_short_is_made_again(tmp_path):
     assert path.read_text() == "name,value\na,1\nb,2\n"
 
 
+def test_cells_of_a_row_are_filled_in_place(tmp_path):
+    path = tmp_path / "table.csv"
+    table = harness.Table(path, ["name", "value", "more"], ["name"])
+    for name in ("a", "b"):
+        table.append({"name": name, "value": 1, "more": None})
+    table.fill({"name": "a"}, {"more": 0.5})
+    assert path.read_text() == "name,value,more\na,1,0.5\nb,1,\n"
+    assert harness.Table(path, ["name", "value", "more"], ["name"]).row({"name": "a"})["more"] == "0.5"
+    with pytest.raises(KeyError):
+        table.fill({"name": "c"}, {"more": 1})
+    with pytest.raises(ValueError, match="cannot be filled"):
+        table.fill({"name": "a"}, {"name": "d"})
+
+
 def test_another_table_is_not_added_to(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("name,other\na,1\n")
@@ -255,6 +269,8 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
     assert list(rows[0]) == [
         *("model", "method", "preset", "gradient", "category", "concept", "seed", "ua", "ira", "cra", "n", "drift"),
         *("seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
+        *("attack_budget", "attack_success", "attack_rephrased", "attack_homoglyphs"),
+        *("attack_discrete", "attack_soft_prompt", "attack_inversion_recall"),
     ]
     assert [(row["method"], row["preset"], row["gradient"]) for row in rows] == [
         ("none", "", ""),
@@ -285,6 +301,34 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
     command(*wanted, "--concept", "star", "--concept", "fish")
     assert (tmp_path / "out.csv").read_text().startswith(text)
     assert [row["concept"] for row in rows_of(tmp_path)] == ["star"] * 3 + ["fish"] * 3
+
+
+def test_a_row_measured_without_attacks_is_attacked_later_and_keeps_its_figures(command, tmp_path, monkeypatch):
+    synonym = find("star")[1].synonym
+    monkeypatch.setattr("drawn.asked", lambda prompt: asked(prompt.replace(synonym, "star")))
+    wanted = ["--method", "none", "--method", "negative_prompt", "--concept", "star"]
+    command(*wanted, "--attack", "none")
+    before = rows_of(tmp_path)
+    assert [row["attack_budget"] for row in before] == ["", ""]
+    status, model, _ = command(*wanted)
+    assert status == 0
+    after = rows_of(tmp_path)
+    for old, new in zip(before, after, strict=True):
+        assert {k: v for k, v in old.items() if "attack" not in k} == {
+            k: v for k, v in new.items() if "attack" not in k
+        }
+        assert new["attack_budget"] == "quick"
+        shares = [float(new[f"attack_{name}"]) for name in ("rephrased", "homoglyphs")]
+        assert float(new["attack_success"]) == max(shares)
+        # the attacks along gradients need a text encoder that lets them through
+        assert [new[f"attack_{name}"] for name in ("discrete", "soft_prompt", "inversion_recall")] == ["", "", ""]
+    none, negative = after
+    # this model knows the synonym, and a negative prompt takes the concept away all the same
+    assert float(none["attack_rephrased"]) == 1
+    assert float(negative["attack_rephrased"]) == 0
+    _, model, _ = command(*wanted)
+    assert model.drawn.calls == []
+    assert rows_of(tmp_path) == after
 
 
 def test_what_a_preset_refuses_is_left_out_and_the_summary_says_so(command, tmp_path):

@@ -1,0 +1,70 @@
+"""What the Fisher estimator changes in the end: `python benchmarks/fisher_forgetting.py --precision bfloat16`.
+
+`selective_amnesia` with its tuned settings forgets one concept, with the Fisher information of each estimator and with
+none, all else equal. The exact one goes through all time steps and is given fewer samples, or it would take an hour;
+`passes` says what each took. The other columns are those of `methods.py`. Rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from harness import SharedDrawings, Table, Watch, costing
+from methods import CONCEPTS, Fitted, Run, asked, embedded, measured
+
+from forget_concept.core.evaluation import PATCHED, Sampling
+from forget_concept.core.methods import fit
+from forget_concept.core.workspace import Workspace
+
+METHOD = "selective_amnesia"
+# settings beside the preset's, and the time steps that a sample goes through
+KINDS = {
+    "pairs": ({"fisher": "pairs"}, 8),
+    "halves": ({"fisher": "halves"}, 8),
+    "exact": ({"fisher": "exact", "fisher_samples": 4}, 1000),
+    "none": ({"ewc_weight": 0.0}, 0),
+}
+MEASURES = ["ua", "ira", "cra", "drift", "seconds"]
+KEY = ["model", "fisher", "concept", "seed", "n"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fisher", action="append", choices=list(KINDS), help="only these")
+    parser.add_argument("--concept", default="star", choices=[concept.name for concept in CONCEPTS])
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default=Sampling.precision, help="while measuring")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--work", type=Path, help="a folder that keeps the unedited model's pictures")
+    options = parser.parse_args()
+    table = Table(options.out, [*KEY, "passes", *MEASURES], KEY)
+    model, probe, by = embedded(options.device)
+    workspace = None if options.work is None else Workspace(options.work)
+    drawings = SharedDrawings(model, probe, Sampling(precision=options.precision), workspace, by)
+    concept = next(c for c in CONCEPTS if c.name == options.concept)
+    run = Run(METHOD, "tuned", "", concept, options.seed)
+    kinds = options.fisher or list(KINDS)
+    with Watch(len(kinds)) as watch:
+        for kind in kinds:
+            key = dict(zip(KEY, (model.name, kind, concept.name, options.seed, options.count), strict=True))
+            if not table.has(key):
+                watch.name = kind
+                settings, steps = KINDS[kind]
+                wanted = asked(model, run)
+                request = dataclasses.replace(wanted.request, settings=dict(wanted.request.settings) | settings)
+                with costing(model) as cost:
+                    patch = fit(model, request, watch, wanted.inputs)
+                samples = settings.get("fisher_samples", 96) if steps else 0
+                made = Fitted(PATCHED, ((patch, 1.0),), cost)
+                row = measured(model, probe, run, made, options.count, drawings, watch)
+                table.append(key | {"passes": steps * samples} | {name: row[name] for name in MEASURES})
+                watch.say(f"{kind}: " + " ".join(f"{name} {row[name]:.3f}" for name in MEASURES))
+            watch.done()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The table of `methods.py` in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from harness import Table, mean_interval
+
+from forget_concept.core.mini.vocabulary import CATEGORIES
+
+# method, preset, gradient rule
+Kind = tuple[str, str, str]
+HEADER = (
+    *("method", "preset", "gradient", "n", "UA", "IRA", "CRA", "drift"),
+    *("seconds", "forward", "backward", "peak", "patch", "came back"),
+)
+BY_WORDS, BY_VECTORS = ("rephrased", "homoglyphs", "discrete"), ("soft_prompt", "inversion_recall")
+
+
+def summary(
+    rows: Iterable[Mapping[str, str]], baselines: Sequence[str], notes: Mapping[Kind, str], devices: str
+) -> str:
+    """The table in Markdown: a section a category, a line for each method, preset and rule, over concepts and seeds.
+
+    ``baselines`` come first, and have no fit to tell of; ``notes`` say what a kind was not asked for.
+    """
+    rows = list(rows)
+    lines = [
+        "# Every method on the embedded model",
+        "",
+        "Written by `make bench-methods` from `methods.csv`; what the columns mean is said in `methods.py`.",
+        f"Seconds and bytes measured on: {devices}",
+        "",
+        "Means over concepts and seeds with 95 % intervals, in percent: Wilson's over all pictures (ratios above 100 %",
+        "count as 100), widened to Student's over the runs where there are several. `n`: runs × pictures in a cell.",
+        "Came back: under an attack that types words (the strongest of rephrasing, other spellings and a search along",
+        "the gradient) / under one that puts learned vectors into the text encoder; few pictures.",
+    ]
+    for category in CATEGORIES:
+        here = [row for row in rows if row["category"] == category]
+        if not here:
+            continue
+        names = ", ".join(dict.fromkeys(row["concept"] for row in here))
+        lines += [
+            "",
+            f"## {category.capitalize()}: {names}",
+            "",
+            f"| {' | '.join(HEADER)} |",
+            f"| --- | --- | --- | {' | '.join(['---:'] * (len(HEADER) - 3))} |",
+        ]
+        groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+        for row in here:
+            groups.setdefault((row["method"], row["preset"], row["gradient"], row["n"]), []).append(row)
+        for (method, preset, gradient, n), several in sorted(
+            groups.items(), key=lambda item: _order(item[0], baselines)
+        ):
+            cells = [f"{method}{' *' if notes.get((method, preset, gradient)) else ''}", preset, gradient]
+            cells.append(f"{len(several)} × {n}")
+            for score in ("ua", "ira", "cra"):
+                cells.append("{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in _interval(several, score, int(n)))))
+            cells.append(f"{_mean(several, 'drift'):.3f}")
+            cells.append(f"{_mean(several, 'seconds'):.2f}" if method not in baselines else "")
+            for name in ("forward_passes", "backward_passes"):
+                cells.append(f"{_mean(several, name):.0f}" if method not in baselines else "")
+            for name in ("peak_bytes", "patch_bytes"):
+                known = method not in baselines and all(row[name] for row in several)
+                cells.append(_bytes(_mean(several, name)) if known else "")
+            cells.append(_came_back(several))
+            lines.append(f"| {' | '.join(cells)} |")
+    said = [
+        f"`{' '.join(filter(None, kind))}`: {note}." for kind, note in sorted(notes.items()) if note and _in(kind, rows)
+    ]
+    if said:
+        lines += ["", "\\* asked for what it takes:", *(f"- {line}" for line in said)]
+    return "\n".join(lines) + "\n"
+
+
+def _order(kind: tuple[str, ...], baselines: Sequence[str]) -> tuple[object, ...]:
+    return (baselines.index(kind[0]) if kind[0] in baselines else len(baselines), *kind)
+
+
+def _in(kind: Kind, rows: Iterable[Mapping[str, str]]) -> bool:
+    return any((row["method"], row["preset"], row["gradient"]) == kind for row in rows)
+
+
+def _interval(rows: Sequence[Mapping[str, str]], score: str, n: int) -> tuple[float, float, float]:
+    return mean_interval([float(row[score]) for row in rows], n)
+
+
+def _mean(rows: Sequence[Mapping[str, str]], name: str) -> float:
+    return sum(float(row[name]) for row in rows) / len(rows)
+
+
+def _came_back(rows: Sequence[Mapping[str, str]]) -> str:
+    """The strongest attack by words and by vectors, the mean over the runs that were attacked."""
+    told = []
+    for attacks in (BY_WORDS, BY_VECTORS):
+        each = [[float(row[f"attack_{name}"]) for name in attacks if row[f"attack_{name}"]] for row in rows]
+        most = [max(shares) for shares in each if shares]
+        told.append(f"{100 * sum(most) / len(most):.0f}" if most else "")
+    return " / ".join(told) if any(told) else ""
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e3:.0f} kB"
+
+
+def first_of_each_kind(table: Table, model: str) -> dict[Kind, Mapping[str, str]]:
+    """The first row of each method, preset and rule of a model."""
+    found: dict[Kind, Mapping[str, str]] = {}
+    for row in table.rows:
+        if row["model"] == model:
+            found.setdefault((row["method"], row["preset"], row["gradient"]), row)
+    return found
+
+
+DEVICES = "Seconds and bytes measured on: "
+
+
+def write_summary(
+    table: Table, model: str, baselines: Sequence[str], notes: Mapping[Kind, str], device: str = ""
+) -> Path:
+    """``<table>.md`` beside the table; ``device`` is named in it beside those of earlier runs."""
+    path = table.path.with_suffix(".md")
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    before = next((line.removeprefix(DEVICES) for line in old if line.startswith(DEVICES)), "")
+    devices = dict.fromkeys(filter(None, [*before.split("; "), device]))
+    rows = [row for row in table.rows if row["model"] == model]
+    path.write_text(summary(rows, baselines, notes, "; ".join(devices)), encoding="utf-8")
+    return path
