@@ -19,44 +19,21 @@ from then on, and the record says so.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from .concepts import KINDS, Concept, ForgetRequest, bare, normalised, templates
+from .concepts import Concept, ForgetRequest, bare
 from .diffusion import LatentDiffusion
 from .errors import PatchError, RequestError, listed
-from .methods import Inputs, fit, get, resolve_settings
+from .methods import Inputs, fit
 from .patch import LowRank, Patch
 from .progress import Progress
+from .record import BASE, PREFIX, RecordedPart, about_of, read_record, written
+from .requested import Asked, in_order, is_closed_form, is_joint, joint_request, next_request, solved_with
 from .version import VERSION
 
-__all__ = ["RECORD", "Asked", "History", "Part", "Record", "RecordedPart", "is_closed_form", "read_record"]
-
-RECORD = "forget_concept.history"
-_SCHEMA = 1
-_PREFIX = "forget_concept."
-# what all parts of a history share, and what is said of one request alone
-_BASE = ("base_model", "base_name", "family", "architecture", "text_layer")
-_OF_ONE = ("method", "preset", "settings", "request", "concepts", "strength", "seed")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request of a history: its ``number`` (from 1, in the order asked; it stays when others are taken back), the
-    request, the settings its preset and overrides came to, and the version that took it in."""
-
-    number: int
-    request: ForgetRequest
-    settings: Mapping[str, Any]
-    version: str = VERSION
-
-    @property
-    def names(self) -> str:
-        return " and ".join(f"'{concept.name}'" for concept in self.request.concepts)
+__all__ = ["History", "Part"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +43,6 @@ class Part:
     patch: Patch
     asked: tuple[Asked, ...]
     merged: bool = False
-
-
-def is_closed_form(method_id: str) -> bool:
-    """Whether requests of this method are solved together: every method that is not trained.
-
-    Raises :class:`RequestError` for an unknown one.
-    """
-    return not get(method_id).trained
 
 
 @dataclass(frozen=True)
@@ -92,7 +61,7 @@ class History:
     @property
     def asked(self) -> tuple[Asked, ...]:
         """Every request in the order asked."""
-        return _in_order(self.parts)
+        return in_order(self.parts)
 
     @property
     def requests(self) -> tuple[ForgetRequest, ...]:
@@ -112,15 +81,15 @@ class History:
         whole = Patch.combined([(part.patch, 1.0) for part in self.parts])
         asked = self.asked
         first = self.parts[0].patch.metadata
-        about = {key: first[_PREFIX + key] for key in _BASE if _PREFIX + key in first}
-        about |= _alike([_about(part.patch) for part in self.parts])
+        about = {key: first[PREFIX + key] for key in BASE if PREFIX + key in first}
+        about |= _alike([about_of(part.patch.metadata) for part in self.parts])
         about["version"] = VERSION
         about["method"] = " + ".join(dict.fromkeys(one.request.method for one in asked))
         about["concepts"] = json.dumps([concept.name for concept in self.concepts], ensure_ascii=False)
         if len(asked) == 1:
             about |= _of_one(asked[0])
-        about["history"] = json.dumps(self._record(whole), ensure_ascii=False)
-        return replace(whole, metadata={_PREFIX + key: text for key, text in about.items()})
+        about["history"] = json.dumps(written(self.parts, whole, self.max_rank), ensure_ascii=False)
+        return replace(whole, metadata={PREFIX + key: text for key, text in about.items()})
 
     # -- from and to a file --------------------------------------------------------------------------------------
 
@@ -131,11 +100,11 @@ class History:
         Raises :class:`PatchError` where they do not say it, or where they no longer fit the factors.
         """
         record = read_record(patch.metadata)
-        base = {key: text for key in _BASE if (text := patch.metadata.get(_PREFIX + key)) is not None}
+        base = {key: text for key in BASE if (text := patch.metadata.get(PREFIX + key)) is not None}
         if "base_model" not in base:
             raise PatchError("This patch does not say which model it was made on, so it cannot be continued.")
         if len(record.parts) == 1:
-            return cls((replace(record.parts[0].part(patch, base)),), record.max_rank)
+            return cls((replace(_of_record(record.parts[0], patch, base)),), record.max_rank)
         taken = dict.fromkeys(patch.factors, 0)
         parts = []
         for one in record.parts:
@@ -148,7 +117,7 @@ class History:
                     factors[key] = LowRank(factor.up[:, columns].clone(), factor.down[columns].clone())
             if not factors:
                 break
-            parts.append(one.part(Patch(factors), base))
+            parts.append(_of_record(one, Patch(factors), base))
         if len(parts) < len(record.parts) or any(taken[key] != f.rank for key, f in patch.factors.items()):
             raise PatchError(
                 "This patch no longer is what its record says: another program has changed its ranks since, so its "
@@ -156,34 +125,11 @@ class History:
             )
         return cls(tuple(parts), record.max_rank)
 
-    def _record(self, whole: Patch) -> dict[str, Any]:
-        return {
-            "schema": _SCHEMA,
-            "max_rank": self.max_rank,
-            "parts": [
-                {
-                    "merged": part.merged,
-                    "ranks": _ranks(whole, part.patch),
-                    "about": _about(part.patch),
-                    "requests": [
-                        {
-                            "number": one.number,
-                            "request": json.loads(one.request.to_json()),
-                            "settings": dict(one.settings),
-                            "version": one.version,
-                        }
-                        for one in part.asked
-                    ],
-                }
-                for part in self.parts
-            ],
-        }
-
     # -- forgetting ----------------------------------------------------------------------------------------------
 
     def check(self, request: ForgetRequest) -> None:
         """Raise :class:`RequestError`, in words, where ``request`` cannot follow the ones before it."""
-        _next(self.parts, request)
+        next_request(self.parts, request)
 
     def forget(
         self,
@@ -197,11 +143,11 @@ class History:
         Raises :class:`RequestError` as :meth:`check`, :class:`PatchError` for another base model, and as
         :func:`.methods.fit`.
         """
-        new = _next(self.parts, request)
+        new = next_request(self.parts, request)
         self.check_base(model)
         inputs = _without_earlier(inputs)
         if is_closed_form(request.method):
-            together = (*_solved_with(self.parts, request.method), new)
+            together = (*solved_with(self.parts, request.method), new)
             return self._with(_solved(model, together, progress, inputs))
         earlier = self.patch if self.parts else None
         patch = fit(model, request, progress, replace(inputs, earlier=earlier))
@@ -212,13 +158,13 @@ class History:
         if not self.parts:
             return
         said = self.parts[0].patch.metadata
-        if said[_PREFIX + "base_model"] != model.model_hash:
-            name = said.get(_PREFIX + "base_name", "another one")
+        if said[PREFIX + "base_model"] != model.model_hash:
+            name = said.get(PREFIX + "base_name", "another one")
             raise PatchError(
                 f"This patch was made on another base model ('{name}') than '{model.name}': a sequence of requests "
                 "goes on where it began; load that model, or start a new patch for this one."
             )
-        layer, here = said.get(_PREFIX + "text_layer"), str(getattr(model.text, "layer", "unknown"))
+        layer, here = said.get(PREFIX + "text_layer"), str(getattr(model.text, "layer", "unknown"))
         if layer is not None and layer != here:
             raise PatchError(
                 f"This patch was made with other text states ({layer}) than the model gives now ({here}): load the "
@@ -227,7 +173,7 @@ class History:
 
     def _with(self, new: Part) -> History:
         """With a new part, in place of the joint one it solves anew, if there is one."""
-        joint = [_is_joint(part, new.asked[0].request.method) for part in self.parts]
+        joint = [is_joint(part, new.asked[0].request.method) for part in self.parts]
         if is_closed_form(new.asked[0].request.method) and any(joint):
             parts = tuple(new if same else part for part, same in zip(self.parts, joint, strict=True))
         else:
@@ -319,117 +265,12 @@ class History:
         raise RequestError(f"This patch does not forget {what}: its requests are {there or 'none'}.")
 
 
-# -- requests against one another ---------------------------------------------------------------------------------
-
-
-def _in_order(parts: Sequence[Part | RecordedPart]) -> tuple[Asked, ...]:
-    return tuple(sorted((one for part in parts for one in part.asked), key=lambda one: one.number))
-
-
-def _next(parts: Sequence[Part | RecordedPart], request: ForgetRequest) -> Asked:
-    """The request as the next one, with its number and settings. Raises :class:`RequestError` where it cannot be."""
-    request.check()
-    before = _in_order(parts)
-    resolved = dataclasses.asdict(resolve_settings(get(request.method), request.preset, request.settings))
-    _refuse_contradictions(before, request)
-    new = Asked(before[-1].number + 1 if before else 1, request, json.loads(json.dumps(resolved)))
-    if is_closed_form(request.method):
-        _joint([*_solved_with(parts, request.method), new])
-    return new
-
-
 def _names(request: ForgetRequest, name: str) -> bool:
     return any(bare(concept.name) == bare(name) for concept in request.concepts)
 
 
-def _said(concepts: Iterable[Concept]) -> dict[str, str]:
-    """Every way to say the concepts in the templates, and the concept."""
-    return {bare(t.format(c.name)): c.name for c in concepts for t in ("{}", *templates(c.kind))}
-
-
-def _refuse_contradictions(before: Sequence[Asked], request: ForgetRequest) -> None:
-    wanted, forgotten = _said(request.concepts), {}
-    for one in before:
-        for concept in one.request.concepts:
-            forgotten[bare(concept.name)] = (concept, one.number)
-    for concept in request.concepts:
-        if (found := forgotten.get(bare(concept.name))) is not None:
-            raise RequestError(
-                f"'{concept.name}' is already forgotten, by request {found[1]}: leave it out, or take that one back "
-                "first."
-            )
-        if concept.replacement and (found := forgotten.get(bare(concept.replacement))) is not None:
-            raise RequestError(
-                f"'{concept.replacement}' shall be shown instead of '{concept.name}', and request {found[1]} forgot "
-                "it: name something else."
-            )
-    for one in before:
-        for phrase in one.request.preserve:
-            if (name := wanted.get(bare(phrase))) is not None:
-                raise RequestError(
-                    f"'{name}' shall be forgotten, and request {one.number} ({one.names}) preserves '{phrase}': take "
-                    "that request back first, and ask for it again without."
-                )
-        for concept in one.request.concepts:
-            if concept.replacement and (name := wanted.get(bare(concept.replacement))) is not None:
-                raise RequestError(
-                    f"'{name}' shall be forgotten, and request {one.number} shows it instead of '{concept.name}': take "
-                    "that request back first, and ask for it again with something else."
-                )
-        said = _said(one.request.concepts)
-        for phrase in request.preserve:
-            if (name := said.get(bare(phrase))) is not None:
-                raise RequestError(
-                    f"The preserve list contains '{phrase}', and request {one.number} forgot '{name}': leave it out, "
-                    "or take that request back first."
-                )
-
-
-# -- closed forms -------------------------------------------------------------------------------------------------
-
-
-def _is_joint(part: Part | RecordedPart, method_id: str) -> bool:
-    return not part.merged and part.asked[0].request.method == method_id and is_closed_form(method_id)
-
-
-def _solved_with(parts: Sequence[Part | RecordedPart], method_id: str) -> tuple[Asked, ...]:
-    """The requests that a further one of this closed form is solved together with."""
-    return next((part.asked for part in parts if _is_joint(part, method_id)), ())
-
-
-def _joint(asked: Sequence[Asked]) -> ForgetRequest:
-    """One request for all of them, the same whatever their order; raises where they cannot be one."""
-    first = min(asked, key=lambda one: one.number)
-    for one in asked:
-        for name, value in first.settings.items():
-            if one.settings.get(name, value) != value:
-                raise RequestError(
-                    f"The requests of '{first.request.method}' are solved together and need the same settings: "
-                    f"'{name}' is {value!r} in request {first.number} and {one.settings.get(name)!r} in this one."
-                )
-        if one.request.strength != first.request.strength:
-            raise RequestError(
-                f"The requests of '{first.request.method}' are solved together and need the same strength: it is "
-                f"{first.request.strength:g} in request {first.number} and {one.request.strength:g} in this one."
-            )
-    concepts = sorted(
-        (concept for one in asked for concept in one.request.concepts),
-        key=lambda concept: (KINDS.index(concept.kind), bare(concept.name)),
-    )
-    preserve = {normalised(phrase): phrase for one in asked for phrase in sorted(one.request.preserve)}
-    return ForgetRequest(
-        tuple(concepts),
-        tuple(preserve[key] for key in sorted(preserve)),
-        first.request.method,
-        first.request.preset,
-        first.settings,
-        first.request.strength,
-        min(one.request.seed for one in asked),
-    )
-
-
 def _solved(model: LatentDiffusion, asked: tuple[Asked, ...], progress: Progress | None, inputs: Inputs) -> Part:
-    return Part(fit(model, _joint(asked), progress, inputs), tuple(map(_recorded, asked)))
+    return Part(fit(model, joint_request(asked), progress, inputs), tuple(map(_recorded, asked)))
 
 
 def _recorded(asked: Asked) -> Asked:
@@ -444,122 +285,10 @@ def _without_earlier(inputs: Inputs | None) -> Inputs:
     return inputs
 
 
-# -- the record ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RecordedPart:
-    """A part as the record has it: its requests, and its rank by projection or, before that, by layer."""
-
-    merged: bool
-    ranks: Mapping[str, int]
-    about: Mapping[str, str]
-    asked: tuple[Asked, ...]
-
-    def rank_at(self, key: str) -> int:
-        return self.ranks.get(key, self.ranks.get(key.rpartition(".")[2], 0))
-
-    def part(self, patch: Patch, base: Mapping[str, str]) -> Part:
-        about = {_PREFIX + key: text for key, text in {**self.about, **base}.items()}
-        return Part(replace(patch, metadata=about), self.asked, self.merged)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a patch's metadata say of the requests that made it: a :class:`History` without its factors."""
-
-    parts: tuple[RecordedPart, ...]
-    max_rank: int | None
-
-    @property
-    def asked(self) -> tuple[Asked, ...]:
-        """Every request in the order asked."""
-        return _in_order(self.parts)
-
-    @property
-    def concepts(self) -> tuple[Concept, ...]:
-        """Everything that is forgotten, in the order asked."""
-        return tuple(concept for one in self.asked for concept in one.request.concepts)
-
-    def check(self, request: ForgetRequest) -> None:
-        """Raise :class:`RequestError`, in words, where ``request`` cannot follow the ones before it."""
-        _next(self.parts, request)
-
-
-def read_record(metadata: Mapping[str, str]) -> Record:
-    """The record in a patch's metadata; that of a patch of one request is made up from what it says of itself.
-
-    Raises :class:`PatchError` where there is none.
-    """
-    try:
-        if RECORD in metadata:
-            return _parsed(json.loads(metadata[RECORD]))
-        if _PREFIX + "request" in metadata:
-            settings = json.loads(metadata.get(_PREFIX + "settings", "{}"))
-            request = ForgetRequest.from_json(metadata[_PREFIX + "request"])
-            asked = Asked(1, request, settings, metadata.get(_PREFIX + "version", VERSION))
-            return Record((RecordedPart(False, {}, _about_of(metadata), (asked,)),), None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PatchError(f"The record of this patch's requests cannot be read: {error}") from error
-    if _PREFIX + "parts" in metadata:
-        raise PatchError(
-            "This patch was put together from several ones, and nothing says which part of it is whose: it cannot be "
-            "continued, nor anything taken back."
-        )
-    raise PatchError(
-        "This patch does not say which requests made it, so it cannot be continued, nor anything taken back."
-    )
-
-
-def _parsed(data: Any) -> Record:
-    if data["schema"] != _SCHEMA:
-        raise PatchError(f"it has schema {data['schema']!r}, and this version reads schema {_SCHEMA}.")
-    parts = []
-    for part in data["parts"]:
-        asked = tuple(
-            Asked(
-                int(one["number"]),
-                ForgetRequest.from_json(json.dumps(one["request"])),
-                dict(one["settings"]),
-                str(one["version"]),
-            )
-            for one in part["requests"]
-        )
-        if not asked:
-            raise PatchError("it has a part without a request.")
-        ranks = {str(key): int(rank) for key, rank in part["ranks"].items()}
-        about = {str(key): str(text) for key, text in part["about"].items()}
-        parts.append(RecordedPart(bool(part["merged"]), ranks, about, asked))
-    if not parts:
-        raise PatchError("it has no request.")
-    numbers = [one.number for part in parts for one in part.asked]
-    if len(set(numbers)) < len(numbers):
-        raise PatchError("it has a request number twice.")
-    return Record(tuple(parts), None if data["max_rank"] is None else int(data["max_rank"]))
-
-
-def _ranks(whole: Patch, part: Patch) -> dict[str, int]:
-    """The part's rank at every layer of the whole patch: by projection, and by layer where one differs from most."""
-    ranks = {key: part.factors[key].rank if key in part.factors else 0 for key in whole.factors}
-    usual: dict[str, int] = {}
-    for which in dict.fromkeys(key.rpartition(".")[2] for key in ranks):
-        found = Counter(rank for key, rank in ranks.items() if key.rpartition(".")[2] == which)
-        usual[which] = found.most_common(1)[0][0]
-    return usual | {key: rank for key, rank in ranks.items() if rank != usual[key.rpartition(".")[2]]}
-
-
-def _about_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a method says of its own patch, beside what every patch says."""
-    common = {_PREFIX + key for key in (*_BASE, *_OF_ONE, "version", "history", "parts", "format")}
-    return {
-        key.removeprefix(_PREFIX): text
-        for key, text in metadata.items()
-        if key.startswith(_PREFIX) and key not in common
-    }
-
-
-def _about(patch: Patch) -> dict[str, str]:
-    return _about_of(patch.metadata)
+def _of_record(recorded: RecordedPart, patch: Patch, base: Mapping[str, str]) -> Part:
+    """A part again, from its record and its factors."""
+    about = {PREFIX + key: text for key, text in {**recorded.about, **base}.items()}
+    return Part(replace(patch, metadata=about), recorded.asked, recorded.merged)
 
 
 def _alike(abouts: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.continual import History, read_record
+from ..core.continual import History
 from ..core.diffusion import LatentDiffusion
 from ..core.errors import PatchError
 from ..core.methods import get
+from ..core.record import read_record
 from . import host
 from .common import LORA, Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import patch_of, state_of

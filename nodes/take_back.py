@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.continual import History, read_record
+from ..core.continual import History
 from ..core.errors import RequestError, listed
+from ..core.record import read_record
 from . import host
 from .common import LORA, patch_outputs, schema
 from .forget_in_sequence import check_base

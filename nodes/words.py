@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.concepts import Concept, ForgetRequest
-from ..core.continual import Asked, Record, read_record
 from ..core.errors import ForgetConceptError, PatchError, RequestError, listed
 from ..core.patch import Patch
 from ..core.progress import ProgressEvent
+from ..core.record import Record, read_record
+from ..core.requested import Asked
 
 __all__ = [
     "Story",

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from tiny import WIDTH, TinyText, flags, rand, random_patch, state_hash, tiny_model
 
 from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import RECORD, Asked, History, Part, is_closed_form, read_record
+from forget_concept.core.continual import History, Part
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.formats import context_map, kohya
 from forget_concept.core.methods import Inputs, all_methods, fit, get, resolve_settings
 from forget_concept.core.patch import LowRank, Patch
+from forget_concept.core.record import RECORD, read_record
+from forget_concept.core.requested import Asked, is_closed_form
 from forget_concept.core.training import Deltas, borrowed
 
 QUICK = {"steps": 2, "latents": "zeros", "batch_size": 2, "lr": 1e-2, "train": ("to_q", "to_k")}

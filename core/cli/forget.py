@@ -17,8 +17,8 @@ from .console import Console
 from .files import check_writable
 
 if TYPE_CHECKING:
-    from ..continual import Asked
     from ..patch import Patch
+    from ..requested import Asked
 
 HELP = "make a patch that forgets one or several concepts"
 FROM_FLAGS = ("concept", "kind", "replacement", "image", "preserve", "method", "preset", "set", "strength", "seed")
@@ -84,10 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from ..continual import History, read_record
+    from ..continual import History
     from ..formats import context_map, kohya, load_patch
     from ..formats.safe import read_metadata
     from ..methods import Inputs, fit, get, resolve_settings
+    from ..record import read_record
     from ..workspace import Workspace
 
     request = read_request(args)

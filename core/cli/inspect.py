@@ -74,7 +74,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
     """The requests that made a patch, in their order, and which of them can be taken back."""
-    from ..continual import is_closed_form, read_record
+    from ..record import read_record
+    from ..requested import is_closed_form
 
     try:
         record = read_record(metadata)

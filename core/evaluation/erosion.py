@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..continual import History, read_record
+from ..continual import History
 from ..diffusion import LatentDiffusion
 from ..errors import RequestError
 from ..mini import vocabulary
 from ..patch import Patch
 from ..progress import Progress
+from ..record import read_record
 from .drawing import Drawings, Probe, Sampling, Seen, Variant
 from .intervals import Score
 from .metrics.mean import Mean

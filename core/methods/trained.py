@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..common_words import CONTEXTS
 from ..concepts import Concept, ForgetRequest, templates
-from ..continual import read_record
 from ..diffusion import LatentDiffusion
 from ..diversity import given_pairs, mentions, prompt_pairs
 from ..errors import RequestError
@@ -26,6 +25,7 @@ from ..losses import noise_matching
 from ..material import KEPT, Material, Sampling, TargetPrompt, said_instead, target_prompt
 from ..patch import Patch
 from ..progress import Progress
+from ..record import read_record
 from ..text import TextEncoder, end_position
 from ..training import Checkpoint, Deltas, Objective, Term, Terms, TrainingSettings, borrowed, train
 from ..unet import PROJECTIONS
