@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.concepts import KINDS, MAX_SEED, MAX_STRENGTH, ForgetRequest, bare, templates
 from ..core.diffusion import LatentDiffusion
 from ..core.errors import RequestError
+from ..core.fields import MethodSettings, with_settings
 from ..core.fisher import fisher_key
 from ..core.images import fit_images, picture_size
 from ..core.methods import Inputs, all_methods, get, resolve_settings
@@ -21,7 +22,6 @@ from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
 from ..core.progress import Progress
 from ..core.workspace import Workspace
 from . import host
-from .fields import MethodSettings, with_settings
 from .words import request_from_words
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Pictures",
     "asked_inputs",
     "at_work",
+    "model_inputs",
     "more_inputs",
     "patch_outputs",
     "schema",
@@ -67,13 +68,20 @@ def schema(*, search_aliases: Sequence[str] = (), **known: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **known, **extra)
 
 
+def model_inputs() -> list[Any]:
+    """The model that shall forget, and what reads its prompts."""
+    return [
+        io.Model.Input("model", tooltip="The model that shall forget: a UNet that reads text by cross-attention."),
+        io.Clip.Input("clip", tooltip="The text encoder your prompts go through, after any CLIP Set Last Layer."),
+    ]
+
+
 def asked_inputs() -> list[Any]:
     """The boxes of a request. A saved workflow knows them by their order: new ones come behind all others."""
     methods = all_methods()
     presets = list(dict.fromkeys(name for method in methods.values() for name in method.presets))
     return [
-        io.Model.Input("model", tooltip="The model that shall forget: a UNet that reads text by cross-attention."),
-        io.Clip.Input("clip", tooltip="The text encoder your prompts go through, after any CLIP Set Last Layer."),
+        *model_inputs(),
         io.String.Input(
             "concept",
             multiline=True,
@@ -220,6 +228,20 @@ class Asked:
             request = with_settings(request, method_settings)
             if (method, preset) != (request.method, request.preset):
                 notes.append("method and preset are those of the settings node that is connected.")
+        return cls.of(request, notes, method_settings, preview_every, images, vae, fisher)
+
+    @classmethod
+    def of(
+        cls,
+        request: ForgetRequest,
+        notes: Sequence[str] = (),
+        settings: MethodSettings | None = None,
+        preview_every: int = 10,
+        images: Pictures | None = None,
+        vae: Any = None,
+        fisher: Measured | None = None,
+    ) -> Asked:
+        """A request with what is wired to a node beside it; refused in words as by :meth:`read`."""
         resolve_settings(get(request.method), request.preset, request.settings)
         if images and vae is None:
             raise RequestError("Reference images are read through the VAE: connect the checkpoint's VAE too.")
@@ -228,7 +250,7 @@ class Asked:
                 f"Fisher information is for Selective Amnesia ('{SelectiveAmnesia.id}'), and the method is "
                 f"'{request.method}': disconnect it, or choose that method."
             )
-        return cls(request, tuple(notes), method_settings, tuple(images or ()), fisher, preview_every, vae)
+        return cls(request, tuple(notes), settings, tuple(images or ()), fisher, preview_every, vae)
 
     def inputs(self, diffusion: LatentDiffusion) -> Inputs:
         """The pictures at the model's size, and the work folder of what was measured for it."""

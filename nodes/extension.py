@@ -9,6 +9,7 @@ from .attention_map import ConceptAttentionMap
 from .combine_patches import CombineForgetPatches
 from .evaluate_forgetting import EvaluateForgetting
 from .fisher_information import FisherInformation
+from .forget_by_request import ForgetByRequest
 from .forget_concept import ForgetConcept
 from .forget_in_sequence import ForgetInSequence
 from .inspect_patch import InspectForgetPatch
@@ -28,6 +29,7 @@ class ForgetConceptExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             ForgetConcept,
+            ForgetByRequest,
             ForgetInSequence,
             TakeBack,
             ReferenceImages,

@@ -13,7 +13,7 @@ from .common import Asked, asked_inputs, at_work, more_inputs, patch_outputs, sc
 from .lora_state import state_of
 from .words import report, share_words
 
-__all__ = ["ForgetConcept"]
+__all__ = ["ForgetConcept", "forgotten"]
 
 
 class ForgetConcept(io.ComfyNode):
@@ -39,18 +39,22 @@ class ForgetConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, **given: Any) -> io.NodeOutput:
-        asked = Asked.read(**given)
-        start = time.monotonic()
-        with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, told, inputs):
-            patch = fit(diffusion, asked.request, told, inputs)
-            lora = state_of(patch, diffusion.survey)
-        patched = host.with_lora(model, lora)
-        notes = [*asked.notes, *share_words(host.surviving_share(model, patch))]
-        if count := host.patched_weights(model):
-            notes.append(
-                f"the MODEL that came in carries patches on {count} weights (LoRAs, an earlier Forget Concept). The "
-                "edit was worked out on top of them: the LoRA belongs on top of the same ones."
-            )
-        words = report(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(patched, lora, words)
+        return forgotten(cls.hidden.unique_id, model, clip, Asked.read(**given))
+
+
+def forgotten(node: str | None, model: Any, clip: Any, asked: Asked) -> io.NodeOutput:
+    """What the node gives: the patched MODEL, the patch, and words."""
+    start = time.monotonic()
+    with at_work(node, model, clip, asked) as (diffusion, told, inputs):
+        patch = fit(diffusion, asked.request, told, inputs)
+        lora = state_of(patch, diffusion.survey)
+    patched = host.with_lora(model, lora)
+    notes = [*asked.notes, *share_words(host.surviving_share(model, patch))]
+    if count := host.patched_weights(model):
+        notes.append(
+            f"the MODEL that came in carries patches on {count} weights (LoRAs, an earlier Forget Concept). The "
+            "edit was worked out on top of them: the LoRA belongs on top of the same ones."
+        )
+    words = report(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
+    host.show_text(node, words)
+    return io.NodeOutput(patched, lora, words)

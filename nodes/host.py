@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ..core.diffusion import LatentDiffusion, hash_of_weights
 from ..core.errors import ModelError, PatchError, listed
+from ..core.lending import LentDiffusion, laundered
 from ..core.mini import ldm
 from ..core.mini.config import GUIDANCE, LATENT_COLOURS, LATENT_COLOURS_BIAS
 from ..core.mini.files import weights_folder
@@ -358,21 +359,6 @@ class HostAutoencoder:
 # -- the model ----------------------------------------------------------------------------------------------------
 
 
-class _HostDiffusion(LatentDiffusion):
-    """On the device and in the dtype that the host computes with, wherever and however it keeps the weights."""
-
-    host_device: torch.device
-    host_dtype: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.host_device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.host_dtype
-
-
 def patched_weights(model: Any) -> int:
     """How many of a MODEL's weights carry patches (LoRAs and the like)."""
     return len(model.patches)
@@ -470,9 +456,9 @@ def borrowed(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_laundered(unet))
+        stack.enter_context(laundered(unet))
         stack.enter_context(_effective(patcher, unet, dtype))
-        diffusion = _HostDiffusion(
+        diffusion = LentDiffusion(
             unet,
             text,
             alphas,
@@ -497,39 +483,6 @@ def _check_family(found: UNetSurvey, states: TextStates, takes_pooled: bool) -> 
         )
     if takes_pooled and states.pooled is None:
         raise ModelError("This MODEL also takes a pooled text vector (as SDXL), and the CLIP gives none.")
-
-
-@contextmanager
-def _laundered(module: nn.Module) -> Iterator[None]:
-    """Every parameter and buffer as an ordinary, frozen tensor on the same memory; the host's own come back."""
-    kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    twins: dict[int, Tensor] = {}
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            stores: tuple[Any, Any] = (part._parameters, part._buffers)
-            for store in stores:
-                for name, tensor in store.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in twins:
-                        twins[id(tensor)] = _twin(tensor)
-                    kept.append((store, name, tensor))
-                    store[name] = twins[id(tensor)]
-        yield
-    finally:
-        for store, name, tensor in kept:
-            store[name] = tensor
-        for part, mode in modes:
-            part.training = mode
-
-
-def _twin(tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter):  # a quantised or lazily loaded weight: no plain memory to share
-        return tensor
-    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
 
 
 @contextmanager

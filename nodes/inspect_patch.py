@@ -10,7 +10,7 @@ from ..core.errors import PatchError
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
-from .words import about_patch, base_words, share_words
+from .words import about_patch, base_words, last_request, share_words
 
 __all__ = ["InspectForgetPatch"]
 
@@ -29,7 +29,14 @@ class InspectForgetPatch(io.ComfyNode):
                 LORA.Input("lora", tooltip="The patch to look at."),
                 io.Model.Input("model", optional=True, tooltip="A model to hold it against."),
             ],
-            outputs=[io.String.Output("REPORT", tooltip="The patch in words.")],
+            outputs=[
+                io.String.Output("REPORT", tooltip="The patch in words."),
+                io.String.Output(
+                    "REQUEST",
+                    tooltip="The request that made it (the last of several) as JSON: for Forget by Request, the webui "
+                    "or the command line. Empty where the patch does not say.",
+                ),
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             search_aliases=["lora info", "patch info"],
@@ -51,4 +58,4 @@ class InspectForgetPatch(io.ComfyNode):
                 lines.append(base_words(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)
         host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(words, ui={"text": (words,)})
+        return io.NodeOutput(words, last_request(patch), ui={"text": (words,)})

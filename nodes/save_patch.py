@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io as streams
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..core.files import check_folder, make_folder, write_bytes
 from ..core.formats import kohya
-from ..core.patch import Patch
+from ..core.preview import bars, png, row
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -22,7 +21,6 @@ __all__ = ["SaveForgetPatch"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _WORKFLOW = ("prompt", "workflow")
-_SIDE = 512
 
 
 class SaveForgetPatch(io.ComfyNode):
@@ -80,53 +78,10 @@ class SaveForgetPatch(io.ComfyNode):
         root = host.lora_folder()
         folder = make_folder(check_folder(root.joinpath(*folders)))
         path = fresh_file(folder, stem, ".safetensors")
-        picture = _bars(patch) if image is None else _row(image)
+        picture = bars(patch) if image is None else row(image)
         kohya.save(patch, path, dtype=_DTYPES[precision])
-        write_bytes(path.with_suffix(".preview.png"), _png(picture, carried))
+        write_bytes(path.with_suffix(".preview.png"), png(picture, carried))
         name = path.relative_to(root).as_posix()
         size = path.stat().st_size / 1024
         host.show_text(cls.hidden.unique_id, f"saved: {name} ({size:,.0f} kB)")
         return io.NodeOutput(lora, name, ui=ui.PreviewImage(picture[None], cls=cls))
-
-
-def _row(images: Tensor) -> Tensor:
-    """Up to four pictures side by side, ``(h, w, 3)`` in [0, 1]."""
-    few = images[:4, ..., :3].detach().float().cpu()
-    height, width = few.shape[1:3]
-    scale = min(1.0, _SIDE / height)
-    if scale < 1:
-        size = (round(height * scale), max(round(width * scale), 1))
-        few = torch.nn.functional.interpolate(few.movedim(-1, 1), size=size, mode="bicubic", antialias=True)
-        few = few.movedim(1, -1)
-    return torch.cat(list(few.clamp(0, 1)), 1)
-
-
-_COLOURS = {"to_q": (0.42, 0.62, 0.94), "to_k": (0.95, 0.71, 0.32), "to_v": (0.45, 0.82, 0.58)}
-_OTHER = (0.72, 0.55, 0.88)
-
-
-def _bars(patch: Patch) -> Tensor:
-    """How far each weight is moved, first layer to the left, ``(h, w, 3)`` in [0, 1]; a colour a projection."""
-    keys = list(patch.factors)
-    sizes = [float(patch.factors[key].delta().norm()) for key in keys]
-    height, top = 256, max(max(sizes), 1e-12)
-    step = max(_SIDE // len(keys), 1)
-    picture = torch.full((height, step * len(keys) + 16, 3), 0.11)
-    for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
-        tall = max(round(size / top * (height - 16)), 1)
-        colour = torch.tensor(_COLOURS.get(key.rpartition(".")[2], _OTHER))
-        picture[height - 8 - tall : height - 8, 8 + i * step : 8 + (i + 1) * step - (step > 2)] = colour
-    return picture
-
-
-def _png(picture: Tensor, texts: dict[str, str]) -> bytes:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    about = PngInfo()
-    for name, text in texts.items():
-        about.add_text(name, text)
-    whole = (picture * 255).round().to(torch.uint8).contiguous().numpy()
-    stream = streams.BytesIO()
-    Image.fromarray(whole).save(stream, "PNG", pnginfo=about)
-    return stream.getvalue()

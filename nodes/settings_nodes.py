@@ -6,10 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.fields import Widget, presets, settings_of, told, widgets
 from ..core.methods import Method, all_methods
 from . import host
 from .common import ForgetSettings, schema
-from .fields import Widget, node_id, presets, settings_of, told, widgets
+from .fields import node_id
 
 __all__ = ["settings_nodes"]
 

@@ -23,6 +23,7 @@ __all__ = [
     "concepts_in",
     "fresh_file",
     "history_words",
+    "last_request",
     "patch_name",
     "report",
     "request_from_words",
@@ -201,6 +202,14 @@ def _requests(metadata: Mapping[str, str]) -> list[str]:
     except PatchError as error:
         return [str(error)]
     return history_words(record)
+
+
+def last_request(patch: Patch) -> str:
+    """The request that made a patch, the last of several, as JSON; empty where the patch does not say."""
+    try:
+        return read_record(patch.metadata).asked[-1].request.to_json(indent=2)
+    except PatchError:
+        return ""
 
 
 def _combined(text: str) -> list[str]:

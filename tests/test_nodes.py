@@ -18,21 +18,15 @@ from hypothesis import strategies as st
 
 import forget_concept
 from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History, read_record
+from forget_concept.core.continual import History
 from forget_concept.core.errors import ForgetConceptError, ModelError, PatchError, RequestError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Example, Score, Scores, Seen, load_bench
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
-from forget_concept.core.methods import all_methods, fit, resolve_settings
-from forget_concept.core.mini.world import Labels
-from forget_concept.core.patch import Patch
-from forget_concept.core.progress import ProgressEvent
-from forget_concept.nodes import help_pages
-from forget_concept.nodes.fields import (
+from forget_concept.core.fields import (
     ABOUT,
     MethodSettings,
-    node_id,
     presets,
     settings_of,
     told,
@@ -40,6 +34,13 @@ from forget_concept.nodes.fields import (
     widgets,
     with_settings,
 )
+from forget_concept.core.methods import all_methods, fit, resolve_settings
+from forget_concept.core.mini.world import Labels
+from forget_concept.core.patch import Patch
+from forget_concept.core.progress import ProgressEvent
+from forget_concept.core.record import read_record
+from forget_concept.nodes import help_pages
+from forget_concept.nodes.fields import node_id
 from forget_concept.nodes.lora_state import LoraState, patch_of, state_of
 from forget_concept.nodes.measuring import (
     attention_sheet,
