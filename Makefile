@@ -12,6 +12,9 @@ READY := $(VENV)/.ready
 LINK := $(VENV)/typing/forget_concept
 OUT ?= demo
 ARGS ?=
+# two processes of one thread each: a model this small gains nothing from more threads
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: demo test test-long lint format bench-methods
 
@@ -19,10 +22,10 @@ demo: $(READY)
 	$(BIN)/python -m forget_concept.core.cli demo --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench-methods: $(READY)
 	$(BIN)/python benchmarks/methods.py --work build/bench $(ARGS)

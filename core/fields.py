@@ -24,6 +24,7 @@ __all__ = [
     "About",
     "MethodSettings",
     "Widget",
+    "filled",
     "presets",
     "settings_of",
     "told",
@@ -91,7 +92,7 @@ ABOUT: Mapping[str, About] = {
     "rank": About("Rank of the trained LoRA; 0: dense, which takes far more memory.", 0, 1024, 1, nothing=0),
     "max_rank": About("Bound of the finished patch's rank; 0: none.", 0, 4096, 1, nothing=0, rare=True),
     "latents": About(
-        "Which pictures are trained on. generated: the model's own. images: yours (Reference Images). zeros: none."
+        "Which pictures are trained on. generated: the model's own. images: your reference pictures. zeros: none."
     ),
     "n_images": About("Pictures of each concept that the model makes for it.", 1, 1000, 1),
     "sample_steps": About("Steps of the pictures that the model makes.", 1, 1000, 1),
@@ -211,6 +212,18 @@ _SWITCHES = {"train": PROJECTIONS, "projections": ("to_k", "to_v")}
 
 def widgets(method: type[Method], preset: str = "tuned") -> list[Widget]:
     """Every field of a method's settings as ``preset`` has it, in the order of its ``Settings``, its own first."""
+    return _widgets(method, method.presets[preset])
+
+
+def filled(method: type[Method], preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields' values for a preset with single settings in place of its own.
+
+    Raises :class:`RequestError` as :func:`.methods.resolve_settings`.
+    """
+    return {w.name: w.default for w in _widgets(method, resolve_settings(method, preset, overrides))}
+
+
+def _widgets(method: type[Method], values: Any) -> list[Widget]:
     hints = typing.get_type_hints(method.Settings)
     own = set(getattr(method.Settings, "__annotations__", {}))
     fields = sorted(dataclasses.fields(method.Settings), key=lambda field: field.name not in own)
@@ -218,7 +231,7 @@ def widgets(method: type[Method], preset: str = "tuned") -> list[Widget]:
     fields.sort(key=lambda field: _FIRST.index(field.name) if field.name in _FIRST else len(_FIRST))
     found: list[Widget] = []
     for field in fields:
-        about, value = _about(method, field.name), getattr(method.presets[preset], field.name)
+        about, value = _about(method, field.name), getattr(values, field.name)
         hint = _bare_type(hints[field.name])
         if things := _SWITCHES.get(field.name):
             found += [Widget(f"{field.name}_{t}", field.name, "switch", t in value, about, thing=t) for t in things]

@@ -217,12 +217,21 @@ def _linear(attention: nn.Module, which: str, path: str) -> nn.Linear:
 
 
 def _plain(module: Any, path: str) -> nn.Linear:
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and not _is_bare_linear(module):
         raise ModelError(
             f"'{path}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
             "linear layer: unload adapters and quantisation from the model first."
         )
     return module
+
+
+def _is_bare_linear(module: Any) -> bool:
+    """A host's own class (Forge's) that is no child of torch's, with the same weight and nothing around it."""
+    if not isinstance(module, nn.Module) or any(True for _ in module.children()):
+        return False
+    weight = module._parameters.get("weight")
+    wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return type(weight) is nn.Parameter and tuple(weight.shape) == wanted and weight.is_floating_point()
 
 
 def _is_cross_attention(unet: nn.Module, path: str, module: nn.Module) -> bool:

@@ -8,10 +8,10 @@ from comfy_api.latest import io
 
 from ..core.concepts import MAX_SEED
 from ..core.errors import RequestError
+from ..core.words import concepts_in
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
-from .words import concepts_in
 
 __all__ = ["ConceptAttentionMap"]
 

@@ -8,10 +8,10 @@ from comfy_api.latest import io
 
 from ..core.errors import PatchError
 from ..core.patch import Patch
+from ..core.words import about_patch
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of, state_of
-from .words import about_patch
 
 __all__ = ["CombineForgetPatches"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.concepts import KINDS, MAX_SEED, MAX_STRENGTH, ForgetRequest, bare, templates
 from ..core.diffusion import LatentDiffusion
+from ..core.entries import request_from_words
 from ..core.errors import RequestError
 from ..core.fields import MethodSettings, with_settings
 from ..core.fisher import fisher_key
@@ -22,7 +23,6 @@ from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
 from ..core.progress import Progress
 from ..core.workspace import Workspace
 from . import host
-from .words import request_from_words
 
 __all__ = [
     "CATEGORY",

@@ -7,12 +7,14 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..core.concepts import MAX_SEED
+from ..core.entries import split_list
 from ..core.errors import RequestError
 from ..core.files import check_folder, check_writable, make_folder
+from ..core.naming import fresh_file, patch_name
+from ..core.words import concepts_in
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
-from .words import concepts_in, fresh_file, patch_name, split_list
 
 __all__ = ["EvaluateForgetting"]
 
@@ -190,4 +192,13 @@ class EvaluateForgetting(io.ComfyNode):
             )
         picture = measuring.sheet(report)
         host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(picture, words, str(file), ui=ui.PreviewImage(picture, cls=cls))
+        seen = ui.PreviewImage(picture, cls=cls).as_dict()
+        # the page's own slider; where there is none, the sheet shows the same pictures
+        captions, pictures = measuring.pairs(report)
+        if captions:
+            files = ui.PreviewImage(pictures, cls=cls).values
+            seen["forget_concept_pairs"] = [
+                {**caption, "before": before, "after": after}
+                for caption, before, after in zip(captions, files[::2], files[1::2], strict=True)
+            ]
+        return io.NodeOutput(picture, words, str(file), ui=seen)

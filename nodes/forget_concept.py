@@ -8,10 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.methods import fit, get
+from ..core.words import report, share_words
 from . import host
 from .common import Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import state_of
-from .words import report, share_words
 
 __all__ = ["ForgetConcept", "forgotten"]
 

@@ -12,10 +12,10 @@ from ..core.diffusion import LatentDiffusion
 from ..core.errors import PatchError
 from ..core.methods import get
 from ..core.record import read_record
+from ..core.words import history_words, report, share_words
 from . import host
 from .common import LORA, Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import patch_of, state_of
-from .words import history_words, report, share_words
 
 __all__ = ["ForgetInSequence", "check_base"]
 

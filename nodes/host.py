@@ -42,9 +42,9 @@ from ..core.mini.config import GUIDANCE, LATENT_COLOURS, LATENT_COLOURS_BIAS
 from ..core.mini.files import weights_folder
 from ..core.patch import Patch
 from ..core.progress import Progress, ProgressEvent
+from ..core.story import Story
 from ..core.text import CLIPText, TextEncoder, TextStates
 from ..core.unet import PROJECTIONS, UNetSurvey, survey
-from .words import Story
 
 __all__ = [
     "Fading",

@@ -8,10 +8,10 @@ from comfy_api.latest import io
 
 from ..core.formats import kohya
 from ..core.formats.safe import read_metadata, read_safetensors
+from ..core.words import about_patch
 from . import host
 from .common import LORA, schema
 from .lora_state import LoraState
-from .words import about_patch
 
 __all__ = ["LoadForgetPatch"]
 

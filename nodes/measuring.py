@@ -28,6 +28,7 @@ __all__ = [
     "evaluation_words",
     "instruments",
     "known_only",
+    "pairs",
     "questions",
     "sheet",
 ]
@@ -154,6 +155,22 @@ def sheet(report: Report) -> Tensor:
     image = before_after(report.evaluations, report.title)
     whole = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return whole.view(1, image.height, image.width, 3).float() / 255
+
+
+def pairs(report: Report) -> tuple[list[dict[str, str]], Tensor]:
+    """The pictures of :func:`sheet` one by one, ``(2 n, h, w, 3)`` in [0, 1]: before, after, before, ...
+
+    To each pair belong its ``prompt``, the ``concept`` measured, and whether it is ``asked`` for ("yes", "no").
+    """
+    found = [
+        ({"prompt": example.prompt, "concept": one.concept, "asked": asked}, (example.before, example.after))
+        for one in report.evaluations
+        for asked, examples in (("yes", one.target_examples), ("no", one.kept_examples))
+        for example in examples
+    ]
+    pictures = [seen.picture for _, both in found for seen in both]
+    stacked = torch.stack(pictures).movedim(1, -1).float() / 255 if pictures else torch.empty(0)
+    return [caption for caption, _ in found], stacked
 
 
 def attention_sheet(found: AttentionMap | AttentionPair) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..core.files import check_folder, make_folder, write_bytes
 from ..core.formats import kohya
+from ..core.naming import fresh_file, patch_name
 from ..core.preview import bars, png, row
+from ..core.words import concepts_in
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
-from .words import concepts_in, fresh_file, patch_name
 
 __all__ = ["SaveForgetPatch"]
 

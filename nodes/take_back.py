@@ -7,13 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.continual import History
+from ..core.entries import takes_back
 from ..core.errors import RequestError, listed
 from ..core.record import read_record
+from ..core.words import history_words, share_words
 from . import host
 from .common import LORA, patch_outputs, schema
 from .forget_in_sequence import check_base
 from .lora_state import patch_of, state_of
-from .words import history_words, share_words, takes_back
 
 __all__ = ["TakeBack"]
 

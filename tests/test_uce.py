@@ -20,6 +20,7 @@ from forget_concept.core.methods.uce import (
     aligned_positions,
     collect_columns,
     common_prompts,
+    gram_of,
     solve_context_map,
 )
 
@@ -72,6 +73,31 @@ def test_the_solver_meets_its_normal_equation(n, m, width, ridge, seed):
     normal = ridge * torch.eye(width).double() + 1.5 * c @ c.T + 0.7 * k @ k.T
     right = 1.5 * (g - c) @ c.T
     torch.testing.assert_close(found @ normal, right, rtol=2e-4, atol=2e-4 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_gram_matrix_in_pieces_is_the_plain_product(dtype, tolerance):
+    """Parts of any length, more rows than are taken at a time, columns as they lie in memory or turned."""
+    parts = [rand(5000, 24, seed=1), rand(24, 7, seed=2).T, rand(0, 24), 30 * rand(4096, 24, seed=3).to(torch.bfloat16)]
+    whole = torch.cat([part.double() for part in parts])
+    found = gram_of(parts, 24, torch.device("cpu"), dtype)
+    assert found.dtype == torch.float64
+    assert float((found - whole.T @ whole).norm()) < tolerance * float((whole.T @ whole).norm())
+
+
+@pytest.mark.parametrize("columns", ["tail", "last"])
+def test_kept_words_are_columns_whoever_else_says_them(columns):
+    """A prompt that is kept, and is a replacement's too, is there once as what is kept."""
+    text = TinyText()
+    request = ForgetRequest((Concept("star", replacement="tree"),), preserve=("tree", "square"))
+    s = UCESettings(columns=columns, templates=("a {}", "{}"))
+    found = collect_columns(text, request, s)
+    wanted = [text.encode([""]).hidden[0]]
+    for prompt in ("a tree", "tree", "a square", "square"):
+        end = len(text.phrase_ids(prompt)) + 1
+        states = text.encode([prompt]).hidden[0]
+        wanted.append(states if columns == "tail" else states[end - 1 : end])
+    torch.testing.assert_close(found.preserved, torch.cat(wanted).T, atol=1e-5, rtol=0)
 
 
 def test_rank_is_at_most_that_of_the_columns():
@@ -220,7 +246,7 @@ def test_aligned_tails_see_equal_words_at_equal_places(words, behind):
 
 def test_the_empty_prompt_is_always_preserved():
     text = TinyText()
-    empty = text.encode([""]).hidden[0].double().T
+    empty = text.encode([""]).hidden[0].T
     for columns in ("tail", "last"):
         found = collect_columns(text, ForgetRequest((Concept("star"),)), UCESettings(columns=columns)).preserved
         torch.testing.assert_close(found, empty, atol=1e-5, rtol=0)
@@ -233,7 +259,7 @@ def test_preserved_words_and_prompts_are_among_the_columns():
     found = collect_columns(text, request, s)
     assert found.preserved.shape == (32, 77 * 4)
     for prompt in ("a tree", "tree", "a red tree at night", ""):
-        state = text.encode([prompt]).hidden[0, 5].double()
+        state = text.encode([prompt]).hidden[0, 5]
         assert (found.preserved - state[:, None]).norm(dim=0).min() < 1e-6
     assert found.target.shape == (32, 75 + 76)
 
@@ -242,13 +268,13 @@ def test_guides_without_a_replacement():
     text = TinyText()
     request = ForgetRequest((Concept("star"),))
     dropped = collect_columns(text, request, UCESettings(templates=("a photo of {}",)))
-    of = text.encode(["a photo of"]).hidden[0].double()
+    of = text.encode(["a photo of"]).hidden[0]
     torch.testing.assert_close(dropped.guide[:, 0], of[pieces(text, "a photo of") + 1])
     empty = collect_columns(text, request, UCESettings(templates=("a photo of {}",), no_replacement="empty"))
-    nothing = text.encode([""]).hidden[0].double()
+    nothing = text.encode([""]).hidden[0]
     torch.testing.assert_close(empty.guide, nothing[pieces(text, "a photo of") + 1 :].T)
     word = collect_columns(text, request, UCESettings(templates=("{}",), neutral_object="thing"))
-    thing = text.encode(["thing"]).hidden[0].double()
+    thing = text.encode(["thing"]).hidden[0]
     torch.testing.assert_close(word.guide[:, pieces(text, "star") - 1], thing[pieces(text, "thing")])
 
 
@@ -258,8 +284,8 @@ def test_the_published_preset_takes_the_last_token_of_the_bare_word():
     from forget_concept.core.methods.uce import UCE
 
     found = collect_columns(text, request, UCE.presets["published"])
-    torch.testing.assert_close(found.target, text.encode(["butterfly"]).hidden[0, 3:4].double().T)
-    torch.testing.assert_close(found.guide, text.encode([""]).hidden[0, 0:1].double().T)
+    torch.testing.assert_close(found.target, text.encode(["butterfly"]).hidden[0, 3:4].T)
+    torch.testing.assert_close(found.guide, text.encode([""]).hidden[0, 0:1].T)
     assert found.preserved.shape[1] == 77 + 1
 
 

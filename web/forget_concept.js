@@ -4,6 +4,9 @@ import { app } from "../../scripts/app.js";
 /**
  * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
  * @typedef {Record<string, Record<string, string | number | boolean>>} Presets values by field, by preset
+ * @typedef {{ input?: { required?: { preset?: [unknown, { forget_concept_presets?: Presets }] } } }} NodeData what the
+ *   host says of a node
+ * @typedef {{ advanced?: boolean }} Marked options of a box that is seldom needed
  */
 
 /** @type {ComfyExtension} */
@@ -11,13 +14,13 @@ const extension = {
   name: "forget-concept.settings",
 
   nodeCreated(node) {
-    /** @type {Presets | undefined} */
-    const presets = node.constructor?.nodeData?.input?.required?.preset?.[1]?.forget_concept_presets;
+    const kind = /** @type {{ nodeData?: NodeData }} */ (node.constructor);
+    const presets = kind.nodeData?.input?.required?.preset?.[1]?.forget_concept_presets;
     const chooser = node.widgets?.find((widget) => widget.name === "preset");
     if (!presets || !chooser) return;
     // the page hands the mark on to its newer kind of nodes alone; on the canvas, what is only "advanced" leaves gaps
     for (const widget of node.widgets ?? []) {
-      if (!widget.options?.advanced) continue;
+      if (!(/** @type {Marked} */ (widget.options ?? {}).advanced)) continue;
       widget.advanced = true;
       Object.defineProperty(widget, "hidden", { get: () => !node.showAdvanced, set() {}, configurable: true });
     }

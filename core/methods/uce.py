@@ -11,7 +11,7 @@ is worked out once, in fp64, from the text states alone. No gradient, no UNet pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,7 @@ __all__ = [
     "aligned_positions",
     "collect_columns",
     "common_prompts",
+    "gram_of",
     "solve_context_map",
 ]
 
@@ -98,7 +99,10 @@ def check_template(template: str) -> None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Text states as columns, ``(d, n)`` each: ``target`` (C), ``guide`` (G, column by column), ``preserved`` (K)."""
+    """Text states as columns, ``(d, n)`` each: ``target`` (C), ``guide`` (G, column by column), ``preserved`` (K).
+
+    In the dtype that the text encoder gives: tens of thousands of them in fp64 would take hundreds of megabytes.
+    """
 
     target: Tensor
     guide: Tensor
@@ -271,40 +275,56 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
         kept |= dict.fromkeys(common_prompts(request, settings))
     kept |= dict.fromkeys(settings.preserve_prompts)
     kept.pop("", None)
-    texts = list(dict.fromkeys([p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs] + list(kept) + [""]))
-    states = dict(zip(texts, _encode(encoder, texts), strict=True))
-    preserved = [states[""]]
-    for prompt in kept:
-        end = end_position(encoder, prompt)
-        preserved.append(states[prompt] if settings.columns == "tail" else states[prompt][end - 1 : end])
+    ends = [end_position(encoder, prompt) for prompt in kept]
+    # what is kept comes first, so that its states are one piece of all of them
+    texts = list(dict.fromkeys(["", *kept] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
+    states, row = _encode(encoder, texts), {text: i for i, text in enumerate(texts)}
+    preserved = states[: 1 + len(kept)].flatten(0, 1)
+    if settings.columns == "last":
+        preserved = torch.cat([states[0], *(states[i, end - 1 : end] for i, end in enumerate(ends, 1))])
     return Columns(
-        target=torch.stack([states[p][i] for p, i, _, _ in pairs], 1),
-        guide=torch.stack([states[g][j] for _, _, g, j in pairs], 1),
-        preserved=torch.cat(preserved).T,
+        target=states[[row[p] for p, _, _, _ in pairs], [i for _, i, _, _ in pairs]].T,
+        guide=states[[row[g] for _, _, g, _ in pairs], [j for _, _, _, j in pairs]].T,
+        preserved=preserved.T,
     )
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 64) -> list[Tensor]:
-    found: list[Tensor] = []
+def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 64) -> Tensor:
+    """``(n, tokens, d)`` for ``n`` prompts."""
+    found: Tensor | None = None
     for i in range(0, len(texts), batch):
-        hidden = encoder.encode(texts[i : i + batch]).hidden
-        # fp64 lives on the CPU and on CUDA, not on every accelerator
-        found += list(hidden.detach().to(hidden.device if hidden.is_cuda else "cpu").double())
+        hidden = encoder.encode(texts[i : i + batch]).hidden.detach()
+        if found is None:
+            # fp64, which the solve needs, lives on the CPU and on CUDA, not on every accelerator
+            device = hidden.device if hidden.is_cuda else torch.device("cpu")
+            found = torch.empty(len(texts), *hidden.shape[1:], dtype=hidden.dtype, device=device)
+        found[i : i + batch] = hidden
+    assert found is not None  # the empty prompt is always among them
     return found
 
 
 # -- the solve ----------------------------------------------------------------------------------------------------
 
 
+def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``Σ XᵀX`` over all ``X`` of ``parts``, ``(n, width)`` each, as ``(width, width)`` fp64 on ``device``.
+
+    Worked out in ``dtype``, some thousand rows at a time: all of them widened at once would cost more in memory than
+    the products do in time.
+    """
+    total = torch.zeros(width, width, dtype=dtype, device=device)
+    for part in parts:
+        for rows in part.split(4096):
+            rows = rows.to(device, dtype)
+            total.addmm_(rows.T, rows)
+    return total.double()
+
+
 def _output_gram(model: LatentDiffusion, projections: tuple[str, ...]) -> Tensor:
     """``Σ WᵀW`` over all edited projections, ``(d, d)`` fp64: how much a direction of text space moves the outputs."""
-    width = model.survey.context_dim
-    gram = torch.zeros(width, width, dtype=torch.float64, device=model.device if model.device.type == "cuda" else "cpu")
-    for site in model.survey:
-        for which in projections:
-            weight = site.projection(which).weight.detach().to(gram.device, torch.float32)
-            gram += (weight.T @ weight).double()
-    return gram
+    device = model.device if model.device.type == "cuda" else torch.device("cpu")
+    weights = (site.projection(which).weight.detach() for site in model.survey for which in projections)
+    return gram_of(weights, model.survey.context_dim, device, torch.float32)
 
 
 def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor | None = None) -> LowRank:
@@ -318,17 +338,17 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
     """
     device = columns.target.device
     target, guide = columns.target.double(), columns.guide.double()
-    preserved = columns.preserved.double() * settings.preserve_weight**0.5
-    width = target.shape[0]
-    scaled = target * settings.erase_weight**0.5
-    known = torch.cat([scaled, preserved], 1) if settings.preserve_weight else scaled
+    width, count = target.shape
+    kept = columns.preserved.T if settings.preserve_weight else columns.preserved.T[:0]
     eye = torch.eye(width, dtype=torch.float64, device=device)
-    normal = settings.ridge * eye + known @ known.T
+    known = settings.erase_weight * gram_of([target.T], width, device)
+    normal = settings.ridge * eye + known + settings.preserve_weight * gram_of([kept], width, device)
     factor = _cholesky(normal)
-    if known.shape[1] < width:
-        small = settings.ridge * torch.eye(known.shape[1], dtype=torch.float64, device=device) + known.T @ known
-        rows = torch.cholesky_solve(known.T, _cholesky(small))
-        down = rows[: target.shape[1]] / settings.erase_weight**0.5
+    if count + len(kept) < width:
+        scaled = torch.cat([settings.erase_weight**0.5 * target.T, settings.preserve_weight**0.5 * kept.double()])
+        small = settings.ridge * torch.eye(len(scaled), dtype=torch.float64, device=device) + scaled @ scaled.T
+        rows = torch.cholesky_solve(scaled, _cholesky(small))
+        down = rows[:count] / settings.erase_weight**0.5
     else:
         down = torch.cholesky_solve(target, factor).T
     change = settings.erase_weight * (guide - target)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import socket
 import struct
-import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hosting import REQUIRED, ROOT, Server, linked, own_python
+
+__all__ = ["REQUIRED", "ComfyUI", "ExecutionError", "found_hosts", "missing", "png_size", "python_of"]
+
 PROBE_PACK = Path(__file__).with_name("probe_pack")
 STARTUP = float(os.environ.get("COMFYUI_STARTUP_SECONDS", "180"))
 PROMPT = float(os.environ.get("COMFYUI_PROMPT_SECONDS", "300"))
-REQUIRED = os.environ.get("FORGET_CONCEPT_REQUIRE_HOSTS") == "1"
 
 
 def found_hosts() -> list[Path]:
@@ -31,11 +31,7 @@ def found_hosts() -> list[Path]:
 
 def python_of(host: Path) -> Path | None:
     """COMFYUI_PYTHON, else the interpreter of the host's own .venv or venv."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return Path(named)
-    tail = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
-    candidates = [host.joinpath(folder, *tail) for folder in (".venv", "venv")]
-    return next((path for path in candidates if path.exists()), None)
+    return own_python(host, "COMFYUI_PYTHON")
 
 
 def missing(host: Path | None) -> str | None:
@@ -57,86 +53,26 @@ class ExecutionError(Exception):
         self.words, self.node = words, node
 
 
-class ComfyUI:
+class ComfyUI(Server):
     """One running host with this pack and the tests' own nodes; ``folder`` has its models, output and custom_nodes."""
 
     def __init__(self, host: Path, folder: Path, pack_name: str = "some-other_name") -> None:
+        super().__init__("ComfyUI", folder / "log.txt")
         self.host, self.folder, self.pack_name = host, folder, pack_name
-        self.log = folder / "log.txt"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.port = 0
-
-    # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self, environment: dict[str, str] | None = None, arguments: tuple[str, ...] = ()) -> None:
         packs = self.folder / "custom_nodes"
         for name in ("custom_nodes", "models/loras", "output", "input", "temp", "user"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        _linked(ROOT, packs / self.pack_name)
-        _linked(PROBE_PACK, packs / "probe_pack")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        linked(ROOT, packs / self.pack_name)
+        linked(PROBE_PACK, packs / "probe_pack")
         python = python_of(self.host)
         assert python is not None
-        command = [str(python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command = [str(python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.free_port())]
         command += ["--disable-api-nodes", "--base-directory", str(self.folder), *arguments]
-        nothing = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.host,
-                env={**os.environ, **nothing, **(environment or {})},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        deadline = time.monotonic() + STARTUP
-        while True:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended at once:\n{self.tail()}")
-            try:
-                self.get("/object_info/KSampler")
-                return
-            except (OSError, urllib.error.URLError):
-                if time.monotonic() > deadline:
-                    self.stop()
-                    raise RuntimeError(f"ComfyUI did not answer within {STARTUP:.0f} s:\n{self.tail()}") from None
-                time.sleep(0.2)
-
-    def stop(self) -> None:
-        process, self.process = self.process, None
-        if process is None or process.poll() is not None:
-            return
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(20)
-
-    def tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        self.launch(command, self.host, environment or {}, "/object_info/KSampler", STARTUP)
 
     # -- talk ----------------------------------------------------------------------------------------------------
-
-    def _open(self, request: Any) -> Any:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
-
-    def raw(self, path: str) -> bytes:
-        return self._open(f"http://127.0.0.1:{self.port}{path}")
-
-    def get(self, path: str) -> Any:
-        return json.loads(self.raw(path))
-
-    def post(self, path: str, data: Any) -> Any:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            json.dumps(data).encode(),
-            {"Content-Type": "application/json"},
-        )
-        answer = self._open(request)
-        return json.loads(answer) if answer else None
 
     def queue(self, graph: dict[str, Any]) -> str:
         """Queue a graph in API format; :class:`ExecutionError` where the host refuses it."""
@@ -192,10 +128,3 @@ def png_size(data: bytes) -> tuple[int, int]:
     """Width and height of a PNG."""
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", data[16:24])
-
-
-def _linked(source: Path, place: Path) -> None:
-    try:
-        place.symlink_to(source, target_is_directory=True)
-    except OSError:  # Windows without the right to link
-        shutil.copytree(source, place, ignore=shutil.ignore_patterns(".git", ".venv", "build"))

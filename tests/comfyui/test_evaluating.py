@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from comfyhost import ComfyUI, ExecutionError, png_size
@@ -80,6 +82,15 @@ def random_clip(folder: Path) -> Path:
     return folder
 
 
+def pixels(png: bytes) -> Any:
+    """``(h, w, 3)`` uint8 of a PNG."""
+    import torch
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
 @pytest.fixture(scope="module")
 def embedded() -> tuple[Any, Any]:
     from forget_concept.core import mini
@@ -127,6 +138,16 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
     assert any(line.startswith("drawing ") for line in told) and words in told
     width, height = png_size(comfyui.image(entry, "evaluate"))
     assert width > 6 * 2 * 128 and height > 128
+    pairs = entry["outputs"]["evaluate"]["forget_concept_pairs"]
+    examples = [*mine.target_examples, *mine.kept_examples]
+    assert [pair["prompt"] for pair in pairs] == [example.prompt for example in examples]
+    assert [pair["asked"] for pair in pairs] == ["yes"] * len(mine.target_examples) + ["no"] * len(mine.kept_examples)
+    for pair, example in zip(pairs, examples, strict=True):
+        for when in ("before", "after"):
+            drawn = pixels(comfyui.raw("/view?" + urlencode(pair[when])))
+            # the host's model and the diffusers model round a pixel the other way now and then
+            apart = drawn.int() - getattr(example, when).picture.movedim(0, -1).int()
+            assert float(apart.abs().float().mean()) < 1.0
 
 
 def test_measured_again_it_is_another_file_and_equal_inputs_are_not_measured_again(comfyui: ComfyUI) -> None:

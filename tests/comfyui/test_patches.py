@@ -90,8 +90,9 @@ def test_a_settings_node_of_defaults_is_the_preset(comfyui: ComfyUI) -> None:
 
 
 def test_every_method_has_a_settings_node_with_only_its_own_fields(comfyui: ComfyUI) -> None:
+    from forget_concept.core.fields import presets, widgets
     from forget_concept.core.methods import all_methods
-    from forget_concept.nodes.fields import node_id, presets, widgets
+    from forget_concept.nodes.fields import node_id
 
     info = comfyui.get("/object_info")
     for method in all_methods().values():

@@ -44,6 +44,27 @@ def on_the_embedded_model(graph: Graph) -> Graph:
     return found
 
 
+SCHEMA = json.loads(Path(__file__).with_name("workflow.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_is_a_workflow_by_the_public_schema(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    known = jsonschema.Draft202012Validator(SCHEMA)
+    known.check_schema(SCHEMA)
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    assert [error.message for error in known.iter_errors(workflow)] == []
+    ends = {(link[0], link[1], link[3]) for link in workflow["links"]}
+    numbers = {entry["id"] for entry in workflow["nodes"]}
+    assert all(a in numbers and b in numbers for _, a, b in ends), "a link to a node that is not there"
+    broken = [
+        {**workflow, "links": [link[:5] for link in workflow["links"]]},
+        {**workflow, "nodes": [{k: v for k, v in entry.items() if k != "mode"} for entry in workflow["nodes"]]},
+        {key: value for key, value in workflow.items() if key != "version"},
+    ]
+    assert not any(known.is_valid(one) for one in broken), "the schema refuses nothing"
+
+
 def test_the_files_are_what_is_written_down(comfyui: ComfyUI) -> None:
     info = comfyui.get("/object_info")
     for name, graph in graphs(info).items():

@@ -215,7 +215,7 @@ def _parts(known: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str
 def _size(sockets: int, outputs: int, boxes: list[tuple[str, dict[str, Any]]], kind: str) -> list[int]:
     rows = sum(90 if options.get("multiline") else 24 for _, options in boxes if not options.get("advanced"))
     tail = {"SaveImage": 300, "PreviewImage": 300, "PreviewAny": 130, "ForgetConcept": 130}.get(kind, 0)
-    tail = tail or {"ForgetConceptInSequence": 160, "ForgetConceptEvaluate": 420}.get(kind, 0)
+    tail = tail or {"ForgetConceptInSequence": 160, "ForgetConceptEvaluate": 600}.get(kind, 0)
     tail = tail or (120 if kind.startswith("ForgetConcept") and kind.endswith(("Patch", "Patches", "Back")) else 20)
     return [340, 20 * max(sockets, outputs) + rows + tail]
 

@@ -15,6 +15,8 @@ from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import save_file
 from server import BinaryEventTypes, PromptServer
 
+from .sizes import NODES
+
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -334,7 +336,7 @@ class Nothing(io.ComfyNode):
 
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [Hash, Difference, Trap, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing]
+        return [Hash, Difference, Trap, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing, *NODES]
 
 
 _told = []

@@ -1,0 +1,96 @@
+"""What a person writes into the boxes of a host's page, as a request: lists, settings, names of requests."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .concepts import Concept, ForgetRequest
+from .errors import RequestError
+from .requested import Asked
+
+__all__ = ["request_from_words", "split_list", "takes_back"]
+
+# commas of Latin, Chinese, Japanese and Arabic script
+_BETWEEN = re.compile("[,\uff0c\u3001\u060c\\r\\n]")
+# direction marks and the mark of byte order, which a copied word brings along unseen
+_UNSEEN = "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+
+
+def split_list(text: str) -> list[str]:
+    """The entries of a box: separated by commas or lines, without blanks around them; empty ones are left out."""
+    entries = [entry.strip().strip(_UNSEEN).strip() for entry in _BETWEEN.split(text or "")]
+    return [entry for entry in entries if entry]
+
+
+def _replacements(text: str, count: int) -> list[str | None]:
+    found = split_list(text)
+    if not found:
+        return [None] * count
+    if len(found) == 1:
+        return [found[0]] * count
+    if len(found) != count:
+        raise RequestError(
+            f"There are {count} concepts and {len(found)} replacements: give none, one for all of them, or one for "
+            "each in the same order."
+        )
+    return list(found)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    if not (text or "").strip():
+        return {}
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RequestError(f'The settings are not JSON like {{"rank": 8}}: {error}.') from error
+    if not isinstance(value, dict):
+        raise RequestError('The settings must be a JSON object like {"rank": 8}.')
+    return value
+
+
+def request_from_words(
+    concept: str,
+    kind: str = "object",
+    replacement: str = "",
+    preserve: str = "",
+    method: str = "uce",
+    preset: str = "tuned",
+    strength: float = 1.0,
+    seed: int = 0,
+    settings: str = "",
+) -> ForgetRequest:
+    """The checked request that a node's boxes ask for.
+
+    ``concept``, ``replacement`` and ``preserve`` are lists by commas or lines; ``settings`` is a JSON object. Raises
+    :class:`RequestError` in words.
+    """
+    names = split_list(concept)
+    if not names:
+        raise RequestError("The concept is empty: write what is to be forgotten.")
+    concepts = tuple(
+        Concept(name, kind, instead)
+        for name, instead in zip(names, _replacements(replacement, len(names)), strict=True)
+    )
+    request = ForgetRequest(
+        concepts, tuple(split_list(preserve)), method, preset, _settings(settings), float(strength), int(seed)
+    )
+    request.check()
+    return request
+
+
+def takes_back(text: str, asked: Sequence[Asked]) -> list[int | str]:
+    """What a person wants taken back: names of concepts, or numbers of requests (``2`` or ``#2``).
+
+    Raises :class:`RequestError` where nothing is said.
+    """
+    names = {concept.name.casefold() for one in asked for concept in one.request.concepts}
+    found: list[int | str] = []
+    for entry in split_list(text):
+        number = re.fullmatch(r"#?\s*(\d{1,6})", entry)
+        found.append(int(number[1]) if number and entry.casefold() not in names else entry)
+    if not found:
+        raise RequestError("Nothing is named to be taken back: write a concept, or the number of its request.")
+    return found

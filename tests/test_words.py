@@ -1,0 +1,148 @@
+"""What a person writes into boxes, and what is said of what was done: no host in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forget_concept.core.concepts import Concept, ForgetRequest
+from forget_concept.core.continual import History
+from forget_concept.core.entries import request_from_words, split_list, takes_back
+from forget_concept.core.errors import ForgetConceptError, RequestError
+from forget_concept.core.methods import fit
+from forget_concept.core.naming import fresh_file, patch_name
+from forget_concept.core.patch import Patch
+from forget_concept.core.progress import ProgressEvent
+from forget_concept.core.story import Story
+from forget_concept.core.words import about_patch, base_words, concepts_in, report, share_words
+
+
+def request(**more) -> ForgetRequest:
+    return ForgetRequest((Concept("star", "object", "circle"),), **more)
+
+
+def test_lists_are_by_commas_or_lines() -> None:
+    assert split_list(" star,\n Mira Vale ,,\n") == ["star", "Mira Vale"]
+    assert split_list("") == []
+    assert split_list("红星、月亮,房子\r\nنجمة، قمر") == ["红星", "月亮", "房子", "نجمة", "قمر"]
+    assert split_list("\u200eכוכב\u200f, \ufeff, 👩\u200d🚀") == ["כוכב", "👩\u200d🚀"]
+
+
+def test_boxes_make_a_request() -> None:
+    request = request_from_words(
+        "star\nmoon", "object", "circle", "heart, tree", "uce", "published", 0.5, 7, '{"rank": 8}'
+    )
+    assert request.concepts == (Concept("star", "object", "circle"), Concept("moon", "object", "circle"))
+    assert request.preserve == ("heart", "tree")
+    assert (request.method, request.preset, request.strength, request.seed) == ("uce", "published", 0.5, 7)
+    assert dict(request.settings) == {"rank": 8}
+    assert request_from_words("star").concepts == (Concept("star"),)
+    each = request_from_words("star, moon", replacement="circle, heart").concepts
+    assert [concept.replacement for concept in each] == ["circle", "heart"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"concept": "  \n, "}, "The concept is empty"),
+        ({"concept": "a, b, c", "replacement": "d, e"}, "3 concepts and 2 replacements"),
+        ({"concept": "star", "replacement": "STAR"}, "the concept itself"),
+        ({"concept": "star", "preserve": "moon, star"}, "preserve list"),
+        ({"concept": "star", "settings": "[1]"}, "must be a JSON object"),
+        ({"concept": "star", "settings": "{"}, "not JSON"),
+        ({"concept": "star", "settings": "[" * 100000}, "not JSON"),
+        ({"concept": "star", "strength": float("nan")}, "strength"),
+    ],
+)
+def test_boxes_that_make_none_say_why(words: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        request_from_words(**words)
+
+
+def test_a_patch_in_words(model) -> None:
+    asked = request(preserve=("moon",), settings={"ridge": 2.0})
+    patch = fit(model, asked)
+    words = about_patch(patch)
+    assert "1. forgotten: star (object), shown as 'circle'; uce, preset tuned, strength 1, seed 0" in words
+    assert "kept: moon" in words and "ridge" in words and f"rank {patch.rank}" in words
+    sum_words = about_patch(Patch.combined([(patch, 1.0), (patch, -0.5)]))
+    assert "part at strength 1: star" in sum_words and "part at strength -0.5: star" in sum_words
+    assert "not written by Forget Concept" in about_patch(Patch(patch.factors))
+    both = Patch.combined([(patch, 1.0), (Patch.combined([(patch, 1.0), (patch, 1.0)]), 1.0)])
+    assert base_words(both.metadata, model.model_hash) == "it was made on this very model"
+    assert "another model" in base_words(both.metadata, "0" * 64)
+    other = patch.with_metadata(base_model="1" * 64)
+    assert "different models" in base_words(Patch.combined([(patch, 1.0), (other, 1.0)]).metadata, model.model_hash)
+    assert "does not say" in base_words({}, model.model_hash)
+    many = ForgetRequest(tuple(Concept(f"thing {i}") for i in range(200)))
+    assert "188 more" in report(many, patch, 1.0, "T")
+
+
+def test_a_share_below_a_half_is_a_warning() -> None:
+    assert share_words(None) == []
+    assert share_words((0.5, "float16")) == ["in the host's weights (float16) 50.0 % of the edit survives"]
+    assert "warning" in share_words((0.499, "float16"))[1]
+
+
+def test_time_left_is_that_of_the_steps_of_this_kind() -> None:
+    now = 0.0
+    story = Story(lambda: now)
+    assert story.line(ProgressEvent(0, 4, message="sampling")) == "sampling 0/4"
+    now = 10.0
+    assert story.line(ProgressEvent(1, 4, message="sampling")) == "sampling 1/4, 0:30 left"
+    # another kind of work: the clock begins again
+    now = 100.0
+    assert story.line(ProgressEvent(1, 1001, 0.123456, message="training")) == "training 1/1001, loss 0.1235"
+    now = 102.0
+    assert story.line(ProgressEvent(2, 1001, 0.5, message="training")) == "training 2/1001, loss 0.5, 33:18 left"
+    now = 202.0
+    assert story.line(ProgressEvent(3, 1001, message="training")).endswith("14:08:18 left")
+    assert "left" not in story.line(ProgressEvent(1001, 1001, message="training"))
+
+
+def test_what_is_taken_back_is_named_or_numbered(model) -> None:
+    asked = History().forget(model, request()).forget(model, ForgetRequest((Concept("7"),))).asked
+    assert takes_back("star, 1, #2,7", asked) == ["star", 1, 2, "7"]
+    with pytest.raises(RequestError, match="Nothing is named"):
+        takes_back(" ,", asked)
+
+
+def test_names_of_files() -> None:
+    assert patch_name("forget/%concept%", ["Mira Vale", "red star"]) == ("forget", "mira-vale-red-star")
+    assert patch_name("a\\b/c", ["x"]) == ("a", "b", "c")
+    assert patch_name("%concept%", ["نجمة", "🌟"]) == ("نجمة",)
+    assert patch_name("%concept%", ["🌟"]) == ("concept",)
+    assert patch_name("%concept%", [f"c{i}" for i in range(200)]) == ("c0-c1-c2-and-197-more",)
+    assert patch_name("v1..2", []) == ("v1..2",)
+
+
+@given(st.text(max_size=40))
+def test_no_name_leads_out_of_the_folder(text: str) -> None:
+    root = Path("/loras")
+    try:
+        parts = patch_name(text, ["star"])
+    except RequestError:
+        return
+    place = root.joinpath(*parts)
+    assert place.resolve() == place and root in place.parents
+    assert not any(set(part) & set('<>:"|?*\\/\0') or part.endswith((".", " ")) for part in parts)
+
+
+def test_a_patch_says_what_it_forgets() -> None:
+    assert concepts_in({"forget_concept.concepts": '["star", "moon", "star"]'}) == ["star", "moon"]
+    for other in ({}, {"forget_concept.concepts": "{"}, {"forget_concept.concepts": '{"a": 1}'}):
+        assert concepts_in(other) == []
+
+
+def test_a_new_files_number_is_free_for_every_ending(tmp_path: Path) -> None:
+    (tmp_path / "Star_00001.json").touch()
+    (tmp_path / "star_00002.html").touch()
+    assert fresh_file(tmp_path, "star", ".html") == tmp_path / "star_00003.html"
+    assert fresh_file(tmp_path, "sta", ".html") == tmp_path / "sta_00001.html"
+    with pytest.raises(RequestError, match="no place in the output folder"):
+        patch_name("../x", [], "the output folder")
+    with pytest.raises(ForgetConceptError, match="cannot be read"):
+        fresh_file(tmp_path / "none", "star", ".html")
