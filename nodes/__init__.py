@@ -1,1 +1,1 @@
-"""ComfyUI nodes, one a file. ``host.py`` is the only one that names ``comfy``; ``words.py`` names no host at all."""
+"""ComfyUI nodes, one a file. The folder ``host`` is the only one that names ``comfy``."""

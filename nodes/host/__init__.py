@@ -1,0 +1,30 @@
+"""Everything this pack asks of ComfyUI: the only folder that names ``comfy``."""
+
+from .embedded import embedded_model, is_embedded
+from .files import lora_file, lora_files, lora_folder, lora_stamp, output_folder, work_folder
+from .model import borrowed, patched_weights, surveyed, surviving_share, weights_hash, with_lora
+from .page import Fading, progress, show_text, workflow
+from .text import HostText, opened_text
+
+__all__ = [
+    "Fading",
+    "HostText",
+    "borrowed",
+    "embedded_model",
+    "is_embedded",
+    "lora_file",
+    "lora_files",
+    "lora_folder",
+    "lora_stamp",
+    "opened_text",
+    "output_folder",
+    "patched_weights",
+    "progress",
+    "show_text",
+    "surveyed",
+    "surviving_share",
+    "weights_hash",
+    "with_lora",
+    "work_folder",
+    "workflow",
+]

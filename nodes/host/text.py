@@ -1,0 +1,140 @@
+"""CLIP as the core's text encoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.clip_model
+import comfy.model_management as management
+import torch
+from torch import Tensor
+
+from ...core.errors import ModelError
+from ...core.text import CLIPText, TextEncoder, TextStates
+
+__all__ = ["HostText", "opened_text"]
+
+# of two text encoders that are the same one, in half precision or not
+_SAME_STATES = 0.02
+
+
+def _literal(text: str) -> str:
+    """``text`` without the prompt syntax: parentheses are emphasis in a prompt, and words in a concept."""
+    return re.sub(r"(?<!\\)([()])", r"\\\1", text)
+
+
+class HostText:
+    """A CLIP as the core's text encoder: the host's own tokens and its own encode path (layer, norm, patches, hooks).
+
+    Only the first section of 77 tokens is used; the CLIP must have been loaded already.
+    """
+
+    max_length = 77
+    _AT_ONCE = 32
+
+    def __init__(self, clip: Any, family: str, pooled: bool) -> None:
+        """``pooled``: whether the model takes a pooled vector too."""
+        self._clip = clip.clone()
+        self._pooled = pooled
+        # loading again for every prompt could push out the UNet that is being worked on
+        self._clip.load_model = lambda *args, **kwargs: self._clip.patcher
+        self._family = family
+
+    @property
+    def layer(self) -> str:
+        """Which states these are, in the core's words."""
+        index = self._clip.layer_idx
+        if self._family == "sdxl":
+            return "sdxl:penultimate,no_final_norm" if index in (None, -2) else f"sdxl:layer={index}"
+        if self._family == "sd2":
+            return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
+        return f"clip_skip={1 if index is None else -index},final_norm"
+
+    def _sections(self, text: str, words: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
+        tokens = self._clip.tokenize(_literal(text), return_word_ids=words)
+        if not isinstance(tokens, dict) or not tokens:
+            raise ModelError("This CLIP is no CLIP text encoder: connect the one that belongs to the MODEL.")
+        return tokens
+
+    def _first(self, tokens: Mapping[str, Any]) -> list[list[tuple[Any, ...]]]:
+        return tokens["l"] if "l" in tokens else next(iter(tokens.values()))
+
+    def _ids(self, tokens: Sequence[tuple[Any, ...]]) -> list[int]:
+        if any(isinstance(token[0], Tensor) for token in tokens):
+            raise ModelError("A textual inversion ('embedding:…') cannot stand in a concept: write it in words.")
+        return [int(token[0]) for token in tokens]
+
+    def token_ids(self, prompt: str) -> list[int]:
+        return self._ids(self._first(self._sections(prompt))[0])
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        sections = self._first(self._sections(phrase, words=True))
+        # word id 0 is start, end and padding
+        return self._ids([token for section in sections for token in section if token[2] != 0])
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        # the host encodes all sections of one prompt at once, and gives only the first one's pooled vector
+        size = 1 if self._pooled else self._AT_ONCE
+        found = [self._encoded(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return TextStates.cat(found)
+
+    def _encoded(self, prompts: Sequence[str]) -> TextStates:
+        management.throw_exception_if_processing_interrupted()
+        sections: dict[str, list[list[tuple[Any, ...]]]] = {}
+        for prompt in prompts:
+            for name, own in self._sections(prompt).items():
+                sections.setdefault(name, []).append(own[0])
+        with torch.inference_mode():
+            states, vector = self._clip.encode_from_tokens(sections, return_pooled=True)
+        # a clone made outside of inference mode is an ordinary tensor
+        hidden = states.clone().unflatten(1, (len(prompts), -1)).flatten(0, 1)
+        return TextStates(hidden, vector.clone() if self._pooled and vector is not None else None)
+
+
+def opened_text(clip: Any, own: TextEncoder, device: torch.device) -> CLIPText | None:
+    """The CLIP once more, as one that gradients flow through and vectors can stand in: for inversions and attacks.
+
+    The weights are copied as they are loaded, with the patches in them. ``None`` where the host's text encoder is not
+    a single CLIP, or where the copy does not give the states of ``own``.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    name = getattr(clip.cond_stage_model, "clip", "")
+    encoder: Any = getattr(clip.cond_stage_model, name, None)
+    words: Any = getattr(getattr(clip.tokenizer, name, None), "tokenizer", None)
+    if type(getattr(encoder, "transformer", None)) is not comfy.clip_model.CLIPTextModel or words is None:
+        return None
+    body = encoder.transformer.text_model
+    layer = body.encoder.layers[0]
+    table = body.embeddings.token_embedding.weight
+    # some tables have rows that no word stands for
+    rows = min(len(table), len(words))
+    quick = layer.mlp.activation is comfy.clip_model.ACTIVATIONS["quick_gelu"]
+    config = CLIPTextConfig(
+        vocab_size=rows,
+        hidden_size=table.shape[1],
+        intermediate_size=layer.mlp.fc1.weight.shape[0],
+        num_hidden_layers=len(body.encoder.layers),
+        num_attention_heads=layer.self_attn.heads,
+        max_position_embeddings=body.embeddings.position_embedding.weight.shape[0],
+        hidden_act="quick_gelu" if quick else "gelu",
+        bos_token_id=encoder.special_tokens["start"],
+        eos_token_id=encoder.special_tokens["end"],
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and overwritten
+            copied = CLIPTextModel(config).float().eval().requires_grad_(False)
+        state = {key: value.detach().float().cpu() for key, value in body.state_dict().items()}
+        state["embeddings.token_embedding.weight"] = state["embeddings.token_embedding.weight"][:rows]
+        found = copied.text_model.load_state_dict(state, strict=False)
+        if found.missing_keys or found.unexpected_keys:
+            return None
+        index = clip.layer_idx if clip.layer_idx is not None else encoder.layer_idx
+        opened = CLIPText(copied.to(device), words, 1 if index is None else -index)
+        asked = ["", "a photo of a red star beside a house"]
+        states, wanted = opened.encode(asked).hidden.float(), own.encode(asked).hidden.float().to(device)
+        if states.shape != wanted.shape or float((states - wanted).norm() / wanted.norm()) > _SAME_STATES:
+            return None
+    return opened
