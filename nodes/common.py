@@ -62,6 +62,9 @@ class Measured:
 
 def schema(*, search_aliases: Sequence[str] = (), **known: Any) -> io.Schema:
     """A node's schema. ``search_aliases`` are left out where the host does not know them: it would drop the pack."""
+    for output in known.get("outputs", ()):
+        # else older hosts write its type
+        output.display_name = output.display_name or output.id
     extra: dict[str, Any] = {}
     if "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}:
         extra["search_aliases"] = list(search_aliases)

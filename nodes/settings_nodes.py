@@ -16,10 +16,15 @@ __all__ = ["settings_nodes"]
 
 
 def _input(widget: Widget) -> Any:
+    made = _plain_input(widget)
+    if widget.about.rare:  # behind "Show Advanced" on the node's menu
+        made.extra_dict["advanced"] = True
+    return made
+
+
+def _plain_input(widget: Widget) -> Any:
     about = widget.about
-    words = about.words if widget.thing is None else f"{widget.thing}: {about.words}"
-    # behind "Show Advanced" on the node's menu
-    common: dict[str, Any] = {"tooltip": words, "extra_dict": {"advanced": True} if about.rare else None}
+    common = {"tooltip": about.words if widget.thing is None else f"{widget.thing}: {about.words}"}
     if widget.kind == "switch":
         return io.Boolean.Input(widget.name, default=widget.default, **common)
     if widget.kind == "choice":
@@ -48,8 +53,9 @@ class _SettingsNode(io.ComfyNode):
             options=list(method.presets),
             default="tuned",
             tooltip="Fills in the fields below. They are what counts, and what differs from the preset is told.",
-            extra_dict={"forget_concept_presets": presets(method)},
         )
+        # not every host's inputs take this when they are made
+        chosen.extra_dict["forget_concept_presets"] = presets(method)
         return schema(
             node_id=node_id(method),
             display_name=f"Settings: {method.title}",

@@ -74,6 +74,11 @@ class ComfyUI(Server):
 
     # -- talk ----------------------------------------------------------------------------------------------------
 
+    def kind(self, *names: str) -> str:
+        """The first of these that the host has: some of its nodes had other names once."""
+        known = self.get("/object_info")
+        return next(name for name in names if name in known)
+
     def queue(self, graph: dict[str, Any]) -> str:
         """Queue a graph in API format; :class:`ExecutionError` where the host refuses it."""
         try:

@@ -125,7 +125,7 @@ def test_the_patch_changes_the_picture_and_not_the_model(comfyui: ComfyUI) -> No
 def test_the_file_loaded_by_the_stock_loader_gives_the_live_picture(comfyui: ComfyUI, method: str) -> None:
     settings = QUICK if method == "forget_me_not" else ""
     making = base() | {"forget": forget(method=method, settings=settings)} | drawn("live", ["forget", 0])
-    making |= {"save": node("SaveLoRA", lora=["forget", 1], prefix=f"made/{method}")}
+    making |= {"save": node(comfyui.kind("SaveLoRA", "SaveLoRANode"), lora=["forget", 1], prefix=f"made/{method}")}
     comfyui.run(making)
     (written,) = (comfyui.folder / "output" / "made").glob(f"{method}_*.safetensors")
     name = f"{method}-{next(nonces)}.safetensors"
