@@ -5,21 +5,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import chromium
 from comfyhost import REQUIRED, ROOT, ComfyUI, found_hosts, missing
 from graphs import Graph, from_workflow
 from test_workflows import EXAMPLES, on_the_embedded_model
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-QUIET += ["--disable-component-update", "--disable-sync"]
 PAGES: list[Path | None] = [None, *(Path(p) for p in os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep) if p)]
 VIEW = {"width": 1900, "height": 1150}
 READY = "() => window.app?.graph && window.app?.extensionManager && window.app.extensionManager.setting"
@@ -90,21 +85,18 @@ class Shown:
 )
 def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     host, frontend = request.param
-    why = missing(host) or (None if CHROMIUM else "there is no Chromium on this machine")
-    if why:
+    if why := missing(host):
         if REQUIRED:
             pytest.fail(why + " (FORGET_CONCEPT_REQUIRE_HOSTS=1 asks for one)")
         pytest.skip(why)
     running = ComfyUI(host, tmp_path_factory.mktemp(f"page-{host.name}"))
     arguments = ("--front-end-root", str(frontend)) if frontend else ()
-    with sync_api.sync_playwright() as playwright:
+    with chromium() as browser:
         try:
             running.start(arguments=arguments)
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
             found = Shown(running, browser.new_page(viewport=VIEW))
             found.open()
             yield found
-            browser.close()
         finally:
             running.stop()
 
