@@ -31,6 +31,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     return Scheduling(config, log)
 
+
 DEVICES = [
     pytest.param("cpu", id="cpu"),
     pytest.param(
