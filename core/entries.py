@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .concepts import Concept, ForgetRequest
+from .concepts import KINDS, Concept, ForgetRequest
 from .errors import RequestError
 from .requested import Asked
 
@@ -15,6 +15,8 @@ __all__ = ["request_from_words", "split_list", "takes_back"]
 
 # commas of Latin, Chinese, Japanese and Arabic script
 _BETWEEN = re.compile("[,\uff0c\u3001\u060c\\r\\n]")
+_ARROW = re.compile("->|\u2192")
+_KIND = re.compile(rf"\s*\(({'|'.join(KINDS)})\)$")
 # direction marks and the mark of byte order, which a copied word brings along unseen
 _UNSEEN = "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
@@ -25,18 +27,39 @@ def split_list(text: str) -> list[str]:
     return [entry for entry in entries if entry]
 
 
-def _replacements(text: str, count: int) -> list[str | None]:
-    found = split_list(text)
-    if not found:
-        return [None] * count
-    if len(found) == 1:
-        return [found[0]] * count
-    if len(found) != count:
+def _concepts(text: str, kind: str, replacement: str) -> tuple[Concept, ...]:
+    """A concept an entry, ``name``, ``name (kind)`` or either with ``-> replacement`` behind it."""
+    rows = [_row(entry) for entry in split_list(text)]
+    if not rows:
+        raise RequestError("The concept is empty: write what is to be forgotten.")
+    if any(not name for name, _, _ in rows):
         raise RequestError(
-            f"There are {count} concepts and {len(found)} replacements: give none, one for all of them, or one for "
-            "each in the same order."
+            "An entry of the concepts has nothing before its arrow or its kind: write what is to be forgotten, as in "
+            "'neon (style) -> sketch'."
         )
-    return list(found)
+    shared = split_list(replacement)
+    waiting = sum(instead is None for _, _, instead in rows)
+    if shared and not waiting:
+        raise RequestError("Each concept says behind its arrow what is shown instead: leave the replacement empty.")
+    if len(shared) == 1:
+        shared *= waiting
+    if shared and len(shared) != waiting:
+        raise RequestError(
+            f"There are {waiting} concepts and {len(shared)} replacements for them: give none, one for all of them, or "
+            "one for each in the same order."
+        )
+    others = iter(shared)
+    return tuple(
+        Concept(name, own or kind, (next(others, None) if instead is None else instead) or None)
+        for name, own, instead in rows
+    )
+
+
+def _row(entry: str) -> tuple[str, str | None, str | None]:
+    """Name, kind and replacement of an entry; ``None`` for what it leaves to the other boxes."""
+    name, *instead = (part.strip() for part in _ARROW.split(entry, maxsplit=1))
+    kind = _KIND.search(name)
+    return _KIND.sub("", name), kind[1] if kind else None, instead[0] if instead else None
 
 
 def _settings(text: str) -> dict[str, Any]:
@@ -64,16 +87,11 @@ def request_from_words(
 ) -> ForgetRequest:
     """The checked request that a node's boxes ask for.
 
-    ``concept``, ``replacement`` and ``preserve`` are lists by commas or lines; ``settings`` is a JSON object. Raises
-    :class:`RequestError` in words.
+    ``concept``, ``replacement`` and ``preserve`` are lists by commas or lines; ``settings`` is a JSON object. A concept
+    may say its own kind and replacement, ``neon (style) -> sketch``; ``kind`` and ``replacement`` are for those that do
+    not. Raises :class:`RequestError` in words.
     """
-    names = split_list(concept)
-    if not names:
-        raise RequestError("The concept is empty: write what is to be forgotten.")
-    concepts = tuple(
-        Concept(name, kind, instead)
-        for name, instead in zip(names, _replacements(replacement, len(names)), strict=True)
-    )
+    concepts = _concepts(concept, kind, replacement)
     request = ForgetRequest(
         concepts, tuple(split_list(preserve)), method, preset, _settings(settings), float(strength), int(seed)
     )

@@ -88,22 +88,24 @@ def asked_inputs() -> list[Any]:
         io.String.Input(
             "concept",
             multiline=True,
-            placeholder="star",
+            placeholder="star\nneon (style) -> sketch",
             default="",
             dynamic_prompts=False,
-            tooltip="What to forget, in the words a prompt would use. Several: one a line, or separated by commas.",
+            tooltip="What to forget, in the words a prompt would use. Several: one a line, or separated by commas. One "
+            "may say its own kind and replacement: neon (style) -> sketch.",
         ),
         io.Combo.Input(
             "kind",
             options=list(KINDS),
             default=KINDS[0],
-            tooltip="What the concepts are; it chooses the prompts they are read in.",
+            tooltip="What the concepts are that do not say it themselves; it chooses the prompts they are read in.",
         ),
         io.String.Input(
             "replacement",
             default="",
             dynamic_prompts=False,
-            tooltip="What to show instead. Empty: nothing in particular. One for all concepts, or one for each.",
+            tooltip="What to show instead, where a concept does not say it. Empty: nothing in particular. One for all, "
+            "or one for each.",
         ),
         io.String.Input(
             "preserve",

@@ -44,6 +44,18 @@ def test_boxes_make_a_request() -> None:
     assert [concept.replacement for concept in each] == ["circle", "heart"]
 
 
+def test_a_concept_says_its_own_kind_and_replacement() -> None:
+    text = "star -> circle\nneon (style) \u2192 sketch\nLena Frost (identity)\nhouse (small)->\nfish"
+    assert request_from_words(text, replacement="Nadia Pell, arrow").concepts == (
+        Concept("star", "object", "circle"),
+        Concept("neon", "style", "sketch"),
+        Concept("Lena Frost", "identity", "Nadia Pell"),
+        Concept("house (small)", "object", None),
+        Concept("fish", "object", "arrow"),
+    )
+    assert request_from_words("neon (style)", "object", "sketch").concepts == (Concept("neon", "style", "sketch"),)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -51,6 +63,13 @@ def test_boxes_make_a_request() -> None:
         ({"concept": "a, b, c", "replacement": "d, e"}, "3 concepts and 2 replacements"),
         ({"concept": "star", "replacement": "STAR"}, "the concept itself"),
         ({"concept": "star", "preserve": "moon, star"}, "preserve list"),
+        ({"concept": "star -> circle, moon -> heart", "replacement": "ship"}, "leave the replacement empty"),
+        (
+            {"concept": "star -> circle, moon", "replacement": "ship, tree"},
+            "1 concepts and 2 replacements",
+        ),
+        ({"concept": "-> circle"}, "nothing before its arrow"),
+        ({"concept": "(style)"}, "nothing before its arrow"),
         ({"concept": "star", "settings": "[1]"}, "must be a JSON object"),
         ({"concept": "star", "settings": "{"}, "not JSON"),
         ({"concept": "star", "settings": "[" * 100000}, "not JSON"),

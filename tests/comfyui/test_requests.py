@@ -16,7 +16,8 @@ from forget_concept.core.formats import load_patch
 from forget_concept.core.methods import fit
 from forget_concept.core.patch import Patch
 
-REQUEST = ForgetRequest((Concept("star", "object", "circle"),), ("moon",), seed=3)
+REQUEST = ForgetRequest((Concept("star", "object", "circle"), Concept("neon", "style", "sketch")), ("moon",), seed=3)
+BOXES = {"concept": "star -> circle\nneon (style)", "replacement": "sketch", "preserve": "moon", "seed": 3}
 
 
 def by_request(text: Any, **more: Any) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def greatest_difference(one: Patch, other: Patch) -> float:
 
 
 def test_a_request_gives_the_patch_of_the_boxes_and_of_the_command_line(comfyui: ComfyUI) -> None:
-    graph = base() | {"boxed": forget(seed=3), "asked": by_request(REQUEST.to_json())}
+    graph = base() | {"boxed": forget(**BOXES), "asked": by_request(REQUEST.to_json())}
     boxed, asked = (load_patch(path) for path in saved(comfyui, graph, "boxed", "asked"))
     assert greatest_difference(asked, boxed) == 0
     model = mini.load()
