@@ -146,6 +146,24 @@ def test_the_file_loaded_by_the_stock_loader_gives_the_live_picture(comfyui: Com
     assert greatest["file-base"] > 0.01
 
 
+def test_a_patched_model_carries_what_the_stock_loader_leaves_and_samples_as_fast(comfyui: ComfyUI) -> None:
+    graph = base() | {"forget": forget()}
+    graph |= {"stock": node("LoraModelLoader", model=["load", 0], lora=["forget", 1], strength_model=1.0)}
+    graph |= {f"left-{name}": node("ProbePatches", model=[name, 0]) for name in ("load", "forget", "stock")}
+    speed = {"positive": ["text", 0], "negative": ["empty", 0], "latent": ["latent", 0], "steps": 4}
+    graph |= {"speed": node("ProbeSpeed", a=["load", 0], b=["forget", 0], runs=3, rounds=2, **speed)}
+    outputs = comfyui.run(graph)["outputs"]
+    left = {name: outputs[f"left-{name}"] for name in ("load", "forget", "stock")}
+    assert left["forget"] == left["stock"]
+    assert set(left["forget"]["counts"][0].values()) == {1}
+    assert left["forget"]["others"] == left["load"]["others"]
+    seconds = outputs["speed"]["seconds"][0]
+    ratio = seconds["b"] / seconds["a"]
+    warnings.warn(f"{comfyui.host.name}: sampling with the patch takes {ratio:.3f} of the time without", stacklevel=1)
+    # the patch is in the weights: only the machine's own unrest is left
+    assert ratio < 1.5
+
+
 def test_a_trained_method_runs_and_the_model_stays_bit_identical(comfyui: ComfyUI) -> None:
     comfyui.get("/probe/told")
     before = hashes(comfyui)

@@ -12,6 +12,8 @@ import comfy.supported_models
 import torch
 from comfy_api.latest import io
 
+import nodes as host_nodes
+
 # what the host finds out from a checkpoint's names and shapes
 _SHARED = {
     "image_size": 32,
@@ -154,7 +156,7 @@ class TrueShape(io.ComfyNode):
 
 
 class Patches(io.ComfyNode):
-    """How many weights of a MODEL carry patches, and the most that one carries."""
+    """What a MODEL carries: how many patches each weight has, and everything else that acts while it samples."""
 
     @classmethod
     def define_schema(cls):
@@ -168,8 +170,62 @@ class Patches(io.ComfyNode):
 
     @classmethod
     def execute(cls, model):
-        counts = [len(patches) for patches in model.patches.values()]
-        return io.NodeOutput(ui={"weights": [len(counts)], "most": [max(counts, default=0)]})
+        counts = {str(key): len(patches) for key, patches in model.patches.items()}
+        kinds = (
+            "callbacks",
+            "wrappers",
+            "hook_patches",
+            "injections",
+            "attachments",
+            "additional_models",
+            "object_patches",
+        )
+        others = {kind: _filled(getattr(model, kind, {})) for kind in kinds} | {"options": _filled(model.model_options)}
+        return io.NodeOutput(ui={"weights": [len(counts)], "counts": [counts], "others": [others]})
+
+
+def _filled(found):
+    """A tree of what there is, by name, without its empty branches."""
+    if isinstance(found, dict):
+        tree = {str(key): _filled(value) for key, value in found.items()}
+        return {key: value for key, value in tree.items() if value not in ({}, [])}
+    if isinstance(found, (list, tuple)):
+        return [_filled(value) for value in found]
+    return type(found).__name__ if callable(found) else repr(found)
+
+
+class Speed(io.ComfyNode):
+    """Core seconds of the host's own sampling with each of two models, the best of some runs, once each is loaded."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeSpeed",
+            category="probe",
+            inputs=[
+                io.Model.Input("a"),
+                io.Model.Input("b"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent"),
+                io.Int.Input("steps"),
+                io.Int.Input("runs"),
+                io.Int.Input("rounds"),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, a, b, positive, negative, latent, steps, runs, rounds):
+        best = {"a": float("inf"), "b": float("inf")}
+        for name, model in [("a", a), ("b", b)] * rounds:  # in turn: the machine may be busier at one time than another
+            for run in range(1 + runs):
+                start = time.process_time()
+                host_nodes.common_ksampler(model, 1, steps, 5.0, "euler", "normal", positive, negative, latent)
+                if run:  # the first one loads
+                    best[name] = min(best[name], time.process_time() - start)
+        return io.NodeOutput(ui={"seconds": [best]})
 
 
 def _part(name):
@@ -300,4 +356,4 @@ class LatentDifference(io.ComfyNode):
         return io.NodeOutput(ui={"difference": [ratio], "finite": [finite]})
 
 
-NODES = [TrueShape, Patches, Survey, Cost, LatentDifference]
+NODES = [TrueShape, Patches, Speed, Survey, Cost, LatentDifference]
