@@ -1,0 +1,70 @@
+"""The extension for AUTOMATIC1111's webui and for Forge; :func:`register` is its door. Imports nothing of a host."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .webui import WebUI
+
+__all__ = ["register", "running"]
+
+log = logging.getLogger(__name__)
+_running: WebUI | None = None
+
+
+def running() -> WebUI:
+    """The webui that this runs in: one object as long as it runs, since it knows what is in the weights."""
+    global _running
+    if _running is None:
+        _running = _found()
+    return _running
+
+
+def _found() -> WebUI:
+    if find_spec("modules_forge") is not None and find_spec("backend") is not None:
+        try:
+            from .host_forge import Forge
+        except ImportError as error:
+            log.warning("Forget Concept: this fork of Forge is not known (%s); its patches work as LoRAs.", error)
+        else:
+            return Forge()
+    if find_spec("modules_forge") is None and find_spec("modules.sd_hijack") is not None:
+        from .host import A1111
+
+        return A1111()
+    from .webui import WebUI
+
+    return WebUI()
+
+
+def register() -> type:
+    """Tell the webui of everything here, and give the class of the always-on script.
+
+    To be called each time the webui runs its scripts: Reload UI forgets what it was told.
+    """
+    from .always_on import script_of
+    from .webui import api_auth, listen, serves_api
+
+    host = running()
+
+    def tabs() -> list[tuple[Any, str, str]]:
+        from . import tab
+
+        return [(tab.build(host), "Forget Concept", "forget_concept")]
+
+    def started(app: Any) -> None:
+        if serves_api():
+            from . import api
+
+            api.mount(app, host, api_auth())
+
+    def settings() -> Any:
+        from .settings import SECTION, options
+
+        return SECTION, options()
+
+    listen(host, tabs, started, settings)
+    return script_of(host)

@@ -1,0 +1,383 @@
+"""AUTOMATIC1111's webui: its loaded model as the core's, and patches in its weights.
+
+The built-in Lora extension writes ``<lora:…>`` into the weights when a layer next runs, from a backup that it made when
+it first did so. What is written here must therefore take that backup with it, or it is lost with the next picture.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modules import devices, lowvram, sd_hijack, sd_models, sd_samplers_common, sd_unet, shared
+from modules.prompt_parser import SdConditioning
+from torch import Tensor, nn
+
+from ..core.errors import ModelError
+from ..core.lending import LentDiffusion, laundered
+from ..core.patch import Patch
+from ..core.text import TextStates
+from ..core.unet import UNetSurvey, survey
+from .interface import Active, LoadedModel
+from .live import LiveWeights
+from .prompts import WebText
+from .webui import PLAIN, WebUI, habits, lora_extension
+
+__all__ = ["A1111"]
+
+_SIZES = 3 * 2 * 256  # SDXL's size conditions: three pairs of 256 sines and cosines
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """A model object with the checkpoint that is in it now."""
+
+    key: int
+    survey: UNetSurvey
+    live: LiveWeights
+
+
+class A1111(WebUI):
+    """AUTOMATIC1111's stable-diffusion-webui, 1.10."""
+
+    name = "AUTOMATIC1111"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys = itertools.count(1)
+        self._residents: weakref.WeakKeyDictionary[nn.Module, _Resident] = weakref.WeakKeyDictionary()
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def _loaded(self) -> Any:
+        model = shared.sd_model  # loads the chosen checkpoint where none was asked for yet
+        if model is None:
+            raise ModelError("No checkpoint is loaded: choose one at the top of the page.")
+        return model
+
+    def _resident(self, model: Any) -> _Resident:
+        if (known := self._residents.get(model)) is None:
+            unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+            if not isinstance(unet, nn.Module):
+                raise ModelError(
+                    f"The loaded model ({type(model).__name__}) has no diffusion model that is known here."
+                )
+            found = survey(unet)
+            made = _Resident(next(self._keys), found, LiveWeights(found, _settle, _settled))
+            known = self._residents.setdefault(model, made)  # another thread may have come first
+        return known
+
+    def model_loaded(self, model: Any) -> None:
+        # the webui loads another checkpoint into the same object
+        self._residents.pop(model, None)
+
+    def model(self) -> LoadedModel:
+        model = self._loaded()
+        resident = self._resident(model)
+        return LoadedModel(model.sd_checkpoint_info.title, resident.survey.family, resident.key)
+
+    # -- patches in its weights ----------------------------------------------------------------------------------
+
+    def apply(self, name: str, patch: Patch, strength: float) -> None:
+        with self.alone():
+            resident = self._resident(self._loaded())
+            _check_plain(resident.survey)
+            resident.live.apply(name, patch, strength)
+
+    def remove(self, name: str) -> None:
+        with self.alone():
+            self._resident(self._loaded()).live.remove(name)
+
+    def active(self) -> list[Active]:
+        model = sd_models.model_data.sd_model
+        resident = None if model is None else self._residents.get(model)
+        if resident is None or not resident.live.patches:
+            return []
+        in_force = resident.live.state() == "in force"
+        return [Active(name, strength, in_force) for name, (_, strength) in resident.live.patches.items()]
+
+    # -- the model, lent -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def borrowed(self) -> Iterator[LentDiffusion]:
+        self.check_job()
+        model = self._loaded()
+        resident = self._resident(model)
+        if shared.cmd_opts.lowvram:
+            raise ModelError(
+                "The webui was started with --lowvram, which keeps the model in pieces: start it with --medvram or "
+                "without either to make a model forget."
+            )
+        _check_plain(resident.survey)
+        with ExitStack() as stack:
+            stack.enter_context(_torch_unet())
+            stack.enter_context(_untiled())
+            stack.enter_context(_without_hypernetworks())
+            stack.enter_context(_without_loras(model))
+            stack.enter_context(resident.live.aside())
+            stack.enter_context(_on_device(model))
+            stack.enter_context(laundered(model.model.diffusion_model))
+            stack.enter_context(_without_checkpointing(model.model.diffusion_model))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            yield _lent(model, resident.survey)
+
+
+def _check_plain(found: UNetSurvey) -> None:
+    odd = next((layer for layer in found.layers.values() if layer.module.weight.dtype not in PLAIN), None)
+    if odd is not None:
+        kind = str(odd.module.weight.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"The model's weights are kept in {kind}, which is too coarse to work on: set 'FP8 weight' to 'Disable' in "
+            "Settings > Optimizations, and reload the checkpoint."
+        )
+
+
+# -- the built-in Lora extension ----------------------------------------------------------------------------------
+
+
+def _settle(module: nn.Module) -> None:
+    """A layer without any ``<lora:…>`` in it, and without the backup that the next one would start from."""
+    networks = lora_extension()
+    if networks is None or not hasattr(module, "network_current_names"):
+        return
+    with torch.no_grad():
+        networks.network_restore_weights_from_backup(module)
+    networks.network_reset_cached_weight(module)
+
+
+def _settled(module: nn.Module) -> Tensor:
+    backup = getattr(module, "network_weights_backup", None)
+    # while a picture is drawn a layer may be written to just now
+    busy = bool(getattr(module, "network_current_names", ())) or bool(shared.state.job)
+    return backup if busy and isinstance(backup, Tensor) else module.weight  # type: ignore[return-value]
+
+
+@contextmanager
+def _without_loras(model: nn.Module) -> Iterator[None]:
+    """The weights without what the last picture's ``<lora:…>`` left in them; afterwards with it again."""
+    networks = lora_extension()
+    if networks is None:
+        yield
+        return
+    loaded = list(networks.loaded_networks)
+    left = [(module, module.network_current_names) for module in model.modules() if _named(module)]
+    wanted = tuple((x.name, x.te_multiplier, x.unet_multiplier, x.dyn_dim) for x in loaded)
+    try:
+        networks.loaded_networks[:] = []
+        _apply_loras(module for module, _ in left)
+        yield
+    finally:
+        networks.loaded_networks[:] = loaded
+        # those with older ones in them wait for the next picture, which brings them up to date
+        _apply_loras(module for module, names in left if names == wanted)
+
+
+@torch.no_grad()
+def _apply_loras(modules: Iterable[nn.Module]) -> None:
+    networks = lora_extension()
+    for module in modules:
+        networks.network_apply_weights(module)
+
+
+def _named(module: nn.Module) -> bool:
+    return bool(getattr(module, "network_current_names", ()))
+
+
+# -- what else the webui does to a model --------------------------------------------------------------------------
+
+
+@contextmanager
+def _torch_unet() -> Iterator[None]:
+    """The checkpoint's own UNet, where an extension runs another one in its place (TensorRT)."""
+    option = sd_unet.current_unet_option
+    if option is None:
+        yield
+        return
+    sd_unet.apply_unet("None")
+    try:
+        yield
+    finally:
+        sd_unet.apply_unet(option.label)
+
+
+@contextmanager
+def _untiled() -> Iterator[None]:
+    hijack = sd_hijack.model_hijack
+    circular = hijack.circular_enabled
+    hijack.apply_circular(False)
+    try:
+        yield
+    finally:
+        hijack.apply_circular(circular)
+
+
+@contextmanager
+def _without_hypernetworks() -> Iterator[None]:
+    loaded = shared.loaded_hypernetworks
+    shared.loaded_hypernetworks = []
+    try:
+        yield
+    finally:
+        shared.loaded_hypernetworks = loaded
+
+
+@contextmanager
+def _on_device(model: Any) -> Iterator[None]:
+    """With ``--medvram``: the UNet stays where it is worked on, whatever else is sent there beside it."""
+    if not lowvram.is_enabled(model):
+        yield
+        return
+    lowvram.send_everything_to_cpu()
+    model.model.to(devices.device)
+    try:
+        yield
+    finally:
+        lowvram.send_everything_to_cpu()
+        model.model.to(devices.cpu)
+
+
+def _keep_unet(model: Any) -> None:
+    if lowvram.is_enabled(model):
+        # the webui sends away what it has on record before it sends the next part
+        if lowvram.module_in_gpu is model.model:
+            lowvram.module_in_gpu = None
+        else:
+            lowvram.send_everything_to_cpu()
+
+
+@contextmanager
+def _without_checkpointing(unet: nn.Module) -> Iterator[None]:
+    """The original code recomputes activations in a way that loses the gradients of what hooks add."""
+    names = ("checkpoint", "use_checkpoint")
+    kept = [(part, name) for part in unet.modules() for name in names if part.__dict__.get(name) is True]
+    try:
+        for part, name in kept:
+            setattr(part, name, False)
+        yield
+    finally:
+        for part, name in kept:
+            setattr(part, name, True)
+
+
+# -- as the core sees it ------------------------------------------------------------------------------------------
+
+
+def _lent(model: Any, found: UNetSurvey) -> LentDiffusion:
+    unet = model.model.diffusion_model
+    parameterization = getattr(model, "parameterization", "eps")
+    if parameterization not in ("eps", "v"):
+        raise ModelError(f"This model predicts '{parameterization}'; only noise and v prediction are supported.")
+    prediction = "epsilon" if parameterization == "eps" else "v_prediction"
+    sizes: dict[tuple[int, int], Tensor] = {}
+
+    def size_conditions(height: int, width: int) -> Tensor:
+        if (height, width) not in sizes:
+            with torch.no_grad(), devices.autocast():
+                _keep_unet(model)
+                known = model.get_learned_conditioning(SdConditioning([""], width=width, height=height))
+            sizes[height, width] = known["vector"][:, -_SIZES:].clone()
+        return sizes[height, width]
+
+    def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        channels = unet.in_channels
+        if x.shape[1] != channels:
+            raise ModelError(
+                f"This UNet takes {channels} channels (an inpainting or edit model): only a closed form (uce) can make "
+                "it forget."
+            )
+        if states.pooled is None:
+            return model.apply_model(x, timesteps, {"c_crossattn": [states.hidden]})
+        vector = size_conditions(x.shape[-2] * 8, x.shape[-1] * 8).to(states.pooled)
+        vector = torch.cat([states.pooled, vector.expand(len(states), -1)], 1)
+        return model.apply_model(x, timesteps, {"crossattn": states.hidden, "vector": vector})
+
+    lent = LentDiffusion(
+        unet,
+        _text(model, found),
+        # during a picture the webui may put a rescaled or halved schedule in its place
+        getattr(model, "alphas_cumprod_original", model.alphas_cumprod),
+        prediction,
+        vae=_Autoencoder(model),
+        name=model.sd_checkpoint_info.name_for_extra,
+        eps_model=predict,
+    )
+    lent.host_device, lent.host_dtype = devices.device, devices.dtype_unet
+    side, lent.guidance = habits(found, lent.model_hash, prediction)
+    lent.latent_shape = (int(model.latent_channels), side, side)
+    return lent
+
+
+def _text(model: Any, found: UNetSurvey) -> WebText:
+    conditioner = model.cond_stage_model
+    engine = conditioner
+    if not hasattr(engine, "tokenize_line"):
+        engine = next((part for part in getattr(conditioner, "embedders", ()) if hasattr(part, "tokenize_line")), None)
+    if engine is None or engine.id_end is None:
+        raise ModelError(f"This model's text encoder ({type(conditioner).__name__}) is none that is known here.")
+    skip = int(shared.opts.CLIP_stop_at_last_layers)
+    if getattr(model, "is_sdxl", False):
+        layer = f"sdxl:layer=-{skip}" if shared.opts.sdxl_clip_l_skip is True else "sdxl:penultimate,no_final_norm"
+    elif getattr(model, "is_sd2", False):
+        layer = "clip_skip=1,final_norm"
+    else:
+        layer = f"clip_skip={skip},final_norm"
+
+    def encode(prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad(), devices.autocast():
+            _keep_unet(model)
+            states = model.get_learned_conditioning(SdConditioning(prompts))
+        if not isinstance(states, dict):
+            return states, None
+        return states["crossattn"], states["vector"][:, :-_SIZES]
+
+    text = WebText(engine, engine.hijack.embedding_db, encode, layer, shared.opts.emphasis == "None")
+    width = text.encode([""]).hidden.shape[-1]
+    if width != found.context_dim:
+        raise ModelError(
+            f"The text encoder gives states of width {width} and the UNet reads {found.context_dim}: this checkpoint "
+            "cannot be worked on here."
+        )
+    return text
+
+
+class _Autoencoder:
+    """The loaded VAE at the scale of the latents; the posterior's mean."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        first = self._model.first_stage_model
+        found = []
+        for image in images.split(1):
+            _keep_unet(self._model)
+            pixels = image.to(devices.device, devices.dtype_vae)
+            with devices.without_autocast():
+                if self._model.is_sdxl:
+                    first.to(devices.device)
+                    # the class in use draws from the posterior; its parent gives it
+                    parent: Any = super(type(first), first)
+                    posterior = parent.encode(pixels)
+                else:
+                    posterior = first.encode(pixels)
+            if not hasattr(posterior, "mode"):
+                raise ModelError("The loaded VAE is none of a Stable Diffusion model: pictures cannot be read with it.")
+            found.append(posterior.mode().float() * self._model.scale_factor)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        found = []
+        for latent in latents.split(1):
+            _keep_unet(self._model)
+            pixels = sd_samplers_common.samples_to_images_tensor(latent.to(devices.device), 0, self._model)
+            devices.test_for_nans(pixels, "vae")
+            found.append(pixels.float())
+        return torch.cat(found)

@@ -1,0 +1,394 @@
+"""Forge: its loaded model as the core's, and patches in its weights.
+
+Forge merges patches into weights when a model is loaded, from originals that it keeps itself, and builds the patched
+model of each picture on ``forge_objects_original``. A patch that stands there is under every ``<lora:…>``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from backend import memory_management
+from backend.patcher.lora import load_lora, merge_lora_to_weight
+from modules import call_queue, sd_models, shared
+from torch import Tensor, nn
+
+from ..core.errors import ModelError, PatchError
+from ..core.lending import LentDiffusion, laundered
+from ..core.patch import Patch
+from ..core.text import TextStates
+from ..core.unet import UNetSurvey, survey
+from .interface import Active, LoadedModel
+from .prompts import WebText
+from .webui import PLAIN, WebUI, habits
+
+__all__ = ["Forge"]
+
+_UNET = "diffusion_model."
+
+
+@dataclass
+class _Resident:
+    """A loaded checkpoint: Forge makes another object of each. ``own`` is its UNet without any patch, ``now`` with
+    those of ``patches``; ``written`` are the weights that this gave, by canonical key."""
+
+    key: int
+    survey: UNetSurvey
+    own: Any
+    now: Any
+    patches: dict[str, tuple[Patch, float]] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
+    lent: bool = False  # its patches are put aside for a while, in which no picture is drawn
+
+    def path(self, key: str) -> str:
+        return f"{_UNET}{self.survey.layer(key).path}.weight"
+
+
+class Forge(WebUI):
+    """lllyasviel's stable-diffusion-webui-forge, 2.0."""
+
+    name = "Forge"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = itertools.count(1)
+        self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def _loaded(self) -> Any:
+        try:
+            with torch.inference_mode():
+                model, _ = sd_models.forge_model_reload()
+        except (KeyError, ValueError) as error:
+            raise ModelError(f"No checkpoint is loaded: choose one at the top of the page. ({error})") from None
+        return model
+
+    def _resident(self, model: Any) -> _Resident:
+        if (known := self._residents.get(model)) is None:
+            own = model.forge_objects_original.unet
+            if not hasattr(own, "lora_loader"):
+                raise ModelError(
+                    "This Forge puts patches into a model in a way that is not known here: make the patch in ComfyUI "
+                    "or with the command line, and use it here as a LoRA, by <lora:name:1>."
+                )
+            made = _Resident(next(self._numbers), survey(own.model.diffusion_model), own, own)
+            known = self._residents.setdefault(model, made)  # another thread may have come first
+        return known
+
+    def model(self) -> LoadedModel:
+        data = sd_models.model_data
+        model = data.sd_model
+        # Forge loads what was chosen when it is next needed
+        if data.forge_hash != str(data.forge_loading_parameters) or getattr(model, "forge_objects", None) is None:
+            with self.alone():
+                model = self._loaded()
+        resident = self._resident(model)
+        return LoadedModel(model.sd_checkpoint_info.title, resident.survey.family, resident.key)
+
+    # -- patches in its weights ----------------------------------------------------------------------------------
+
+    def apply(self, name: str, patch: Patch, strength: float) -> None:
+        with self.alone():
+            model = self._loaded()
+            resident = self._resident(model)
+            _check_plain(resident)
+            patch.check_fits(resident.survey)
+            patch.scaled(strength)
+            before, known = resident.written, resident.patches
+            wanted = {key: value for key, value in known.items() if key != name}
+            self._write(model, resident, {**wanted, name: (patch, strength)})
+            own = resident.own.lora_loader.backup
+            unchanged = all(
+                torch.equal(resident.written[key], before.get(key, own[resident.path(key)].cpu()))
+                for key in patch.factors
+            )
+            if unchanged and strength != 0 and name not in known:
+                self._write(model, resident, known)
+                raise PatchError(
+                    f"The patch '{name}' changes nothing here: at strength {strength:g} all of it is lost in the "
+                    "rounding of this model's weights."
+                )
+
+    def remove(self, name: str) -> None:
+        with self.alone():
+            model = self._loaded()
+            resident = self._resident(model)
+            if name not in resident.patches:
+                raise PatchError(f"No patch '{name}' was applied to the loaded model.")
+            self._write(model, resident, {key: value for key, value in resident.patches.items() if key != name})
+
+    def _write(self, model: Any, resident: _Resident, wanted: dict[str, tuple[Patch, float]]) -> None:
+        made = resident.own.clone() if wanted else resident.own
+        for name, (patch, strength) in wanted.items():
+            entries = _entries(resident, patch)
+            # Forge knows what is in the weights by these names: never the same one for another content
+            title = f"forget-concept/{name}/{next(self._numbers)}"
+            taken = set(made.add_patches(filename=title, patches=entries, strength_patch=strength))
+            if lost := {resident.path(key) for key in patch.factors} - taken:
+                raise PatchError(f"Forge did not take the patch '{name}': it has no weight {sorted(lost)[0]}.")
+        try:
+            _put(made)
+        except BaseException:  # some are written by now, and Forge would take all of them for the old ones
+            now = resident.now
+            now.lora_loader.refresh(now.lora_patches, offload_device=now.offload_device, force_refresh=True)
+            raise
+        keys = dict.fromkeys(key for patch, _ in wanted.values() for key in patch.factors)
+        resident.written = {key: _weight(resident, key).detach().to("cpu", copy=True) for key in keys}
+        resident.patches, resident.now = wanted, made
+        # what the last picture's <lora:…> made is gone: the next picture builds it anew, on top of this
+        model.forge_objects_original.unet = made
+        model.forge_objects_after_applying_lora = model.forge_objects_original.shallow_copy()
+        model.forge_objects = model.forge_objects_original.shallow_copy()
+        model.current_lora_hash = str([])
+
+    def active(self) -> list[Active]:
+        model = sd_models.model_data.sd_model
+        resident = None if getattr(model, "forge_objects", None) is None else self._residents.get(model)
+        if resident is None or not resident.patches:
+            return []
+        in_force = resident.lent or model.forge_objects_original.unet is resident.now
+        # while a picture is drawn Forge moves weights about; it is built on what stands there, which is enough
+        if in_force and call_queue.queue_lock.acquire(blocking=False):
+            try:
+                in_force = resident.lent or _holds(model, resident)
+            finally:
+                call_queue.queue_lock.release()
+        return [Active(name, strength, in_force) for name, (_, strength) in resident.patches.items()]
+
+    # -- the model, lent -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def borrowed(self) -> Iterator[LentDiffusion]:
+        self.check_job()
+        model = self._loaded()
+        resident = self._resident(model)
+        _check_plain(resident)
+        with ExitStack() as stack:
+            stack.enter_context(_bare(model, resident))
+            unet = resident.own.model.diffusion_model
+            stack.enter_context(laundered(unet))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_differentiable(unet))
+            yield _lent(model, resident)
+
+
+def _check_plain(resident: _Resident) -> None:
+    odd = next((layer for layer in resident.survey.layers.values() if layer.module.weight.dtype not in PLAIN), None)
+    if odd is not None:
+        kind = str(odd.module.weight.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"The model's weights are kept in {kind}, which is too coarse to work on: set 'Diffusion in Low Bits' at "
+            "the top of the page to 'Automatic (fp16 LoRA)'."
+        )
+
+
+def _entries(resident: _Resident, patch: Patch) -> dict[str, Any]:
+    """The patch as this Forge reads a LoRA file; its forks differ in what they make of one."""
+    paths = {key.replace(".", "_"): resident.path(key) for key in patch.factors}
+    state = {}
+    for key, factor in patch.factors.items():
+        state[key.replace(".", "_") + ".lora_up.weight"] = factor.up
+        state[key.replace(".", "_") + ".lora_down.weight"] = factor.down
+    return dict(load_lora(state, paths)[0])
+
+
+def _weight(resident: _Resident, key: str) -> Tensor:
+    return resident.survey.linear(key).weight
+
+
+def _put(patcher: Any) -> None:
+    """Have the weights be those of ``patcher`` now, and Forge know that no other one is loaded."""
+    memory_management.unload_model_clones(patcher)
+    patcher.refresh_loras()
+
+
+def _carried(patcher: Any) -> str:
+    """What Forge's loader would say of the weights with this patcher's patches in them."""
+    return str(list(patcher.lora_patches.keys()))
+
+
+def _holds(model: Any, resident: _Resident) -> bool:
+    """Whether the weights are those that were written, or, with LoRAs on top, what these make of the originals."""
+    loader = resident.own.lora_loader
+    if loader.loaded_hash == _carried(resident.now):
+        return all(
+            torch.equal(_weight(resident, key).detach().cpu(), written) for key, written in resident.written.items()
+        )
+    known = (model.forge_objects.unet, model.forge_objects_after_applying_lora.unet)
+    above = next((patcher for patcher in known if _carried(patcher) == loader.loaded_hash), None)
+    if above is None or any(title not in above.lora_patches for title in resident.now.lora_patches):
+        return False
+    apart = changed = 0.0
+    for key in resident.written:
+        path, weight = resident.path(key), _weight(resident, key).detach()
+        own = loader.backup[path].to(weight.device)
+        parts = {title: patches.get(path, []) for title, patches in above.lora_patches.items()}
+        merged, without = (
+            merge_lora_to_weight([part for title in titles for part in parts[title]], own, path).float()
+            for titles in (parts, [title for title in parts if title not in resident.now.lora_patches])
+        )
+        apart += float((weight.float() - merged).square().sum())
+        changed += float((merged - without).square().sum())
+    # what was merged on another device differs in the last bits
+    return apart <= 1e-4 * changed
+
+
+@contextmanager
+def _bare(model: Any, resident: _Resident) -> Iterator[None]:
+    """The UNet loaded without any patch, beside text encoder and VAE; afterwards with the patches that it had."""
+    clip, vae = model.forge_objects_original.clip, model.forge_objects_original.vae
+    loader = resident.own.lora_loader
+    known = (model.forge_objects.unet, model.forge_objects_after_applying_lora.unet, resident.now)
+    before = next((patcher for patcher in known if _carried(patcher) == loader.loaded_hash), resident.now)
+    texts = (model.forge_objects.clip, model.forge_objects_after_applying_lora.clip)
+    text = next((own for own in texts if _carried(own.patcher) == own.patcher.lora_loader.loaded_hash), clip)
+    try:
+        resident.lent = True
+        with torch.inference_mode():
+            _put(resident.own)
+            _put(clip.patcher)
+            room = resident.own.memory_required([8, vae.latent_channels, 128, 128])
+            memory_management.load_models_gpu([resident.own, clip.patcher, vae.patcher], memory_required=room)
+        device = resident.own.load_device
+        if any(weight.device != device for weight in resident.own.model.diffusion_model.parameters()):
+            raise ModelError(
+                "There is too little GPU memory to hold the whole UNet: raise 'GPU Weights' at the top of the page, or "
+                "close what else uses the card."
+            )
+        yield
+    finally:
+        with torch.inference_mode():
+            _put(before)
+            _put(text.patcher)
+        resident.lent = False
+
+
+@contextmanager
+def _differentiable(unet: nn.Module) -> Iterator[None]:
+    """Forge adds to activations in place, which the backward of the layer norms before them cannot take."""
+    kept = [(part, name) for part in unet.modules() for name in ("checkpoint", "use_checkpoint") if _on(part, name)]
+    norms = [part for part in unet.modules() if isinstance(part, nn.LayerNorm)]
+    hooks = []
+    try:
+        for part, name in kept:
+            setattr(part, name, False)
+        hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])) for norm in norms]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part, name in kept:
+            setattr(part, name, True)
+
+
+def _on(part: nn.Module, name: str) -> bool:
+    return part.__dict__.get(name) is True
+
+
+# -- as the core sees it ------------------------------------------------------------------------------------------
+
+
+def _lent(model: Any, resident: _Resident) -> LentDiffusion:
+    inner = resident.own.model
+    unet, predictor = inner.diffusion_model, inner.predictor
+    prediction = str(getattr(predictor, "prediction_type", ""))
+    if prediction not in ("epsilon", "v_prediction") or not hasattr(predictor, "sigmas"):
+        raise ModelError(
+            f"This model's sampling ({type(predictor).__name__}, {prediction}) is neither noise nor v prediction: "
+            "forgetting is not made for it."
+        )
+    pooled = bool(model.is_sdxl)
+
+    def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        if x.shape[1] != unet.in_channels:
+            raise ModelError(
+                f"This UNet takes {unet.in_channels} channels (an inpainting or edit model): only a closed form (uce) "
+                "can make it forget."
+            )
+        vector = None
+        if states.pooled is not None:
+            sizes = _sizes(model, x.shape[-2] * 8, x.shape[-1] * 8).to(states.pooled)
+            vector = torch.cat([states.pooled, sizes.expand(len(states), -1)], 1)
+        return unet(x, timesteps.float(), context=states.hidden, y=vector, transformer_options={})
+
+    lent = LentDiffusion(
+        unet,
+        _text(model, resident.survey, pooled),
+        (1 / (predictor.sigmas.detach().float().cpu() ** 2 + 1)).clone(),
+        prediction,
+        vae=_Autoencoder(model.forge_objects_original.vae),
+        name=model.sd_checkpoint_info.name_for_extra,
+        eps_model=predict,
+    )
+    lent.host_device, lent.host_dtype = resident.own.load_device, inner.computation_dtype
+    side, lent.guidance = habits(resident.survey, lent.model_hash, prediction)
+    lent.latent_shape = (int(model.forge_objects_original.vae.latent_channels), side, side)
+    return lent
+
+
+def _sizes(model: Any, height: int, width: int) -> Tensor:
+    """SDXL's size conditions, as Forge gives them for a picture of this size."""
+    crop = (shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left)
+    parts = [model.embedder(torch.tensor([float(value)])) for value in (height, width, *crop, height, width)]
+    return torch.cat(parts).flatten()[None]
+
+
+def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
+    engine = getattr(model, "text_processing_engine_l" if pooled else "text_processing_engine", None)
+    second: Any = getattr(model, "text_processing_engine_g", None)
+    if engine is None or (pooled and second is None):
+        raise ModelError(f"This model's text encoder ({type(model).__name__}) is none that is known here.")
+    skip = int(shared.opts.CLIP_stop_at_last_layers)
+    model.set_clip_skip(skip)
+    if pooled:
+        layer = "sdxl:penultimate,no_final_norm" if skip <= 2 else f"sdxl:layer=-{skip}"
+    else:
+        layer = "clip_skip=1,final_norm" if model.is_sd2 else f"clip_skip={skip},final_norm"
+
+    def encode(prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        with torch.inference_mode():
+            states = engine(prompts)
+            if second is None:
+                return states, None
+            others, vector = second(prompts)
+            return torch.cat([states, others], 2), vector
+
+    text = WebText(engine, engine.embeddings, encode, layer, shared.opts.emphasis == "None")
+    width = text.encode([""]).hidden.shape[-1]
+    if width != found.context_dim:
+        raise ModelError(
+            f"The text encoder gives states of width {width} and the UNet reads {found.context_dim}: this checkpoint "
+            "cannot be worked on here."
+        )
+    return text
+
+
+class _Autoencoder:
+    """The loaded VAE at the scale of the latents; the posterior's mean."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def encode(self, images: Tensor) -> Tensor:
+        found, first = [], self._vae.first_stage_model
+        with torch.inference_mode():
+            for image in images.split(1):
+                pixels = image.to(self._vae.device, self._vae.vae_dtype)
+                found.append(first.process_in(first.encode(pixels, lambda posterior: posterior.mode()).float()))
+        return torch.cat(found).clone()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        found, first = [], self._vae.first_stage_model
+        with torch.inference_mode():
+            for latent in latents.split(1):
+                samples = first.process_out(latent.float()).to(self._vae.device, self._vae.vae_dtype)
+                found.append(first.decode(samples).float().clamp(-1, 1))
+        return torch.cat(found).clone()

@@ -1,0 +1,183 @@
+"""What the tab shows as HTML: the state of a job, pictures before and after, cards of patches, what is on the model."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .interface import Active
+from .jobs import Job, Pair
+from .library import Entry
+
+__all__ = ["active_table", "cards", "details", "notice", "outcome", "problem", "question", "report_frame", "state"]
+
+_SAID = {
+    "queued": "waiting",
+    "running": "running",
+    "done": "done",
+    "failed": "failed",
+    "cancelled": "interrupted, nothing was saved",
+}
+MOST_CARDS = 60
+_CARD = 256
+
+
+def problem(words: str) -> str:
+    """What is wrong, told at once by screen readers too."""
+    return f'<div class="fc-problem" role="alert">{_text(words)}</div>'
+
+
+def notice(words: str) -> str:
+    """What was done."""
+    return f'<div class="fc-notice" role="status">{_text(words)}</div>' if words else ""
+
+
+def _text(words: str) -> str:
+    return escape(words).replace("\n", "<br>")
+
+
+def _time(seconds: float) -> str:
+    whole = max(int(seconds + 0.5), 0)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02}"
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def state(job: Job | None, beat: int) -> str:
+    """A job as it stands; the page's script asks again as long as it is under way. ``beat`` tells answers apart."""
+    if job is None:
+        return f'<div class="fc-state" data-state="idle" data-beat="{beat}" data-say=""></div>'
+    said = "stopping after this step" if job.stopping and not job.over else _SAID[job.state]
+    parts = [job.message] if job.message else []
+    if not job.over and job.total:
+        parts.append(f"step {job.step} of {job.total}")
+        if job.loss is not None:
+            parts.append(f"loss {job.loss:.4g}")
+        if job.left is not None:
+            parts.append(f"{_time(job.left)} left")
+    if job.seconds:
+        parts.append(f"{_time(job.seconds)} so far" if not job.over else f"took {_time(job.seconds)}")
+    share = 100 * job.step / job.total if job.total else 0.0
+    lines = [
+        f'<div class="fc-state" data-state="{job.state}" data-beat="{beat}" '
+        f'data-say="{escape(f"{job.title}: {said}. {job.message}")}">',
+        f'<div class="fc-title"><strong>{escape(job.title)}</strong>: {escape(said)}</div>',
+        f'<div class="fc-detail">{escape(", ".join(parts))}</div>',
+    ]
+    if not job.over:
+        lines.append(
+            f'<div class="fc-bar" role="progressbar" aria-label="{escape(job.message or said)}" aria-valuemin="0" '
+            f'aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width:{share:.1f}%"></div></div>'
+        )
+    if job.error:
+        lines.append(problem(job.error))
+    return "".join([*lines, "</div>"])
+
+
+def outcome(job: Job | None) -> str:
+    """What a job came to: pictures before and after, then the words."""
+    if job is None or job.outcome is None:
+        return ""
+    found = _pairs(job.outcome.pairs)
+    return f'{found}<pre class="fc-words" tabindex="0" aria-label="What was done">{escape(job.outcome.words)}</pre>'
+
+
+def _pairs(pairs: Iterable[Pair]) -> str:
+    from ..core.evaluation.pictures import to_image
+
+    figures = []
+    for pair in pairs:
+        about = escape(f"{pair.prompt}, seed {pair.seed}")
+        shown = "".join(
+            f'<div><img src="{_data(to_image(image))}" alt="{words}: {about}">'
+            f'<span aria-hidden="true">{words}</span></div>'
+            for words, image in (("before", pair.before), ("after", pair.after))
+        )
+        figures.append(f'<figure><div class="fc-pair">{shown}</div><figcaption>{about}</figcaption></figure>')
+    return f'<div class="fc-pairs">{"".join(figures)}</div>' if figures else ""
+
+
+def _data(image: Any) -> str:
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "JPEG", quality=92)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def cards(entries: Sequence[Entry], chosen: str | None, active: Sequence[str]) -> str:
+    """The library: a button a patch, which the page's script makes choose it."""
+    if not entries:
+        return (
+            '<div class="fc-empty">There are no patches yet: make one under <em>Forget</em>. Those that ComfyUI or the '
+            "command line made appear here as soon as they lie in the Lora folder.</div>"
+        )
+    found = []
+    for entry in entries[:MOST_CARDS]:
+        about = ", ".join(entry.concepts) or "says nothing of what it forgets"
+        mark = '<span class="fc-on">in the model</span>' if entry.name in active else ""
+        picture = _thumbnail(entry.preview, entry.written) if entry.preview else ""
+        image = f'<img src="{picture}" alt="">' if picture else '<span class="fc-none"></span>'
+        found.append(
+            f'<button type="button" class="fc-card" data-name="{escape(entry.name)}" '
+            f'aria-pressed="{"true" if entry.name == chosen else "false"}">{image}<strong>{escape(entry.name)}</strong>'
+            f'<span class="fc-about">{escape(about)}; {escape(entry.method)}</span>{mark}</button>'
+        )
+    more = len(entries) - MOST_CARDS
+    tail = f'<div class="fc-empty">{more} older ones are in the list “Patch”.</div>' if more > 0 else ""
+    return f'<div class="fc-cards" role="group" aria-label="Patches">{"".join(found)}</div>{tail}'
+
+
+@lru_cache(maxsize=256)
+def _thumbnail(path: Path, written: float) -> str:
+    """A preview picture, small; nothing for one that cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((2 * _CARD, _CARD))
+            return _data(image)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return ""
+
+
+def active_table(active: Sequence[Active], title: str) -> str:
+    """What is in the loaded model's weights, and whether it really is."""
+    if not active:
+        return f'<div class="fc-empty">No patch is in <em>{escape(title)}</em>.</div>'
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(one.name)}</th><td>{one.strength:g}</td><td class='fc-{_force(one)[0]}'>"
+        f"{_force(one)[1]}</td></tr>"
+        for one in active
+    )
+    return (
+        f'<table class="fc-active"><caption>In <em>{escape(title)}</em> now</caption><thead><tr>'
+        f'<th scope="col">Patch</th><th scope="col">Strength</th><th scope="col">In the weights</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _force(one: Active) -> tuple[str, str]:
+    return ("yes", "yes, looked at just now") if one.in_force else ("no", "no: put it in again")
+
+
+def details(found: Mapping[str, Any]) -> str:
+    """A patch in words."""
+    return f'<pre class="fc-words" tabindex="0" aria-label="About the patch">{escape(str(found["words"]))}</pre>'
+
+
+def question(words: str) -> str:
+    """What is to be confirmed."""
+    return f'<div class="fc-question" role="alert">{_text(words)}</div>'
+
+
+def report_frame(page: str, title: str) -> str:
+    """A report within the page; it has no script, and the frame lets none run."""
+    return (
+        f'<iframe class="fc-report" sandbox="" title="{escape(title)}" srcdoc="{escape(page)}" tabindex="0"></iframe>'
+        if page
+        else ""
+    )

@@ -1,0 +1,82 @@
+"""A webui's text encoder as the core's: the host's own encode path, with every word meaning itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..core.errors import TokenError
+from ..core.text import TextStates
+
+__all__ = ["WebText", "literal"]
+
+_SYNTAX = re.compile(r"([\\()\[\]])")
+_ESCAPED = re.compile(r"\\([\\()\[\]])")
+
+
+def literal(text: str) -> str:
+    """``text`` as a prompt that is read word by word: brackets are no emphasis, ``BREAK`` begins no new part.
+
+    Brackets that are escaped already, as prompts have them, stand for themselves.
+    """
+    escaped = _SYNTAX.sub(r"\\\1", _ESCAPED.sub(r"\1", text))
+    # no encoder of these models tells the case of letters, and the syntax does
+    return re.sub(r"\bBREAK\b", "break", escaped)
+
+
+class WebText:
+    """A webui's text encoder. Only the first section of 77 tokens is used.
+
+    ``engine`` is the host's chunking encoder (the first one, where there are two), ``embeddings`` its textual
+    inversions, ``encode(prompts)`` gives the states ``(n, 77·sections, d)`` and the pooled vector or ``None``;
+    ``plain`` where the host's prompt syntax is switched off.
+    """
+
+    max_length = 77
+    _AT_ONCE = 32
+
+    def __init__(
+        self,
+        engine: Any,
+        embeddings: Any,
+        encode: Callable[[list[str]], tuple[Any, Any]],
+        layer: str,
+        plain: bool = False,
+    ) -> None:
+        self.layer = layer
+        self._engine, self._embeddings, self._encode, self._plain = engine, embeddings, encode, plain
+
+    def _prompt(self, text: str) -> str:
+        return text if self._plain else literal(text)
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        text = phrase if self._plain else _ESCAPED.sub(r"\1", phrase)
+        ids = [int(token) for token in self._engine.tokenize([text])[0]]
+        for at in range(len(ids)):
+            embedding, _ = self._embeddings.find_embedding_at_position(ids, at)
+            if embedding is not None:
+                raise TokenError(
+                    f"'{embedding.name}' is the name of a textual inversion here, which stands for vectors and not for "
+                    "words: use other words, or move the file out of the embeddings folder."
+                )
+        return ids
+
+    def token_ids(self, prompt: str) -> list[int]:
+        self.phrase_ids(prompt)
+        ids = [int(token) for token in self._engine.tokenize_line(self._prompt(prompt))[0][0].tokens]
+        if self._engine.id_pad != self._engine.id_end:
+            end = ids.index(self._engine.id_end)
+            ids[end + 1 :] = [self._engine.id_pad] * (len(ids) - end - 1)
+        return ids
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        for prompt in prompts:
+            self.phrase_ids(prompt)
+        found = []
+        for i in range(0, len(prompts), self._AT_ONCE):
+            states, pooled = self._encode([self._prompt(prompt) for prompt in prompts[i : i + self._AT_ONCE]])
+            # a clone made outside of inference mode is an ordinary tensor
+            first = states[:, : self.max_length].clone()
+            found.append(TextStates(first, None if pooled is None else pooled.clone()))
+        return TextStates.cat(found)

@@ -1,0 +1,132 @@
+"""The tab *Forget Concept*: its three parts, and the heartbeat that keeps them up to date while a job runs.
+
+Written to what gradio 3.41 and 4.40 share. The page's script (``javascript/forget_concept.js``) presses a hidden button
+as long as a job is under way, so that the state comes over gradio's own way, with its login, behind any proxy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import ForgetConceptError
+from . import page
+from .desk import Desk, desk_of
+from .interface import Host
+from .tab_evaluate import EvaluatePart
+from .tab_forget import ForgetPart
+from .tab_patches import PatchesPart
+
+__all__ = ["build"]
+
+_QUICK = {"queue": False, "show_progress": "hidden"}
+
+
+def build(host: Host) -> gr.Blocks:
+    """The tab's blocks."""
+    desk = desk_of(host)
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        with gr.Tabs(elem_id="forget_concept_tabs"):
+            with gr.TabItem("Forget", id="forget", elem_id="forget_concept_tab_forget"):
+                forget = ForgetPart(desk)
+            with gr.TabItem("Patches", id="patches", elem_id="forget_concept_tab_patches") as patches_tab:
+                patches = PatchesPart(desk)
+            with gr.TabItem("Evaluate", id="evaluate", elem_id="forget_concept_tab_evaluate") as evaluate_tab:
+                evaluate = EvaluatePart(desk)
+        beat = gr.Button("Look again", elem_id="forget_concept_beat", elem_classes=["fc-hidden"])
+        opened = gr.Button("Page opened", elem_id="forget_concept_opened", elem_classes=["fc-hidden"])
+        shown = gr.Textbox("", visible=False)  # the job whose outcome this page shows, and its state
+        heart = _Heart(desk, forget, patches, evaluate, shown)
+        heart.outputs = [
+            shown,
+            *heart.live,
+            forget.result,
+            *evaluate.results,
+            *patches.live,
+            evaluate.chosen,
+        ]
+        beat.click(heart.look, [shown, patches.chosen, evaluate.chosen], heart.outputs, **_QUICK)
+        opened.click(
+            lambda a, b: [*heart.look("", a, b), *forget.recalled()],
+            [patches.chosen, evaluate.chosen],
+            [*heart.outputs, *forget.form],
+            **_QUICK,
+        )
+        forget.wire(heart.started, heart.stopped, heart.live)
+        evaluate.wire(heart.started, heart.stopped, heart.live)
+        patches.wire()
+        patches_tab.select(patches.refreshed, [patches.chosen], patches.live, **_QUICK)
+        evaluate_tab.select(evaluate.listed, [evaluate.chosen], [evaluate.chosen], **_QUICK)
+    for block in blocks.blocks.values():
+        # the webui's own store of defaults goes by labels, and those of several methods are alike
+        block.do_not_save_to_config = True
+        # gradio takes a field that is filled in by an event for one that only shows something
+        if getattr(block, "interactive", False) is None:
+            block.interactive = True
+    return blocks
+
+
+class _Heart:
+    """What a page is told of the jobs."""
+
+    outputs: list[Any]
+
+    def __init__(
+        self, desk: Desk, forget: ForgetPart, patches: PatchesPart, evaluate: EvaluatePart, shown: gr.Textbox
+    ) -> None:
+        self.desk, self.forget, self.patches, self.evaluate, self.shown = desk, forget, patches, evaluate, shown
+        self._beats = itertools.count(1)
+
+    @property
+    def live(self) -> list[Any]:
+        """What :meth:`started` and :meth:`stopped` give anew."""
+        return [*self.forget.status, *self.evaluate.status]
+
+    def _status(self, problems: tuple[str, str] = ("", "")) -> list[Any]:
+        beat = next(self._beats)
+        busy = any(not job.over for job in self.desk.jobs.all())
+        found: list[Any] = []
+        for kind, words in zip(("forget", "evaluate"), problems, strict=True):
+            job = self.desk.jobs.latest(kind)
+            text = page.state(job, beat) + (page.problem(words) if words else "")
+            running = job is not None and not job.over
+            found += [text, gr.update(interactive=not busy), gr.update(interactive=running)]
+        return found
+
+    def started(self, kind: str, begin: Any) -> list[Any]:
+        """Begin a job; what stands in the way is said beside the button."""
+        words = ""
+        try:
+            begin()
+        except ForgetConceptError as error:
+            words = str(error)
+        return self._status((words, "") if kind == "forget" else ("", words))
+
+    def stopped(self) -> list[Any]:
+        """Interrupt what runs."""
+        job = self.desk.jobs.latest()
+        if job is not None:
+            self.desk.jobs.cancel(job.id)
+        return self._status()
+
+    def look(self, shown: str, chosen: str | None, evaluated: str | None) -> list[Any]:
+        """Everything that may have changed since this page last asked."""
+        jobs = self.desk.jobs.all()
+        now = ",".join(f"{job.id}:{job.state}" for job in jobs)
+        status = self._status()
+        if now == shown:
+            rest: list[Any] = [gr.update()] * (len(self.outputs) - 1 - len(status))
+            return [shown, *status, *rest]
+        forget, evaluate = self.desk.jobs.latest("forget"), self.desk.jobs.latest("evaluate")
+        made = forget is not None and forget.outcome is not None and jobs and jobs[-1].id == forget.id
+        name = forget.outcome.data["name"] if made and forget and forget.outcome else None
+        return [
+            now,
+            *status,
+            page.outcome(forget),
+            *self.evaluate.outcome(evaluate),
+            *self.patches.refreshed(name or chosen),
+            self.evaluate.listed(name or evaluated),
+        ]

@@ -1,0 +1,192 @@
+"""The tab's part *Evaluate*: is it gone, is the rest intact, does it come back?"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from ..core.entries import split_list
+from ..core.errors import ForgetConceptError, RequestError
+from . import page
+from .desk import Desk
+from .evaluating import ATTACKS, BENCHMARKS, FEWEST, Evaluating
+from .forgetting import MOST_STRENGTH
+from .jobs import Job
+
+__all__ = ["EvaluatePart"]
+
+_QUICK = {"queue": False, "show_progress": "hidden"}
+_ID = "forget_concept_"
+
+
+class EvaluatePart:
+    """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        # gradio serves copies of what lies in the system's folder for such files
+        self._copies = tempfile.TemporaryDirectory(prefix="forget-concept-")
+        gr.HTML(
+            '<p class="fc-lead">Draws pictures with and without a patch at equal seeds and has them judged: is the '
+            "concept gone, is the rest intact, does it come back with other words? The loaded checkpoint is measured "
+            "without any other patch.</p>"
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=360):
+                self._asked()
+            with gr.Column(scale=6, min_width=360):
+                with gr.Row():
+                    self.start = gr.Button("Evaluate", variant="primary", elem_id=f"{_ID}evaluate_start", scale=3)
+                    self.stop = gr.Button(
+                        "Interrupt", variant="stop", interactive=False, elem_id=f"{_ID}evaluate_stop", scale=1
+                    )
+                self.state = gr.HTML(page.state(None, 0), elem_id=f"{_ID}evaluate_state")
+                self.words = gr.HTML("", elem_id=f"{_ID}evaluate_words")
+                self.report = gr.Dropdown([], value=None, label="Report", elem_id=f"{_ID}report")
+        self.frame = gr.HTML("", elem_id=f"{_ID}report_frame")
+        self.files = gr.File(
+            label="The report's files",
+            file_count="multiple",
+            interactive=False,
+            visible=False,
+            elem_id=f"{_ID}report_files",
+        )
+        self.status = [self.state, self.start, self.stop]
+        self.results = [self.words, self.report, self.frame, self.files]
+
+    def _asked(self) -> None:
+        self.chosen = gr.Dropdown([], value=None, label="Patch", elem_id=f"{_ID}evaluated")
+        self.strength = gr.Slider(
+            -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="Strength", elem_id=f"{_ID}evaluate_strength"
+        )
+        self.concepts = gr.Textbox(
+            label="Concepts",
+            info="What is to be gone, by commas; empty: what the patch names",
+            elem_id=f"{_ID}evaluate_concepts",
+            max_lines=2,
+        )
+        with gr.Row():
+            self.count = gr.Slider(
+                FEWEST,
+                200,
+                value=16,
+                step=1,
+                label="Pictures of each kind",
+                info="Prompts that name it, its neighbours, others. 16 show a trend, 100 a result",
+                elem_id=f"{_ID}evaluate_count",
+            )
+            self.steps = gr.Slider(1, 50, value=16, step=1, label="Sampling steps", elem_id=f"{_ID}evaluate_steps")
+        with gr.Row():
+            self.attacks = gr.Dropdown(
+                list(ATTACKS),
+                value=ATTACKS[0],
+                label="Attacks",
+                info="Try to bring the concept back; long",
+                elem_id=f"{_ID}evaluate_attacks",
+                min_width=140,
+            )
+            self.seed = gr.Number(0, precision=0, label="Seed", elem_id=f"{_ID}evaluate_seed", min_width=90)
+        with gr.Row():
+            self.baselines = gr.Checkbox(
+                False,
+                label="Beside a negative prompt and safe guidance (about twice the time)",
+                elem_id=f"{_ID}evaluate_baselines",
+            )
+            self.m_score = gr.Checkbox(
+                False, label="M-Score, by textual inversion (long)", elem_id=f"{_ID}evaluate_m_score"
+            )
+        with gr.Accordion("Who judges, and what is asked", open=False, elem_id=f"{_ID}evaluate_judge"):
+            self.benchmark = gr.Dropdown(
+                list(BENCHMARKS),
+                value=BENCHMARKS[0],
+                label="Questions",
+                info="automatic: the embedded model's own world, checkpoints for any other model",
+                elem_id=f"{_ID}evaluate_benchmark",
+            )
+            self.clip = gr.Textbox(
+                label="CLIP judge",
+                info="For checkpoints: a folder with a CLIP, or the hub name of one that was downloaded before; "
+                "nothing is downloaded here. The embedded model has its own judge.",
+                placeholder="openai/clip-vit-base-patch32",
+                max_lines=1,
+                elem_id=f"{_ID}evaluate_clip",
+            )
+
+    # -- what happens --------------------------------------------------------------------------------------------
+
+    def wire(self, started: Callable[..., list[Any]], stopped: Callable[[], list[Any]], live: Sequence[Any]) -> None:
+        asked = [
+            self.chosen,
+            self.strength,
+            self.concepts,
+            self.count,
+            self.seed,
+            self.steps,
+            self.baselines,
+            self.attacks,
+            self.m_score,
+            self.benchmark,
+            self.clip,
+        ]
+        self.start.click(lambda *values: started("evaluate", lambda: self._begin(*values)), asked, list(live), **_QUICK)
+        self.stop.click(lambda: stopped(), [], list(live), **_QUICK)
+        self.report.input(self._shown, [self.report], [self.frame, self.files], **_QUICK)
+
+    def listed(self, chosen: str | None) -> Any:
+        """The value for :attr:`chosen`: the patches there are, with this one chosen if it is among them."""
+        try:
+            names = self.desk.library.names()
+        except ForgetConceptError:  # the part with the patches says why
+            names = []
+        return gr.update(choices=names, value=chosen if chosen in names else names[0] if names else None)
+
+    def outcome(self, job: Job | None) -> list[Any]:
+        """Values for :attr:`results`: those of the last evaluation, or the newest report there is."""
+        try:
+            names = self.desk.reports.names()
+        except ForgetConceptError as error:
+            return [page.problem(str(error)), gr.update(), "", gr.update(visible=False)]
+        name = names[0] if names else None
+        if job is not None and job.outcome is not None:
+            name = job.outcome.data["report"]
+        return [page.outcome(job), gr.update(choices=names, value=name), *self._shown(name)]
+
+    def _shown(self, name: str | None) -> list[Any]:
+        if not name:
+            return ["", gr.update(value=None, visible=False)]
+        try:
+            files = [self.desk.reports.find(name, end) for end in (".html", ".json")]
+            text = files[0].read_text(encoding="utf-8")
+            copies = [shutil.copy(file, self._copies.name) for file in files]
+        except (ForgetConceptError, OSError) as error:
+            return [page.problem(str(error)), gr.update(value=None, visible=False)]
+        return [
+            page.report_frame(text, f"Report {name}"),
+            gr.update(value=copies, visible=True),
+        ]
+
+    def _begin(self, patch: str | None, strength: float, concepts: str, count: float, seed: Any, *rest: Any) -> None:
+        if not patch:
+            raise RequestError("No patch is chosen: make one under Forget first.")
+        if not isinstance(seed, (int, float)):
+            raise RequestError("The seed is empty: write a whole number.")
+        steps, baselines, attacks, m_score, benchmark, clip = rest
+        self.desk.evaluate(
+            Evaluating(
+                patch,
+                float(strength),
+                tuple(split_list(concepts or "")),
+                int(count),
+                int(seed),
+                int(steps),
+                bool(baselines),
+                attacks,
+                bool(m_score),
+                benchmark,
+                clip or "",
+            )
+        )

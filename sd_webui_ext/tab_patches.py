@@ -1,0 +1,241 @@
+"""The tab's part *Patches*: what is on the loaded model, and the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import ForgetConceptError
+from . import page
+from .desk import Desk
+from .forgetting import MOST_STRENGTH
+
+__all__ = ["PatchesPart"]
+
+_QUICK = {"queue": False, "show_progress": "hidden"}
+_ID = "forget_concept_"
+SLOTS = 4
+
+
+class PatchesPart:
+    """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=6, min_width=380):
+                self.active = gr.HTML("", elem_id=f"{_ID}active")
+                with gr.Row():
+                    self.refresh = gr.Button("Look again", size="sm", elem_id=f"{_ID}refresh")
+                    self.clear = gr.Button("Take all patches out", size="sm", elem_id=f"{_ID}clear")
+                self.cards = gr.HTML("", elem_id=f"{_ID}cards")
+                # the cards are pressed through these two
+                self.pressed = gr.Textbox(
+                    "", elem_id=f"{_ID}pressed", elem_classes=["fc-hidden"], label="Patch pressed"
+                )
+                self.press = gr.Button("Choose it", elem_id=f"{_ID}press", elem_classes=["fc-hidden"])
+            with gr.Column(scale=5, min_width=340):
+                self._chosen()
+        self._combining()
+        self.live = [self.active, self.cards, self.chosen, self.tag, self.details, *self.parts]
+
+    def _chosen(self) -> None:
+        self.chosen = gr.Dropdown([], value=None, label="Patch", elem_id=f"{_ID}chosen")
+        self.strength = gr.Slider(
+            -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="Strength", elem_id=f"{_ID}patch_strength"
+        )
+        with gr.Row():
+            self.apply = gr.Button("Put into the model", variant="primary", elem_id=f"{_ID}apply_now")
+            self.remove = gr.Button("Take out of the model", elem_id=f"{_ID}remove_now")
+        self.message = gr.HTML("", elem_id=f"{_ID}patch_message")
+        self.tag = gr.Textbox(
+            "",
+            label="For a prompt",
+            info="Works in every webui that loads LoRAs, SD.Next too, without this extension",
+            interactive=False,
+            show_copy_button=True,
+            elem_id=f"{_ID}tag",
+        )
+        self.details = gr.HTML("", elem_id=f"{_ID}details")
+        with gr.Row():
+            self.new_name = gr.Textbox(label="New name", max_lines=1, elem_id=f"{_ID}new_name", scale=3)
+            self.rename = gr.Button("Rename", size="sm", elem_id=f"{_ID}rename", scale=1, min_width=90)
+        with gr.Row():
+            self.folder = gr.Button("Open the folder", size="sm", elem_id=f"{_ID}open_folder")
+            self.delete = gr.Button("Delete …", size="sm", elem_id=f"{_ID}delete")
+        with gr.Group(visible=False, elem_id=f"{_ID}sure") as self.sure:
+            self.question = gr.HTML("")
+            with gr.Row():
+                self.really = gr.Button("Delete for good", variant="stop", elem_id=f"{_ID}really")
+                self.keep = gr.Button("Keep it", elem_id=f"{_ID}keep")
+        self.doomed = gr.Textbox("", visible=False)  # the patch that the question is about
+
+    def _combining(self) -> None:
+        self.parts: list[Any] = []
+        self.part_strengths: list[Any] = []
+        with gr.Accordion("Combine several patches into one", open=False, elem_id=f"{_ID}combine"):
+            gr.HTML(
+                '<p class="fc-hint">One file instead of several, each at its strength; the sum is exact. One at '
+                "strength 0 is left out.</p>"
+            )
+            for i in range(SLOTS):
+                with gr.Row():
+                    self.parts.append(gr.Dropdown([], value=None, label=f"Patch {i + 1}", elem_id=f"{_ID}part_{i + 1}"))
+                    self.part_strengths.append(
+                        gr.Slider(
+                            -MOST_STRENGTH,
+                            MOST_STRENGTH,
+                            value=1.0,
+                            step=0.05,
+                            label=f"Strength {i + 1}",
+                            elem_id=f"{_ID}part_strength_{i + 1}",
+                        )
+                    )
+            with gr.Row():
+                self.whole_name = gr.Textbox(
+                    label="Name of the whole", placeholder="%concept%", max_lines=1, elem_id=f"{_ID}whole_name"
+                )
+                self.max_rank = gr.Number(
+                    0, precision=0, label="Highest rank", info="0: as high as it comes", elem_id=f"{_ID}max_rank"
+                )
+            self.combine = gr.Button("Combine", elem_id=f"{_ID}combine_now")
+            self.combined = gr.HTML("", elem_id=f"{_ID}combined")
+
+    # -- what happens --------------------------------------------------------------------------------------------
+
+    def wire(self) -> None:
+        live = self.live
+        self.refresh.click(self.refreshed, [self.chosen], live, **_QUICK)
+        self.chosen.input(self.refreshed, [self.chosen], live, **_QUICK)
+        self.press.click(self.refreshed, [self.pressed], live, **_QUICK)
+        self.apply.click(self._applied, [self.chosen, self.strength], [self.message, *live], **_QUICK)
+        self.remove.click(self._removed, [self.chosen], [self.message, *live], **_QUICK)
+        self.clear.click(self._cleared, [self.chosen], [self.message, *live], **_QUICK)
+        self.rename.click(self._renamed, [self.chosen, self.new_name], [self.message, self.new_name, *live], **_QUICK)
+        self.folder.click(self._opened, [self.chosen], [self.message], **_QUICK)
+        self.delete.click(self._asked, [self.chosen], [self.sure, self.question, self.doomed, self.message], **_QUICK)
+        self.keep.click(lambda: gr.update(visible=False), [], [self.sure], **_QUICK)
+        self.really.click(self._deleted, [self.doomed, self.chosen], [self.message, self.sure, *live], **_QUICK)
+        self.combine.click(
+            self._combine,
+            [self.chosen, self.whole_name, self.max_rank, *self.parts, *self.part_strengths],
+            [self.combined, *live],
+            **_QUICK,
+        )
+
+    def refreshed(self, chosen: str | None) -> list[Any]:
+        """Values for :attr:`live`, with ``chosen`` chosen if it is there, else the newest."""
+        table, active = self._active()
+        try:
+            entries = self.desk.library.entries()
+        except ForgetConceptError as error:
+            return [table, page.problem(str(error)), *[gr.update()] * (len(self.live) - 2)]
+        names = [entry.name for entry in entries]
+        chosen = chosen if chosen in names else names[0] if names else None
+        entry = next((entry for entry in entries if entry.name == chosen), None)
+        return [
+            table,
+            page.cards(entries, chosen, active),
+            gr.update(choices=names, value=chosen),
+            entry.tag if entry else "",
+            self._details(chosen),
+            *[gr.update(choices=names) for _ in self.parts],
+        ]
+
+    def _active(self) -> tuple[str, list[str]]:
+        try:
+            model, active = self.desk.host.model(), self.desk.active()
+        except ForgetConceptError as error:
+            return page.problem(str(error)), []
+        return page.active_table(active, model.title), [one.name for one in active]
+
+    def _details(self, name: str | None) -> str:
+        if name is None:
+            return ""
+        try:
+            return page.details(self.desk.library.inspect(name))
+        except ForgetConceptError as error:
+            return page.problem(str(error))
+
+    def _done(self, chosen: str | None, work: Callable[[], str]) -> list[Any]:
+        """Do something with the chosen patch and show what came of it."""
+        try:
+            if not chosen:
+                raise ForgetConceptError("No patch is chosen: choose one first.")
+            message = page.notice(work())
+        except ForgetConceptError as error:
+            message = page.problem(str(error))
+        return [message, *self.refreshed(chosen)]
+
+    def _applied(self, chosen: str | None, strength: float) -> list[Any]:
+        def work() -> str:
+            self.desk.apply(chosen or "", float(strength))
+            return f"'{chosen}' is in the loaded model now, at strength {strength:g}."
+
+        return self._done(chosen, work)
+
+    def _removed(self, chosen: str | None) -> list[Any]:
+        def work() -> str:
+            self.desk.remove(chosen or "")
+            return f"'{chosen}' is out of the loaded model: its weights are what they were."
+
+        return self._done(chosen, work)
+
+    def _cleared(self, chosen: str | None) -> list[Any]:
+        try:
+            names = [one.name for one in self.desk.active()]
+            for name in names:
+                self.desk.remove(name)
+            message = page.notice("The loaded model is as it was." if names else "No patch is in the loaded model.")
+        except ForgetConceptError as error:
+            message = page.problem(str(error))
+        return [message, *self.refreshed(chosen)]
+
+    def _renamed(self, chosen: str | None, new: str) -> list[Any]:
+        try:
+            if not chosen:
+                raise ForgetConceptError("No patch is chosen: choose one first.")
+            entry = self.desk.rename(chosen, new or "")
+        except ForgetConceptError as error:
+            return [page.problem(str(error)), gr.update(), *self.refreshed(chosen)]
+        return [page.notice(f"'{chosen}' is called '{entry.name}' now."), "", *self.refreshed(entry.name)]
+
+    def _opened(self, chosen: str | None) -> str:
+        try:
+            folder = self.desk.library.find(chosen).path.parent if chosen else self.desk.host.lora_folder()
+            self.desk.host.open_folder(folder)
+        except ForgetConceptError as error:
+            return page.problem(str(error))
+        return page.notice(f"The folder is open on the machine that the webui runs on: {folder}")
+
+    def _asked(self, chosen: str | None) -> list[Any]:
+        try:
+            if not chosen:
+                raise ForgetConceptError("No patch is chosen: choose one first.")
+            self.desk.check_out(chosen, "deleted")
+        except ForgetConceptError as error:
+            return [gr.update(visible=False), "", "", page.problem(str(error))]
+        words = f"Delete '{chosen}', its picture and its card from the disk? This cannot be undone."
+        return [gr.update(visible=True), page.question(words), chosen, ""]
+
+    def _deleted(self, doomed: str, chosen: str | None) -> list[Any]:
+        def work() -> str:
+            self.desk.delete(doomed)
+            return f"'{doomed}' is deleted."
+
+        message, *_ = self._done(doomed, work)
+        return [message, gr.update(visible=False), *self.refreshed(chosen)]
+
+    def _combine(self, chosen: str | None, name: str, max_rank: float | None, *values: Any) -> list[Any]:
+        parts = [
+            (part, float(strength))
+            for part, strength in zip(values[:SLOTS], values[SLOTS:], strict=True)
+            if part is not None and part != ""
+        ]
+        try:
+            entry, words = self.desk.combine(parts, name or "", int(max_rank) if max_rank else None)
+        except ForgetConceptError as error:
+            return [page.problem(str(error)), *self.refreshed(chosen)]
+        return [page.notice(f"saved: {entry.place}\n{words}"), *self.refreshed(entry.name)]

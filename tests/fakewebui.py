@@ -1,0 +1,86 @@
+"""A webui that is none: the embedded model behind the interface that the tab, the jobs and the routes know."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from forget_concept.core.diffusion import LatentDiffusion
+from forget_concept.core.errors import Cancelled, ModelError
+from forget_concept.core.patch import Patch, PatchHandle
+from forget_concept.core.progress import Progress, ProgressEvent
+from forget_concept.sd_webui_ext.interface import Active, LoadedModel
+from forget_concept.sd_webui_ext.settings import options
+
+__all__ = ["FakeWebui"]
+
+
+class FakeWebui:
+    """Patches are put on by hooks; one lock is the queue; what it was told is kept."""
+
+    name, version = "fake", "1"
+
+    def __init__(self, model: LatentDiffusion, folder: Path) -> None:
+        self.diffusion = model
+        self.loaded = LoadedModel("embedded.safetensors [0000]", "other", 1)
+        self.folder = folder
+        self.queue = threading.Lock()
+        self.interrupted = threading.Event()
+        self.events: list[ProgressEvent] = []
+        self.opened: list[Path] = []
+        self.refreshed = 0
+        self.chosen: dict[str, Any] = {option.key: option.default for option in options()}
+        self._on: dict[str, tuple[PatchHandle, float]] = {}
+        (folder / "lora").mkdir(parents=True, exist_ok=True)
+
+    def model(self) -> LoadedModel:
+        if self.loaded is None:
+            raise ModelError("No checkpoint is loaded: choose one first.")
+        return self.loaded
+
+    @contextmanager
+    def job(self, title: str) -> Iterator[Progress]:
+        with self.queue:
+
+            def told(event: ProgressEvent) -> None:
+                self.events.append(event)
+                if self.interrupted.is_set():
+                    raise Cancelled
+
+            yield told
+
+    @contextmanager
+    def borrowed(self) -> Iterator[LatentDiffusion]:
+        assert self.queue.locked(), "the model is lent out only within a job"
+        yield self.diffusion
+
+    def apply(self, name: str, patch: Patch, strength: float) -> None:
+        assert not self.queue.locked(), "a patch is put on outside of a job"
+        handle = patch.apply(self.diffusion.survey, strength)
+        if name in self._on:
+            self._on[name][0].remove()
+        self._on[name] = (handle, strength)
+
+    def remove(self, name: str) -> None:
+        self._on.pop(name)[0].remove()
+
+    def active(self) -> list[Active]:
+        return [Active(name, strength, True) for name, (_, strength) in self._on.items()]
+
+    def lora_folder(self) -> Path:
+        return self.folder / "lora"
+
+    def data_folder(self) -> Path:
+        return self.folder / "data"
+
+    def refresh_patches(self) -> None:
+        self.refreshed += 1
+
+    def option(self, key: str) -> Any:
+        return self.chosen[key]
+
+    def open_folder(self, folder: Path) -> None:
+        self.opened.append(folder)
