@@ -337,12 +337,7 @@ def _text(model: Any, found: UNetSurvey) -> WebText:
         return states["crossattn"], states["vector"][:, :-_SIZES]
 
     text = WebText(engine, engine.hijack.embedding_db, encode, layer, shared.opts.emphasis == "None")
-    width = text.encode([""]).hidden.shape[-1]
-    if width != found.context_dim:
-        raise ModelError(
-            f"The text encoder gives states of width {width} and the UNet reads {found.context_dim}: this checkpoint "
-            "cannot be worked on here."
-        )
+    text.check_fits(found)
     return text
 
 

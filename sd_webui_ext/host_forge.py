@@ -362,12 +362,7 @@ def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
             return torch.cat([states, others], 2), vector
 
     text = WebText(engine, engine.embeddings, encode, layer, shared.opts.emphasis == "None")
-    width = text.encode([""]).hidden.shape[-1]
-    if width != found.context_dim:
-        raise ModelError(
-            f"The text encoder gives states of width {width} and the UNet reads {found.context_dim}: this checkpoint "
-            "cannot be worked on here."
-        )
+    text.check_fits(found)
     return text
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..core.errors import TokenError
+from ..core.errors import ModelError, TokenError
 from ..core.text import TextStates
+from ..core.unet import UNetSurvey
 
 __all__ = ["WebText", "literal"]
 
@@ -46,6 +47,15 @@ class WebText:
     ) -> None:
         self.layer = layer
         self._engine, self._embeddings, self._encode, self._plain = engine, embeddings, encode, plain
+
+    def check_fits(self, found: UNetSurvey) -> None:
+        """Raise :class:`ModelError` unless the states have the width that a UNet reads."""
+        width = self.encode([""]).hidden.shape[-1]
+        if width != found.context_dim:
+            raise ModelError(
+                f"The text encoder gives states of width {width} and the UNet reads {found.context_dim}: this "
+                "checkpoint cannot be worked on here."
+            )
 
     def _prompt(self, text: str) -> str:
         return text if self._plain else literal(text)

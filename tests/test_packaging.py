@@ -177,6 +177,14 @@ def test_what_is_imported_is_declared_or_the_hosts_own(settings):
                 assert module.partition(".")[0].lower() in allowed, f"{name} imports {module}"
 
 
+def test_only_its_doors_name_a_webui():
+    for path in (ROOT / "sd_webui_ext").glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        froms = {node.module or "" for node in tree if isinstance(node, ast.ImportFrom) and not node.level}
+        named = {name for name in froms if name.partition(".")[0] in ("modules", "backend", "modules_forge")}
+        assert not named or path.name in ("host.py", "host_forge.py", "webui.py"), path.name
+
+
 def test_install_script_does_nothing_quickly_and_again(tmp_path):
     for _ in range(2):
         done = subprocess.run([sys.executable, "-I", ROOT / "install.py"], cwd=tmp_path, capture_output=True, text=True)
