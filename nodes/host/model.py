@@ -70,8 +70,14 @@ def _schedule(patcher: Any) -> tuple[Tensor, str]:
 
 def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int, int]:
     usual = {"sdxl": 128, "sd2": 96 if prediction == "v_prediction" else 64}.get(family, 64)
-    side = getattr(patcher.model.model_config, "forget_concept_side", usual)
+    side = _own(patcher.model.model_config, "forget_concept_side", usual)
     return (int(patcher.model.latent_format.latent_channels), side, side)
+
+
+def _own(config: Any, name: str, usual: Any) -> Any:
+    """What this pack says of a model of its own, else ``usual``: the host's configs themselves have ``None``, and a
+    warning, for every name."""
+    return getattr(type(config), name, usual)
 
 
 def surveyed(model: Any) -> UNetSurvey:
@@ -137,9 +143,9 @@ def borrowed(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion
             prediction,
             vae=None if vae is None else HostAutoencoder(vae, base.latent_format),
             latent_shape=shape,
-            name=getattr(base.model_config, "forget_concept_name", type(base).__name__),
+            name=_own(base.model_config, "forget_concept_name", type(base).__name__),
             eps_model=predict,
-            guidance=getattr(base.model_config, "forget_concept_guidance", 7.5),
+            guidance=_own(base.model_config, "forget_concept_guidance", 7.5),
         )
         diffusion.host_device, diffusion.host_dtype = patcher.load_device, dtype
         _check_family(diffusion.survey, text.encode([""]), bool(base.adm_channels))

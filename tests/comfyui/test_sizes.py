@@ -44,6 +44,24 @@ def sampled(name: str, model: list[Any]) -> Graph:
     return {name: node("KSampler", model=model, **inputs, **how)}
 
 
+def test_a_method_that_draws_and_trains_on_the_hosts_own_kind_of_model(comfyui: ComfyUI) -> None:
+    """The embedded model has a kind of its own, with a size and a guidance of its own; this one has the host's."""
+    start: Graph = {"load": node("ProbeTrueShape", kind="sd15, narrow")}
+    start |= {"before": node("ProbeHash", model=["load", 0], nonce=next(nonces))}
+    quick = {"steps": 1, "rank": 2, "n_images": 1, "sample_steps": 1, "batch_size": 1, "contexts": False}
+    told = forget(
+        concept="church", replacement="", preserve="castle", method="forget_me_not", settings=json.dumps(quick)
+    )
+    graph = start | {"forget": told, "report": node("PreviewAny", source=["forget", 2])}
+    outputs = comfyui.run(graph)["outputs"]
+    assert "forgotten: church (object)" in outputs["report"]["text"][0]
+    again = start | {"after": node("ProbeHash", model=["load", 0], nonce=next(nonces))}
+    before, after = outputs["before"]["hash"][0], comfyui.run(again)["outputs"]["after"]["hash"][0]
+    assert (after["weights"], after["memory"]) == (before["weights"], before["memory"])
+    log = comfyui.log.read_text(encoding="utf-8", errors="replace")
+    assert "accessed forget_concept" not in log
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "config", "prediction", "weights"),
