@@ -155,7 +155,8 @@ def mount(app: FastAPI, host: Host, auth: str | None) -> None:
 
     Raises :class:`RequestError` where that is malformed: without it nothing is let in.
     """
-    app.include_router(router_of(desk_of(host), auth))
+    # include_router would build each of them a second time, which the start of the webui would wait for
+    app.router.routes.extend(router_of(desk_of(host), auth).routes)
 
 
 def router_of(desk: Desk, auth: str | None = None) -> APIRouter:

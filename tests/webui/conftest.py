@@ -33,7 +33,8 @@ def webui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     running.second_checkpoint("turned")
     running.v_checkpoint("velocity")
     try:
-        running.start(environment=running.compile())
+        running.compile()
+        running.start()
         yield running
     finally:
         running.stop()

@@ -15,7 +15,8 @@ STARTUP = 0.5
 def complaints(host: WebUI) -> list[str]:
     """Errors in the log that name this extension's files."""
     told = host.log.read_text(encoding="utf-8", errors="replace").split("*** ")[1:]
-    return [part for part in told if f"/{host.extension}/" in part]
+    # the host ends each of them with a line of its own
+    return [part for part in (part.partition("\n---")[0] for part in told) if f"/{host.extension}/" in part]
 
 
 def neighbour(host: WebUI, name: str) -> None:

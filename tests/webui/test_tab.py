@@ -131,7 +131,8 @@ def running(request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pyte
     # with a data folder elsewhere Forge does not serve its own scripts
     allowed = ["--gradio-allowed-path", str(host), "--gradio-allowed-path", str(ROOT)] if kind == "forge" else []
     try:
-        found.start(*allowed, environment=found.compile())
+        found.compile()
+        found.start(*allowed)
         yield found
     finally:
         found.stop()

@@ -123,17 +123,13 @@ class WebUI(Server):
         known |= {"norm_num_groups": 32, "shift_factor": 0.0}
         config.write_text(json.dumps(known), encoding="utf-8")
 
-    def compile(self) -> dict[str, str]:
-        """The extension's bytecode, as it is there from the second start on; the environment that has it found."""
-        python, environment = (
-            own_python(self.host, "WEBUI_PYTHON"),
-            {"PYTHONPYCACHEPREFIX": str(self.folder / "bytecode")},
-        )
+    def compile(self) -> None:
+        """The extension's bytecode, as it is there from the second start on."""
         folder = self.folder / "extensions" / self.extension
         places = [str(folder / name) for name in ("core", "sd_webui_ext")]
-        own = {**os.environ, "PYTHONPATH": "", "LD_PRELOAD": "", **environment}
-        subprocess.run([str(python), "-m", "compileall", "-q", *places], check=True, capture_output=True, env=own)
-        return environment
+        own = {**os.environ, "PYTHONPATH": "", "LD_PRELOAD": ""}
+        python = str(own_python(self.host, "WEBUI_PYTHON"))
+        subprocess.run([python, "-m", "compileall", "-q", *places], check=True, capture_output=True, env=own)
 
     def second_checkpoint(self, name: str) -> None:
         """Another checkpoint of the same kind: the embedded model with its cross-attention turned round."""
