@@ -34,6 +34,7 @@ __all__ = [
 PRECISIONS = ("auto", "float32", "bfloat16")
 # bf16 also moves the pictures a little, so it must be worth it
 GAIN = 1.25
+_TIMED = 8
 
 
 class Probe(Protocol):
@@ -46,9 +47,9 @@ class Probe(Protocol):
 class Sampling:
     """How pictures are drawn: ``steps`` of a ``sampler``, ``guidance``, how many at a time, the UNet's precision.
 
-    ``precision="auto"`` times one batch in fp32 and under bf16 autocast and takes bf16 where that is clearly faster; on
-    a CPU it then times one thread against all of torch's (on a busy machine many threads mostly wait for each other).
-    ``threads`` says how many instead; they are set while a batch is drawn and put back after it.
+    ``precision="auto"`` times a few pictures in fp32 and under bf16 autocast and takes bf16 where that is clearly
+    faster; on a CPU it then times one thread against all of torch's (on a busy machine many threads mostly wait for
+    each other). ``threads`` says how many instead; they are set while a batch is drawn and put back after it.
     """
 
     steps: int = 16
@@ -70,7 +71,8 @@ class Sampling:
         """The same with a precision that is no longer ``"auto"``, and the threads timed with it."""
         if self.precision != "auto":
             return self
-        precision = faster_precision(model, self.batch)
+        # which one is faster shows on a few pictures; the slower one would take seconds for all of them
+        precision = faster_precision(model, min(self.batch, _TIMED))
         threads = faster_threads(model, precision, self.batch) if self.threads is None else self.threads
         return replace(self, precision=precision, threads=threads)
 
