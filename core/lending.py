@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import LatentDiffusion
+from .errors import ModelError
 
-__all__ = ["LentDiffusion", "laundered"]
+__all__ = ["LentDiffusion", "check_channels", "laundered", "without_checkpointing"]
 
 
 class LentDiffusion(LatentDiffusion):
@@ -55,6 +56,29 @@ def laundered(module: nn.Module) -> Iterator[None]:
             store[name] = tensor
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def without_checkpointing(unet: nn.Module) -> Iterator[None]:
+    """The original code recomputes activations in a way that loses the gradients of what hooks add."""
+    names = ("checkpoint", "use_checkpoint")
+    kept = [(part, name) for part in unet.modules() for name in names if part.__dict__.get(name) is True]
+    try:
+        for part, name in kept:
+            setattr(part, name, False)
+        yield
+    finally:
+        for part, name in kept:
+            setattr(part, name, True)
+
+
+def check_channels(latents: Tensor, unet: Any) -> None:
+    """Raise :class:`ModelError`, in words, unless latents ``(n, c, h, w)`` are all that a host's UNet takes."""
+    if latents.shape[1] != unet.in_channels:
+        raise ModelError(
+            f"This UNet takes {unet.in_channels} channels (an inpainting or edit model): only a closed form (uce) can "
+            "make it forget."
+        )
 
 
 def _twin(tensor: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from .progress import ProgressEvent
 
-__all__ = ["Story"]
+__all__ = ["Story", "clock_time"]
 
 
-def _time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """``m:ss``, or ``h:mm:ss`` from an hour on."""
     whole = max(int(seconds + 0.5), 0)
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02}"
@@ -34,5 +35,5 @@ class Story:
             parts.append(f"loss {event.loss:.4g}")
         done, taken = event.step - self._first[0], now - self._first[1]
         if done > 0 and event.step < event.total:
-            parts.append(f"{_time(taken / done * (event.total - event.step))} left")
+            parts.append(f"{clock_time(taken / done * (event.total - event.step))} left")
         return ", ".join(parts)

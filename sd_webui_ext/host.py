@@ -19,7 +19,7 @@ from modules.prompt_parser import SdConditioning
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
-from ..core.lending import LentDiffusion, laundered
+from ..core.lending import LentDiffusion, check_channels, laundered, without_checkpointing
 from ..core.patch import Patch
 from ..core.text import TextStates
 from ..core.unet import UNetSurvey, survey
@@ -122,7 +122,7 @@ class A1111(WebUI):
             stack.enter_context(resident.live.aside())
             stack.enter_context(_on_device(model))
             stack.enter_context(laundered(model.model.diffusion_model))
-            stack.enter_context(_without_checkpointing(model.model.diffusion_model))
+            stack.enter_context(without_checkpointing(model.model.diffusion_model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             yield _lent(model, resident.survey)
@@ -251,20 +251,6 @@ def _keep_unet(model: Any) -> None:
             lowvram.send_everything_to_cpu()
 
 
-@contextmanager
-def _without_checkpointing(unet: nn.Module) -> Iterator[None]:
-    """The original code recomputes activations in a way that loses the gradients of what hooks add."""
-    names = ("checkpoint", "use_checkpoint")
-    kept = [(part, name) for part in unet.modules() for name in names if part.__dict__.get(name) is True]
-    try:
-        for part, name in kept:
-            setattr(part, name, False)
-        yield
-    finally:
-        for part, name in kept:
-            setattr(part, name, True)
-
-
 # -- as the core sees it ------------------------------------------------------------------------------------------
 
 
@@ -285,12 +271,7 @@ def _lent(model: Any, found: UNetSurvey) -> LentDiffusion:
         return sizes[height, width]
 
     def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        channels = unet.in_channels
-        if x.shape[1] != channels:
-            raise ModelError(
-                f"This UNet takes {channels} channels (an inpainting or edit model): only a closed form (uce) can make "
-                "it forget."
-            )
+        check_channels(x, unet)
         if states.pooled is None:
             return model.apply_model(x, timesteps, {"c_crossattn": [states.hidden]})
         vector = size_conditions(x.shape[-2] * 8, x.shape[-1] * 8).to(states.pooled)

@@ -20,7 +20,7 @@ from modules import call_queue, sd_models, shared
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, PatchError
-from ..core.lending import LentDiffusion, laundered
+from ..core.lending import LentDiffusion, check_channels, laundered, without_checkpointing
 from ..core.patch import Patch
 from ..core.text import TextStates
 from ..core.unet import UNetSurvey, survey
@@ -176,7 +176,8 @@ class Forge(WebUI):
             stack.enter_context(laundered(unet))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_differentiable(unet))
+            stack.enter_context(without_checkpointing(unet))
+            stack.enter_context(_copied_before_norms(unet))
             yield _lent(model, resident)
 
 
@@ -272,25 +273,15 @@ def _bare(model: Any, resident: _Resident) -> Iterator[None]:
 
 
 @contextmanager
-def _differentiable(unet: nn.Module) -> Iterator[None]:
+def _copied_before_norms(unet: nn.Module) -> Iterator[None]:
     """Forge adds to activations in place, which the backward of the layer norms before them cannot take."""
-    kept = [(part, name) for part in unet.modules() for name in ("checkpoint", "use_checkpoint") if _on(part, name)]
     norms = [part for part in unet.modules() if isinstance(part, nn.LayerNorm)]
-    hooks = []
+    hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])) for norm in norms]
     try:
-        for part, name in kept:
-            setattr(part, name, False)
-        hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])) for norm in norms]
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for part, name in kept:
-            setattr(part, name, True)
-
-
-def _on(part: nn.Module, name: str) -> bool:
-    return part.__dict__.get(name) is True
 
 
 # -- as the core sees it ------------------------------------------------------------------------------------------
@@ -308,11 +299,7 @@ def _lent(model: Any, resident: _Resident) -> LentDiffusion:
     pooled = bool(model.is_sdxl)
 
     def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        if x.shape[1] != unet.in_channels:
-            raise ModelError(
-                f"This UNet takes {unet.in_channels} channels (an inpainting or edit model): only a closed form (uce) "
-                "can make it forget."
-            )
+        check_channels(x, unet)
         vector = None
         if states.pooled is not None:
             sizes = _sizes(model, x.shape[-2] * 8, x.shape[-1] * 8).to(states.pooled)

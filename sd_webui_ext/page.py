@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..core.story import clock_time
 from .interface import Active
 from .jobs import Job, Pair
 from .library import Entry
@@ -41,13 +42,6 @@ def _text(words: str) -> str:
     return escape(words).replace("\n", "<br>")
 
 
-def _time(seconds: float) -> str:
-    whole = max(int(seconds + 0.5), 0)
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02}"
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
 def state(job: Job | None, beat: int) -> str:
     """A job as it stands; the page's script asks again as long as it is under way. ``beat`` tells answers apart."""
     if job is None:
@@ -59,9 +53,9 @@ def state(job: Job | None, beat: int) -> str:
         if job.loss is not None:
             parts.append(f"loss {job.loss:.4g}")
         if job.left is not None:
-            parts.append(f"{_time(job.left)} left")
+            parts.append(f"{clock_time(job.left)} left")
     if job.seconds:
-        parts.append(f"{_time(job.seconds)} so far" if not job.over else f"took {_time(job.seconds)}")
+        parts.append(f"{clock_time(job.seconds)} so far" if not job.over else f"took {clock_time(job.seconds)}")
     share = 100 * job.step / job.total if job.total else 0.0
     lines = [
         f'<div class="fc-state" data-state="{job.state}" data-beat="{beat}" '

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...core.diffusion import LatentDiffusion, hash_of_weights
 from ...core.errors import ModelError, PatchError, listed
-from ...core.lending import LentDiffusion, laundered
+from ...core.lending import LentDiffusion, check_channels, laundered
 from ...core.patch import Patch
 from ...core.text import TextStates
 from ...core.unet import PROJECTIONS, UNetSurvey, survey
@@ -119,11 +119,7 @@ def borrowed(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion
     text = HostText(clip, found.family, bool(base.adm_channels))
 
     def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        if x.shape[1] != unet.in_channels:
-            raise ModelError(
-                f"This UNet takes {unet.in_channels} channels (an inpainting or edit model): only a closed form (uce) "
-                "can make it forget."
-            )
+        check_channels(x, unet)
         height, width = x.shape[-2] * 8, x.shape[-1] * 8
         vector = None
         if base.adm_channels:
