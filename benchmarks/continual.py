@@ -2,8 +2,8 @@
 
 `python benchmarks/continual.py` fills `continual.csv`, a row a step; a row that is there is not measured again, and
 with `--work` a sequence that was cut short goes on from its last step (without, its fits are made again). Each request
-goes through `core/continual.py` with the method's tuned preset, a replacement and, to preserve, every concept of its
-category that is never forgotten: more than half of each (what the preset refuses of these is left out for the whole
+goes through `core/methods/sequence.py` with the method's tuned preset, a replacement and, to preserve, every concept of
+its category that is never forgotten: more than half of each (what the preset refuses of these is left out for the whole
 sequence, and said). Seed 0 takes the requests in the order written here, any other in an order of its own.
 
 - `step` 0 is the base model; its `ua_all` is the share of wrong pictures of all twelve targets, what the model gets
@@ -30,17 +30,18 @@ from typing import TYPE_CHECKING, Any
 from harness import SharedDrawings, Table, Watch, costing
 from methods import Run, asked, embedded
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Sampling, Subject, evaluate
 from forget_concept.core.evaluation.weight_drift import weight_drift
+from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.formats import kohya
-from forget_concept.core.methods import all_methods
+from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.vocabulary import CATEGORIES
-from forget_concept.core.patch import Patch
-from forget_concept.core.workspace import Workspace, key_of
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from forget_concept.core import mini
-from forget_concept.core.fisher import FisherSettings, FisherSum
+from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.mini import world
-from forget_concept.core.workspace import Workspace, key_of
+from forget_concept.core.training.fisher import FisherSettings, FisherSum
 
 COLUMNS = ["model", "projections", "weights", "times", "estimator", "draws", "samples", "run", "passes"]
 MEASURES = ["bias", "clamped", "negative", "spearman", "error", "core_seconds"]

@@ -15,8 +15,8 @@ from harness import SharedDrawings, Table, Watch, costing
 from methods import CONCEPTS, Fitted, Run, asked, embedded, measured
 
 from forget_concept.core.evaluation import PATCHED, Sampling
-from forget_concept.core.methods import fit
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.fit import fit
 
 METHOD = "selective_amnesia"
 # settings beside the preset's, and the time steps that a sample goes through

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, Sampling, Subject, evaluate
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.progress import ProgressEvent
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 CONCEPTS = (
     Concept("star", "object", "circle"),

@@ -34,13 +34,16 @@ import torch
 from harness import Table
 from torch import Tensor
 
-from forget_concept.core import mini, training
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion
-from forget_concept.core.gradients import MARGIN, inner_products, project_step
+from forget_concept.core import mini
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
 from forget_concept.core.mini.vocabulary import CATEGORIES
-from forget_concept.core.training import BACKTRACKS, SIDES, Terms, borrowed
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training import loop as training
+from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.gradients import MARGIN, inner_products, project_step
+from forget_concept.core.training.loop import BACKTRACKS, SIDES, Terms
 
 CONCEPTS = (Concept("star", "object", "circle"), Concept("neon", "style", "sketch"))
 # a projected step as it is, without going back, and without a margin either

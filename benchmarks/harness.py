@@ -23,14 +23,14 @@ from rich.progress import Progress as Bar
 from rich.progress import TimeRemainingColumn
 from torch import Tensor, nn
 
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import Drawings, Picture, Probe, Sampling, Seen, Variant, wilson
-from forget_concept.core.files import write_bytes
+from forget_concept.core.files.workspace import Workspace, key_of
+from forget_concept.core.files.writing import write_bytes
 from forget_concept.core.mini.world import LABELS, Labels
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.unet import survey
 from forget_concept.core.progress import ProgressEvent
-from forget_concept.core.unet import survey
-from forget_concept.core.workspace import Workspace, key_of
 
 STATM = Path("/proc/self/statm")
 

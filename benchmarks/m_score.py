@@ -27,15 +27,16 @@ import numpy as np
 from harness import Table, Watch, costing
 from methods import embedded, pictures_of
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import Drawings, Probe, Sampling, Variant, target_questions
 from forget_concept.core.evaluation.m_score import RESTARTS, SPACES, concept_latents, m_score
-from forget_concept.core.methods import fit
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.vocabulary import CATEGORIES
-from forget_concept.core.patch import Patch
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 # the inversion's settings were chosen on these
 CHOSE = ("star", "fish", "moon", "house", "neon", "Hugo Marsh", "Ivy Stone")

@@ -43,18 +43,22 @@ from harness import Cost, SharedDrawings, Table, Watch, costing, device_name
 from methods_summary import first_of_each_kind, write_summary
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
 from forget_concept.core.evaluation import NEGATIVE, PATCHED, SAFE, UNEDITED, Sampling, Subject, Variant, evaluate
 from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge, Target, run_attacks
-from forget_concept.core.guidance import SafetyGuidance
-from forget_concept.core.methods import Inputs, all_methods, fit, get, resolve_settings
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import all_methods, get
 from forget_concept.core.mini import world
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
-from forget_concept.core.patch import Patch
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.safe_guidance import SafetyGuidance
+from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import Progress, ProgressEvent
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.settings import resolve_settings
 
 NOTHING, BASELINES = "none", ("none", NEGATIVE, SAFE)
 PRESETS = ("published", "tuned")

@@ -1,4 +1,4 @@
-"""Progress of long work, told through one callback that may cancel by raising :class:`~.errors.Cancelled`."""
+"""Progress of long work, told through one callback that may cancel by raising :class:`Cancelled`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.words import base_words, share_words
+from ..core.service.summaries import base_words, share_words
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of, state_of

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.concepts import MAX_SEED
 from ..core.errors import RequestError
-from ..core.words import concepts_in
+from ..core.request.request import MAX_SEED
+from ..core.service.summaries import concepts_in
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -101,7 +101,7 @@ class ConceptAttentionMap(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..core.evaluation import Picture, Sampling
         from ..core.evaluation.attention_pictures import attention_maps, attention_pairs
-        from . import measuring
+        from ..core.service import evaluation_text as measuring
 
         if vae is None:
             raise RequestError("There is no VAE to see the picture with: connect the checkpoint's VAE.")

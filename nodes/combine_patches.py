@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
-from ..core.patch import Patch
-from ..core.words import about_patch
+from ..core.patch.patch import Patch
+from ..core.service.summaries import about_patch
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of, state_of

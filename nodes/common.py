@@ -11,17 +11,20 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.concepts import KINDS, MAX_SEED, MAX_STRENGTH, ForgetRequest, bare, templates
-from ..core.diffusion import LatentDiffusion
-from ..core.entries import request_from_words
 from ..core.errors import RequestError
-from ..core.fields import MethodSettings, with_settings
-from ..core.fisher import fisher_key
-from ..core.images import fit_images, picture_size
-from ..core.methods import Inputs, all_methods, get, resolve_settings
+from ..core.files.workspace import Workspace
+from ..core.methods.base import Inputs
+from ..core.methods.registry import all_methods, get
 from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
+from ..core.models.images import fit_images, picture_size
+from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.progress import Progress
-from ..core.workspace import Workspace
+from ..core.request.concept import KINDS, bare, templates
+from ..core.request.parsing import request_from_words
+from ..core.request.request import MAX_SEED, MAX_STRENGTH, ForgetRequest
+from ..core.request.settings import resolve_settings
+from ..core.service.forms import MethodSettings, with_settings
+from ..core.training.fisher import fisher_key
 from . import host
 
 __all__ = [

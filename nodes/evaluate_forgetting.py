@@ -6,12 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..core.concepts import MAX_SEED
-from ..core.entries import split_list
 from ..core.errors import RequestError
-from ..core.files import check_folder, check_writable, make_folder
-from ..core.naming import fresh_file, patch_name
-from ..core.words import concepts_in
+from ..core.files.names import fresh_file, patch_name
+from ..core.files.writing import check_folder, check_writable, make_folder
+from ..core.request.parsing import split_list
+from ..core.request.request import MAX_SEED
+from ..core.service.summaries import concepts_in
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -140,8 +140,8 @@ class EvaluateForgetting(io.ComfyNode):
         from ..core.evaluation import BASELINES, UNEDITED, Sampling
         from ..core.evaluation.assess import Measures, assess
         from ..core.evaluation.report import write_report
-        from ..core.workspace import Workspace
-        from . import measuring
+        from ..core.files.workspace import Workspace
+        from ..core.service import evaluation_text as measuring
 
         if vae is None:
             raise RequestError("There is no VAE, and a judge looks at pictures: connect the checkpoint's VAE.")

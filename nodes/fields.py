@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.methods import Method
+from ..core.methods.base import Method
 
 __all__ = ["node_id"]
 

@@ -8,11 +8,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import RequestError
-from ..core.fields import MethodSettings
-from ..core.fisher import KIND, fisher_information, fisher_key
-from ..core.methods import resolve_settings
+from ..core.files.workspace import Workspace
 from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
-from ..core.workspace import Workspace
+from ..core.request.settings import resolve_settings
+from ..core.service.forms import MethodSettings
+from ..core.training.fisher import KIND, fisher_information, fisher_key
 from . import host
 from .common import ForgetFisher, ForgetSettings, Measured, schema
 

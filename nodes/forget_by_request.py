@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.concepts import ForgetRequest
 from ..core.errors import RequestError
+from ..core.request.request import ForgetRequest
 from .common import Asked, model_inputs, more_inputs, patch_outputs, schema
 from .forget_concept import forgotten
 

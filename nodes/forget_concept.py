@@ -7,8 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.methods import fit, get
-from ..core.words import report, share_words
+from ..core.methods.fit import fit
+from ..core.methods.registry import get
+from ..core.service.summaries import report, share_words
 from . import host
 from .common import Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import state_of

@@ -7,12 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.continual import History
-from ..core.diffusion import LatentDiffusion
 from ..core.errors import PatchError
-from ..core.methods import get
-from ..core.record import read_record
-from ..core.words import history_words, report, share_words
+from ..core.methods.registry import get
+from ..core.methods.sequence import History
+from ..core.methods.sequence_rules import next_request
+from ..core.models.latent_diffusion import LatentDiffusion
+from ..core.patch.history import read_record
+from ..core.service.summaries import history_words, report, share_words
 from . import host
 from .common import LORA, Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import patch_of, state_of
@@ -76,7 +77,7 @@ class ForgetInSequence(io.ComfyNode):
         asked = Asked.read(**given)
         if earlier is not None:
             # what can be refused without a model
-            read_record(getattr(earlier, "metadata", {})).check(asked.request)
+            next_request(read_record(getattr(earlier, "metadata", {})).parts, asked.request)
         start = time.monotonic()
         with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, told, inputs):
             history = History()

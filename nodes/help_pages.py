@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..core.fields import presets, widgets
-from ..core.methods import Method, all_methods
+from ..core.methods.base import Method
+from ..core.methods.registry import all_methods
+from ..core.service.forms import presets, widgets
 from .fields import node_id
 
 __all__ = ["page", "place", "write"]

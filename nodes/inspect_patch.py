@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
-from ..core.words import about_patch, base_words, last_request, share_words
+from ..core.service.summaries import about_patch, base_words, last_request, share_words
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.files.safetensors_io import read_metadata, read_safetensors
 from ..core.formats import kohya
-from ..core.formats.safe import read_metadata, read_safetensors
-from ..core.words import about_patch
+from ..core.service.summaries import about_patch
 from . import host
 from .common import LORA, schema
 from .lora_state import LoraState

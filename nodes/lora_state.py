@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..core.errors import PatchError
 from ..core.formats import kohya
-from ..core.patch import Patch
-from ..core.unet import UNetSurvey
+from ..core.models.unet import UNetSurvey
+from ..core.patch.patch import Patch
 
 __all__ = ["LoraState", "patch_of", "state_of"]
 
@@ -29,7 +29,7 @@ class LoraState(dict[str, Tensor]):
 
 
 def state_of(patch: Patch, survey: UNetSurvey | None = None) -> LoraState:
-    """A patch under ComfyUI's own layer names; ``survey`` where a model is at hand (see :func:`.kohya.to_state`)."""
+    """A patch under ComfyUI's own layer names; ``survey`` where a model is at hand (see :func:`to_state`)."""
     return LoraState(kohya.to_state(patch, survey, dotted=True), patch.metadata)
 
 

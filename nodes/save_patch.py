@@ -9,11 +9,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..core.files import check_folder, make_folder, write_bytes
+from ..core.files.names import fresh_file, patch_name
+from ..core.files.writing import check_folder, make_folder, write_bytes
 from ..core.formats import kohya
-from ..core.naming import fresh_file, patch_name
-from ..core.preview import bars, png, row
-from ..core.words import concepts_in
+from ..core.service.preview import bars, png, row
+from ..core.service.summaries import concepts_in
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of

@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.fields import Widget, presets, settings_of, told, widgets
-from ..core.methods import Method, all_methods
+from ..core.methods.base import Method
+from ..core.methods.registry import all_methods
+from ..core.service.forms import Widget, presets, settings_of, told, widgets
 from . import host
 from .common import ForgetSettings, schema
 from .fields import node_id

@@ -6,11 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.continual import History
-from ..core.entries import takes_back
 from ..core.errors import RequestError, listed
-from ..core.record import read_record
-from ..core.words import history_words, share_words
+from ..core.methods.sequence import History
+from ..core.patch.history import read_record, takes_back
+from ..core.service.summaries import history_words, share_words
 from . import host
 from .common import LORA, patch_outputs, schema
 from .forget_in_sequence import check_base

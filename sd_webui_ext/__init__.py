@@ -62,7 +62,7 @@ def register() -> type:
             api.mount(app, host, api_auth())
 
     def settings() -> Any:
-        from .settings import SECTION, options
+        from ..core.service.options import SECTION, options
 
         return SECTION, options()
 

@@ -17,17 +17,19 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from ..core.concepts import ForgetRequest
 from ..core.errors import ForgetConceptError, RequestError
-from ..core.fields import widgets
-from ..core.methods import Method, all_methods
-from ..core.preview import png, row
+from ..core.methods.base import Method
+from ..core.methods.registry import all_methods
+from ..core.request.request import ForgetRequest
+from ..core.service.errors import Busy, Missing
+from ..core.service.evaluate_job import Evaluating
+from ..core.service.forget_job import Forgetting
+from ..core.service.forms import widgets
+from ..core.service.host_interface import Host
+from ..core.service.patch_store import Desk, desk_of
+from ..core.service.preview import png, row
+from ..core.service.uploads import Uploads
 from ..core.version import VERSION
-from .desk import Desk, desk_of
-from .errors import Busy, Missing
-from .evaluating import Evaluating
-from .forgetting import Forgetting
-from .interface import Host
 from .models import (
     ActiveModel,
     ApplyBody,
@@ -42,7 +44,6 @@ from .models import (
     Problem,
     request_of,
 )
-from .uploads import Uploads
 
 __all__ = ["PREFIX", "mount", "router_of"]
 

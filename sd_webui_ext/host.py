@@ -19,12 +19,12 @@ from modules.prompt_parser import SdConditioning
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
-from ..core.lending import LentDiffusion, check_channels, laundered, without_checkpointing
-from ..core.patch import Patch
-from ..core.text import TextStates
-from ..core.unet import UNetSurvey, survey
-from .interface import Active, LoadedModel
-from .live import LiveWeights
+from ..core.models.host_weights import LentDiffusion, check_channels, laundered, without_checkpointing
+from ..core.models.text_encoders import TextStates
+from ..core.models.unet import UNetSurvey, survey
+from ..core.patch.patch import Patch
+from ..core.service.host_interface import Active, LoadedModel
+from ..core.service.live_weights import LiveWeights
 from .prompts import WebText
 from .webui import PLAIN, WebUI, habits, lora_extension
 

@@ -20,11 +20,11 @@ from modules import call_queue, sd_models, shared
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, PatchError
-from ..core.lending import LentDiffusion, check_channels, laundered, without_checkpointing
-from ..core.patch import Patch
-from ..core.text import TextStates
-from ..core.unet import UNetSurvey, survey
-from .interface import Active, LoadedModel
+from ..core.models.host_weights import LentDiffusion, check_channels, laundered, without_checkpointing
+from ..core.models.text_encoders import TextStates
+from ..core.models.unet import UNetSurvey, survey
+from ..core.patch.patch import Patch
+from ..core.service.host_interface import Active, LoadedModel
 from .prompts import WebText
 from .webui import PLAIN, WebUI, habits
 

@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core.story import clock_time
-from .interface import Active
-from .jobs import Job, Pair
-from .library import Entry
+from ..core.service.host_interface import Active
+from ..core.service.jobs import Job, Pair
+from ..core.service.patch_library import Entry
+from ..core.service.progress_text import clock_time
 
 __all__ = ["active_table", "cards", "details", "notice", "outcome", "problem", "question", "report_frame", "state"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..core.errors import ModelError, TokenError
-from ..core.text import TextStates
-from ..core.unet import UNetSurvey
+from ..core.models.text_encoders import TextStates
+from ..core.models.unet import UNetSurvey
 
 __all__ = ["WebText", "literal"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError
+from ..core.service.host_interface import Host
+from ..core.service.patch_store import Desk, desk_of
 from . import page
-from .desk import Desk, desk_of
-from .interface import Host
 from .tab_evaluate import EvaluatePart
 from .tab_forget import ForgetPart
 from .tab_patches import PatchesPart

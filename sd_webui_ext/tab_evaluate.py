@@ -9,13 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from ..core.entries import split_list
 from ..core.errors import ForgetConceptError, RequestError
+from ..core.request.parsing import split_list
+from ..core.service.evaluate_job import ATTACKS, BENCHMARKS, FEWEST, Evaluating
+from ..core.service.forget_job import MOST_STRENGTH
+from ..core.service.jobs import Job
+from ..core.service.patch_store import Desk
 from . import page
-from .desk import Desk
-from .evaluating import ATTACKS, BENCHMARKS, FEWEST, Evaluating
-from .forgetting import MOST_STRENGTH
-from .jobs import Job
 
 __all__ = ["EvaluatePart"]
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import gradio as gr
 
-from ..core.concepts import KINDS, MAX_STRENGTH, ForgetRequest
 from ..core.errors import ForgetConceptError
-from ..core.fields import Widget, presets, widgets
-from ..core.methods import Method, all_methods
+from ..core.methods.base import Method
+from ..core.methods.registry import all_methods
+from ..core.request.concept import KINDS
+from ..core.request.request import MAX_STRENGTH, ForgetRequest
+from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, Forgetting
+from ..core.service.forms import Widget, presets, widgets
+from ..core.service.page_form import ROWS, Form, Line, recall, remember
+from ..core.service.patch_store import Desk
 from . import page
-from .desk import Desk
-from .forgetting import MOST_PAIRS, MOST_STRENGTH, Forgetting
-from .form import ROWS, Form, Line, recall, remember
 
 __all__ = ["ForgetPart"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError
+from ..core.service.forget_job import MOST_STRENGTH
+from ..core.service.patch_store import Desk
 from . import page
-from .desk import Desk
-from .forgetting import MOST_STRENGTH
 
 __all__ = ["PatchesPart"]
 

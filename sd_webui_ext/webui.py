@@ -22,11 +22,11 @@ from modules.ui_common import create_refresh_button as refresh_button
 
 from ..core.errors import Cancelled, ModelError, RequestError
 from ..core.mini.config import GUIDANCE, TEXT_WIDTH, UNET
-from ..core.mini.known import is_embedded
-from ..core.patch import Patch
+from ..core.mini.recognition import is_embedded
+from ..core.models.unet import UNetSurvey
+from ..core.patch.patch import Patch
 from ..core.progress import Progress, ProgressEvent
-from ..core.unet import UNetSurvey
-from .interface import Active, LoadedModel
+from ..core.service.host_interface import Active, LoadedModel
 
 __all__ = [
     "PLAIN",
@@ -51,7 +51,7 @@ def lora_extension() -> Any:
 
 
 class WebUI:
-    """The part of :class:`~.interface.Host` that is the same in every webui."""
+    """The part of :class:`Host` that is the same in every webui."""
 
     name = "webui"
 

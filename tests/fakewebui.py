@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import Cancelled, ModelError
-from forget_concept.core.patch import Patch, PatchHandle
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.patch.apply import PatchHandle
+from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import Progress, ProgressEvent
-from forget_concept.sd_webui_ext.interface import Active, LoadedModel
-from forget_concept.sd_webui_ext.settings import options
+from forget_concept.core.service.host_interface import Active, LoadedModel
+from forget_concept.core.service.options import options
 
 __all__ = ["FakeWebui"]
 

@@ -8,17 +8,18 @@ import pytest
 from tiny import flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Sampling, Subject, evaluate
 from forget_concept.core.evaluation.assess import Instruments, Measures, assess
 from forget_concept.core.evaluation.attacks import BUDGETS
-from forget_concept.core.evaluation.concept_bench import PROMPT_KINDS, load_bench
+from forget_concept.core.evaluation.bench.concept_bench import PROMPT_KINDS, load_bench
 from forget_concept.core.evaluation.report import report_dict, write_report
 from forget_concept.core.evaluation.weight_drift import weight_drift
-from forget_concept.core.inversion import InversionSettings
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.sequence import History
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.textual_inversion import InversionSettings
 
 SAMPLING = Sampling(steps=6, precision="float32")
 BRIEF = replace(

@@ -13,8 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, clip_parts, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
 
-from forget_concept.core.concepts import Concept
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, PatchError, RequestError, TokenError
 from forget_concept.core.evaluation import Sampling, Variant
 from forget_concept.core.evaluation.attacks import (
@@ -29,18 +27,21 @@ from forget_concept.core.evaluation.attacks import (
     attack_budget,
     run_attacks,
 )
+from forget_concept.core.evaluation.attacks.context import example_latents, with_hash_of
 from forget_concept.core.evaluation.attacks.denoising import denoising_losses, noised_rows
 from forget_concept.core.evaluation.attacks.discrete import Prefixes, _Search, discrete
-from forget_concept.core.evaluation.attacks.ground import example_latents, with_hash_of
 from forget_concept.core.evaluation.attacks.homoglyphs import LOOKALIKES, other_spellings, plain, spellings
 from forget_concept.core.evaluation.attacks.run import _tried
 from forget_concept.core.evaluation.attacks.soft_prompt import soft_prompt
-from forget_concept.core.guidance import SafetyGuidance
-from forget_concept.core.inversion import PLACEHOLDER
+from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
-from forget_concept.core.text import CLIPText, TextStates
-from forget_concept.core.training import borrowed
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.safe_guidance import SafetyGuidance
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_encoders import CLIPText, TextStates
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.textual_inversion import PLACEHOLDER
 
 TINY = AttackBudget("tiny", 4, 1, 2, 3, 2, 3, 2, 0.1, 3, 3, 4, 8, 4)
 SOME = ("discrete", "soft_prompt")

@@ -6,9 +6,14 @@ import pytest
 import torch
 from tiny import flags, rand, tiny_unet
 
-from forget_concept.core.attention import AttentionRecorder, attention_mass, attention_mass_reference, token_mask
 from forget_concept.core.errors import ForgetConceptError, TokenError
-from forget_concept.core.unet import survey
+from forget_concept.core.models.unet import survey
+from forget_concept.core.training.attention import (
+    AttentionRecorder,
+    attention_mass,
+    attention_mass_reference,
+    token_mask,
+)
 
 # (batch, pixels, tokens, heads, width of a head, columns); the last has more columns than a head is wide
 SHAPES = [(1, 16, 77, 4, 8, 1), (2, 9, 77, 8, 16, 3), (3, 64, 5, 1, 40, 5), (2, 7, 77, 2, 4, 13)]

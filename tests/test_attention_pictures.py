@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import flags, random_patch, state_hash, tiny_model
 
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
 from forget_concept.core.evaluation import Picture, Sampling
 from forget_concept.core.evaluation.attention_pictures import (
@@ -19,6 +18,7 @@ from forget_concept.core.evaluation.attention_pictures import (
     heat,
     overlay,
 )
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
 
 QUICK = Sampling(3, 3.0, 2, "float32")
 PICTURES = [Picture("a red star", 4), Picture("a big blue moonlight and a star", 5), Picture("a starfish", 6)]

@@ -19,16 +19,19 @@ import continual
 import harness
 import methods as bench
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import UNEDITED, Picture, Sampling, Subject, Variant, evaluate, wilson
-from forget_concept.core.methods import Inputs, fit
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE, find
 from forget_concept.core.mini.world import Labels
-from forget_concept.core.training import Deltas
-from forget_concept.core.unet import PROJECTIONS
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.unet import PROJECTIONS
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.adapters import Deltas
 
 QUICK = Sampling(steps=3, batch=16, precision="float32")
 

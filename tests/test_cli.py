@@ -19,7 +19,7 @@ from forget_concept.core import cli
 from forget_concept.core.cli import files, options
 from forget_concept.core.errors import ForgetConceptError, RequestError
 from forget_concept.core.formats import context_map, kohya
-from forget_concept.core.methods import all_methods
+from forget_concept.core.methods.registry import all_methods
 
 # -- the parser ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ def test_an_interruption_is_code_130_and_leaves_nothing(run, tiny, drawn, monkey
         "generate": ("--prompt", "x", "--out", "folder"),
         "evaluate": ("--patch", "p", "--out", "e.json", "--precision", "float32"),
     }[command]
-    monkeypatch.setattr("forget_concept.core.methods.fit", interrupted)
+    monkeypatch.setattr("forget_concept.core.methods.fit.fit", interrupted)
     monkeypatch.setattr(tiny, "sample", interrupted)
     monkeypatch.setattr(drawn, "sample", interrupted)
     before = flags(tiny.unet)

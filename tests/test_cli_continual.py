@@ -12,9 +12,9 @@ from tiny import flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core.cli import build_parser, options
 from forget_concept.core.cli.forget import read_request
-from forget_concept.core.continual import History
 from forget_concept.core.formats import context_map, kohya, load_patch
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.sequence import History
 
 FEW = ("--set", "contexts=false", "--set", "keep_common=false")
 QUICK = ("--method", "forget_me_not", *("--set", "steps=2", "--set", "latents=zeros", "--set", "lr=0.01"))

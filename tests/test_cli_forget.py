@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from test_methods import QUICK
 from tiny import flags, state_hash
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods import all_methods, fit
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 
 def test_forget_writes_the_patch_that_fit_makes(run, tiny):
@@ -164,7 +166,7 @@ def test_pictures_at_the_command_line(run, tiny, tmp_path):
 
 
 def test_an_interrupted_training_goes_on_from_its_work_folder(run, tiny, monkeypatch):
-    from forget_concept.core import training
+    from forget_concept.core.training import loop as training
 
     quick = ["forget", "--concept", "star", "--method", "forget_me_not", "--set", "steps=3", "--set", "latents=zeros"]
     assert run(*quick, "--out", "whole.safetensors") == 0

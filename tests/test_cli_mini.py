@@ -9,9 +9,9 @@ import jsonschema
 import pytest
 
 from forget_concept.core import cli
-from forget_concept.core.concepts import ForgetRequest
 from forget_concept.core.formats import load_patch
 from forget_concept.core.mini import load
+from forget_concept.core.request.request import ForgetRequest
 
 FRACTION = {"type": "number", "minimum": 0, "maximum": 2}  # a share of the unedited model's may lie above 1
 REPORT = {
@@ -152,7 +152,7 @@ def test_export_is_the_same_model_in_the_original_layout(tmp_path: Path):
     encoder = CLIPTextModel.from_pretrained(text_folder, torch_dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(encoder(ids)[0], text(ids)[0])
-    from forget_concept.core.formats.safe import read_safetensors
+    from forget_concept.core.files.safetensors_io import read_safetensors
 
     state, _ = read_safetensors(tmp_path / "models" / "forget-concept-mini.safetensors")
     parts = ldm.parts_from_checkpoint({name: tensor.float() for name, tensor in state.items()})

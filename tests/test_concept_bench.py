@@ -12,11 +12,9 @@ from drawn import asked
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forget_concept.core.concepts import KINDS, ForgetRequest
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import ListedPrompt, bench_cells, load_bench, read_prompts
-from forget_concept.core.evaluation.bench_questions import LISTED
-from forget_concept.core.evaluation.concept_bench import (
+from forget_concept.core.evaluation.bench.concept_bench import (
     BENCHES,
     PROMPT_KINDS,
     SCHEMA_PATH,
@@ -25,9 +23,12 @@ from forget_concept.core.evaluation.concept_bench import (
     names_in,
     says,
 )
+from forget_concept.core.evaluation.bench.questions import LISTED
 from forget_concept.core.evaluation.judges import WorldJudge
 from forget_concept.core.mini import vocabulary
 from forget_concept.core.mini.world import LABELS
+from forget_concept.core.request.concept import KINDS
+from forget_concept.core.request.request import ForgetRequest
 
 EMBEDDED, CHECKPOINTS = load_bench("embedded"), load_bench("checkpoints")
 NAMES = WorldJudge(None).names

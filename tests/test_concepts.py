@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forget_concept.core.concepts import (
-    KINDS,
-    SCHEMA_PATH,
-    Concept,
-    ForgetRequest,
-    _problems,
-    default_replacement,
-    normalised,
-    templates,
-)
 from forget_concept.core.errors import RequestError
+from forget_concept.core.request.concept import KINDS, Concept, default_replacement, normalised, templates
+from forget_concept.core.request.request import SCHEMA_PATH, ForgetRequest, _problems
 
 
 @pytest.mark.parametrize(

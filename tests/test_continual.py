@@ -12,15 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import WIDTH, TinyText, flags, rand, random_patch, state_hash, tiny_model
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History, Part
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.formats import context_map, kohya
-from forget_concept.core.methods import Inputs, all_methods, fit, get, resolve_settings
-from forget_concept.core.patch import LowRank, Patch
-from forget_concept.core.record import RECORD, read_record
-from forget_concept.core.requested import Asked, is_closed_form
-from forget_concept.core.training import Deltas, borrowed
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import all_methods, get
+from forget_concept.core.methods.sequence import History, Part
+from forget_concept.core.methods.sequence_rules import is_closed_form
+from forget_concept.core.patch.history import RECORD, Asked, read_record
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.settings import resolve_settings
+from forget_concept.core.training.adapters import Deltas
+from forget_concept.core.training.frozen import borrowed
 
 QUICK = {"steps": 2, "latents": "zeros", "batch_size": 2, "lr": 1e-2, "train": ("to_q", "to_k")}
 FEW = {"contexts": False, "keep_common": False}

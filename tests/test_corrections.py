@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import flags, rand, state_hash
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import RequestError, TokenError
-from forget_concept.core.material import KEPT
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.batches import KEPT
 
 QUICK = {"n_images": 2, "sample_steps": 1, "steps": 4, "batch_size": 4}
 BAT = {"unwanted": ["a wooden bat", "baseball bat"], "wanted": ["flying bat"]}

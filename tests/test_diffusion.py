@@ -7,8 +7,10 @@ import torch
 from tiny import TinyText, rand, tiny_model, tiny_unet
 from torch import nn
 
-from forget_concept.core.diffusion import DiffusersAutoencoder, LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ModelError, RequestError
+from forget_concept.core.models.autoencoders import DiffusersAutoencoder
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
 
 PROMPTS = ["a star", "a tree", "a star", "the moon on a hill"]
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forget_concept.core.concepts import KINDS, Concept
-from forget_concept.core.diversity import (
+from forget_concept.core.errors import RequestError
+from forget_concept.core.mini import vocabulary
+from forget_concept.core.prompts.pairs import (
     GRAMMAR_PATH,
     GRAMMARS,
     SPLITS,
@@ -22,8 +23,7 @@ from forget_concept.core.diversity import (
     mentions,
     prompt_pairs,
 )
-from forget_concept.core.errors import RequestError
-from forget_concept.core.mini import vocabulary
+from forget_concept.core.request.concept import KINDS, Concept
 
 NAMES = {"object": "umbrella", "style": "oil painting", "identity": "Lena Frost"}
 AUTHORS = 800  # prompts in arXiv 2412.07808

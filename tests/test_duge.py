@@ -9,18 +9,23 @@ import torch
 from ldm_unet import ldm_unet
 from tiny import TinyText, flags, rand, random_patch, state_hash, tiny_model
 
-from forget_concept.core.attention import AttentionRecorder
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
-from forget_concept.core.gradients import kept_basis
-from forget_concept.core.methods import Inputs, fit, resolve_settings
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.duge import DUGE, MEMORY, DugeSettings, drift_from_base, site_matching
-from forget_concept.core.patch import Patch
-from forget_concept.core.site_outputs import SiteRecorder, attention_map, sampled, site_map, site_output
-from forget_concept.core.training import Deltas, borrowed
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.sequence import History
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.settings import resolve_settings
+from forget_concept.core.training.activations import SiteRecorder, attention_map, sampled, site_map, site_output
+from forget_concept.core.training.adapters import Deltas
+from forget_concept.core.training.attention import AttentionRecorder
+from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.gradients import kept_basis
 
 STAR = (Concept("star", replacement="circle"),)
 QUICK = {

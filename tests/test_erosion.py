@@ -13,15 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ForgetConceptError, PatchError, RequestError
 from forget_concept.core.evaluation import PATCHED, Drawings, Sampling, Subject, evaluate, kept_questions
 from forget_concept.core.evaluation.erosion import erosion
 from forget_concept.core.evaluation.weight_drift import change_norm, weight_drift
+from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
-from forget_concept.core.patch import LowRank, Patch
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 QUICK = Sampling(steps=3, batch=16, precision="float32")
 

@@ -8,9 +8,12 @@ import math
 
 import pytest
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import RequestError
-from forget_concept.core.fields import (
+from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.settings import resolve_settings
+from forget_concept.core.service.forms import (
     ABOUT,
     MethodSettings,
     presets,
@@ -20,7 +23,6 @@ from forget_concept.core.fields import (
     widgets,
     with_settings,
 )
-from forget_concept.core.methods import all_methods, resolve_settings
 
 METHODS = [pytest.param(method, id=name) for name, method in all_methods().items()]
 

@@ -9,14 +9,8 @@ import torch
 from tiny import flags, rand, state_hash, tiny_model
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError
-from forget_concept.core.fisher import (
-    FisherSettings,
-    FisherSum,
-    fisher_information,
-    fisher_key,
-    square_of_sum,
-)
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.training.fisher import FisherSettings, FisherSum, fisher_information, fisher_key, square_of_sum
 
 PROMPTS = ["a photo of a star", "a blue house"]
 

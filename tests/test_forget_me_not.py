@@ -7,19 +7,23 @@ import torch
 from tiny import TinyText, clip_parts, flags, rand, state_hash, tiny_model, tiny_unet
 from torch import Tensor
 
-from forget_concept.core.attention import AttentionRecorder, attention_mass, token_mask
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
+from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.formats import kohya
-from forget_concept.core.losses import attention_resteering
-from forget_concept.core.material import Material, Sampling
-from forget_concept.core.methods import Inputs, fit
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
-from forget_concept.core.text import CLIPText, token_positions
-from forget_concept.core.training import Deltas
-from forget_concept.core.unet import PROJECTIONS
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_encoders import CLIPText
+from forget_concept.core.models.token_positions import token_positions
+from forget_concept.core.models.unet import PROJECTIONS
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.adapters import Deltas
+from forget_concept.core.training.attention import AttentionRecorder, attention_mass, token_mask
+from forget_concept.core.training.batches import Material, Sampling
+from forget_concept.core.training.losses import attention_resteering
 
 QUICK = {"latents": "zeros", "steps": 3, "batch_size": 2}
 

@@ -12,13 +12,15 @@ from configs import SDXL
 from safetensors.torch import load_file, save_file
 from tiny import forward, rand, random_patch, tiny_unet
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import PatchError
+from forget_concept.core.files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from forget_concept.core.formats import context_map, kohya, load_patch
-from forget_concept.core.formats.safe import read_metadata, read_safetensors, write_safetensors
-from forget_concept.core.methods import fit
-from forget_concept.core.patch import LowRank, Patch
-from forget_concept.core.unet import survey
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.models.unet import survey
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 
 def same(first: Patch, second: Patch, **tolerance) -> None:
@@ -298,7 +300,7 @@ def test_writing_is_whole_or_not_at_all(patch, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forget_concept.core.formats.safe.os.replace", interrupted)
+    monkeypatch.setattr("forget_concept.core.files.safetensors_io.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kohya.save(patch, path)
     monkeypatch.undo()

@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import rand, tiny_model
 
-from forget_concept.core import gradients
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import ForgetConceptError
-from forget_concept.core.gradients import (
+from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
+from forget_concept.core.mini.vocabulary import CATEGORIES
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training import gradients
+from forget_concept.core.training.gradients import (
     MARGIN,
     blind_projection,
     inner_products,
@@ -25,8 +28,6 @@ from forget_concept.core.gradients import (
     project_step,
     restricted_gradient,
 )
-from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
-from forget_concept.core.mini.vocabulary import CATEGORIES
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

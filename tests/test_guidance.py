@@ -26,8 +26,8 @@ from forget_concept.core.evaluation import (
     evaluate,
     target_questions,
 )
-from forget_concept.core.guidance import SAFETY, SafetyGuidance, SafetySettings, safety_term
 from forget_concept.core.mini.vocabulary import NONE
+from forget_concept.core.models.safe_guidance import SAFETY, SafetyGuidance, SafetySettings, safety_term
 
 STAR = SafetyGuidance("a star")
 numbers = st.floats(-2, 2, allow_subnormal=False, width=32)

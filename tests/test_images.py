@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import tiny_model
 
 from forget_concept.core.errors import ModelError, RequestError
-from forget_concept.core.images import check_images, fit_images, load_images, picture_size
+from forget_concept.core.models.images import check_images, fit_images, load_images, picture_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SIZE = (64, 64)

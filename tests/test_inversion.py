@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny import TinyText, clip_parts, flags, rand, state_hash, tiny_unet
 
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, RequestError, TokenError
-from forget_concept.core.inversion import InversionSettings, InvertedText, invert, with_vectors
-from forget_concept.core.text import CLIPText, SDXLText, TextStates, end_position, tail_positions, token_positions
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_encoders import CLIPText, SDXLText, TextStates
+from forget_concept.core.models.token_positions import end_position, tail_positions, token_positions
+from forget_concept.core.training.textual_inversion import InversionSettings, InvertedText, invert, with_vectors
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from forget_concept.core.evaluation import (
     load_bench,
 )
 from forget_concept.core.evaluation import drawing as drawing_module
-from forget_concept.core.evaluation.bench import run_bench
+from forget_concept.core.evaluation.bench.run import run_bench
 from forget_concept.core.evaluation.judges import NOTHING, TEMPLATES
 from forget_concept.core.evaluation.metrics import zero_shot
 from forget_concept.core.evaluation.spread import ALONE, Spread

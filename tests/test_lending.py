@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from forget_concept.core.errors import ModelError
-from forget_concept.core.lending import check_channels, without_checkpointing
+from forget_concept.core.models.host_weights import check_channels, without_checkpointing
 
 
 def test_latents_that_are_only_a_part_of_what_a_unet_takes_are_refused_in_words() -> None:

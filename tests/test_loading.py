@@ -10,12 +10,13 @@ from ldm_unet import ldm_unet
 from safetensors.torch import save_file
 from tiny import clip_parts, rand, tiny_unet
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import ModelError
-from forget_concept.core.loading import from_pipeline, load_model
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.ldm import autoencoder_to_ldm
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.loading import from_pipeline, load_checkpoint
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def folder(pipeline, tmp_path):
 
 
 def test_a_diffusers_folder(pipeline, folder):
-    model = load_model(folder)
+    model = load_checkpoint(folder)
     assert (model.name, model.prediction_type, model.latent_shape) == ("tiny-model", "v_prediction", (4, 8, 8))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -72,8 +73,8 @@ def test_a_diffusers_folder(pipeline, folder):
     torch.testing.assert_close((model.decode(latents) + 1) / 2, theirs, atol=1e-4, rtol=1e-3)
     patch = fit(model, ForgetRequest((Concept("star", replacement="tree"),)))
     assert patch.metadata["forget_concept.base_name"] == "tiny-model"
-    assert load_model(folder, clip_skip=2).text.layer != model.text.layer
-    assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_checkpoint(folder, clip_skip=2).text.layer != model.text.layer
+    assert load_checkpoint(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_an_sdxl_shaped_folder(folder, tmp_path):
@@ -87,14 +88,14 @@ def test_an_sdxl_shaped_folder(folder, tmp_path):
         projection_class_embeddings_input_dim=16 + 6 * 8,
     )
     unet.save_pretrained(folder / "unet")
-    model = load_model(folder)
+    model = load_checkpoint(folder)
     assert model.sample(["a star"], [1], steps=1).shape == (1, 4, 8, 8)
     assert model.survey.context_dim == 64
 
 
 def test_half_precision_variants(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "m", variant="fp16")
-    assert len(load_model(tmp_path / "m").survey) == 11
+    assert len(load_checkpoint(tmp_path / "m").survey) == 11
 
 
 def test_pipelines_are_shared(pipeline):
@@ -104,19 +105,19 @@ def test_pipelines_are_shared(pipeline):
 
 def test_refusals_in_words(folder, tmp_path):
     with pytest.raises(ModelError, match=r"no model 'nothing'.*'mini'"):
-        load_model("nothing")
+        load_checkpoint("nothing")
     for name in ("old.ckpt", "old.pt"):
         with pytest.raises(ModelError, match="pickle"):
-            load_model(tmp_path / name)
+            load_checkpoint(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="no folder 'unet'"):
-        load_model(tmp_path / "empty")
+        load_checkpoint(tmp_path / "empty")
     torch.save({"a": torch.zeros(1)}, tmp_path / "hidden.safetensors")
     with pytest.raises(ModelError, match="pickle"):
-        load_model(tmp_path / "hidden.safetensors")
+        load_checkpoint(tmp_path / "hidden.safetensors")
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ModelError, match="not a whole checkpoint"):
-        load_model(tmp_path / "lora.safetensors")
+        load_checkpoint(tmp_path / "lora.safetensors")
 
 
 def test_damaged_folders_are_said(folder):
@@ -124,21 +125,21 @@ def test_damaged_folders_are_said(folder):
     data = weights.read_bytes()
     weights.write_bytes(data[:1000])
     with pytest.raises(ModelError, match="unet' cannot be loaded"):
-        load_model(folder)
+        load_checkpoint(folder)
     weights.unlink()
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(data)
     with pytest.raises(ModelError, match="only as a pickle"):
-        load_model(folder)
+        load_checkpoint(folder)
     (folder / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(ModelError, match="noise schedule"):
-        load_model(folder)
+        load_checkpoint(folder)
 
 
 def test_inpainting_models_are_refused(folder):
     unet = tiny_unet(in_channels=9)
     unet.save_pretrained(folder / "unet")
     with pytest.raises(ModelError, match="9 channels"):
-        load_model(folder)
+        load_checkpoint(folder)
 
 
 def test_a_single_file_without_its_configuration_is_said(tmp_path, monkeypatch):
@@ -146,7 +147,7 @@ def test_a_single_file_without_its_configuration_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=r"x\.safetensors' cannot be loaded"):
-        load_model(tmp_path / "x.safetensors", config=tmp_path)
+        load_checkpoint(tmp_path / "x.safetensors", config=tmp_path)
 
 
 def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
@@ -161,7 +162,7 @@ def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
     vae = autoencoder_to_ldm(pipeline.vae.state_dict(), pipeline.vae.config)
     state |= {f"first_stage_model.{k}": v for k, v in vae.items()}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "single.safetensors")
-    model = load_model(tmp_path / "single.safetensors", config=folder)
+    model = load_checkpoint(tmp_path / "single.safetensors", config=folder)
     assert model.name == "single"
     for site in model.survey:
         assert torch.equal(site.projection("to_k").weight, unet.get_submodule(site.ldm_name).to_k.weight)

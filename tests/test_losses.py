@@ -7,7 +7,7 @@ import torch
 from tiny import rand
 
 from forget_concept.core.errors import ForgetConceptError
-from forget_concept.core.losses import attention_resteering, noise_matching
+from forget_concept.core.training.losses import attention_resteering, noise_matching
 
 SHAPES = [(2, 4, 16, 3), (2, 8, 4, 3), (1, 1, 1, 1)]
 

@@ -13,21 +13,18 @@ from scipy.spatial.distance import cosine
 from sklearn.metrics import roc_auc_score
 from tiny import TinyText, clip_parts, flags, rand, random_patch, state_hash, tiny_unet
 
-from forget_concept.core.concepts import Concept, ForgetRequest, templates
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
 from forget_concept.core.evaluation import m_score as module
-from forget_concept.core.evaluation.m_score import (
-    SPACES,
-    concept_latents,
-    m_score,
-    quick_inversion,
-    similarities,
-)
-from forget_concept.core.inversion import InversionSettings
+from forget_concept.core.evaluation.m_score import SPACES, concept_latents, m_score, quick_inversion, similarities
+from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.mini.vocabulary import CATEGORIES
-from forget_concept.core.text import CLIPText, end_position
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_encoders import CLIPText
+from forget_concept.core.models.token_positions import end_position
+from forget_concept.core.request.concept import Concept, templates
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.textual_inversion import InversionSettings
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -333,7 +330,7 @@ def test_the_measured_table_separates_forgotten_from_kept():
 @pytest.mark.long
 def test_a_forgotten_concepts_score_drops_and_a_kept_ones_does_not(tmp_path):
     from forget_concept.core import mini
-    from forget_concept.core.methods import fit
+    from forget_concept.core.methods.fit import fit
 
     model, workspace = mini.load(), Workspace(tmp_path)
     heart, tree = Concept("heart", "object", "circle"), Concept("tree", "object")

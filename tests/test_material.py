@@ -8,12 +8,15 @@ import pytest
 import torch
 from tiny import TinyText, rand, tiny_model
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import Cancelled, RequestError, TokenError
-from forget_concept.core.material import KEPT, Material, Sampling, said_instead, target_prompt
-from forget_concept.core.methods import Inputs, fit
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.prompts.phrases import said_instead
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.batches import KEPT, Material, Sampling, target_prompt
 
 
 def material(model, texts=("a star", "the star", "star"), kept=("", "a tree", "a boat"), seed=0, **more):

@@ -11,12 +11,17 @@ import pytest
 import torch
 from tiny import flags, state_hash
 
-from forget_concept.core import methods
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
 from forget_concept.core.formats import kohya
-from forget_concept.core.methods import Inputs, all_methods, fit, get, register, resolve_settings
-from forget_concept.core.patch import LowRank, Patch
+from forget_concept.core.methods import registry as methods
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import all_methods, get, register
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.settings import resolve_settings
 
 TRAINED = {"steps": 2, "n_images": 1, "sample_steps": 1}
 QUICK = {
@@ -144,11 +149,14 @@ def test_the_core_needs_no_extras():
         "        if name.split('.')[0] in {'diffusers', 'transformers', 'PIL', 'jsonschema', 'rich', 'peft'}:\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from forget_concept.core import attention, concepts, diffusion, formats, loading, losses, methods, training\n"
-        "assert len(methods.all_methods()) >= 2\n"
+        "from forget_concept.core import api, formats, models, training\n"
+        "from forget_concept.core.errors import ModelError\n"
+        "from forget_concept.core.methods import fit, registry\n"
+        "from forget_concept.core.training import attention, losses, loop\n"
+        "assert len(registry.all_methods()) >= 2\n"
         "try:\n"
-        "    loading.load_model('.')\n"
-        "except loading.ModelError as error:\n"
+        "    api.load_model('.')\n"
+        "except ModelError as error:\n"
         "    assert 'pip install diffusers' in str(error)\n"
         "else:\n"
         "    sys.exit(1)\n"

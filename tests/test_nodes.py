@@ -13,23 +13,18 @@ import pytest
 import torch
 
 import forget_concept
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History
 from forget_concept.core.errors import ModelError, PatchError, RequestError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Example, Score, Scores, Seen, load_bench
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
-from forget_concept.core.fields import (
-    widgets,
-)
-from forget_concept.core.methods import all_methods
+from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.world import Labels
-from forget_concept.core.record import read_record
-from forget_concept.nodes import help_pages
-from forget_concept.nodes.fields import node_id
-from forget_concept.nodes.lora_state import LoraState, patch_of, state_of
-from forget_concept.nodes.measuring import (
+from forget_concept.core.patch.history import read_record
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.service.evaluation_text import (
     attention_sheet,
     attention_words,
     evaluation_words,
@@ -38,6 +33,10 @@ from forget_concept.nodes.measuring import (
     questions,
     sheet,
 )
+from forget_concept.core.service.forms import widgets
+from forget_concept.nodes import help_pages
+from forget_concept.nodes.fields import node_id
+from forget_concept.nodes.lora_state import LoraState, patch_of, state_of
 
 ROOT = Path(forget_concept.__file__).parent
 METHODS = [pytest.param(method, id=name) for name, method in all_methods().items()]

@@ -83,15 +83,15 @@ def test_the_wheel_holds_the_tree_byte_for_byte(wheel):
     assert set(inside) == set(expected)
     different = [name for name, source in expected.items() if inside[name] != (ROOT / source).read_bytes()]
     assert not different
-    for needed in ("core/request.schema.json", "core/cli/__init__.py", "nodes/host/__init__.py"):
+    for needed in ("core/request/request.schema.json", "core/cli/__init__.py", "nodes/host/__init__.py"):
         assert f"forget_concept/{needed}" in inside
 
 
 def test_the_wheel_works_where_there_is_no_tree(unpacked, tmp_path):
     code = (
         "import forget_concept, forget_concept.core.evaluation\n"
-        "from forget_concept.core.concepts import SCHEMA_PATH\n"
-        "from forget_concept.core.methods import all_methods\n"
+        "from forget_concept.core.request.request import SCHEMA_PATH\n"
+        "from forget_concept.core.methods.registry import all_methods\n"
         "from forget_concept.core.mini.files import weights_folder\n"
         "SCHEMA_PATH.read_text(encoding='utf-8'); assert all_methods()\n"
         "print(forget_concept.__file__, weights_folder())"
@@ -111,7 +111,7 @@ class Absent:
         if name.partition(".")[0] in {"torch", "numpy", "comfy", "comfy_api", "modules", "diffusers", "transformers"}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Absent())
-import forget_concept, forget_concept.core, forget_concept.core.concepts
+import forget_concept, forget_concept.core, forget_concept.core.request.request
 from forget_concept.core import cli
 sys.exit(cli.main(["methods"]))
 """

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import flags, rand, state_hash, tiny_model
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, RequestError
-from forget_concept.core.material import Material, Sampling, target_prompt
-from forget_concept.core.methods import Inputs, fit
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.selective_amnesia import (
     SelectiveAmnesia,
     SelectiveAmnesiaObjective,
@@ -20,8 +20,11 @@ from forget_concept.core.methods.selective_amnesia import (
     fisher_prompts,
     scaled_fisher,
 )
-from forget_concept.core.training import Deltas, TrainingSettings, train
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.training.adapters import Deltas
+from forget_concept.core.training.batches import Material, Sampling, target_prompt
+from forget_concept.core.training.loop import TrainingSettings, train
 
 QUICK = {
     "steps": 2,

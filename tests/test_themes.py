@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from forget_concept.core.concepts import ForgetRequest
 from forget_concept.core.errors import RequestError
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini import vocabulary
-from forget_concept.core.themes import THEMES, theme
+from forget_concept.core.prompts.themes import THEMES, theme
+from forget_concept.core.request.request import ForgetRequest
 
 
 @pytest.mark.parametrize("name", THEMES)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from tiny import flags, forward, rand, state_hash, tiny_model
 
-from forget_concept.core import training
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, RequestError
-from forget_concept.core.losses import noise_matching
-from forget_concept.core.patch import LowRank, Patch
-from forget_concept.core.training import Checkpoint, Deltas, Term, TrainingSettings, borrowed, train
-from forget_concept.core.workspace import Workspace
+from forget_concept.core.files.workspace import Workspace
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.training import loop as training
+from forget_concept.core.training.adapters import Deltas
+from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.loop import Checkpoint, Term, TrainingSettings, train
+from forget_concept.core.training.losses import noise_matching
 
 
 def seeded(seed=0):

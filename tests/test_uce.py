@@ -10,9 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, state_hash, tiny_model
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import RequestError, TokenError
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.uce import (
     UCE,
     Columns,
@@ -23,6 +22,8 @@ from forget_concept.core.methods.uce import (
     gram_of,
     solve_context_map,
 )
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 # the published equation and nothing else: no everyday words, no contexts, nothing cut off
 PLAIN = {"ridge": 0.01, "contexts": False, "keep_common": False, "tolerance": 1e-6}

@@ -11,9 +11,10 @@ from ldm_unet import ldm_unet, ldm_unet_class
 from tiny import WIDTH, TinyText, rand, tiny_unet, tiny_unet_config
 from torch import nn
 
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
 from forget_concept.core.errors import ModelError
-from forget_concept.core.unet import PROJECTIONS, canonical_from_ldm, ldm_from_canonical, survey
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.unet import PROJECTIONS, canonical_from_ldm, ldm_from_canonical, survey
 
 
 def on_meta(config):

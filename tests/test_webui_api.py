@@ -20,15 +20,17 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import RequestError
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods import all_methods, fit
-from forget_concept.core.patch import Patch
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.service.patch_store import desk_of
+from forget_concept.core.service.uploads import MOST_BYTES, MOST_IMAGES, Uploads
 from forget_concept.sd_webui_ext.api import LARGE_BODY, PREFIX, SMALL_BODY, mount
-from forget_concept.sd_webui_ext.desk import desk_of
-from forget_concept.sd_webui_ext.uploads import MOST_BYTES, MOST_IMAGES, Uploads
 
 STAR = ForgetRequest((Concept("star", "object", "circle"),), preserve=("moon", "heart"))
 

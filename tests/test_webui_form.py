@@ -12,16 +12,17 @@ import pytest
 import torch
 from fakewebui import FakeWebui
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import RequestError
-from forget_concept.core.fields import filled, presets, widgets
-from forget_concept.core.methods import all_methods
+from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.service.forms import filled, presets, widgets
+from forget_concept.core.service.host_interface import Active
+from forget_concept.core.service.jobs import Job, Outcome, Pair
+from forget_concept.core.service.options import Settings, options
+from forget_concept.core.service.page_form import ROWS, Form, Line, recall, remember
+from forget_concept.core.service.patch_library import Entry
 from forget_concept.sd_webui_ext import page
-from forget_concept.sd_webui_ext.form import ROWS, Form, Line, recall, remember
-from forget_concept.sd_webui_ext.interface import Active
-from forget_concept.sd_webui_ext.jobs import Job, Outcome, Pair
-from forget_concept.sd_webui_ext.library import Entry
-from forget_concept.sd_webui_ext.settings import Settings, options
 
 METHODS = [pytest.param(method, id=name) for name, method in all_methods().items()]
 EVIL = "<img src=x onerror=alert(1)>\"'&"

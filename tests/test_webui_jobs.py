@@ -15,19 +15,20 @@ import torch
 from fakewebui import FakeWebui
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.diffusion import LatentDiffusion
 from forget_concept.core.errors import ForgetConceptError, ModelError, RequestError
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods import fit
-from forget_concept.core.patch import Patch
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import Progress, ProgressEvent
-from forget_concept.sd_webui_ext.desk import Desk
-from forget_concept.sd_webui_ext.errors import Busy, Missing
-from forget_concept.sd_webui_ext.evaluating import Evaluating
-from forget_concept.sd_webui_ext.forgetting import Forgetting, asked_pictures
-from forget_concept.sd_webui_ext.interface import LoadedModel
-from forget_concept.sd_webui_ext.jobs import Job, Outcome
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.service.errors import Busy, Missing
+from forget_concept.core.service.evaluate_job import Evaluating
+from forget_concept.core.service.forget_job import Forgetting, asked_pictures
+from forget_concept.core.service.host_interface import LoadedModel
+from forget_concept.core.service.jobs import Job, Outcome
+from forget_concept.core.service.patch_store import Desk
 
 STAR = ForgetRequest((Concept("star", "object", "circle"),), preserve=("moon", "heart"))
 
@@ -108,7 +109,7 @@ def test_a_job_is_told_step_by_step(desk: Desk, steps: Steps) -> None:
 def test_the_time_left_is_that_of_the_part(model: LatentDiffusion, tmp_path: Path) -> None:
     """Ten seconds a step: three steps of a part are left after the second, whatever came before."""
     now = [0.0]
-    from forget_concept.sd_webui_ext.jobs import Jobs
+    from forget_concept.core.service.jobs import Jobs
 
     jobs = Jobs(FakeWebui(model, tmp_path), clock=lambda: now[0])
     seen: list[float | None] = []

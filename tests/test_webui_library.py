@@ -13,13 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
+from forget_concept.core.files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from forget_concept.core.formats import context_map, kohya
-from forget_concept.core.formats.safe import read_metadata, read_safetensors, write_safetensors
-from forget_concept.core.patch import LowRank, Patch
-from forget_concept.sd_webui_ext.errors import Missing
-from forget_concept.sd_webui_ext.library import Library
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.service.errors import Missing
+from forget_concept.core.service.patch_library import Library
 
 KEYS = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -268,7 +270,7 @@ def test_a_file_where_the_folder_should_be_is_told(library: Library, folder: Pat
 
 
 def test_a_save_that_breaks_off_leaves_nothing(library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forget_concept.sd_webui_ext import library as module
+    from forget_concept.core.service import patch_library as module
 
     def full(*_: object) -> None:
         raise ForgetConceptError("There is no space left.")

@@ -8,16 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forget_concept.core.concepts import Concept, ForgetRequest
-from forget_concept.core.continual import History
-from forget_concept.core.entries import request_from_words, split_list, takes_back
 from forget_concept.core.errors import ForgetConceptError, RequestError
-from forget_concept.core.methods import fit
-from forget_concept.core.naming import fresh_file, patch_name
-from forget_concept.core.patch import Patch
+from forget_concept.core.files.names import fresh_file, patch_name
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.sequence import History
+from forget_concept.core.patch.history import takes_back
+from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import ProgressEvent
-from forget_concept.core.story import Story
-from forget_concept.core.words import about_patch, base_words, concepts_in, report, share_words
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.parsing import request_from_words, split_list
+from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.service.progress_text import Story
+from forget_concept.core.service.summaries import about_patch, base_words, concepts_in, report, share_words
 
 
 def request(**more) -> ForgetRequest:

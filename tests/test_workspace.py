@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forget_concept.core.errors import PatchError, RequestError
-from forget_concept.core.workspace import Workspace, key_of
+from forget_concept.core.files.workspace import Workspace, key_of
 
 
 def test_tensors_and_words_come_back_as_they_were(tmp_path):

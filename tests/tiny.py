@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forget_concept.core.diffusion import LatentDiffusion, sd_alphas_cumprod
-from forget_concept.core.patch import LowRank, Patch
-from forget_concept.core.text import TextStates
-from forget_concept.core.unet import PROJECTIONS, UNetSurvey
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_encoders import TextStates
+from forget_concept.core.models.unet import PROJECTIONS, UNetSurvey
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
 
 WIDTH = 32
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..concepts import KINDS, ForgetRequest, bare
 from ..errors import RequestError
+from ..request.concept import KINDS, bare
+from ..request.request import ForgetRequest
 from . import options
 from .console import Console
 from .evaluate import SPOKEN, concepts_of
@@ -16,13 +17,13 @@ from .files import check_writable
 from .forget import setting
 
 if TYPE_CHECKING:
-    from ..diffusion import LatentDiffusion
-    from ..evaluation.bench import BenchRow, Patches
-    from ..evaluation.concept_bench import BenchConcept, ConceptBench
+    from ..evaluation.bench.concept_bench import BenchConcept, ConceptBench
+    from ..evaluation.bench.prompt_lists import ListedPrompt
+    from ..evaluation.bench.run import BenchRow, Patches
     from ..evaluation.drawing import Sampling
-    from ..evaluation.prompt_lists import ListedPrompt
     from ..evaluation.spread import Spread
-    from ..patch import Patch
+    from ..models.latent_diffusion import LatentDiffusion
+    from ..patch.patch import Patch
     from ..progress import Progress
 
 HELP = "measure a method or a patch on a whole list of concepts (ConceptBench)"
@@ -89,14 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from ..evaluation.bench import run_bench
-    from ..evaluation.bench_questions import bench_cells
-    from ..evaluation.bench_results import BenchResults, check_results, means
-    from ..evaluation.concept_bench import load_bench
+    from ..evaluation.bench.concept_bench import load_bench
+    from ..evaluation.bench.questions import bench_cells
+    from ..evaluation.bench.results import BenchResults, check_results, means
+    from ..evaluation.bench.run import run_bench
     from ..evaluation.drawing import Drawings
     from ..evaluation.scores import BASELINES, UNEDITED
     from ..evaluation.spread import launched
-    from ..workspace import key_of
+    from ..files.workspace import key_of
 
     # what can be refused is refused before a model is loaded
     if bool(args.patch) == bool(args.method):
@@ -191,7 +192,8 @@ def request_for(concept: BenchConcept, args: argparse.Namespace) -> ForgetReques
 
     Raises :class:`RequestError` where it cannot be meant.
     """
-    from ..methods import get, resolve_settings
+    from ..methods.registry import get
+    from ..request.settings import resolve_settings
 
     request = ForgetRequest(
         (concept.concept,),
@@ -208,7 +210,7 @@ def request_for(concept: BenchConcept, args: argparse.Namespace) -> ForgetReques
 
 def read_lists(given: Sequence[str], bench: ConceptBench) -> dict[str, tuple[ListedPrompt, ...]]:
     """``NAME=FILE[#COLUMN]``: the lists' prompts by concept. Raises :class:`RequestError` in words."""
-    from ..evaluation.prompt_lists import read_prompts
+    from ..evaluation.bench.prompt_lists import read_prompts
 
     found: dict[str, tuple[ListedPrompt, ...]] = {}
     for text in given:
@@ -242,7 +244,7 @@ def choose(bench: ConceptBench, names: Sequence[str] | None, categories: Sequenc
 
 def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> Sampling:
     """How to draw. Where earlier results say in which precision, in that one; ``auto`` is timed on an empty file."""
-    from ..evaluation.bench_results import settings_in
+    from ..evaluation.bench.results import settings_in
 
     earlier = settings_in(args.out) if args.out is not None and args.precision == "auto" else None
     if earlier is not None:
@@ -252,7 +254,7 @@ def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> Sampling:
 
 def what_is_measured(args: argparse.Namespace, patches: Sequence[tuple[Patch, float]]) -> dict[str, Any]:
     """The patches or the method, as they stand among the settings of the results."""
-    from ..workspace import key_of
+    from ..files.workspace import key_of
 
     if args.method:
         return {"method": args.method, "preset": args.preset, "method_settings": dict(map(setting, args.set or ()))}
@@ -271,7 +273,7 @@ def what_is_measured(args: argparse.Namespace, patches: Sequence[tuple[Patch, fl
 
 def forgotten(model: LatentDiffusion, request: ForgetRequest, spread: Spread, progress: Progress) -> Patches:
     """What the method makes of the request: worked out by one process, for all of them."""
-    from ..methods import fit
+    from ..methods.fit import fit
 
     return ((spread.from_main(lambda: fit(model, request, progress)), 1.0),)
 
@@ -287,7 +289,7 @@ def variants_in(rows: Sequence[BenchRow]) -> list[str]:
 
 def show(rows: Sequence[BenchRow], title: str, console: Console) -> None:
     """The means by category and over all, a row a variant; a part that no row has is left out."""
-    from ..evaluation.bench_results import means
+    from ..evaluation.bench.results import means
 
     groups = {kind: [row for row in rows if row.category == kind] for kind in KINDS}
     groups = {kind: found for kind, found in groups.items() if found}

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..concepts import Concept, ForgetRequest
+from ..request.concept import Concept
+from ..request.request import ForgetRequest
 from . import options
 from .console import Console
 from .evaluate import show
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.pictures import before_after
     from ..evaluation.report import PatchFacts, Provenance, Report, grids, write_report
     from ..formats import kohya
-    from ..methods import fit, get, resolve_settings
+    from ..methods.fit import fit
+    from ..methods.registry import get
+    from ..request.settings import resolve_settings
 
     asked = requests(args.method, args.preset)
     for request in asked:

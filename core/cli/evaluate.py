@@ -16,7 +16,7 @@ from .files import check_writable, write_json, write_picture
 if TYPE_CHECKING:
     from ..evaluation import Evaluation, Score
     from ..evaluation.report import Report
-    from ..patch import Patch
+    from ..patch.patch import Patch
 
 HELP = "measure what a patch forgot, what it kept and whether it comes back"
 EXPLAINED = (
@@ -80,11 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation import known_concept
     from ..evaluation.assess import Measures, assess
-    from ..evaluation.concept_bench import load_bench
+    from ..evaluation.bench.concept_bench import load_bench
     from ..evaluation.pictures import before_after
     from ..evaluation.report import write_report
     from ..evaluation.scores import BASELINES, UNEDITED
-    from ..workspace import Workspace
+    from ..files.workspace import Workspace
 
     bench = None
     if args.bench or args.model != "mini":

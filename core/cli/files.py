@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import check_folder, check_writable, make_folder, write_bytes, write_json
+from ..files.writing import check_folder, check_writable, make_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

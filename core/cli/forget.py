@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..concepts import KINDS, Concept, ForgetRequest, normalised
 from ..errors import RequestError
+from ..request.concept import KINDS, Concept, normalised
+from ..request.request import ForgetRequest
 from . import options
 from .console import Console
 from .files import check_writable
 
 if TYPE_CHECKING:
-    from ..patch import Patch
-    from ..requested import Asked
+    from ..patch.history import Asked
+    from ..patch.patch import Patch
 
 HELP = "make a patch that forgets one or several concepts"
 FROM_FLAGS = ("concept", "kind", "replacement", "image", "preserve", "method", "preset", "set", "strength", "seed")
@@ -84,12 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from ..continual import History
+    from ..files.safetensors_io import read_metadata
+    from ..files.workspace import Workspace
     from ..formats import context_map, kohya, load_patch
-    from ..formats.safe import read_metadata
-    from ..methods import Inputs, fit, get, resolve_settings
-    from ..record import read_record
-    from ..workspace import Workspace
+    from ..methods.base import Inputs
+    from ..methods.fit import fit
+    from ..methods.registry import get
+    from ..methods.sequence import History
+    from ..methods.sequence_rules import next_request
+    from ..patch.history import read_record
+    from ..request.settings import resolve_settings
 
     request = read_request(args)
     # what can be refused is refused before a model is loaded
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     together = request.concepts
     if args.onto is not None:
         record = read_record(read_metadata(args.onto))
-        record.check(request)
+        next_request(record.parts, request)
         together = record.concepts + together
     elif args.max_rank is not None:
         raise RequestError("--max-rank bounds a patch of several requests: give --onto, or set the method's own rank.")

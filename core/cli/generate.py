@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.drawing import Picture, Variant, draw
     from ..evaluation.pictures import contact_sheet, to_image
+    from ..models.token_positions import end_position
     from ..progress import ProgressEvent
-    from ..text import end_position
 
     out: Path = args.out
     one_file = out.suffix.lower() == ".png"

@@ -14,7 +14,8 @@ from .console import Console
 from .forget import spoken
 
 if TYPE_CHECKING:
-    from ..patch import LowRank, Patch
+    from ..patch.low_rank import LowRank
+    from ..patch.patch import Patch
 
 HELP = "show what a patch holds and, with --model, whether it fits"
 PREFIX = "forget_concept."
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from ..files.safetensors_io import read_metadata
     from ..formats import context_map, kohya, load_patch
-    from ..formats.safe import read_metadata
 
     raw = read_metadata(args.file)
     kind = "context_map" if raw.get(PREFIX + "format") == "context_map" else "lora"
@@ -74,8 +75,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
     """The requests that made a patch, in their order, and which of them can be taken back."""
-    from ..record import read_record
-    from ..requested import is_closed_form
+    from ..methods.sequence_rules import is_closed_form
+    from ..patch.history import read_record
 
     try:
         record = read_record(metadata)

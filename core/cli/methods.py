@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from ..methods import all_methods
+    from ..methods.registry import all_methods
 
     found = []
     method: Any

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from ..errors import RequestError
 
 if TYPE_CHECKING:
-    from ..diffusion import LatentDiffusion
     from ..evaluation import Sampling
     from ..evaluation.assess import Instruments
-    from ..evaluation.concept_bench import ConceptBench
+    from ..evaluation.bench.concept_bench import ConceptBench
     from ..mini.probe import Probe
-    from ..patch import Patch
+    from ..models.latent_diffusion import LatentDiffusion
+    from ..patch.patch import Patch
     from .console import Console
 
 __all__ = [
@@ -98,7 +98,7 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | 
 
 
 def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) -> Sampling:
-    """The :class:`~..evaluation.Sampling` that :func:`add_sampling`'s options say; the ``model``'s guidance if none."""
+    """The :class:`Sampling` that :func:`add_sampling`'s options say; the ``model``'s guidance if none."""
     from ..evaluation import Sampling
 
     guidance = model.guidance if args.guidance is None and model is not None else args.guidance
@@ -149,7 +149,7 @@ def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
     """The model of ``--model`` on ``--device``."""
     import torch
 
-    from .. import loading
+    from .. import api
 
     extra = {"clip_skip": args.clip_skip, "config": args.config} if "clip_skip" in args else {}
     _quieten()
@@ -159,7 +159,7 @@ def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
     with console.progress(f"loading {args.model}"):
-        return loading.load_model(args.model, device=device, **extra)
+        return api.load_model(args.model, device=device, **extra)
 
 
 def _quieten() -> None:

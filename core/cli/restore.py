@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from ..continual import History
+    from ..files.safetensors_io import read_metadata
     from ..formats import kohya, load_patch
-    from ..formats.safe import read_metadata
+    from ..methods.sequence import History
 
     wanted: list[int | str] = [*(args.concept or ()), *(args.number or ())]
     if not wanted:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .bench import BenchRow, evaluate_bench, run_bench
-from .bench_questions import bench_cells
-from .bench_results import BenchResults, means
-from .concept_bench import BenchConcept, ConceptBench, load_bench
+from .bench.concept_bench import BenchConcept, ConceptBench, load_bench
+from .bench.prompt_lists import ListedPrompt, read_prompts
+from .bench.questions import bench_cells
+from .bench.results import BenchResults, means
+from .bench.run import BenchRow, evaluate_bench, run_bench
 from .drawing import (
     Drawings,
     Picture,
@@ -22,7 +23,6 @@ from .drawing import (
 from .intervals import Score, paired_ratio, wilson
 from .judges import ClipJudge, Judge, WorldJudge
 from .mini_table import MiniTable, mini_table
-from .prompt_lists import ListedPrompt, read_prompts
 from .scores import (
     BASELINES,
     NEGATIVE,

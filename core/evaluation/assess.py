@@ -1,6 +1,6 @@
 """One call that answers: is it gone, is the rest intact, does it come back with other words?
 
-Every measurement of this folder on one model with patches on it, as one :class:`~.report.Report`. What looks at the
+Every measurement of this folder on one model with patches on it, as one :class:`Report`. What looks at the
 pictures is given (:class:`Instruments`), so that the embedded model and a person's checkpoint go the same way.
 """
 
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..concepts import Concept, bare
-from ..diffusion import LatentDiffusion
 from ..errors import ForgetConceptError, RequestError, listed
-from ..inversion import InversionSettings
+from ..files.workspace import Workspace
 from ..mini.probe import Probe
-from ..patch import Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.token_positions import token_positions
+from ..patch.patch import Patch
 from ..progress import Progress
-from ..text import token_positions
-from ..workspace import Workspace
+from ..request.concept import Concept, bare
+from ..training.textual_inversion import InversionSettings
 from .attacks import AttackBudget, SuccessJudge, Target, run_attacks
 from .attention_pictures import AttentionPair, attention_pairs
-from .bench_questions import bench_cells
-from .concept_bench import ConceptBench
+from .bench.concept_bench import ConceptBench
+from .bench.questions import bench_cells
 from .drawing import Drawings, Picture, Sampling
 from .erosion import erosion
 from .judges import Judge, WorldJudge
@@ -155,8 +155,8 @@ def assess(
     out, and the report says why.
 
     Raises :class:`RequestError` for concepts that the judge or the benchmark does not know and for measures that make
-    no sense, :class:`~..errors.PatchError` for a patch that does not fit, and
-    :class:`~..errors.Cancelled` as everything that draws. The model is given back bit for bit.
+    no sense, :class:`PatchError` for a patch that does not fit, and
+    :class:`Cancelled` as everything that draws. The model is given back bit for bit.
     """
     measures = measures or Measures()
     names = list(dict.fromkeys(concepts))

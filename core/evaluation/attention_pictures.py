@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import AttentionRecorder, attention_mass, token_mask
-from ..diffusion import LatentDiffusion
 from ..errors import ModelError, RequestError
-from ..patch import Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.token_positions import token_positions
+from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report
-from ..text import token_positions
+from ..training.attention import AttentionRecorder, attention_mass, token_mask
 from .drawing import Picture, Sampling, Variant, draw, patched
 
 __all__ = ["AttentionMap", "AttentionPair", "attention_maps", "attention_pairs", "heat", "overlay"]
@@ -92,7 +92,7 @@ def attention_maps(
     """Draw each picture, with ``patches`` (each at a strength) on the model, and keep where its phrase looks.
 
     One phrase a picture; every sub-word of every occurrence counts. The model is given back as it was. Raises
-    :class:`~..errors.TokenError` where a phrase does not occur in its prompt, :class:`RequestError` on counts that do
+    :class:`TokenError` where a phrase does not occur in its prompt, :class:`RequestError` on counts that do
     not match, and :class:`ModelError` where the model has no autoencoder or its attention cannot be read.
     """
     if len(pictures) != len(phrases) or not pictures:

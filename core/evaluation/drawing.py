@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..diffusion import LatentDiffusion
 from ..errors import RequestError
-from ..guidance import SafetyGuidance
 from ..mini.world import Labels
-from ..patch import Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.safe_guidance import SafetyGuidance
+from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report
 from .spread import ALONE, Spread
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..continual import History
-from ..diffusion import LatentDiffusion
 from ..errors import RequestError
+from ..methods.sequence import History
 from ..mini import vocabulary
-from ..patch import Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..patch.history import read_record
+from ..patch.patch import Patch
 from ..progress import Progress
-from ..record import read_record
 from .drawing import Drawings, Probe, Sampling, Seen, Variant
 from .intervals import Score
 from .metrics.mean import Mean
@@ -86,8 +86,8 @@ def erosion(
     are all concepts of the world that no step forgets and that are not in ``without``: every step answers the same
     questions. ``drawings`` shares pictures with other measurements. Raises :class:`RequestError` for too few pictures,
     no steps, names that the probe does not know and a category of which nothing is kept,
-    :class:`~..errors.PatchError` for a patch without a record or for another model, and
-    :class:`~..errors.ForgetConceptError` where the base model draws nothing of a category right.
+    :class:`PatchError` for a patch without a record or for another model, and
+    :class:`ForgetConceptError` where the base model draws nothing of a category right.
     """
     if count < FEWEST:
         raise RequestError(f"{count} pictures a category measure nothing: ask for at least {FEWEST}.")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..concepts import KINDS
 from ..errors import RequestError
 from ..mini.vocabulary import NONE
 from ..mini.world import LABELS, Labels
+from ..request.concept import KINDS
 
 if TYPE_CHECKING:
     from .drawing import Probe
@@ -68,7 +68,7 @@ class ClipJudge:
     A name's vector is the mean of the unit vectors of its ``templates``, *none*'s that of the phrases of ``nothing``
     (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). Where a category has few names, a picture of something else
     may still be nearest to one of them: hold every figure against the unedited model's. ``encoder`` is
-    :class:`~.metrics.OpenClip` or anything of its form. Raises :class:`RequestError` for unknown categories and where
+    :class:`OpenClip` or anything of its form. Raises :class:`RequestError` for unknown categories and where
     there is no name at all.
     """
 

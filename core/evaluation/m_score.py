@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..concepts import Concept, templates
-from ..diffusion import LatentDiffusion
 from ..errors import ModelError, RequestError
-from ..images import check_images, picture_size
-from ..inversion import PLACEHOLDER, InversionSettings, InvertedText, invert
-from ..patch import Patch
+from ..files.workspace import Workspace, key_of
+from ..models.images import check_images, picture_size
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import CLIPText
+from ..models.token_positions import end_position
+from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report
-from ..text import CLIPText, end_position
-from ..workspace import Workspace, key_of
+from ..request.concept import Concept, templates
+from ..training.textual_inversion import PLACEHOLDER, InversionSettings, InvertedText, invert
 from .drawing import patched
 
 __all__ = ["SPACES", "MScore", "concept_latents", "m_score", "quick_inversion", "similarities"]
@@ -91,7 +92,7 @@ def quick_inversion(model: LatentDiffusion, kind: str = "object") -> InversionSe
 
     A step is 0.22 of the spread of the vocabulary's embeddings, whatever a model's scale is; it and the number of steps
     were chosen on seven concepts of the embedded world (``CHOSE`` in `benchmarks/m_score.py`). The paper's own settings
-    are :class:`~..inversion.InversionSettings`' defaults. Raises :class:`ModelError` for another text encoder than a
+    are :class:`InversionSettings`' defaults. Raises :class:`ModelError` for another text encoder than a
     CLIP of SD1 or SD2, and :class:`RequestError` for an unknown kind.
     """
     spread = float(_table(model).float().std(0).mean())
@@ -162,7 +163,7 @@ def similarities(model: LatentDiffusion, vectors: Tensor, name: str, said: Seque
     - ``output_raw``: the same without taking that off.
 
     Raises :class:`ModelError` for another text encoder than a CLIP of SD1 or SD2, and
-    :class:`~..errors.TokenError` where the name has no tokens or a prompt is cut off.
+    :class:`TokenError` where the name has no tokens or a prompt is cut off.
     """
     encoder = _clip(model)
     end_position(encoder, name)
@@ -211,7 +212,7 @@ def m_score(
     are averaged. The model comes back bit for bit as it was. In a ``workspace`` each inversion is kept, and one that
     was cut short goes on; those of the unedited model serve every patch. Without patches both are the same. Raises
     :class:`RequestError` for settings that start from words (the score would measure how far an inversion moves away
-    from what it was told), for an unknown ``space``, for no restart, and as :func:`~..inversion.invert`
+    from what it was told), for an unknown ``space``, for no restart, and as :func:`invert`
     (:class:`ModelError` for SDXL, whose text cannot be inverted here).
     """
     _clip(model)

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..diffusion import LatentDiffusion
 from ..errors import RequestError
 from ..mini import vocabulary, world
+from ..models.latent_diffusion import LatentDiffusion
 from ..progress import Progress
 from .drawing import Drawings, Picture, Probe, Sampling, Variant
 from .intervals import Score

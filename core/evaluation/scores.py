@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..concepts import normalised
-from ..diffusion import LatentDiffusion
 from ..errors import RequestError
-from ..guidance import SafetyGuidance
 from ..mini import vocabulary, world
-from ..patch import Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.safe_guidance import SafetyGuidance
+from ..patch.patch import Patch
 from ..progress import Progress
+from ..request.concept import normalised
 from .drawing import Drawings, Picture, Probe, Sampling, Seen, Variant
 from .intervals import Score
 
@@ -311,7 +311,7 @@ def evaluate(
     published medium configuration, which takes three passes a step for two). ``drawings`` shares pictures with other
     measurements of the same model; its own model, probe and sampling then count. Raises :class:`RequestError` for
     concepts the probe does not know, too few pictures or an unknown baseline, and
-    :class:`~..errors.ForgetConceptError` where the unedited model itself draws nothing right.
+    :class:`ForgetConceptError` where the unedited model itself draws nothing right.
     """
     plans = world_plans(subjects, count, seed, without=without, baselines=baselines)
     drawings = drawings or Drawings(model, probe, sampling or Sampling())
@@ -383,7 +383,7 @@ def drifted(drawings: Drawings, plan: Plan, variant: str) -> float:
 def measured(drawings: Drawings, plan: Plan, baselines: Sequence[str] = BASELINES) -> Evaluation:
     """What was drawn as planned, counted. :data:`UNEDITED` is among the scores where it is among ``baselines``.
 
-    Raises :class:`~..errors.ForgetConceptError` where the unedited model draws nothing of a cell right, so that nothing
+    Raises :class:`ForgetConceptError` where the unedited model draws nothing of a cell right, so that nothing
     can be said of what is kept.
     """
     cells, variants = plan.cells, plan.variants

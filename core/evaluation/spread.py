@@ -53,7 +53,8 @@ ALONE = Spread()
 
 class _Launched(Spread):
     def __init__(self, device: torch.device) -> None:
-        from .metrics.extra import needs  # not above: the metrics draw pictures themselves
+        # not above: the metrics draw pictures themselves
+        from .metrics.extra import needs
 
         accelerate = needs("accelerate", "Spreading the pictures over processes")
         self._utils: Any = needs("accelerate.utils", "Spreading the pictures over processes")
@@ -88,7 +89,7 @@ class _Launched(Spread):
 def launched(device: torch.device | str = "cpu") -> Spread:
     """The processes that were started together with this one, by ``accelerate launch`` or ``torchrun``; else itself.
 
-    Raises :class:`~..errors.ModelError` where there are several and accelerate is missing.
+    Raises :class:`ModelError` where there are several and accelerate is missing.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return ALONE

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from ..patch import LowRank, Patch, survey_of
-from ..unet import PROJECTIONS, UNetSurvey
+from ..models.unet import PROJECTIONS, UNetSurvey
+from ..patch.low_rank import LowRank
+from ..patch.patch import Patch, survey_of
 
 __all__ = ["WeightDrift", "change_norm", "weight_drift"]
 

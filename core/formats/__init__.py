@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from ..errors import PatchError
-from ..patch import Patch
-from ..unet import UNetSurvey
+from ..files.safetensors_io import read_metadata
+from ..models.unet import UNetSurvey
+from ..patch.patch import Patch
 from . import context_map, kohya
-from .safe import read_metadata
 
 __all__ = ["context_map", "kohya", "load_patch"]
 
@@ -16,7 +16,7 @@ __all__ = ["context_map", "kohya", "load_patch"]
 def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
     """Read a patch file of any kind that is written here.
 
-    A context map needs ``survey``, the base it is expanded for. Raises :class:`~..errors.PatchError` in words.
+    A context map needs ``survey``, the base it is expanded for. Raises :class:`PatchError` in words.
     """
     if read_metadata(path).get("forget_concept.format") != "context_map":
         return kohya.load(path, survey)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import PatchError
-from ..patch import LowRank, Patch
-from ..unet import UNetSurvey
-from .safe import read_safetensors, write_safetensors
+from ..files.safetensors_io import read_safetensors, write_safetensors
+from ..models.unet import UNetSurvey
+from ..patch.low_rank import LowRank
+from ..patch.patch import Patch
 
 __all__ = ["expand", "load", "save"]
 

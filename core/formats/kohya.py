@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, PatchError, listed
-from ..patch import LowRank, Patch
-from ..unet import UNetSurvey, canonical_from_ldm, ldm_from_canonical
-from .safe import read_safetensors, write_safetensors
+from ..files.safetensors_io import read_safetensors, write_safetensors
+from ..models.unet import UNetSurvey, canonical_from_ldm, ldm_from_canonical
+from ..patch.low_rank import LowRank
+from ..patch.patch import Patch
 
 __all__ = ["from_state", "load", "save", "to_state"]
 
@@ -95,7 +96,7 @@ def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patc
     """Read a LoRA file as a patch.
 
     ``survey`` gives the LDM names of a UNet that has not two layers a block. Raises :class:`PatchError`, in words, for
-    a file that cannot be read (see :func:`.safe.read_safetensors`) or that changes anything but the linear layers of
+    a file that cannot be read (see :func:`read_safetensors`) or that changes anything but the linear layers of
     the UNet's transformer blocks.
     """
     tensors, metadata = read_safetensors(path)

@@ -29,21 +29,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention import AttentionRecorder
-from ..common_words import CONTEXTS
-from ..concepts import ForgetRequest
-from ..diffusion import LatentDiffusion
-from ..diversity import mentions
 from ..errors import ForgetConceptError, RequestError
-from ..gradients import kept_basis
-from ..losses import noise_matching
-from ..material import Material, Noised, TargetPrompt, said_instead
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import TextEncoder
+from ..models.unet import PROJECTIONS
 from ..progress import Progress
-from ..site_outputs import SiteRecorder, attention_map, sampled, site_map, site_output
-from ..text import TextEncoder
-from ..training import Deltas, Term, Terms
-from ..unet import PROJECTIONS
-from . import Inputs, register
+from ..prompts.everyday import CONTEXTS
+from ..prompts.pairs import mentions
+from ..prompts.phrases import said_instead
+from ..request.request import ForgetRequest
+from ..training.activations import SiteRecorder, attention_map, sampled, site_map, site_output
+from ..training.adapters import Deltas
+from ..training.attention import AttentionRecorder
+from ..training.batches import Material, Noised, TargetPrompt
+from ..training.gradients import kept_basis
+from ..training.loop import Term, Terms
+from ..training.losses import noise_matching
+from .base import Inputs
+from .registry import register
 from .trained import BaseObjective, TrainedMethod, TrainedSettings
 from .uce import UCESettings, common_prompts
 

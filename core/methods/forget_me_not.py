@@ -38,19 +38,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention import AttentionRecorder, token_mask
-from ..concepts import ForgetRequest, normalised
-from ..diffusion import LatentDiffusion
 from ..errors import RequestError
-from ..inversion import InversionSettings, invert, with_vectors
-from ..losses import attention_resteering, noise_matching
-from ..material import KEPT, Material, TargetPrompt, said_instead
-from ..patch import Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import TextEncoder
+from ..models.token_positions import end_position
+from ..models.unet import PROJECTIONS
+from ..patch.patch import Patch
 from ..progress import Progress
-from ..text import TextEncoder, end_position
-from ..training import Deltas, Side, Term, Terms
-from ..unet import PROJECTIONS
-from . import Inputs, register
+from ..prompts.phrases import said_instead
+from ..request.concept import normalised
+from ..request.request import ForgetRequest
+from ..training.adapters import Deltas
+from ..training.attention import AttentionRecorder, token_mask
+from ..training.batches import KEPT, Material, TargetPrompt
+from ..training.loop import Side, Term, Terms
+from ..training.losses import attention_resteering, noise_matching
+from ..training.textual_inversion import InversionSettings, invert, with_vectors
+from .base import Inputs
+from .registry import register
 from .trained import BaseObjective, TrainedMethod, TrainedSettings
 
 __all__ = ["ForgetMeNot", "ForgetMeNotObjective", "ForgetMeNotSettings"]

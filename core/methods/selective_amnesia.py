@@ -25,18 +25,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..common_words import COMMON
-from ..concepts import KINDS, ForgetRequest, normalised, templates
-from ..diffusion import LatentDiffusion
 from ..errors import ForgetConceptError, RequestError
-from ..fisher import FisherSettings, fisher_information
-from ..losses import noise_matching
-from ..material import Material, TargetPrompt, said_instead
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import TextEncoder
+from ..models.unet import PROJECTIONS
 from ..progress import Progress
-from ..text import TextEncoder
-from ..training import Deltas, Term, Terms
-from ..unet import PROJECTIONS
-from . import Inputs, register
+from ..prompts.everyday import COMMON
+from ..prompts.phrases import said_instead
+from ..request.concept import KINDS, normalised, templates
+from ..request.request import ForgetRequest
+from ..training.adapters import Deltas
+from ..training.batches import Material, TargetPrompt
+from ..training.fisher import FisherSettings, fisher_information
+from ..training.loop import Term, Terms
+from ..training.losses import noise_matching
+from .base import Inputs
+from .registry import register
 from .trained import BaseObjective, TrainedMethod, TrainedSettings
 
 __all__ = [

@@ -16,22 +16,27 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..common_words import CONTEXTS
-from ..concepts import Concept, ForgetRequest, templates
-from ..diffusion import LatentDiffusion
-from ..diversity import given_pairs, mentions, prompt_pairs
 from ..errors import RequestError
-from ..losses import noise_matching
-from ..material import KEPT, Material, Sampling, TargetPrompt, said_instead, target_prompt
-from ..patch import Patch
+from ..files.workspace import key_of
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import TextEncoder
+from ..models.token_positions import end_position
+from ..models.unet import PROJECTIONS
+from ..patch.history import read_record
+from ..patch.patch import Patch
 from ..progress import Progress
-from ..record import read_record
-from ..text import TextEncoder, end_position
-from ..training import Checkpoint, Deltas, Objective, Term, Terms, TrainingSettings, borrowed, train
-from ..unet import PROJECTIONS
+from ..prompts.everyday import CONTEXTS
+from ..prompts.pairs import given_pairs, mentions, prompt_pairs
+from ..prompts.phrases import said_instead
+from ..request.concept import Concept, templates
+from ..request.request import ForgetRequest
+from ..training.adapters import Deltas
+from ..training.batches import KEPT, Material, Sampling, TargetPrompt, target_prompt
+from ..training.frozen import borrowed
+from ..training.loop import Checkpoint, Objective, Term, Terms, TrainingSettings, train
+from ..training.losses import noise_matching
 from ..version import VERSION
-from ..workspace import key_of
-from . import Inputs, Method
+from .base import Inputs, Method
 from .uce import check_template
 
 __all__ = ["BaseObjective", "TrainedMethod", "TrainedSettings"]
@@ -43,7 +48,7 @@ class TrainedSettings:
 
     ``steps``, ``lr``, ``weight_decay``, ``batch_size``, ``optimiser``: the optimiser's; ``clip_norm`` bounds the
     gradient's norm (``None``: not). ``gradient``: how forgetting and keeping are reconciled, with weight ``alpha``
-    (:class:`~..training.TrainingSettings`). ``train``: which projections of every cross-attention. ``rank``: of the
+    (:class:`TrainingSettings`). ``train``: which projections of every cross-attention. ``rank``: of the
     trained LoRA; ``None`` trains dense deltas, which are factored at the end (``max_rank`` cuts them then).
     ``latents``: the pictures that are noised: ``"zeros"`` (none), ``"generated"`` (``n_images`` of each concept by the
     model itself, in ``sample_steps`` steps at ``guidance``, ``None`` for the model's usual one) or the person's own
@@ -192,7 +197,7 @@ class TrainedMethod(Method):
         return [site.key(which) for site in model.survey for which in settings.train]
 
     def blind(self, model: LatentDiffusion, material: Material, settings: Any) -> Mapping[str, Tensor] | None:
-        """Input directions that the trained change must not react to, by key (:class:`~..training.Deltas`)."""
+        """Input directions that the trained change must not react to, by key (:class:`Deltas`)."""
         return None
 
     def drops(self, settings: Any) -> bool:

@@ -18,16 +18,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..common_words import COMMON, CONTEXTS
-from ..concepts import Concept, ForgetRequest, normalised, templates
-from ..diffusion import LatentDiffusion
-from ..diversity import mentions
 from ..errors import ForgetConceptError, RequestError
 from ..formats.context_map import expand
-from ..patch import LowRank, Patch
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import TextEncoder
+from ..models.token_positions import end_position, phrase_span, tail_positions
+from ..patch.low_rank import LowRank
+from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report
-from ..text import TextEncoder, end_position, phrase_span, tail_positions
-from . import Inputs, Method, register
+from ..prompts.everyday import COMMON, CONTEXTS
+from ..prompts.pairs import mentions
+from ..request.concept import Concept, normalised, templates
+from ..request.request import ForgetRequest
+from .base import Inputs, Method
+from .registry import register
 
 __all__ = [
     "UCE",

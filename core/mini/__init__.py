@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .files import weights_folder
 
 if TYPE_CHECKING:
-    from ..diffusion import LatentDiffusion
+    from ..models.latent_diffusion import LatentDiffusion
     from .probe import Probe
 
 __all__ = ["load", "load_modules", "load_probe", "weights_folder"]
@@ -49,8 +49,10 @@ def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, 
 
 def load(device: str = "cpu", folder: Path | None = None) -> LatentDiffusion:
     """The embedded model, fp32, named "mini". Raises as `load_modules`."""
-    from ..diffusion import DiffusersAutoencoder, LatentDiffusion, sd_alphas_cumprod
-    from ..text import CLIPText
+    from ..models.autoencoders import DiffusersAutoencoder
+    from ..models.latent_diffusion import LatentDiffusion
+    from ..models.schedules import sd_alphas_cumprod
+    from ..models.text_encoders import CLIPText
     from .config import GUIDANCE
 
     unet, text, tokenizer, vae = load_modules(device, folder)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..formats.safe import read_safetensors, write_safetensors
+from ..files.safetensors_io import read_safetensors, write_safetensors
 from . import config
 
 __all__ = [
@@ -290,7 +290,7 @@ def parts_from_checkpoint(state: Mapping[str, Tensor], shapes: Shapes | None = N
 def read_parts(folder: Path) -> Parts:
     """Read the parts from a diffusers folder (``unet/``, ``vae/``, ``text_encoder/``), in fp32 however they are kept.
 
-    Raises :class:`ModelError` where a part is missing, :class:`~..errors.PatchError` where a file is damaged.
+    Raises :class:`ModelError` where a part is missing, :class:`PatchError` where a file is damaged.
     """
     unet, vae, text = (_read_part(folder, part) for part in ("unet", "vae", "text_encoder"))
     states = {n: t for n, t in text[0].items() if not n.endswith(".position_ids")}
@@ -439,7 +439,7 @@ def _yaml(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def save_checkpoint(parts: Parts, path: Path, text_folder: str, dtype: torch.dtype = torch.float16) -> None:
     """Write ``path`` (``….safetensors``) and its YAML.
 
-    Raises :class:`~..errors.PatchError` where the place cannot be written.
+    Raises :class:`PatchError` where the place cannot be written.
     """
     described = yaml_text(text_folder, parts.shapes)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in checkpoint_state(parts).items()}

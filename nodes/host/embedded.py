@@ -14,12 +14,12 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor, nn
 
-from ...core.diffusion import hash_of_weights
 from ...core.errors import ModelError, listed
 from ...core.mini import ldm
 from ...core.mini.config import GUIDANCE, LATENT_COLOURS, LATENT_COLOURS_BIAS, UNET
 from ...core.mini.files import weights_folder
-from ...core.unet import PROJECTIONS
+from ...core.models.latent_diffusion import hash_of_weights
+from ...core.models.unet import PROJECTIONS
 from .model import surveyed, weights_hash
 
 __all__ = ["embedded_model", "is_embedded"]

@@ -18,12 +18,12 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...core.diffusion import LatentDiffusion, hash_of_weights
 from ...core.errors import ModelError, PatchError, listed
-from ...core.lending import LentDiffusion, check_channels, laundered
-from ...core.patch import Patch
-from ...core.text import TextStates
-from ...core.unet import PROJECTIONS, UNetSurvey, survey
+from ...core.models.host_weights import LentDiffusion, check_channels, laundered
+from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
+from ...core.models.text_encoders import TextStates
+from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
+from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
 from .text import HostText
 

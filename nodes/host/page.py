@@ -12,9 +12,9 @@ import comfy.utils
 import torch
 from server import PromptServer
 
-from ...core.diffusion import LatentDiffusion
+from ...core.models.latent_diffusion import LatentDiffusion
 from ...core.progress import Progress, ProgressEvent
-from ...core.story import Story
+from ...core.service.progress_text import Story
 
 __all__ = ["Fading", "progress", "show_text", "workflow"]
 

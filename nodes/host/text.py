@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ModelError
-from ...core.text import CLIPText, TextEncoder, TextStates
+from ...core.models.text_encoders import CLIPText, TextEncoder, TextStates
 
 __all__ = ["HostText", "opened_text"]
 

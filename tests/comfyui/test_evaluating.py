@@ -183,9 +183,9 @@ def test_an_inversion_through_the_hosts_text_encoder_finds_what_it_finds_in_the_
     comfyui: ComfyUI, embedded: tuple[Any, Any]
 ) -> None:
     """Gradients flow through a copy of the CLIP; the host's own, and its random numbers, stay as they are."""
-    from forget_concept.core.concepts import Concept
     from forget_concept.core.evaluation.m_score import concept_latents, m_score
     from forget_concept.core.formats import load_patch
+    from forget_concept.core.request.concept import Concept
 
     before, stem = hashes(comfyui), f"inverted{next(nonces)}"
     graph = base() | {"forget": forget(), "evaluate": evaluate(m_score=True)}
@@ -244,7 +244,8 @@ def test_a_patch_of_another_architecture_is_one_sentence(comfyui: ComfyUI) -> No
     import torch
 
     from forget_concept.core.formats import kohya
-    from forget_concept.core.patch import LowRank, Patch
+    from forget_concept.core.patch.low_rank import LowRank
+    from forget_concept.core.patch.patch import Patch
 
     key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     sdxl = Patch({key: LowRank(torch.ones(640, 2), torch.ones(2, 2048))}, {"forget_concept.family": "sdxl"})

@@ -90,8 +90,8 @@ def test_a_settings_node_of_defaults_is_the_preset(comfyui: ComfyUI) -> None:
 
 
 def test_every_method_has_a_settings_node_with_only_its_own_fields(comfyui: ComfyUI) -> None:
-    from forget_concept.core.fields import presets, widgets
-    from forget_concept.core.methods import all_methods
+    from forget_concept.core.methods.registry import all_methods
+    from forget_concept.core.service.forms import presets, widgets
     from forget_concept.nodes.fields import node_id
 
     info = comfyui.get("/object_info")
@@ -271,7 +271,8 @@ def test_a_patch_of_another_architecture_is_one_sentence(comfyui: ComfyUI, tmp_p
     import torch
 
     from forget_concept.core.formats import kohya
-    from forget_concept.core.patch import LowRank, Patch
+    from forget_concept.core.patch.low_rank import LowRank
+    from forget_concept.core.patch.patch import Patch
 
     factors = {
         f"down_blocks.1.attentions.0.transformer_blocks.{i}.attn2.to_k": LowRank(

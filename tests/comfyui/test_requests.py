@@ -11,10 +11,11 @@ from comfyhost import ComfyUI, ExecutionError
 from graphs import base, forget, node
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import Concept, ForgetRequest
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods import fit
-from forget_concept.core.patch import Patch
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.request import ForgetRequest
 
 REQUEST = ForgetRequest((Concept("star", "object", "circle"), Concept("neon", "style", "sketch")), ("moon",), seed=3)
 BOXES = {"concept": "star -> circle\nneon (style)", "replacement": "sketch", "preserve": "moon", "seed": 3}

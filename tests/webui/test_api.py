@@ -13,9 +13,9 @@ import pytest
 from webuihost import WebUI
 
 from forget_concept.core import mini
-from forget_concept.core.concepts import ForgetRequest
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods import fit
+from forget_concept.core.methods.fit import fit
+from forget_concept.core.request.request import ForgetRequest
 
 PREFIX = "/forget-concept/v1"
 PROMPT = "a photo of a red star"

@@ -12,9 +12,10 @@ from tiny import tiny_model
 from torch import nn
 
 from forget_concept.core.errors import PatchError
-from forget_concept.core.patch import LowRank, Patch
-from forget_concept.core.unet import survey
-from forget_concept.sd_webui_ext.live import LiveWeights
+from forget_concept.core.models.unet import survey
+from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
+from forget_concept.core.service.live_weights import LiveWeights
 from forget_concept.sd_webui_ext.prompts import literal
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -12,7 +12,7 @@ import pytest
 from chromium import chromium
 from webuihost import REQUIRED, ROOT, WebUI, hosts, missing
 
-from forget_concept.core.concepts import ForgetRequest
+from forget_concept.core.request.request import ForgetRequest
 
 LIMIT = 600_000
 REQUEST = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .budget import BUDGETS, AttackBudget, Spent, attack_budget
-from .ground import Found, Ground
+from .context import Found, Ground
 from .judge import ProbeJudge, SuccessJudge
 from .result import AttackReport, AttackResult, PromptSuccess
 from .run import ATTACKS, WHITE_BOX, run_attacks

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...diffusion import LatentDiffusion
-from ...text import TextStates
+from ...models.latent_diffusion import LatentDiffusion
+from ...models.text_encoders import TextStates
 
 __all__ = ["NoisedRows", "denoising_losses", "noised_rows"]
 

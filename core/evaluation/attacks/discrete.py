@@ -14,15 +14,16 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from ...diffusion import LatentDiffusion
 from ...errors import ForgetConceptError
-from ...inversion import PLACEHOLDER, InvertedText
+from ...files.workspace import key_of
+from ...models.latent_diffusion import LatentDiffusion
+from ...models.text_encoders import CLIPText
+from ...models.token_positions import end_position
 from ...progress import Progress, ProgressEvent, report
-from ...text import CLIPText, end_position
-from ...training import borrowed
-from ...workspace import key_of
+from ...training.frozen import borrowed
+from ...training.textual_inversion import PLACEHOLDER, InvertedText
+from .context import Found, Ground
 from .denoising import NoisedRows, denoising_losses, noised_rows
-from .ground import Found, Ground
 
 __all__ = ["Prefixes", "discrete"]
 
@@ -71,8 +72,8 @@ class Prefixes:
 
 
 def discrete(ground: Ground, progress: Progress | None = None) -> Found:
-    """Words before the target's prompts. Raises :class:`~....errors.ModelError` for an encoder without gradients and
-    :class:`~....errors.TokenError` for prompts that are cut off."""
+    """Words before the target's prompts. Raises :class:`ModelError` for an encoder without gradients and
+    :class:`TokenError` for prompts that are cut off."""
     encoder, budget = ground.clip, ground.budget
     prefixes = Prefixes(encoder, ground.target.prompts)
     key = key_of(

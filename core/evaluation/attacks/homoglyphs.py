@@ -11,9 +11,9 @@ import unicodedata
 from collections.abc import Sequence
 
 from ...errors import RequestError
+from ...models.text_encoders import TextEncoder
 from ...progress import Progress
-from ...text import TextEncoder
-from .ground import Found, Ground
+from .context import Found, Ground
 from .target import Target, with_name
 
 __all__ = ["LOOKALIKES", "homoglyphs", "other_spellings", "plain", "spellings"]

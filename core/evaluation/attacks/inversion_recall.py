@@ -6,16 +6,16 @@ the name, from a random start, learned on pictures of the concept through the pa
 
 from __future__ import annotations
 
-from ...concepts import templates
-from ...inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
 from ...progress import Progress
-from .ground import Found, Ground
+from ...request.concept import templates
+from ...training.textual_inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
+from .context import Found, Ground
 
 __all__ = ["inversion_recall"]
 
 
 def inversion_recall(ground: Ground, progress: Progress | None = None) -> Found:
-    """Vectors in place of the name, in the templates of the concept's kind. Raises as :func:`~....inversion.invert`."""
+    """Vectors in place of the name, in the templates of the concept's kind. Raises as :func:`invert`."""
     _ = ground.clip
     budget = ground.budget
     said = templates(ground.target.concept.kind)

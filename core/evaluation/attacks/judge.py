@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ...workspace import key_of
+from ...files.workspace import key_of
 from ..drawing import Probe
 from ..scores import known_concept
 
@@ -27,7 +27,7 @@ class ProbeJudge:
     """The embedded model's probe, asked for one concept of its world."""
 
     def __init__(self, probe: Probe, concept: str) -> None:
-        """Raises :class:`~....errors.RequestError` for a concept that the probe does not know."""
+        """Raises :class:`RequestError` for a concept that the probe does not know."""
         self.probe = probe
         self.concept, self.category = known_concept(concept)
         weights = key_of(dict(probe.state_dict())) if isinstance(probe, nn.Module) else type(probe).__name__

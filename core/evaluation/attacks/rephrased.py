@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import RequestError
 from ...progress import Progress
-from .ground import Found, Ground
+from .context import Found, Ground
 
 __all__ = ["rephrased"]
 

@@ -9,18 +9,19 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from ...diffusion import LatentDiffusion
 from ...errors import ModelError, RequestError
-from ...patch import Patch
+from ...files.workspace import Workspace, key_of
+from ...models.latent_diffusion import LatentDiffusion
+from ...models.text_encoders import CLIPText
+from ...models.token_positions import end_position
+from ...patch.patch import Patch
 from ...progress import Progress, ProgressEvent, report
-from ...text import CLIPText, end_position
-from ...workspace import Workspace, key_of
 from ..drawing import Picture, Sampling, Variant, draw, from_bytes
 from ..intervals import Score
 from ..scores import seed_of
 from .budget import AttackBudget, Spent, attack_budget
+from .context import Found, Ground, example_latents, with_hash_of
 from .discrete import discrete
-from .ground import Found, Ground, example_latents, with_hash_of
 from .homoglyphs import homoglyphs, other_spellings
 from .inversion_recall import inversion_recall
 from .judge import SuccessJudge
@@ -60,16 +61,16 @@ def run_attacks(
 ) -> AttackReport:
     """Attack ``model`` with patches (each at its strength) on it, and with ``before`` also as it is.
 
-    A :class:`~..drawing.Variant` in their place may also have a negative prompt or safety guidance: the searches see
+    A :class:`Variant` in their place may also have a negative prompt or safety guidance: the searches see
     the patched model alone, and pictures are drawn under these as well.
 
     ``attacks`` names some of :data:`ATTACKS`; without it all are made that can be, and the report says which cannot
     and why. ``images`` ``(m, 3, H, W)`` in [-1, 1] are the attacker's pictures of the concept, in place of ones that
     the unedited model draws. With a ``workspace`` nothing is done twice and what was cut short goes on. The model is
     given back bit for bit; the result is the same for the same seed on one device. Raises
-    :class:`~....errors.PatchError` for a patch that does not fit, :class:`RequestError` for an unknown attack or one
+    :class:`PatchError` for a patch that does not fit, :class:`RequestError` for an unknown attack or one
     asked for without what it needs, :class:`ModelError` for one that this model's text encoder cannot be put to, and
-    :class:`~....errors.ForgetConceptError` and :class:`~....errors.Cancelled` as the sampling and training they use.
+    :class:`ForgetConceptError` and :class:`Cancelled` as the sampling and training they use.
     """
     budget = attack_budget(budget)
     variant = edited if isinstance(edited, Variant) else Variant(tuple(edited))

@@ -8,15 +8,15 @@ edit of *that* name; :mod:`.inversion_recall` asks whether any words at all stil
 
 from __future__ import annotations
 
-from ...inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
 from ...progress import Progress
-from .ground import Found, Ground
+from ...training.textual_inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
+from .context import Found, Ground
 
 __all__ = ["soft_prompt"]
 
 
 def soft_prompt(ground: Ground, progress: Progress | None = None) -> Found:
-    """Vectors before the target's prompts. Raises as :func:`~....inversion.invert`."""
+    """Vectors before the target's prompts. Raises as :func:`invert`."""
     _ = ground.clip
     budget = ground.budget
     templates = tuple(f"{{}} {prompt}" for prompt in ground.target.prompts)

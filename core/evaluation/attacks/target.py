@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...concepts import Concept, templates
 from ...errors import RequestError
 from ...mini import vocabulary as v
+from ...request.concept import Concept, templates
 from ..scores import known_concept
 
 __all__ = ["Target", "with_name"]

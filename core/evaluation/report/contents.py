@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...diffusion import LatentDiffusion
 from ...errors import RequestError
 from ...mini.vocabulary import NONE
-from ...patch import Patch
+from ...models.latent_diffusion import LatentDiffusion
+from ...patch.patch import Patch
 from ...version import VERSION
 from ..attention_pictures import AttentionPair
 from ..intervals import Score

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import ForgetConceptError
-from ...files import check_folder, check_writable, make_folder, write_bytes, write_json
+from ...files.writing import check_folder, check_writable, make_folder, write_bytes, write_json
 from ...version import VERSION
 from ..attention_pictures import heat
 from .contents import Report

@@ -1,0 +1,342 @@
+"""ConceptBench: concepts to forget, each with prompts that name it, combine it, paraphrase it or do without any word.
+
+The three categories and the idea are Forget-Me-Not's (arXiv 2303.17591), whose lists were not released; the files here
+are this project's own. One is of the embedded model's world, one of what a checkpoint knows. A person's own file (of
+public figures, say) has the same form, ``data/bench.schema.json``, and may be put beside either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from ...errors import RequestError, listed
+from ...request.concept import KINDS, Concept, bare
+
+__all__ = [
+    "BENCHES",
+    "PROMPT_KINDS",
+    "SCHEMA_PATH",
+    "SCHEMA_VERSION",
+    "BenchConcept",
+    "ConceptBench",
+    "load_bench",
+    "names_in",
+    "says",
+]
+
+SCHEMA_VERSION = 1
+_DATA = Path(__file__).with_name("data")
+SCHEMA_PATH = _DATA / "bench.schema.json"
+PROMPT_KINDS = ("plain", "compositional", "paraphrased", "indirect")
+BENCHES = {"embedded": _DATA / "embedded.json", "checkpoints": _DATA / "checkpoints.json"}
+_FIELDS = ("schema", "name", "licence", "description", "concepts")
+_CONCEPT_FIELDS = ("name", "category", "died", "synonyms", "replacement", "neighbours", "prompts")
+_YEARS = (-4000, 9999)
+# shorter words of a name ("van", "the") are everybody's
+_OWN_WORD = 4
+
+
+@dataclass(frozen=True)
+class BenchConcept:
+    """One concept: its prompts by kind (:data:`PROMPT_KINDS`), other words for it, what is near to it and must stay.
+
+    ``died`` is the year a real person died; ``None`` for everything else.
+    """
+
+    name: str
+    category: str
+    prompts: Mapping[str, tuple[str, ...]]
+    synonyms: tuple[str, ...] = ()
+    replacement: str | None = None
+    neighbours: tuple[str, ...] = ()
+    died: int | None = None
+
+    @property
+    def concept(self) -> Concept:
+        """What a request to forget it names."""
+        return Concept(self.name, self.category, self.replacement)
+
+    def as_dict(self) -> dict[str, object]:
+        """As in a file."""
+        return {
+            "name": self.name,
+            "category": self.category,
+            **({} if self.died is None else {"died": self.died}),
+            "synonyms": list(self.synonyms),
+            "replacement": self.replacement,
+            "neighbours": list(self.neighbours),
+            "prompts": {kind: list(self.prompts[kind]) for kind in PROMPT_KINDS},
+        }
+
+
+@dataclass(frozen=True)
+class ConceptBench:
+    """A list of concepts with the licence it is under; every name is there once."""
+
+    name: str
+    licence: str
+    concepts: tuple[BenchConcept, ...]
+    description: str = ""
+    _by_name: Mapping[str, BenchConcept] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name: dict[str, BenchConcept] = {}
+        for concept in self.concepts:
+            if (key := bare(concept.name)) in by_name:
+                raise RequestError(f"The concept '{concept.name}' is in the benchmark twice: leave one of them out.")
+            by_name[key] = concept
+        object.__setattr__(self, "_by_name", by_name)
+
+    def find(self, name: str) -> BenchConcept:
+        """The concept of this name, whatever its case and article. Raises :class:`RequestError` listing those there."""
+        if (found := self._by_name.get(bare(name))) is None:
+            known = listed([concept.name for concept in self.concepts], 40)
+            raise RequestError(f"'{self.name}' has no concept '{name}'; it has {known}.")
+        return found
+
+    def has(self, name: str) -> bool:
+        return bare(name) in self._by_name
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Everything named, by category: the concepts, then neighbours that are none themselves, each once."""
+        found: dict[str, dict[str, str]] = {category: {} for category in KINDS}
+        for concept in self.concepts:
+            found[concept.category].setdefault(bare(concept.name), concept.name)
+        for concept in self.concepts:
+            for neighbour in concept.neighbours:
+                found[concept.category].setdefault(bare(neighbour), neighbour)
+        return {category: tuple(names.values()) for category, names in found.items() if names}
+
+    def joined(self, other: ConceptBench) -> ConceptBench:
+        """Both files as one. Raises :class:`RequestError` where a concept is in both."""
+        licences = dict.fromkeys((self.licence, other.licence))
+        return replace(
+            self,
+            name=f"{self.name} + {other.name}",
+            licence=", ".join(licences),
+            concepts=(*self.concepts, *other.concepts),
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """As in a file; :meth:`from_json` reads it back equal."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "name": self.name,
+            "licence": self.licence,
+            "description": self.description,
+            "concepts": [concept.as_dict() for concept in self.concepts],
+        }
+
+    def digest(self) -> str:
+        """A hash of all it says: results of two different lists are never mixed up."""
+        return hashlib.sha256(json.dumps(self.as_dict(), ensure_ascii=False).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_json(cls, text: str) -> ConceptBench:
+        """Read a benchmark: its form, exactly as ``bench.schema.json`` has it, then its sense.
+
+        The sense: no concept twice; plain and compositional prompts have the name, paraphrased ones a synonym and not
+        the name, indirect ones no synonym and no word of the name; no prompt twice; neighbours and replacement are not
+        the concept itself. Raises :class:`RequestError` naming the concept and the field.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise RequestError("The benchmark is nested too deeply to be one.") from error
+        except json.JSONDecodeError as error:
+            raise RequestError(f"The benchmark is not valid JSON: {error}.") from error
+        for problem in _problems(data):
+            raise RequestError(problem)
+        concepts = tuple(
+            BenchConcept(
+                entry["name"],
+                entry["category"],
+                {kind: tuple(entry["prompts"][kind]) for kind in PROMPT_KINDS},
+                tuple(entry.get("synonyms", ())),
+                entry.get("replacement"),
+                tuple(entry.get("neighbours", ())),
+                None if entry.get("died") is None else int(entry["died"]),
+            )
+            for entry in data["concepts"]
+        )
+        for concept in concepts:
+            for problem in _contradictions(concept):
+                raise RequestError(problem)
+        return cls(data["name"], data["licence"], concepts, data.get("description", ""))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> ConceptBench:
+        """Read a UTF-8 JSON file. Raises :class:`RequestError` naming it."""
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"The benchmark file '{path}' is not UTF-8 text.") from error
+        except OSError as error:
+            raise RequestError(f"The benchmark file '{path}' cannot be read: {error.strerror or error}.") from error
+        try:
+            return cls.from_json(text)
+        except RequestError as error:
+            raise RequestError(f"In the benchmark file '{path}': {error}") from error
+
+
+def load_bench(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ConceptBench:
+    """``"embedded"``, ``"checkpoints"`` or a file; several are put together.
+
+    Raises :class:`RequestError` where a file cannot be read or a concept is in two of them.
+    """
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    if not sources:
+        raise RequestError(f"There is no benchmark: give {' or '.join(BENCHES)} or a file.")
+    read = [ConceptBench.from_file(BENCHES.get(str(one), Path(one))) for one in sources]
+    whole = read[0]
+    for more in read[1:]:
+        whole = whole.joined(more)
+    return whole
+
+
+# -- words in a prompt --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _pattern(phrase: str) -> re.Pattern[str]:
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    # letters and digits make words; a plural names it too
+    return re.compile(rf"(?<![^\W_]){words}(?:e?s)?(?![^\W_])", re.IGNORECASE)
+
+
+def says(prompt: str, phrase: str) -> bool:
+    """Whether a prompt has the phrase in it as words of its own, in any case, also with an *s* or *es* behind it."""
+    return bool(phrase.split()) and _pattern(phrase).search(prompt) is not None
+
+
+def names_in(prompt: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that the prompt says, but for one that stands only inside a longer one of them."""
+    found = [(match.span(), name) for name in names for match in _pattern(name).finditer(prompt)]
+    whole = [
+        name
+        for (start, end), name in found
+        if not any(a <= start and end <= b and (a, b) != (start, end) for (a, b), _ in found)
+    ]
+    return list(dict.fromkeys(whole))
+
+
+# -- the form, exactly as bench.schema.json has it (a test holds the two equal) -----------------------------------
+
+
+def _refuse_constant(name: str) -> None:
+    raise RequestError(f"The benchmark contains {name}, which is not a number.")
+
+
+def _problems(data: object) -> Iterator[str]:
+    if not isinstance(data, dict):
+        yield f"The benchmark must be a JSON object with the fields {', '.join(_FIELDS)}."
+        return
+    yield from _unknown(data, _FIELDS, "The benchmark")
+    for key in ("schema", "name", "licence", "concepts"):
+        if key not in data:
+            yield f"The benchmark lacks the field '{key}'."
+            return
+    if not _is_whole(data["schema"]) or data["schema"] != SCHEMA_VERSION:
+        yield f"The benchmark has schema {data['schema']!r}; this version reads schema {SCHEMA_VERSION}."
+    for key in ("name", "licence"):
+        if not _is_words(data[key]):
+            yield f"The benchmark's '{key}' must be words, not {data[key]!r}."
+    if not isinstance(data.get("description", ""), str):
+        yield f"The benchmark's 'description' must be words, not {data['description']!r}."
+    if not isinstance(data["concepts"], list) or not data["concepts"]:
+        yield "The benchmark is empty: 'concepts' must be a list of at least one."
+        return
+    for number, concept in enumerate(data["concepts"], 1):
+        yield from _concept_problems(concept, number)
+
+
+def _concept_problems(concept: object, number: int) -> Iterator[str]:
+    if not isinstance(concept, dict):
+        yield f"Concept {number} must be an object with a name, a category and prompts, not {concept!r}."
+        return
+    name = concept.get("name")
+    if not _is_words(name):
+        yield f"Concept {number} has no name: 'name' must be words."
+        return
+    yield from _unknown(concept, _CONCEPT_FIELDS, f"The concept '{name}'")
+    for key in ("category", "prompts"):
+        if key not in concept:
+            yield f"The concept '{name}' lacks the field '{key}'."
+            return
+    if concept["category"] not in KINDS:
+        yield (
+            f"The concept '{name}' has the unknown category {concept['category']!r}: choose one of {', '.join(KINDS)}."
+        )
+    if "died" in concept and not (_is_whole(concept["died"]) and _YEARS[0] <= concept["died"] <= _YEARS[1]):
+        yield f"In the concept '{name}' 'died' must be a year, not {concept['died']!r}."
+    for key in ("synonyms", "neighbours"):
+        words = concept.get(key, [])
+        if not isinstance(words, list) or not all(map(_is_words, words)):
+            yield f"The {key} of '{name}' must be a list of words, not {words!r}."
+    if not isinstance(concept.get("replacement"), (str, type(None))):
+        yield f"The replacement of '{name}' must be words, not {concept['replacement']!r}."
+    prompts = concept["prompts"]
+    if not isinstance(prompts, dict):
+        yield f"The prompts of '{name}' must be an object with {', '.join(PROMPT_KINDS)}."
+        return
+    yield from _unknown(prompts, PROMPT_KINDS, f"The prompts of '{name}'")
+    for kind in PROMPT_KINDS:
+        asked = prompts.get(kind)
+        if not isinstance(asked, list) or not asked:
+            yield f"The concept '{name}' has no {kind} prompts: '{kind}' must be a list of at least one."
+        elif not all(map(_is_words, asked)):
+            yield f"Among the {kind} prompts of '{name}' is one without words."
+
+
+def _unknown(data: Mapping[str, object], known: Sequence[str], what: str) -> Iterator[str]:
+    for key in data:
+        if key not in known:
+            have = "have" if " prompts " in what else "has"
+            yield f"{what} {have} an unknown field '{key}': the fields are {', '.join(known)}."
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_whole(value: object) -> bool:
+    # JSON has one kind of number: 1.0 is a whole number to a schema
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 and value == int(value)
+
+
+def _contradictions(concept: BenchConcept) -> Iterator[str]:
+    """What the form allows and the sense does not."""
+    name, own = concept.name, bare(concept.name)
+    if concept.replacement is not None and bare(concept.replacement) == own:
+        yield f"The replacement of '{name}' is the concept itself: name something else, or nothing."
+    near = [bare(neighbour) for neighbour in concept.neighbours]
+    for neighbour, key in zip(concept.neighbours, near, strict=True):
+        if key == own:
+            yield f"'{name}' is among its own neighbours, which are to be kept."
+        if near.count(key) > 1:
+            yield f"'{neighbour}' is twice among the neighbours of '{name}'."
+    asked = [prompt for kind in PROMPT_KINDS for prompt in concept.prompts[kind]]
+    for prompt in asked:
+        if asked.count(prompt) > 1:
+            yield f"The concept '{name}' has the prompt '{prompt}' twice: leave one of them out."
+    for kind in ("plain", "compositional"):
+        for prompt in concept.prompts[kind]:
+            if not says(prompt, name):
+                yield f"The {kind} prompt '{prompt}' does not name '{name}'."
+    for prompt in concept.prompts["paraphrased"]:
+        if says(prompt, name):
+            yield f"The paraphrased prompt '{prompt}' has the name '{name}' in it: it belongs to another kind."
+        if not any(says(prompt, synonym) for synonym in concept.synonyms):
+            yield f"The paraphrased prompt '{prompt}' has none of the synonyms of '{name}' in it: list the one it uses."
+    words = [word for word in re.findall(r"[^\W_]+", name) if len(word) >= _OWN_WORD]
+    for prompt in concept.prompts["indirect"]:
+        for word in (name, *words, *concept.synonyms):
+            if says(prompt, word):
+                yield f"The indirect prompt '{prompt}' of '{name}' has '{word}' in it: it must do without any word."

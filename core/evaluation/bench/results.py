@@ -1,0 +1,191 @@
+"""The results of a benchmark as a file, a row after the other, so that a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import RequestError
+from ..intervals import Score
+from .run import PARTS, BenchRow
+
+__all__ = ["BenchResults", "check_results", "means", "settings_in"]
+
+SCHEMA_VERSION = 1
+_SCORE = ("value", "low", "high", "n")
+_PLAIN = ("concept", "category", "variant", "n_target", "n_kept")
+_COLUMNS = (
+    *_PLAIN,
+    *(part if field == "value" else f"{part}_{field}" for part in PARTS for field in _SCORE),
+    "drift",
+    "settings",
+)
+
+
+def check_results(path: Path) -> None:
+    """Raises :class:`RequestError` for a file that is by its name no place for results."""
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        raise RequestError(f"'{path}' cannot be written: results are .jsonl (JSON Lines) or .csv files.")
+
+
+class BenchResults:
+    """Rows in memory and, with a ``path``, in a ``.jsonl`` or ``.csv`` file; each is on the disk before it returns.
+
+    A JSON Lines file begins with a line of the settings, a CSV file has them in each row. A last line that was cut off
+    while it was written is dropped. Raises :class:`RequestError` for another kind of file, for one that is no such
+    table, and for the results of other settings, naming the first that differs.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.rows: list[BenchRow] = []
+        if path is None:
+            return
+        check_results(path)
+        self._csv = path.suffix.lower() == ".csv"
+        if path.exists():
+            self._read(path)
+
+    @property
+    def done(self) -> set[tuple[str, str]]:
+        """Which rows there are: concept and variant."""
+        return {(row.concept, row.variant) for row in self.rows}
+
+    def add(self, row: BenchRow) -> None:
+        """Keep one more row."""
+        if self.path is not None:
+            text = self._csv_line(row) if self._csv else self._line(row.as_dict())
+            if not self.path.exists() or self.path.stat().st_size == 0:
+                text = self._head() + text
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows.append(row)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _line(data: Mapping[str, Any]) -> str:
+        return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _head(self) -> str:
+        return _csv_text(_COLUMNS) if self._csv else self._line({"schema": SCHEMA_VERSION, "settings": self.settings})
+
+    def _csv_line(self, row: BenchRow) -> str:
+        cells = [str(getattr(row, name)) for name in _PLAIN]
+        for part in PARTS:
+            score = row.scores.get(part)
+            cells += [""] * len(_SCORE) if score is None else [repr(getattr(score, field)) for field in _SCORE]
+        return _csv_text([*cells, repr(row.drift), json.dumps(self.settings, ensure_ascii=False)])
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _read(self, path: Path) -> None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"The results in '{path}' cannot be read: {error}.") from error
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            rows = self._csv_rows(whole) if self._csv else self._json_rows(whole)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(
+                f"'{path}' holds something else than the results of a benchmark: give another --out, or move it away."
+            ) from error
+        if whole != text:
+            path.write_text(whole, encoding="utf-8", newline="")
+        self.rows = rows
+
+    def _json_rows(self, text: str) -> list[BenchRow]:
+        lines = text.splitlines()
+        if not lines:
+            return []
+        head = json.loads(lines[0])
+        if head["schema"] != SCHEMA_VERSION:
+            raise RequestError(f"'{self.path}' has schema {head['schema']!r}; this version reads {SCHEMA_VERSION}.")
+        self._check(head["settings"])
+        return [_row(json.loads(line)) for line in lines[1:]]
+
+    def _csv_rows(self, text: str) -> list[BenchRow]:
+        if not text:
+            return []
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        if tuple(table.fieldnames or ()) != _COLUMNS:
+            raise ValueError("other columns")
+        rows = []
+        for cells in table:
+            self._check(json.loads(cells["settings"]))
+            scores = {
+                part: {f: cells[part if f == "value" else f"{part}_{f}"] for f in _SCORE} if cells[part] else None
+                for part in PARTS
+            }
+            rows.append(_row({**cells, "scores": scores}))
+        return rows
+
+    def _check(self, there: Mapping[str, Any]) -> None:
+        for name in dict.fromkeys((*self.settings, *there)):
+            old, new = there.get(name), self.settings.get(name)
+            if old != new:
+                raise RequestError(
+                    f"'{self.path}' holds results of other settings ({name}: {_spoken(old)} there, {_spoken(new)} "
+                    "now): give another --out, or move it away."
+                )
+
+
+def settings_in(path: Path) -> dict[str, Any] | None:
+    """The settings of the results in a file; ``None`` where there are none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".csv":
+            return next((json.loads(row["settings"]) for row in csv.DictReader(io.StringIO(text, newline=""))), None)
+        return dict(json.loads(text.partition("\n")[0])["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # BenchResults says what is wrong with it
+
+
+def _spoken(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _csv_text(cells: Sequence[str]) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerow(cells)
+    return out.getvalue()
+
+
+def _row(data: Mapping[str, Any]) -> BenchRow:
+    scores = {
+        part: None
+        if score is None
+        else Score(float(score["value"]), float(score["low"]), float(score["high"]), int(score["n"]))
+        for part, score in data["scores"].items()
+    }
+    return BenchRow(
+        str(data["concept"]),
+        str(data["category"]),
+        str(data["variant"]),
+        int(data["n_target"]),
+        int(data["n_kept"]),
+        scores,
+        float(data["drift"]),
+    )
+
+
+def means(rows: Sequence[BenchRow]) -> dict[str, float | None]:
+    """The mean of each part, and of the drift, over those rows that have it; ``None`` where none does."""
+    found: dict[str, float | None] = {}
+    for part in PARTS:
+        values = [score.value for row in rows if (score := row.scores.get(part)) is not None]
+        found[part] = sum(values) / len(values) if values else None
+    found["drift"] = sum(row.drift for row in rows) / len(rows) if rows else None
+    return found

@@ -1,0 +1,39 @@
+"""Autoencoders between images and latents."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Autoencoder", "DiffusersAutoencoder"]
+
+
+class Autoencoder(Protocol):
+    """Between pictures ``(n, 3, H, W)`` in [-1, 1] and latents ``(n, 4, h, w)`` at the scale the UNet works with."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class DiffusersAutoencoder:
+    """diffusers' ``AutoencoderKL`` as an :class:`Autoencoder`: the mean of the posterior, scaled and shifted."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        weight = next(self.vae.parameters())
+        return tensor.to(weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return (self.vae.encode(self._ready(images)).latent_dist.mode().float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(self._ready(latents / self.scale + self.shift)).sample.float().clamp(-1, 1)

@@ -1,0 +1,184 @@
+"""The user's pictures: read from files and folders, brought to the model's size, or checked where a host gives them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, RequestError, listed
+
+if TYPE_CHECKING:
+    from .latent_diffusion import LatentDiffusion
+
+__all__ = ["SUFFIXES", "check_images", "fit_images", "load_images", "picture_size"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_MODES = ("L", "LA", "P", "RGB", "RGBA")
+
+
+def picture_size(model: LatentDiffusion) -> tuple[int, int]:
+    """Height and width, in pixels, of a model's pictures: eight times its latents', as in every Stable Diffusion."""
+    _, height, width = model.latent_shape
+    return 8 * height, 8 * width
+
+
+def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) -> Tensor:
+    """Pictures ``(n, 3, H, W)``, fp32 in [-1, 1], from files and folders; ``size`` is ``(H, W)``.
+
+    Of a folder every picture in it (by its ending, in the order of the names; hidden files and folders within are left
+    out), each file once. Turned as their EXIF orientation says, what is transparent put over white, cut to the size's
+    proportions about the centre, and resized with anti-aliasing. Raises :class:`RequestError` naming the file that is
+    missing, unreadable, no picture, animated, of a mode other than 8-bit grey, palette or RGB, or smaller than half
+    of ``size`` on a side, and :class:`ModelError` where Pillow is not installed.
+    """
+    files = _files(paths)
+    _pillow()
+    return torch.stack([_loaded(file, size) for file in files])
+
+
+def check_images(images: Tensor, n_min: int, size: tuple[int, int], name: str = "the concept") -> None:
+    """Raise :class:`RequestError`, in words, unless ``images`` is ``(n, 3, H, W)`` in [-1, 1] with ``n >= n_min``.
+
+    ``size`` is ``(H, W)``; ``name`` says whose pictures they are.
+    """
+    shape = " × ".join(map(str, images.shape)) or "a single number"
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise RequestError(
+            f"The pictures of {name} must be (number, 3, height, width), red, green and blue; these are {shape}."
+        )
+    if tuple(images.shape[2:]) != tuple(size):
+        raise RequestError(
+            f"The pictures of {name} must be {_said(size)} for this model, and these are "
+            f"{_said((images.shape[2], images.shape[3]))}: resize them first."
+        )
+    if images.shape[0] < n_min:
+        raise RequestError(f"There are too few pictures of {name}: {images.shape[0]}, and at least {n_min} are needed.")
+    if not images.dtype.is_floating_point:
+        raise RequestError(f"The pictures of {name} must be numbers in [-1, 1], not whole numbers ({images.dtype}).")
+    if not torch.isfinite(images).all():
+        raise RequestError(f"The pictures of {name} hold values that are not finite numbers.")
+    low, high = float(images.min()), float(images.max())
+    if low < -1 or high > 1:
+        raise RequestError(
+            f"The pictures of {name} must have values in [-1, 1], and these go from {low:g} to {high:g}."
+        )
+
+
+def fit_images(images: Tensor, size: tuple[int, int], name: str = "the concept") -> Tensor:
+    """Pictures ``(n, 3, H, W)`` in [-1, 1] of any size, brought to ``size`` ``(H, W)`` as :func:`load_images` does.
+
+    Those of that size stay as they are. Raises :class:`RequestError` where they are no such pictures, or smaller than
+    half of ``size`` on a side.
+    """
+    shape = " × ".join(map(str, images.shape)) or "a single number"
+    if images.ndim != 4 or images.shape[1] != 3 or not images.dtype.is_floating_point:
+        raise RequestError(
+            f"The pictures of {name} must be (number, 3, height, width), red, green and blue; these are {shape}."
+        )
+    given = (images.shape[2], images.shape[3])
+    if given == tuple(size):
+        return images
+    if 2 * given[0] < size[0] or 2 * given[1] < size[1]:
+        raise RequestError(
+            f"The pictures of {name} are too small: {_said(given)}, and this model works with {_said(size)}; at least "
+            "half of that is needed on each side."
+        )
+    scale = min(given[0] / size[0], given[1] / size[1])
+    height, width = max(round(scale * size[0]), 1), max(round(scale * size[1]), 1)
+    top, left = (given[0] - height) // 2, (given[1] - width) // 2
+    cut = images[:, :, top : top + height, left : left + width].float()
+    resized = torch.nn.functional.interpolate(cut, size=tuple(size), mode="bicubic", antialias=True)
+    return resized.clamp(-1, 1)
+
+
+def _said(size: tuple[int, int]) -> str:
+    # as picture sizes are said everywhere: the width first
+    return f"{size[1]} × {size[0]} pixels"
+
+
+def _files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    found: dict[Path, Path] = {}
+    for given in map(Path, paths):
+        try:
+            if given.is_dir():
+                inside = sorted(
+                    path
+                    for path in given.iterdir()
+                    if not path.name.startswith(".") and path.suffix.lower() in SUFFIXES
+                )
+                inside = [path for path in inside if path.is_file()]
+                if not inside:
+                    raise RequestError(f"The folder '{given}' holds no pictures ({', '.join(SUFFIXES)}).")
+            elif given.exists():
+                inside = [given]
+            else:
+                raise RequestError(f"The picture '{given}' does not exist.")
+            for path in inside:
+                found.setdefault(path.resolve(), path)
+        except OSError as error:
+            raise RequestError(f"'{given}' cannot be read: {error.strerror or error}.") from error
+    if not found:
+        raise RequestError("There are no pictures: name at least one file or folder.")
+    return list(found.values())
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError as error:
+        raise ModelError(f"Reading pictures needs Pillow ({error}): pip install pillow.") from error
+    return PIL
+
+
+def _loaded(path: Path, size: tuple[int, int]) -> Tensor:
+    pil = _pillow()
+    try:
+        with pil.Image.open(path, formats=_FORMATS) as image:
+            # MPO is a phone's JPEG with a preview beside the picture, which comes first
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise RequestError(f"The file '{path}' is animated: save one of its pictures as a file of its own.")
+            if image.mode not in _MODES:
+                raise RequestError(
+                    f"The picture '{path}' has the mode {image.mode}: save it as 8-bit RGB, RGBA, grey or palette."
+                )
+            picture = _fitted(_flat(pil, pil.ImageOps.exif_transpose(image)), path, size)
+    except pil.UnidentifiedImageError as error:
+        raise RequestError(f"The file '{path}' is no picture that can be read ({listed(SUFFIXES)}).") from error
+    except pil.Image.DecompressionBombError as error:
+        raise RequestError(f"The picture '{path}' is too large to be read safely: make it smaller.") from error
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow's own, of files that are cut off or broken inside
+        raise RequestError(
+            f"The picture '{path}' cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(*size, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _flat(pil: Any, image: Any) -> Any:
+    """RGB, whatever is transparent over white."""
+    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return pil.Image.alpha_composite(pil.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _fitted(image: Any, path: Path, size: tuple[int, int]) -> Any:
+    height, width = size
+    if 2 * image.height < height or 2 * image.width < width:
+        raise RequestError(
+            f"The picture '{path}' is too small: {_said((image.height, image.width))}, and this model works with "
+            f"{_said(size)}; at least half of that is needed on each side."
+        )
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    return image.resize((width, height), _pillow().Image.Resampling.LANCZOS, box=box)

@@ -1,0 +1,316 @@
+"""The one object a method sees of a model: UNet, text encoder, noise schedule and, if there is one, the autoencoder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, RequestError
+from ..progress import Progress, ProgressEvent, report
+from .autoencoders import Autoencoder
+from .safe_guidance import SafetyGuidance, safety_term
+from .schedules import _log_snr
+from .text_encoders import TextEncoder, TextStates
+from .unet import PROJECTIONS, UNetSurvey, survey
+
+__all__ = ["LatentDiffusion", "hash_of_weights"]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SAMPLERS = ("ddim", "dpm++")
+
+
+def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """:attr:`LatentDiffusion.model_hash` of the weights of all projections by canonical key, in the survey's order."""
+    digest = hashlib.sha256()
+    for key, weight in weights:
+        digest.update(key.encode())
+        plain = weight.detach().to("cpu", torch.float16).contiguous()
+        # the memory itself: this package does without numpy
+        digest.update((ctypes.c_char * (plain.numel() * 2)).from_address(plain.data_ptr()))
+    return digest.hexdigest()
+
+
+class LatentDiffusion:
+    """A latent diffusion model as the methods, the evaluation and the hosts share it.
+
+    ``unet`` is the raw module in diffusers or LDM naming; ``alphas_cumprod`` is ``(T,)``; ``prediction_type`` is
+    ``"epsilon"`` or ``"v_prediction"``; ``latent_shape`` is ``(channels, h, w)``. Nothing here changes the model.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text: TextEncoder,
+        alphas_cumprod: Tensor,
+        prediction_type: str = "epsilon",
+        vae: Autoencoder | None = None,
+        latent_shape: tuple[int, int, int] = (4, 64, 64),
+        name: str = "model",
+        model_hash: str | None = None,
+        eps_model: Callable[[Tensor, Tensor, TextStates], Tensor] | None = None,
+        guidance: float = 7.5,
+    ) -> None:
+        """``guidance`` is the scale its pictures are usually drawn at. ``model_hash`` spares working it out;
+        ``eps_model(x, t, states)`` replaces the call of the raw UNet where a host's own way to call it must be kept
+        (its raw prediction is returned, not yet converted)."""
+        if prediction_type not in PREDICTION_TYPES:
+            raise ModelError(
+                f"This model predicts '{prediction_type}'; only {' and '.join(PREDICTION_TYPES)} models are supported."
+            )
+        self.unet, self.text, self.vae = unet, text, vae
+        self.alphas_cumprod = alphas_cumprod.detach().float().cpu()
+        self.prediction_type = prediction_type
+        self.latent_shape = tuple(latent_shape)
+        self.name = name
+        self._known_hash = model_hash
+        self._call = eps_model
+        self.guidance = guidance
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def survey(self) -> UNetSurvey:
+        """The UNet's cross-attention sites."""
+        return survey(self.unet)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def train_steps(self) -> int:
+        """Number of time steps of the noise schedule (1000 for every Stable Diffusion)."""
+        return self.alphas_cumprod.shape[0]
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of the cross-attention weights, rounded to fp16: one for full and pruned copies and for both layouts."""
+        if self._known_hash is not None:
+            return self._known_hash
+        return hash_of_weights(
+            (site.key(which), site.projection(which).weight) for site in self.survey for which in PROJECTIONS
+        )
+
+    # -- the noise -----------------------------------------------------------------------------------------------
+
+    def _alpha(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        alpha = self.alphas_cumprod[timesteps.long().cpu()].to(like.device)
+        return alpha.view(-1, *([1] * (like.ndim - 1)))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``x_t = √α̅_t x_0 + √(1-α̅_t) ε``; ``x0`` and ``noise`` are ``(n, 4, h, w)``, ``timesteps`` is ``(n,)``."""
+        alpha = self._alpha(timesteps, x0)
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+    def predict_noise(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        """``ε_θ(x_t, t, c)``, fp32, like ``x``; a v-prediction is converted (``ε = √α̅ v + √(1-α̅) x_t``).
+
+        Differentiable where gradients are on. ``x`` is ``(n, 4, h, w)``, ``timesteps`` ``(n,)``, ``states`` of ``n``
+        rows.
+        """
+        timesteps = timesteps.to(self.device).expand(x.shape[0])
+        x = x.to(self.device)
+        states = states.to(self.device, self.dtype)
+        call = self._call or self._raw_prediction
+        out = call(x.to(self.dtype), timesteps, states).float()
+        if self.prediction_type == "epsilon":
+            return out
+        alpha = self._alpha(timesteps, x)
+        return alpha.sqrt() * out + (1 - alpha).sqrt() * x.float()
+
+    def _raw_prediction(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        pooled = states.pooled
+        takes_pooled = any(getattr(self.unet, name, None) is not None for name in ("add_embedding", "label_emb"))
+        if takes_pooled and pooled is None:
+            raise ModelError("This model also takes a pooled text vector (as SDXL), and the text encoder gives none.")
+        if self.survey.layout == "diffusers":
+            extra: dict[str, Any] = {}
+            if takes_pooled:
+                extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._sizes(x)}
+            return self.unet(x, timesteps, encoder_hidden_states=states.hidden, return_dict=False, **extra)[0]
+        if takes_pooled and pooled is not None:
+            sizes = _sinusoidal(self._sizes(x).flatten(), 256).view(x.shape[0], -1)
+            return self.unet(x, timesteps=timesteps, context=states.hidden, y=torch.cat([pooled, sizes.to(pooled)], 1))
+        return self.unet(x, timesteps=timesteps, context=states.hidden)
+
+    def _sizes(self, x: Tensor) -> Tensor:
+        # SDXL's size conditions: original size, no crop, target size, in pixels
+        height, width = x.shape[-2] * 8, x.shape[-1] * 8
+        row = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device)
+        return row.expand(x.shape[0], -1)
+
+    # -- pictures ------------------------------------------------------------------------------------------------
+
+    def timesteps(self, steps: int, spacing: str = "leading") -> list[int]:
+        """The time steps a sampler of ``steps`` steps visits, falling.
+
+        ``"leading"``: multiples of ``T // steps`` plus 1, as SD1's and SD2's own configuration (``steps_offset`` 1);
+        ``"trailing"``: from the last step on in even strides, for schedules that reach pure noise.
+        """
+        if not 1 <= steps <= self.train_steps:
+            raise RequestError(f"The number of steps must be 1 to {self.train_steps}, not {steps}.")
+        if spacing == "leading":
+            stride = self.train_steps // steps
+            return [min(i * stride + 1, self.train_steps - 1) for i in reversed(range(steps))]
+        if spacing == "trailing":
+            return [round(self.train_steps * (1 - i / steps)) - 1 for i in range(steps)]
+        raise RequestError(f"The spacing '{spacing}' is not known: choose 'leading' or 'trailing'.")
+
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Fp32 noise ``(n, 4, h, w)``, each row from its own seed and drawn on the CPU: the same on every device."""
+        return torch.stack(
+            [torch.randn(self.latent_shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int = 30,
+        guidance: float = 7.5,
+        negative: str | Sequence[str] = "",
+        until: int | None = None,
+        progress: Progress | None = None,
+        batch: int = 16,
+        spacing: str = "leading",
+        sampler: str = "ddim",
+        safety: SafetyGuidance | None = None,
+    ) -> Tensor:
+        """Latents ``(n, 4, h, w)``, fp32, with classifier-free guidance.
+
+        ``sampler``: ``"ddim"`` (η = 0; Song et al. 2021, arXiv 2010.02502, eq. 12) or ``"dpm++"`` (DPM-Solver++(2M); Lu
+        et al. 2022, arXiv 2211.01095, algorithm 2), which needs about half the steps.
+
+        One seed a prompt; a picture depends on its prompt and seed alone, not on what is sampled beside it.
+        ``negative`` is one prompt for all or one for each. ``until`` stops after that many of the ``steps`` (for
+        methods that want an ``x_t`` on the way: it is then at time ``timesteps(steps)[until]``). At ``guidance`` 1 the
+        unconditional pass is left out. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
+        ``batch`` pictures are worked on together. ``safety`` steers away from a concept (:mod:`.guidance`), for a third
+        pass of each step. Raises :class:`RequestError` on counts that do not match.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = list(seeds)
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if len(seeds) != len(prompts) or len(negatives) != len(prompts):
+            raise RequestError(
+                f"There are {len(prompts)} prompts, {len(seeds)} seeds and {len(negatives)} negative prompts: "
+                "give one seed (and one negative prompt) for each prompt."
+            )
+        if not math.isfinite(guidance):
+            raise RequestError(f"The guidance must be a finite number, not {guidance}.")
+        if batch < 1:
+            raise RequestError(f"The batch must be at least 1, not {batch}.")
+        times = self.timesteps(steps, spacing)
+        stop = steps if until is None else until
+        if not 0 <= stop <= steps:
+            raise RequestError(f"'until' must be 0 to {steps} steps, not {stop}.")
+        if not prompts:
+            return torch.empty(0, *self.latent_shape, device=self.device)
+        if sampler not in SAMPLERS:
+            raise RequestError(f"The sampler '{sampler}' is not known: choose one of {', '.join(SAMPLERS)}.")
+        guided = guidance != 1.0 or safety is not None
+        wanted = list(dict.fromkeys(prompts + (negatives if guided else []) + ([safety.concept] if safety else [])))
+        row = {prompt: i for i, prompt in enumerate(wanted)}
+        states = self._encoded(wanted)
+        # from each visited step to the next one, in ᾱ
+        stride = self.train_steps // steps
+        path = [float(self.alphas_cumprod[t]) for t in times]
+        if spacing == "leading":
+            last = times[-1] - stride
+            path.append(float(self.alphas_cumprod[max(last, 0)]))
+        else:
+            path.append(1.0)
+        chunks = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
+        total, done = len(chunks) * stop, 0
+        latents = []
+        for chunk in chunks:
+            x = self.initial_noise([seeds[i] for i in chunk]).to(self.device)
+            rows = [row[prompts[i]] for i in chunk]
+            if guided:
+                rows += [row[negatives[i]] for i in chunk]
+            if safety is not None:
+                rows += [row[safety.concept]] * len(chunk)
+            context = states.index(rows)
+            momentum = torch.zeros_like(x)  # of the safety guidance
+            earlier: Tensor | None = None  # the x_0 that the step before foresaw
+            for k in range(stop):
+                if safety is None:
+                    eps = self._guided(x, times[k], context, guidance if guided else None)
+                else:
+                    used = k >= safety.settings.first_step(steps)
+                    eps, momentum = self._safely_guided(x, times[k], context, guidance, safety, momentum, used)
+                alpha, after = path[k], path[k + 1]
+                x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+                ahead = x0
+                # the last step is of first order, as is the first: at its end the extrapolation is not to be trusted
+                if sampler == "dpm++" and earlier is not None and k < steps - 1:
+                    width, before = _log_snr(after) - _log_snr(alpha), _log_snr(alpha) - _log_snr(path[k - 1])
+                    ahead = x0 + (x0 - earlier) * (width / (2 * before))
+                earlier = x0
+                # with x_0 for the extrapolated one this is DDIM's step: the two differ in it alone
+                share = ((1 - after) / (1 - alpha)) ** 0.5
+                x = share * x + (after**0.5 - share * alpha**0.5) * ahead
+                done += 1
+                report(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} pictures"))
+            latents.append(x)
+        return torch.cat(latents)
+
+    def _guided(self, x: Tensor, time: int, context: TextStates, guidance: float | None) -> Tensor:
+        if guidance is None:
+            return self.predict_noise(x, torch.full((x.shape[0],), time), context)
+        # both passes in one batch: on a small model and a CPU this is nearly the price of one
+        both = self.predict_noise(torch.cat([x, x]), torch.full((2 * x.shape[0],), time), context)
+        conditional, unconditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _safely_guided(
+        self,
+        x: Tensor,
+        time: int,
+        context: TextStates,
+        guidance: float,
+        safety: SafetyGuidance,
+        momentum: Tensor,
+        used: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The guided prediction, and the momentum after it."""
+        every = self.predict_noise(torch.cat([x, x, x]), torch.full((3 * x.shape[0],), time), context)
+        conditional, unconditional, unsafe = every.chunk(3)
+        term, momentum = safety_term(conditional, unconditional, unsafe, safety.settings, momentum)
+        direction = conditional - unconditional
+        return unconditional + guidance * (direction - term if used else direction), momentum
+
+    def _encoded(self, prompts: Sequence[str], batch: int = 64) -> TextStates:
+        return TextStates.cat([self.text.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
+        """Pictures ``(n, 3, H, W)`` in [-1, 1]. Raises :class:`ModelError` where the model has no autoencoder."""
+        if self.vae is None:
+            raise ModelError(
+                f"The model '{self.name}' has no autoencoder here, so latents cannot be made into pictures."
+            )
+        if not len(latents):
+            raise RequestError("There are no latents to decode.")
+        vae = self.vae
+        return torch.cat([vae.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
+
+
+def _sinusoidal(values: Tensor, width: int) -> Tensor:
+    """Sines and cosines of ``values`` ``(n,)`` at ``width // 2`` falling frequencies, cosines first: ``(n, width)``."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device) / half)
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)

@@ -1,0 +1,186 @@
+"""From a name or a path to a :class:`LatentDiffusion`: embedded model, diffusers folder or single file.
+
+Reading is left to diffusers' and transformers' own loaders (extras, imported here and only when needed). Pickles can
+run code, so they are refused, in files and in folders alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError, PatchError
+from ..files.safetensors_io import read_names
+from .autoencoders import DiffusersAutoencoder
+from .latent_diffusion import LatentDiffusion
+from .text_encoders import CLIPText, SDXLText
+
+__all__ = ["from_pipeline", "load_checkpoint"]
+
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_CHOICES = "'mini', a folder in diffusers' layout or a single .safetensors file"
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    clip_skip: int = 1,
+    config: str | os.PathLike[str] | None = None,
+) -> LatentDiffusion:
+    """Load a model for forgetting and sampling.
+
+    ``source`` is ``"mini"``, a diffusers folder (SD1, SD2, SDXL and models shaped like them) or a single-file
+    checkpoint. ``clip_skip`` counts as the webui does (not for SDXL). ``config`` is a diffusers folder with the
+    configuration and tokenizer of a single file; without it diffusers takes those of the model family from the Hugging
+    Face hub or its cache. Raises :class:`ModelError` in words.
+    """
+    path = Path(source)
+    if path.suffix.lower() in _PICKLES:
+        raise ModelError(
+            f"'{source}' is a pickle ({path.suffix}): pickles can run code and are not read. Convert it to safetensors."
+        )
+    if path.is_dir():
+        return _from_folder(path, device, dtype, clip_skip)
+    if not path.exists():
+        raise ModelError(f"There is no model '{source}': give {_CHOICES}.")
+    return _from_single_file(path, device, dtype, clip_skip, config)
+
+
+def _need_diffusers() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f"Loading a checkpoint needs diffusers and transformers ({error}): pip install diffusers transformers."
+        ) from error
+
+
+def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, clip_skip: int) -> LatentDiffusion:
+    _need_diffusers()
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    missing = [n for n in ("unet", "text_encoder", "tokenizer", "scheduler") if not (folder / n).is_dir()]
+    if missing:
+        raise ModelError(
+            f"'{folder}' is no model in diffusers' layout: it has no folder '{missing[0]}'. Give {_CHOICES}."
+        )
+
+    def part(kind: Any, name: str) -> Any:
+        weights = [p.name for p in (folder / name).iterdir() if p.suffix in (".safetensors", ".bin")]
+        safe = [w for w in weights if w.endswith(".safetensors")]
+        if weights and not safe:
+            raise ModelError(
+                f"'{folder / name}' has its weights only as a pickle ({weights[0]}): pickles can run code and are not "
+                "read. Get the safetensors version."
+            )
+        half = bool(safe) and all(".fp16." in w for w in safe)
+        try:
+            loaded = kind.from_pretrained(
+                str(folder / name),
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=dtype,
+                **({"variant": "fp16"} if half else {}),
+            )
+        except Exception as error:  # the loaders raise whatever their parts raise; said in words, with the cause kept
+            raise ModelError(f"'{folder / name}' cannot be loaded: {_first_line(error)}") from error
+        return loaded.to(device).eval()
+
+    def tokenizer(name: str) -> Any:
+        try:
+            return CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
+        except Exception as error:  # as above
+            raise ModelError(f"'{folder / name}' cannot be loaded: {_first_line(error)}") from error
+
+    try:
+        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        scheduler = DDIMScheduler.from_config(settings)
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"The noise schedule of '{folder}' cannot be read: {_first_line(error)}") from error
+    unet = part(UNet2DConditionModel, "unet")
+    if (folder / "text_encoder_2").is_dir():
+        text: Any = SDXLText(
+            part(CLIPTextModel, "text_encoder"),
+            part(CLIPTextModelWithProjection, "text_encoder_2"),
+            tokenizer("tokenizer"),
+            tokenizer("tokenizer_2"),
+        )
+    else:
+        text = CLIPText(part(CLIPTextModel, "text_encoder"), tokenizer("tokenizer"), clip_skip)
+    vae = part(AutoencoderKL, "vae") if (folder / "vae").is_dir() else None
+    return _assembled(unet, text, scheduler, vae, folder.name)
+
+
+def _from_single_file(
+    path: Path, device: torch.device | str, dtype: torch.dtype, clip_skip: int, config: str | os.PathLike[str] | None
+) -> LatentDiffusion:
+    try:
+        names = read_names(path)
+    except PatchError as error:
+        raise ModelError(str(error)) from error
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise ModelError(f"'{path}' is not a whole checkpoint: it has no UNet. Give {_CHOICES}.")
+    _need_diffusers()
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    sdxl = any(name.startswith("conditioner.embedders.1.") for name in names)
+    kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+    extra: dict[str, Any] = {} if sdxl else {"safety_checker": None, "feature_extractor": None}
+    if config is not None:
+        extra |= {"config": str(config), "local_files_only": True}
+    try:
+        pipe = kind.from_single_file(str(path), torch_dtype=dtype, **extra)
+    except Exception as error:  # whatever the loaders' parts raise; said in words, with the cause kept
+        help_ = (
+            "diffusers needs the configuration of this model family from the Hugging Face hub once: connect, or give a "
+            "diffusers folder of the same family as 'config'."
+            if config is None
+            else f"The configuration in '{config}' may be of another model."
+        )
+        raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)} {help_}") from error
+    return from_pipeline(pipe.to(device), path.stem, clip_skip)
+
+
+def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentDiffusion:
+    """The parts of a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, shared, not copied."""
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        if pipe.text_encoder is None:
+            raise ModelError(
+                f"'{name}' has only the second of SDXL's text encoders (a refiner?): that is not supported."
+            )
+        text: Any = SDXLText(pipe.text_encoder, pipe.text_encoder_2, pipe.tokenizer, pipe.tokenizer_2)
+    else:
+        text = CLIPText(pipe.text_encoder, pipe.tokenizer, clip_skip)
+    return _assembled(pipe.unet, text, pipe.scheduler, pipe.vae, name)
+
+
+def _assembled(unet: Any, text: Any, scheduler: Any, vae: Any, name: str) -> LatentDiffusion:
+    size = unet.config.sample_size or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    model = LatentDiffusion(
+        unet.eval(),
+        text,
+        scheduler.alphas_cumprod,
+        scheduler.config.get("prediction_type", "epsilon"),
+        DiffusersAutoencoder(vae) if vae is not None else None,
+        (unet.config.in_channels, height, width),
+        name,
+    )
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ModelError(
+            f"'{name}' takes {unet.config.in_channels} channels (inpainting?): only plain models are supported."
+        )
+    _ = model.survey  # raises now, not later, where there is no cross-attention
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

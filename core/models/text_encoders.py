@@ -1,0 +1,142 @@
+"""Text encoders as the methods see them, and where in a prompt a phrase stands.
+
+A CLIP text encoder is causal: the state at a position knows every token before it and none after, so the concept is
+in every state from its first token on, the padding included (:func:`tail_positions`), and in none before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+__all__ = ["CLIPText", "SDXLText", "TextEncoder", "TextStates"]
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What the UNet is given of some prompts.
+
+    ``hidden`` is ``(n, tokens, d)``; ``pooled``, for models that take one (SDXL), is ``(n, d_pooled)``, else ``None``.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextStates:
+        """The same states on another device or in another dtype (``None``: as it is)."""
+        pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
+        return TextStates(self.hidden.to(device=device, dtype=dtype), pooled)
+
+    def index(self, rows: Sequence[int]) -> TextStates:
+        """The states of the given rows, in the given order; a row may come twice."""
+        chosen = torch.as_tensor(list(rows), dtype=torch.long, device=self.hidden.device)
+        return TextStates(self.hidden[chosen], None if self.pooled is None else self.pooled[chosen])
+
+    @staticmethod
+    def cat(states: Sequence[TextStates]) -> TextStates:
+        """Several states one after the other."""
+        pooled = [s.pooled for s in states if s.pooled is not None]
+        return TextStates(torch.cat([s.hidden for s in states]), torch.cat(pooled) if pooled else None)
+
+
+class TextEncoder(Protocol):
+    """A host's own way from words to states; an adapter implements these four."""
+
+    max_length: int
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """The whole sequence as encoded: start, words, end and padding (``max_length`` ids, cut off if need be)."""
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        """The ids of the words alone, as inside a prompt: no special tokens, never cut off."""
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """The states of the prompts, one row a prompt, without gradient."""
+
+
+def _tokens(tokenizer: Any, prompt: str, length: int) -> list[int]:
+    encoded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
+    return [int(i) for i in encoded["input_ids"]]
+
+
+def _words(tokenizer: Any, phrase: str) -> list[int]:
+    return [int(i) for i in tokenizer(phrase, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+class CLIPText:
+    """SD1's and SD2's text encoder: ``transformers``' CLIPTextModel with its CLIPTokenizer.
+
+    ``clip_skip`` counts as the webui does: 1 is the last layer, 2 the one before, ... with the final norm on it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, clip_skip: int = 1) -> None:
+        layers = int(model.config.num_hidden_layers)
+        if not 1 <= clip_skip <= layers:
+            raise ModelError(f"clip_skip must be 1 to {layers} for this text encoder, not {clip_skip}.")
+        self.model, self.tokenizer, self.clip_skip = model, tokenizer, clip_skip
+        self.max_length = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
+
+    @property
+    def layer(self) -> str:
+        """Which states these are, for a patch's metadata: a closed form fitted on other states is another edit."""
+        return f"clip_skip={self.clip_skip},final_norm"
+
+    def token_ids(self, prompt: str) -> list[int]:
+        return _tokens(self.tokenizer, prompt, self.max_length)
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        return _words(self.tokenizer, phrase)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        return self.states(torch.tensor([self.token_ids(p) for p in prompts], device=_device(self.model)))
+
+    def states(self, ids: Tensor) -> TextStates:
+        """The states of token ids ``(n, max_length)``, with whatever gradients are on."""
+        if self.clip_skip == 1:
+            return TextStates(self.model(ids)[0])
+        hidden = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+        return TextStates(getattr(self.model, "text_model", self.model).final_layer_norm(hidden))
+
+
+class SDXLText:
+    """SDXL's two text encoders: the last layer but one of each side by side (768 + 1280), and the second's pooled text.
+
+    Positions are the first tokenizer's; the two differ only in the padding token.
+    """
+
+    layer = "sdxl:penultimate,no_final_norm"
+
+    def __init__(self, model: Any, model_2: Any, tokenizer: Any, tokenizer_2: Any) -> None:
+        self.model, self.model_2, self.tokenizer, self.tokenizer_2 = model, model_2, tokenizer, tokenizer_2
+        self.max_length = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
+
+    def token_ids(self, prompt: str) -> list[int]:
+        return _tokens(self.tokenizer, prompt, self.max_length)
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        return _words(self.tokenizer, phrase)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        ids = torch.tensor([_tokens(self.tokenizer, p, self.max_length) for p in prompts], device=_device(self.model))
+        ids_2 = torch.tensor(
+            [_tokens(self.tokenizer_2, p, self.max_length) for p in prompts], device=_device(self.model_2)
+        )
+        first = self.model(ids, output_hidden_states=True).hidden_states[-2]
+        second = self.model_2(ids_2, output_hidden_states=True)
+        hidden = torch.cat([first, second.hidden_states[-2].to(first.device, first.dtype)], dim=-1)
+        return TextStates(hidden, second.text_embeds.to(first.device, first.dtype))

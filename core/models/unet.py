@@ -1,0 +1,352 @@
+"""The cross-attention sites of a raw UNet, and all linear layers of the transformer blocks they stand in, under one
+name whatever the library that built it.
+
+A canonical name is the dotted path in diffusers' ``UNet2DConditionModel``; for a UNet in LDM naming (``input_blocks`` /
+``middle_block`` / ``output_blocks``: the original code, ComfyUI, the webui) it is worked out from the model's own
+blocks, with however many layers each has. Weights are looked at for their shapes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError
+
+__all__ = [
+    "PROJECTIONS",
+    "CrossAttentionSite",
+    "Layer",
+    "UNetSurvey",
+    "canonical_from_ldm",
+    "ldm_from_canonical",
+    "survey",
+]
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+
+_TRANSFORMER = re.compile(r"^(?P<place>.+)\.(?P<inner>transformer_blocks\.\d+\.attn[12])$")
+_LAYER = re.compile(
+    r"^(?P<place>.+)\.(?P<inner>transformer_blocks\.\d+\."
+    r"(?:attn[12]\.(?:to_[qkv]|to_out)|ff\.net\.0\.proj|ff\.net\.2))(?:(?<=to_out)\.0)?$"
+)
+
+
+@dataclass(frozen=True)
+class CrossAttentionSite:
+    """One place where the UNet reads the text.
+
+    ``name`` is canonical (diffusers), ``ldm_name`` the same place in LDM naming, ``path`` where it is in *this* UNet.
+    ``context_dim`` is the width of the text states that K and V take in.
+    """
+
+    name: str
+    ldm_name: str
+    path: str
+    module: nn.Module = field(repr=False, compare=False)
+    heads: int
+    context_dim: int
+
+    def projection(self, which: str) -> nn.Linear:
+        """The ``nn.Linear`` of ``to_q``, ``to_k``, ``to_v`` or ``to_out`` (the linear part of the latter)."""
+        if which not in PROJECTIONS:
+            raise ModelError(f"There is no projection '{which}': choose from {', '.join(PROJECTIONS)}.")
+        return _linear(self.module, which, self.path)
+
+    def key(self, which: str) -> str:
+        """The canonical key of a projection: ``<name>.<which>``."""
+        return f"{self.name}.{which}"
+
+    def weight_path(self, which: str) -> str:
+        """The projection's module path in this UNet, e.g. ``….attn2.to_out.0``."""
+        return f"{self.path}.{which}" + (".0" if which == "to_out" else "")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a transformer block: self-attention, cross-attention or feed-forward.
+
+    ``key`` is canonical (``….attn1.to_q``, ``….attn2.to_out``, ``….ff.net.0.proj``), ``ldm_key`` the same in LDM
+    naming, ``path`` where the ``nn.Linear`` is in *this* UNet.
+    """
+
+    key: str
+    ldm_key: str
+    path: str
+    module: nn.Linear = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class UNetSurvey:
+    """All cross-attention sites of one UNet, in the order data meets them (down, middle, up)."""
+
+    unet: nn.Module = field(repr=False, compare=False)
+    sites: tuple[CrossAttentionSite, ...]
+    layout: str
+    family: str
+    context_dim: int
+
+    def __iter__(self) -> Iterator[CrossAttentionSite]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @cached_property
+    def _sites_by_name(self) -> Mapping[str, CrossAttentionSite]:
+        return {site.name: site for site in self.sites}
+
+    def by_name(self, name: str) -> CrossAttentionSite:
+        """The site with this canonical name; :class:`ModelError` where there is none."""
+        try:
+            return self._sites_by_name[name]
+        except KeyError:
+            raise ModelError(f"This model has no cross-attention site '{name}'.") from None
+
+    def split(self, key: str) -> tuple[CrossAttentionSite, str] | None:
+        """The site and projection a canonical key names, or ``None`` where this UNet has it not."""
+        name, _, which = key.rpartition(".")
+        site = self._sites_by_name.get(name)
+        return None if site is None or which not in PROJECTIONS else (site, which)
+
+    @cached_property
+    def layers(self) -> Mapping[str, Layer]:
+        """Every linear layer of the transformer blocks by its canonical key, those of the sites among them.
+
+        LoRA trainers take these when they take the whole UNet. Raises :class:`ModelError` where one of them is no plain
+        linear layer.
+        """
+        places = _ldm_places(self.unet) if self.layout == "ldm" else _diffusers_places(self.unet)
+        found: list[Layer] = []
+        for path, module in self.unet.named_modules():
+            match = _LAYER.match(path)
+            if match is None or match["place"] not in places or isinstance(module, (nn.Sequential, nn.ModuleList)):
+                continue
+            canonical, ldm = places[match["place"]]
+            found.append(Layer(f"{canonical}.{match['inner']}", f"{ldm}.{match['inner']}", path, _plain(module, path)))
+        # within a block as the module has them
+        found.sort(key=lambda layer: _order(layer.key.split(".transformer_blocks.")[0]))
+        return {layer.key: layer for layer in found}
+
+    def find(self, key: str) -> Layer | None:
+        """The layer under a canonical key, of a site or another one, or ``None`` where this UNet has it not."""
+        if (found := self.split(key)) is not None:
+            site, which = found
+            return Layer(key, f"{site.ldm_name}.{which}", site.weight_path(which), site.projection(which))
+        return self.layers.get(key) if _LAYER.match(key) else None
+
+    def layer(self, key: str) -> Layer:
+        """As :meth:`find`; :class:`ModelError` where there is none."""
+        if (found := self.find(key)) is None:
+            raise ModelError(f"This model has no projection '{key}'.")
+        return found
+
+    def linear(self, key: str) -> nn.Linear:
+        """The ``nn.Linear`` under a canonical key; :class:`ModelError` where there is none."""
+        return self.layer(key).module
+
+    def fingerprint(self) -> str:
+        """A hash of the architecture (names and shapes of the sites), the same in both layouts; not of the weights."""
+        lines = [
+            f"{site.key(which)}:{tuple(site.projection(which).weight.shape)}:{site.heads}"
+            for site in self.sites
+            for which in PROJECTIONS
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def survey(unet: nn.Module) -> UNetSurvey:
+    """Find every cross-attention site of a raw UNet (no host's wrapper, no pipeline), in either naming.
+
+    Works on the meta device. Raises :class:`ModelError` where there is none, or where a projection is no plain linear
+    layer (a quantised one, or one with another library's adapter still in it).
+    """
+    children = dict(unet.named_children())
+    if "input_blocks" in children and "output_blocks" in children:
+        layout, places = "ldm", _ldm_places(unet)
+    elif "down_blocks" in children and "up_blocks" in children:
+        layout, places = "diffusers", _diffusers_places(unet)
+    else:
+        raise ModelError(
+            f"This model ({type(unet).__name__}) has no cross-attention UNet that is known here: neither diffusers' "
+            "down_blocks and up_blocks nor the original input_blocks and output_blocks were found."
+        )
+    found: list[tuple[tuple[int, ...], CrossAttentionSite]] = []
+    for path, module in unet.named_modules():
+        if (match := _TRANSFORMER.match(path)) is None or not _is_cross_attention(unet, path, module):
+            continue
+        if (names := places.get(match["place"])) is None:
+            raise ModelError(f"The cross-attention at '{path}' stands where none was expected in a UNet of this kind.")
+        canonical, ldm = names
+        inner = match["inner"]
+        site = CrossAttentionSite(
+            name=f"{canonical}.{inner}",
+            ldm_name=f"{ldm}.{inner}",
+            path=path,
+            module=module,
+            heads=int(module.heads),
+            context_dim=_linear(module, "to_k", path).in_features,
+        )
+        for which in PROJECTIONS:
+            site.projection(which)
+        found.append((_order(site.name), site))
+    if not found:
+        raise ModelError(
+            f"This model has no cross-attention ({type(unet).__name__}): nothing in it reads the text through "
+            "attention, so there is nothing that these methods could edit."
+        )
+    found.sort(key=lambda item: item[0])
+    sites = tuple(site for _, site in found)
+    widths = sorted({site.context_dim for site in sites})
+    if len(widths) > 1:
+        raise ModelError(f"This model's cross-attention takes text states of several widths ({widths}): not supported.")
+    return UNetSurvey(unet, sites, layout, _family(unet, len(sites), widths[0]), widths[0])
+
+
+def _linear(attention: nn.Module, which: str, path: str) -> nn.Linear:
+    module: Any = getattr(attention, which, None)
+    if which == "to_out" and isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
+        module = module[0]
+    return _plain(module, f"{path}.{which}")
+
+
+def _plain(module: Any, path: str) -> nn.Linear:
+    if not isinstance(module, nn.Linear) and not _is_bare_linear(module):
+        raise ModelError(
+            f"'{path}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
+            "linear layer: unload adapters and quantisation from the model first."
+        )
+    return module
+
+
+def _is_bare_linear(module: Any) -> bool:
+    """A host's own class (Forge's) that is no child of torch's, with the same weight and nothing around it."""
+    if not isinstance(module, nn.Module) or any(True for _ in module.children()):
+        return False
+    weight = module._parameters.get("weight")
+    wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return type(weight) is nn.Parameter and tuple(weight.shape) == wanted and weight.is_floating_point()
+
+
+def _is_cross_attention(unet: nn.Module, path: str, module: nn.Module) -> bool:
+    if not hasattr(module, "to_k") or not hasattr(module, "heads"):
+        return False
+    declared = getattr(module, "is_cross_attention", None)
+    if isinstance(declared, bool):  # diffusers knows
+        return declared
+    if path.endswith("attn2"):
+        return True
+    parent = unet.get_submodule(path.rpartition(".")[0])
+    return bool(getattr(parent, "disable_self_attn", False))
+
+
+def _order(name: str) -> tuple[int, ...]:
+    stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}[name.split(".", 1)[0]]
+    return (stage, *(int(number) for number in re.findall(r"\d+", name)))
+
+
+def _family(unet: nn.Module, sites: int, context_dim: int) -> str:
+    # pooled text comes in beside the time: `add_embedding` in diffusers, `label_emb` in LDM
+    pooled = getattr(unet, "add_embedding", None) is not None or getattr(unet, "label_emb", None) is not None
+    if pooled:
+        return "sdxl" if context_dim == 2048 else "other"
+    return {(768, 16): "sd1", (1024, 16): "sd2"}.get((context_dim, sites), "other")
+
+
+# -- where a transformer stands: this UNet's path -> (canonical, LDM) ---------------------------------------------
+
+
+def _diffusers_places(unet: nn.Module) -> dict[str, tuple[str, str]]:
+    places: dict[str, tuple[str, str]] = {}
+    entry = 1  # input_blocks.0 is the first convolution
+    for i, block in enumerate(unet.down_blocks):  # type: ignore[arg-type]
+        for j in range(len(getattr(block, "attentions", None) or ())):
+            name = f"down_blocks.{i}.attentions.{j}"
+            places[name] = (name, f"input_blocks.{entry + j}.1")
+        entry += len(block.resnets) + (1 if getattr(block, "downsamplers", None) else 0)
+    middle = getattr(unet, "mid_block", None)
+    for j in range(len(getattr(middle, "attentions", None) or ())):
+        places[f"mid_block.attentions.{j}"] = (f"mid_block.attentions.{j}", f"middle_block.{1 + 2 * j}")
+    entry = 0
+    for i, block in enumerate(unet.up_blocks):  # type: ignore[arg-type]
+        for j in range(len(getattr(block, "attentions", None) or ())):
+            name = f"up_blocks.{i}.attentions.{j}"
+            places[name] = (name, f"output_blocks.{entry + j}.1")
+        entry += len(block.resnets)
+    return places
+
+
+def _has_transformer(module: nn.Module) -> bool:
+    return hasattr(module, "transformer_blocks")
+
+
+def _resamples(module: nn.Module) -> bool:
+    # a resampling layer by its name, or a residual block that resamples (`resblock_updown`)
+    return type(module).__name__ in ("Downsample", "Upsample") or bool(getattr(module, "updown", False))
+
+
+def _ldm_places(unet: nn.Module) -> dict[str, tuple[str, str]]:
+    places: dict[str, tuple[str, str]] = {}
+    for stage, canonical in (("input_blocks", "down_blocks"), ("output_blocks", "up_blocks")):
+        level, layer = 0, 0
+        for k, entry in enumerate(getattr(unet, stage)):
+            parts = list(entry.named_children())
+            if stage == "input_blocks" and k == 0:
+                continue  # the first convolution
+            for index, part in parts:
+                if _has_transformer(part):
+                    path = f"{stage}.{k}.{index}"
+                    places[path] = (f"{canonical}.{level}.attentions.{layer}", path)
+            layer += 1
+            if any(_resamples(part) for _, part in parts):
+                level, layer = level + 1, 0
+    attention = 0
+    for index, part in getattr(unet, "middle_block", nn.Sequential()).named_children():
+        if _has_transformer(part):
+            places[f"middle_block.{index}"] = (f"mid_block.attentions.{attention}", f"middle_block.{index}")
+            attention += 1
+    return places
+
+
+# -- names alone, for files without a model -----------------------------------------------------------------------
+
+_CANONICAL = re.compile(
+    r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)$|^(mid_block)\.attentions\.(\d+)\.(.+)$"
+)
+_LDM = re.compile(r"^(input_blocks|output_blocks|middle_block)\.(\d+)\.(\d+\.)?(.+)$")
+
+
+def ldm_from_canonical(name: str, layers: int = 2) -> str:
+    """LDM name of a canonical site name or key in a UNet with ``layers`` residual layers a block (SD1, SD2, SDXL: 2).
+
+    Raises :class:`ModelError` where it is no such name. Where a survey is at hand, its ``ldm_name`` is the surer way.
+    """
+    if (match := _CANONICAL.match(name)) is None:
+        raise ModelError(f"'{name}' is not the name of a cross-attention site.")
+    stage, i, j, rest, _, middle, middle_rest = match.groups()
+    if stage is None:
+        return f"middle_block.{1 + 2 * int(middle)}.{middle_rest}"
+    if stage == "down_blocks":
+        return f"input_blocks.{1 + (layers + 1) * int(i) + int(j)}.1.{rest}"
+    return f"output_blocks.{(layers + 1) * int(i) + int(j)}.1.{rest}"
+
+
+def canonical_from_ldm(name: str, layers: int = 2) -> str:
+    """The inverse of :func:`ldm_from_canonical`."""
+    match = _LDM.match(name)
+    if match is not None:
+        stage, k, index, rest = match.groups()
+        block, layer = divmod(int(k) - (1 if stage == "input_blocks" else 0), layers + 1)
+        if stage == "middle_block" and index is None and int(k) % 2:
+            return f"mid_block.attentions.{(int(k) - 1) // 2}.{rest}"
+        if stage == "input_blocks" and index == "1." and block >= 0 and layer < layers:
+            return f"down_blocks.{block}.attentions.{layer}.{rest}"
+        if stage == "output_blocks" and index == "1.":
+            return f"up_blocks.{block}.attentions.{layer}.{rest}"
+    raise ModelError(f"'{name}' is not the name of a cross-attention site in a UNet with {layers} layers a block.")

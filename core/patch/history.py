@@ -1,0 +1,216 @@
+"""The record that travels in a patch's metadata: which requests made it, in which order, and which rank is whose."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import PatchError, RequestError
+from ..request.concept import Concept
+from ..request.parsing import split_list
+from ..request.request import ForgetRequest
+from ..version import VERSION
+from .patch import Patch
+
+__all__ = [
+    "BASE",
+    "PREFIX",
+    "RECORD",
+    "Asked",
+    "Record",
+    "RecordedPart",
+    "Together",
+    "about_of",
+    "in_order",
+    "read_record",
+    "takes_back",
+    "written",
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of a history: its ``number`` (from 1, in the order asked; it stays when others are taken back), the
+    request, the settings its preset and overrides came to, and the version that took it in."""
+
+    number: int
+    request: ForgetRequest
+    settings: Mapping[str, Any]
+    version: str = VERSION
+
+    @property
+    def names(self) -> str:
+        return " and ".join(f"'{concept.name}'" for concept in self.request.concepts)
+
+
+class Together(Protocol):
+    """Requests that made one change; ``merged`` where changes can no longer be told apart."""
+
+    @property
+    def asked(self) -> tuple[Asked, ...]: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+
+def in_order(parts: Sequence[Together]) -> tuple[Asked, ...]:
+    """Every request in the order asked."""
+    return tuple(sorted((one for part in parts for one in part.asked), key=lambda one: one.number))
+
+
+RECORD = "forget_concept.history"
+_SCHEMA = 1
+PREFIX = "forget_concept."
+# what all parts of a history share, and what is said of one request alone
+BASE = ("base_model", "base_name", "family", "architecture", "text_layer")
+_OF_ONE = ("method", "preset", "settings", "request", "concepts", "strength", "seed")
+
+
+@dataclass(frozen=True)
+class RecordedPart:
+    """A part as the record has it: its requests, and its rank by projection or, before that, by layer."""
+
+    merged: bool
+    ranks: Mapping[str, int]
+    about: Mapping[str, str]
+    asked: tuple[Asked, ...]
+
+    def rank_at(self, key: str) -> int:
+        return self.ranks.get(key, self.ranks.get(key.rpartition(".")[2], 0))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a patch's metadata say of the requests that made it: a :class:`History` without its factors."""
+
+    parts: tuple[RecordedPart, ...]
+    max_rank: int | None
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """Every request in the order asked."""
+        return in_order(self.parts)
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """Everything that is forgotten, in the order asked."""
+        return tuple(concept for one in self.asked for concept in one.request.concepts)
+
+
+def read_record(metadata: Mapping[str, str]) -> Record:
+    """The record in a patch's metadata; that of a patch of one request is made up from what it says of itself.
+
+    Raises :class:`PatchError` where there is none.
+    """
+    try:
+        if RECORD in metadata:
+            return _parsed(json.loads(metadata[RECORD]))
+        if PREFIX + "request" in metadata:
+            settings = json.loads(metadata.get(PREFIX + "settings", "{}"))
+            request = ForgetRequest.from_json(metadata[PREFIX + "request"])
+            asked = Asked(1, request, settings, metadata.get(PREFIX + "version", VERSION))
+            return Record((RecordedPart(False, {}, about_of(metadata), (asked,)),), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PatchError(f"The record of this patch's requests cannot be read: {error}") from error
+    if PREFIX + "parts" in metadata:
+        raise PatchError(
+            "This patch was put together from several ones, and nothing says which part of it is whose: it cannot be "
+            "continued, nor anything taken back."
+        )
+    raise PatchError(
+        "This patch does not say which requests made it, so it cannot be continued, nor anything taken back."
+    )
+
+
+def _parsed(data: Any) -> Record:
+    if data["schema"] != _SCHEMA:
+        raise PatchError(f"it has schema {data['schema']!r}, and this version reads schema {_SCHEMA}.")
+    parts = []
+    for part in data["parts"]:
+        asked = tuple(
+            Asked(
+                int(one["number"]),
+                ForgetRequest.from_json(json.dumps(one["request"])),
+                dict(one["settings"]),
+                str(one["version"]),
+            )
+            for one in part["requests"]
+        )
+        if not asked:
+            raise PatchError("it has a part without a request.")
+        ranks = {str(key): int(rank) for key, rank in part["ranks"].items()}
+        about = {str(key): str(text) for key, text in part["about"].items()}
+        parts.append(RecordedPart(bool(part["merged"]), ranks, about, asked))
+    if not parts:
+        raise PatchError("it has no request.")
+    numbers = [one.number for part in parts for one in part.asked]
+    if len(set(numbers)) < len(numbers):
+        raise PatchError("it has a request number twice.")
+    return Record(tuple(parts), None if data["max_rank"] is None else int(data["max_rank"]))
+
+
+def _ranks_of(whole: Patch, part: Patch) -> dict[str, int]:
+    """The part's rank at every layer of the whole patch: by projection, and by layer where one differs from most."""
+    ranks = {key: part.factors[key].rank if key in part.factors else 0 for key in whole.factors}
+    usual: dict[str, int] = {}
+    for which in dict.fromkeys(key.rpartition(".")[2] for key in ranks):
+        found = Counter(rank for key, rank in ranks.items() if key.rpartition(".")[2] == which)
+        usual[which] = found.most_common(1)[0][0]
+    return usual | {key: rank for key, rank in ranks.items() if rank != usual[key.rpartition(".")[2]]}
+
+
+def about_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a method says of its own patch, beside what every patch says."""
+    common = {PREFIX + key for key in (*BASE, *_OF_ONE, "version", "history", "parts", "format")}
+    return {
+        key.removeprefix(PREFIX): text for key, text in metadata.items() if key.startswith(PREFIX) and key not in common
+    }
+
+
+class _Patched(Together, Protocol):
+    @property
+    def patch(self) -> Patch: ...
+
+
+def written(parts: Sequence[_Patched], whole: Patch, max_rank: int | None) -> dict[str, Any]:
+    """The record of these parts, whose sum is ``whole``, as :func:`read_record` finds it."""
+    return {
+        "schema": _SCHEMA,
+        "max_rank": max_rank,
+        "parts": [
+            {
+                "merged": part.merged,
+                "ranks": _ranks_of(whole, part.patch),
+                "about": about_of(part.patch.metadata),
+                "requests": [
+                    {
+                        "number": one.number,
+                        "request": json.loads(one.request.to_json()),
+                        "settings": dict(one.settings),
+                        "version": one.version,
+                    }
+                    for one in part.asked
+                ],
+            }
+            for part in parts
+        ],
+    }
+
+
+def takes_back(text: str, asked: Sequence[Asked]) -> list[int | str]:
+    """What a person wants taken back: names of concepts, or numbers of requests (``2`` or ``#2``).
+
+    Raises :class:`RequestError` where nothing is said.
+    """
+    names = {concept.name.casefold() for one in asked for concept in one.request.concepts}
+    found: list[int | str] = []
+    for entry in split_list(text):
+        number = re.fullmatch(r"#?\s*(\d{1,6})", entry)
+        found.append(int(number[1]) if number and entry.casefold() not in names else entry)
+    if not found:
+        raise RequestError("Nothing is named to be taken back: write a concept, or the number of its request.")
+    return found

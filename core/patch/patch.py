@@ -1,0 +1,222 @@
+"""The result of forgetting: per-projection low-rank factors against the base weights, frozen and composable.
+
+A :class:`Patch` is applied through forward hooks, so the weights it is applied to are not touched: what is removed
+leaves the model exactly as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatchError, listed
+from ..models.unet import UNetSurvey, survey
+from .apply import PatchHandle, _Delta
+from .low_rank import LowRank
+
+__all__ = ["Patch", "survey_of"]
+
+
+def survey_of(unet: nn.Module | UNetSurvey) -> UNetSurvey:
+    """The survey of a UNet, or the survey itself."""
+    return unet if isinstance(unet, UNetSurvey) else survey(unet)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An edit of a model: canonical key (``<site>.to_k`` …) → :class:`LowRank`, with what made it as metadata.
+
+    ``context_map``, where a closed form gives one, is ``M`` in ``ΔW = W M``: the whole edit as one linear map of the
+    text states, good for every checkpoint that shares the text encoder. A patch changes nothing until applied.
+    """
+
+    factors: Mapping[str, LowRank]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    context_map: LowRank | None = None
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise PatchError("This patch is empty: it changes no layer at all.")
+        object.__setattr__(self, "factors", dict(self.factors))
+        object.__setattr__(self, "metadata", dict(self.metadata))
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of its factors."""
+        return max(factor.rank for factor in self.factors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors (without the context map)."""
+        return sum(factor.nbytes for factor in self.factors.values())
+
+    def with_metadata(self, **entries: str) -> Patch:
+        """The same patch with entries ``forget_concept.<name>`` added or replaced."""
+        added = {f"forget_concept.{name}": value for name, value in entries.items()}
+        return replace(self, metadata={**self.metadata, **added})
+
+    def _each(self, change: Any) -> Patch:
+        context_map = None if self.context_map is None else change(self.context_map)
+        return replace(self, factors={k: change(f) for k, f in self.factors.items()}, context_map=context_map)
+
+    def scaled(self, strength: float) -> Patch:
+        """The same edit ``strength`` times as strong (0 is none, negative ones the opposite)."""
+        if not math.isfinite(strength):
+            raise PatchError(f"The strength of a patch must be a finite number, not {strength}.")
+        return self._each(lambda factor: factor.scaled(strength))
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Patch:
+        """The same patch in another dtype or on another device."""
+        return self._each(lambda factor: factor.to(device, dtype))
+
+    def truncated(self, rank: int | None = None, energy: float = 1.0) -> Patch:
+        """Each factor cut as by :meth:`LowRank.truncated`.
+
+        A context map would no longer say the same edit, so it is dropped unless nothing but noise is cut.
+        """
+        cut = {key: factor.truncated(rank, energy) for key, factor in self.factors.items()}
+        return replace(self, factors=cut, context_map=self.context_map if rank is None and energy == 1 else None)
+
+    def max_abs(self) -> float:
+        """An upper bound of the largest change of any weight; 0 exactly for a patch that changes nothing."""
+        return max(
+            float((factor.up.float().norm(dim=1).max() * factor.down.float().norm(dim=0).max()).item())
+            if factor.rank
+            else 0.0
+            for factor in self.factors.values()
+        )
+
+    @staticmethod
+    def combined(patches: Sequence[tuple[Patch, float]]) -> Patch:
+        """Several patches at their strengths as one, exactly: the factors side by side.
+
+        Raises :class:`PatchError` where there are none, or where they are of different model families.
+        """
+        if not patches:
+            raise PatchError("There are no patches to combine.")
+        families = {p.metadata["forget_concept.family"] for p, _ in patches if "forget_concept.family" in p.metadata}
+        if len(families) > 1:
+            raise PatchError(f"Patches of different model families cannot be combined: {', '.join(sorted(families))}.")
+        scaled = [patch.scaled(strength) for patch, strength in patches]
+        if len(scaled) == 1:
+            return scaled[0]
+        parts: dict[str, list[LowRank]] = {}
+        for patch in scaled:
+            for key, factor in patch.factors.items():
+                parts.setdefault(key, []).append(factor)
+        maps = [patch.context_map for patch in scaled if patch.context_map is not None]
+        origin = [{"strength": strength, "metadata": dict(patch.metadata)} for patch, strength in patches]
+        metadata = {
+            "forget_concept.method": "combined",
+            "forget_concept.parts": json.dumps(origin, ensure_ascii=False),
+        } | ({"forget_concept.family": families.pop()} if families else {})
+        return Patch(
+            {key: LowRank.cat(several) for key, several in parts.items()},
+            metadata,
+            LowRank.cat(maps) if len(maps) == len(scaled) else None,
+        )
+
+    # -- on a model ----------------------------------------------------------------------------------------------
+
+    def check_fits(self, unet: nn.Module | UNetSurvey) -> None:
+        """Raise :class:`PatchError`, in words, unless every factor has its layer in this UNet and finite values."""
+        found = survey_of(unet)
+        absent = [key for key in self.factors if found.find(key) is None]
+        if len(absent) == len(self.factors):
+            raise PatchError(
+                f"No layer of this model matches the patch: it changes {listed(absent, 2)}, and the model "
+                f"(family {found.family}, {len(found)} cross-attention sites) has none of them."
+            )
+        if absent:
+            raise PatchError(
+                f"This patch is for another architecture: {len(absent)} of its {len(self.factors)} layers are not in "
+                f"this model, such as {listed(absent, 2)}."
+            )
+        for key, factor in self.factors.items():
+            weight = found.linear(key).weight
+            if factor.shape != tuple(weight.shape):
+                raise PatchError(
+                    f"This patch is for another architecture: at {key} it changes a {factor.shape[0]}×{factor.shape[1]}"
+                    f" weight, and this model's is {weight.shape[0]}×{weight.shape[1]}."
+                )
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise :class:`PatchError` where a factor holds NaN or infinity."""
+        for key, factor in self.factors.items():
+            if not (torch.isfinite(factor.up).all() and torch.isfinite(factor.down).all()):
+                raise PatchError(f"This patch is damaged: it holds NaN or infinite values at {key}.")
+
+    def apply(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> PatchHandle:
+        """Put the patch on, until ``.remove()`` of the handle; raises as :meth:`check_fits`, with nothing put on.
+
+        Several patches add up. The weights stay untouched.
+        """
+        found = survey_of(unet)
+        self.check_fits(found)
+        if not math.isfinite(strength):
+            raise PatchError(f"The strength of a patch must be a finite number, not {strength}.")
+        handle = PatchHandle()
+        try:
+            for key, factor in self.factors.items():
+                linear = found.linear(key)
+                handle.add(linear.register_forward_hook(_Delta(factor, strength, linear.weight.device)))
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+    @contextmanager
+    def applied(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> Iterator[None]:
+        """:meth:`apply` for the length of a ``with`` block."""
+        handle = self.apply(unet, strength)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def merged_state(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> dict[str, Tensor]:
+        """The edited weights, ``<path in this UNet>.weight`` → new tensor in the weight's own dtype; nothing is set.
+
+        A narrow dtype rounds part of the edit away: see :meth:`surviving_share`.
+        """
+        found = survey_of(unet)
+        self.check_fits(found)
+        state = {}
+        for key, factor in self.factors.items():
+            layer = found.layer(key)
+            weight = layer.module.weight.detach()
+            wide = weight.double() + strength * factor.to(weight.device, torch.float64).delta()
+            state[layer.path + ".weight"] = wide.to(weight.dtype)
+        return state
+
+    def surviving_share(self, unet: nn.Module | UNetSurvey, dtype: torch.dtype | None = None) -> float:
+        """Share of ΔW left when merged into weights of ``dtype`` (default: theirs): ``⟨Δ', Δ⟩ / ‖Δ‖²``, about 0 to 1.
+
+        An edit much smaller than the weights' spacing is rounded away: Forget-Me-Not moves weights by some 7e-5, where
+        bf16 near 0.02 has steps of 1.2e-4.
+        """
+        found = survey_of(unet)
+        self.check_fits(found)
+        kept = total = 0.0
+        for key, factor in self.factors.items():
+            weight = found.linear(key).weight.detach()
+            target = dtype or weight.dtype
+            base = weight.to(target).double()
+            delta = factor.to(weight.device, torch.float64).delta()
+            after = (base + delta).to(target).double()
+            kept += float(((after - base) * delta).sum())
+            total += float((delta**2).sum())
+        if total == 0:
+            raise PatchError("This patch changes nothing: all of its factors are zero.")
+        return kept / total

@@ -1,0 +1,257 @@
+"""What to forget: the request, in Python and as a JSON file (``request.schema.json``), and the prompts of a kind.
+
+The same file serves the command line, ComfyUI and the webui. Reading checks the *form* (:meth:`ForgetRequest.from_json`
+accepts exactly what the shipped JSON Schema accepts, without needing a schema library); :meth:`ForgetRequest.check`
+also checks the *sense* (a replacement that is the concept itself, a preserve list that contains it, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .concept import KINDS, Concept, bare, templates
+
+__all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest"]
+SCHEMA_VERSION = 1
+SCHEMA_PATH = Path(__file__).with_name("request.schema.json")
+MAX_STRENGTH = 10.0
+MAX_SEED = 2**64 - 1  # ComfyUI's widest seed; torch.Generator takes it too
+
+
+@dataclass(frozen=True)
+class ForgetRequest:
+    """Everything a person asks for in one go; immutable, and the same in every host.
+
+    ``settings`` override single settings of the method's ``preset``. ``strength`` (above 0, at most 10) scales the
+    edit.
+    """
+
+    concepts: tuple[Concept, ...]
+    preserve: tuple[str, ...] = ()
+    method: str = "uce"
+    preset: str = "tuned"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("concepts", "preserve"):
+            value = getattr(self, name)
+            if isinstance(value, (str, Concept)):
+                raise RequestError(f"'{name}' must be a list, not a single {type(value).__name__}.")
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "settings", {k: _frozen(v) for k, v in dict(self.settings).items()})
+
+    # -- checking ------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise :class:`RequestError`, in words, where this request cannot be meant."""
+        _check_form(self._as_dict())
+        names: dict[str, str] = {}
+        for concept in self.concepts:
+            if (key := bare(concept.name)) in names:
+                raise RequestError(f"The concept '{concept.name}' is asked for twice: leave one of them out.")
+            names[key] = concept.name
+        for concept in self.concepts:
+            if concept.replacement is None:
+                continue
+            instead = bare(concept.replacement)
+            if instead == bare(concept.name):
+                raise RequestError(
+                    f"The replacement of '{concept.name}' is the concept itself: name something else, or nothing."
+                )
+            if instead in names:
+                raise RequestError(
+                    f"The replacement '{concept.replacement}' of '{concept.name}' is itself to be forgotten: "
+                    "name something that stays."
+                )
+        said = {
+            bare(template.format(concept.name)): concept.name
+            for concept in self.concepts
+            for template in templates(concept.kind)
+        }
+        for phrase in self.preserve:
+            if (clash := said.get(bare(phrase))) is not None:
+                raise RequestError(
+                    f"The preserve list contains '{phrase}', which is the concept '{clash}' to be forgotten: "
+                    "take it from one of the two."
+                )
+
+    # -- JSON ----------------------------------------------------------------------------------------------------
+
+    def _as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA_VERSION,
+            "concepts": [
+                {"name": c.name, "kind": c.kind}
+                | ({} if c.replacement is None else {"replacement": c.replacement})
+                | ({"images": list(c.images)} if c.images else {})
+                for c in self.concepts
+            ],
+            "preserve": list(self.preserve),
+            "method": self.method,
+            "preset": self.preset,
+            "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()},
+            "strength": self.strength,
+            "seed": self.seed,
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """This request as JSON that :meth:`from_json` reads back equal. Raises :class:`RequestError` on a bad form."""
+        data = self._as_dict()
+        _check_form(data)
+        return json.dumps(data, ensure_ascii=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> ForgetRequest:
+        """Read a request; its form is checked as by ``request.schema.json``, its sense by :meth:`check`.
+
+        Raises :class:`RequestError` naming the field that is wrong.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise RequestError("The request is nested too deeply to be one.") from error
+        except json.JSONDecodeError as error:
+            raise RequestError(f"The request is not valid JSON: {error}.") from error
+        _check_form(data)
+        concepts = tuple(
+            Concept(c["name"], c.get("kind", "object"), c.get("replacement"), tuple(c.get("images", ())))
+            for c in data["concepts"]
+        )
+        given = {key: data[key] for key in ("preserve", "method", "preset", "settings") if key in data}
+        if "strength" in data:
+            given["strength"] = float(data["strength"])
+        if "seed" in data:
+            given["seed"] = int(data["seed"])
+        return cls(concepts, **given)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> ForgetRequest:
+        """Read a request from a UTF-8 JSON file; its images' paths begin where the file is.
+
+        Raises :class:`RequestError` naming the file.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"The request file '{path}' is not UTF-8 text.") from error
+        except OSError as error:
+            raise RequestError(f"The request file '{path}' cannot be read: {error.strerror or error}.") from error
+        try:
+            request = cls.from_json(text)
+        except RequestError as error:
+            raise RequestError(f"In the request file '{path}': {error}") from error
+        folder = Path(path).parent
+        concepts = [replace(c, images=tuple(str(folder / image) for image in c.images)) for c in request.concepts]
+        return replace(request, concepts=tuple(concepts))
+
+    def without_images(self) -> ForgetRequest:
+        """The same without the places of its pictures, which are nobody's business but this machine's."""
+        return replace(self, concepts=tuple(replace(concept, images=()) for concept in self.concepts))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _refuse_constant(name: str) -> None:
+    raise RequestError(f"The request contains {name}, which is not a number.")
+
+
+# -- the form, exactly as request.schema.json has it (a test holds the two equal) --------------------------------
+
+
+def _check_form(data: object) -> None:
+    for problem in _problems(data):
+        raise RequestError(problem)
+
+
+def _problems(data: object) -> Iterator[str]:
+    if not isinstance(data, dict):
+        yield "The request must be a JSON object with the fields 'schema' and 'concepts'."
+        return
+    known = ("schema", "concepts", "preserve", "method", "preset", "settings", "strength", "seed")
+    for key in data:
+        if key not in known:
+            yield f"The request has an unknown field '{key}': the fields are {', '.join(known)}."
+    for key in ("schema", "concepts"):
+        if key not in data:
+            yield f"The request lacks the field '{key}'."
+            return
+    if not _is_integer(data["schema"]) or data["schema"] != SCHEMA_VERSION:
+        yield f"The request has schema {data['schema']!r}; this version reads schema {SCHEMA_VERSION}."
+    yield from _concept_problems(data["concepts"])
+    preserve = data.get("preserve", [])
+    if not isinstance(preserve, list):
+        yield "'preserve' must be a list of words or short phrases."
+    else:
+        for phrase in preserve:
+            if not _is_words(phrase):
+                yield f"The preserve list contains {phrase!r}: every entry must be words."
+    for key in ("method", "preset"):
+        if not _is_words(data.get(key, "x")):
+            yield f"'{key}' must be a name, not {data[key]!r}."
+    settings = data.get("settings", {})
+    if not isinstance(settings, dict):
+        yield "'settings' must be an object of names and values."
+    else:
+        for name, value in settings.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(_is_plain(item) for item in values):
+                yield f"The setting '{name}' must be a finite number, words, true, false, null or a list of these."
+    strength = data.get("strength", 1.0)
+    if not _is_number(strength) or not 0 < strength <= MAX_STRENGTH:
+        yield f"The strength must be a number above 0 and at most {MAX_STRENGTH:g}, not {strength!r}."
+    seed = data.get("seed", 0)
+    if not _is_integer(seed) or not 0 <= seed <= MAX_SEED:
+        yield f"The seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}."
+
+
+def _concept_problems(concepts: object) -> Iterator[str]:
+    if not isinstance(concepts, list) or not concepts:
+        yield "Nothing to forget: give at least one concept."
+        return
+    for concept in concepts:
+        if not isinstance(concept, dict):
+            yield f"A concept must be an object with a 'name', not {concept!r}."
+            continue
+        for key in concept:
+            if key not in ("name", "kind", "replacement", "images"):
+                yield f"A concept has an unknown field '{key}': the fields are name, kind, replacement, images."
+        name = concept.get("name")
+        if not _is_words(name):
+            yield "A concept is empty: name what is to be forgotten."
+            continue
+        if concept.get("kind", "object") not in KINDS:
+            yield f"The concept '{name}' has the unknown kind {concept['kind']!r}: choose one of {', '.join(KINDS)}."
+        replacement = concept.get("replacement")
+        if replacement is not None and not isinstance(replacement, str):
+            yield f"The replacement of '{name}' must be words, not {replacement!r}."
+        images = concept.get("images", [])
+        if not isinstance(images, list) or not all(_is_words(path) for path in images):
+            yield f"The images of '{name}' must be a list of files and folders, not {images!r}."
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    # JSON has one kind of number: 3.0 is a whole number to a schema
+    return _is_number(value) and value == int(value)  # type: ignore[call-overload]
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (str, bool)) or _is_number(value)

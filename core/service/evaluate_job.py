@@ -1,0 +1,157 @@
+"""The job that measures a patch on the loaded model, and its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ForgetConceptError, RequestError
+from ..files.names import fresh_file, patch_name
+from ..files.workspace import Workspace
+from ..files.writing import check_folder, check_writable, make_folder
+from ..mini.recognition import is_embedded
+from ..progress import Progress
+from ..request.request import MAX_SEED
+from .errors import Missing
+from .forget_job import check_strength, sampling_of
+from .host_interface import Host
+from .jobs import Outcome
+from .patch_library import PLACEHOLDER, Library
+
+if TYPE_CHECKING:
+    from ..evaluation.report import Report
+
+# the evaluation is imported where it is needed: the webui's start does not wait for it
+
+__all__ = ["ATTACKS", "BENCHMARKS", "Evaluating", "Reports"]
+
+ATTACKS = ("none", "quick", "standard")
+BENCHMARKS = ("automatic", "world", "embedded", "checkpoints")
+FEWEST, MOST = 4, 1000
+
+
+class Reports:
+    """The reports of evaluations, in this extension's own folder; each goes by the stem of its files."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    @property
+    def folder(self) -> Path:
+        return self._host.data_folder() / "reports"
+
+    def names(self) -> list[str]:
+        """The newest first. Raises where the folder cannot be read."""
+        if not self.folder.is_dir():
+            return []
+        try:
+            found = [(file.stat().st_mtime, file.stem) for file in self.folder.glob("*.html")]
+        except OSError as error:
+            raise ForgetConceptError(f"The reports cannot be read: {error.strerror or error}.") from error
+        return [stem for _, stem in sorted(found, reverse=True)]
+
+    def find(self, name: str, end: str = ".html") -> Path:
+        """A report's page (``.html``) or figures (``.json``), looked up among those that are there."""
+        if name not in self.names() or not (file := self.folder / f"{name}{end}").is_file():
+            raise Missing(f"There is no report '{name[:120]}'.")
+        return file
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """What is asked for: a patch by its name, at a ``strength``, and how it is measured (see :class:`Measures`).
+
+    Without ``concepts`` what the patch itself names is measured. ``clip_judge`` is who looks at the pictures of a
+    checkpoint; the embedded model has a judge of its own.
+    """
+
+    patch: str
+    strength: float = 1.0
+    concepts: tuple[str, ...] = ()
+    count: int = 16
+    seed: int = 0
+    steps: int = 16
+    baselines: bool = False
+    attacks: str = "none"
+    m_score: bool = False
+    benchmark: str = BENCHMARKS[0]
+    clip_judge: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"evaluating '{self.patch}'"
+
+    def check(self, host: Host, library: Library, reports: Reports) -> None:
+        """Refuse, in words, what can be refused before anything is begun."""
+        entry = library.find(self.patch)
+        if not self.concepts and not entry.concepts:
+            raise RequestError("The patch does not say what it forgets: write the concept.")
+        check_strength(self.strength)
+        if not FEWEST <= self.count <= MOST:
+            raise RequestError(f"The number of pictures must be {FEWEST} to {MOST}, not {self.count}.")
+        if not 1 <= self.steps <= MOST:
+            raise RequestError(f"The sampling steps must be 1 to {MOST}, not {self.steps}.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise RequestError(f"The seed must be 0 to {MAX_SEED}, not {self.seed}.")
+        if self.attacks not in ATTACKS:
+            raise RequestError(f"The attacks '{self.attacks}' are not known: choose one of {', '.join(ATTACKS)}.")
+        if self.benchmark not in BENCHMARKS:
+            known = ", ".join(BENCHMARKS)
+            raise RequestError(f"The benchmark '{self.benchmark}' is not known: choose one of {known}.")
+        check_folder(reports.folder)
+        host.model()
+
+    def work(self, host: Host, library: Library, progress: Progress) -> Report:
+        """Draw with and without the patch, and have the pictures judged."""
+        from ..evaluation import BASELINES, UNEDITED
+        from ..evaluation.assess import Measures, assess
+        from . import evaluation_text as measuring
+
+        entry = library.find(self.patch)
+        patch = library.load(self.patch)
+        names = list(self.concepts) or entry.concepts
+        with host.borrowed() as model:
+            patch.check_fits(model.survey)
+            embedded = is_embedded(model.survey, model.model_hash)
+            bench = measuring.questions(self.benchmark, embedded, names)
+            looking = measuring.instruments(embedded, self.clip_judge, bench)
+            measures = Measures(
+                self.count,
+                self.seed,
+                BASELINES if self.baselines else (UNEDITED,),
+                sampling_of(model, self.steps),
+                m_score=self.m_score,
+                attacks=None if self.attacks == "none" else self.attacks,
+            )
+            return assess(
+                model,
+                looking,
+                [(patch, self.strength)],
+                names,
+                measures,
+                bench=bench,
+                # another concept that the same patch forgets is not to be kept either
+                without=measuring.known_only(entry.concepts, bench),
+                files=[entry.path.name],
+                progress=progress,
+                workspace=Workspace(make_folder(host.data_folder()) / "work"),
+            )
+
+    def finish(self, reports: Reports, report: Report) -> Outcome:
+        """Write the report under a name that was never used before."""
+        from ..evaluation.report import report_dict, write_report
+        from .evaluation_text import evaluation_words
+
+        names: Sequence[str] = [one.concept for one in report.evaluations]
+        (stem,) = patch_name(PLACEHOLDER, names)
+        file = write_report(report, check_writable(fresh_file(make_folder(reports.folder), stem, ".html")))
+        data: dict[str, Any] = {
+            "report": file.stem,
+            "verdict": report_dict(report)["verdict"],
+            "concepts": [one.as_dict() for one in report.evaluations],
+            "attacks": [one.as_dict() for one in report.attacks],
+            "left_out": dict(report.left_out),
+        }
+        return Outcome(evaluation_words(report, Path(file.name)), data, (), file)

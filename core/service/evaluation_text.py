@@ -1,0 +1,183 @@
+"""What a node asks of the evaluation, and what it says of the answer: no host in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from ..evaluation import known_concept
+from ..evaluation.assess import Instruments
+from ..evaluation.attention_pictures import AttentionMap, AttentionPair, overlay
+from ..evaluation.bench.concept_bench import ConceptBench, load_bench
+from ..evaluation.judges import ClipJudge
+from ..evaluation.metrics import TransformersClip
+from ..evaluation.pictures import before_after
+from ..evaluation.report import Report
+from ..evaluation.report.verdict import fine, percent, span, verdict
+from ..evaluation.report.write import VARIANTS
+from ..mini import load_probe
+
+__all__ = [
+    "attention_sheet",
+    "attention_words",
+    "evaluation_words",
+    "instruments",
+    "known_only",
+    "pairs",
+    "questions",
+    "sheet",
+]
+
+AUTOMATIC, WORLD = "automatic", "world"
+
+
+def questions(chosen: str, embedded: bool, names: Sequence[str]) -> ConceptBench | None:
+    """The benchmark that a person chose, ``None`` for the embedded model's own world.
+
+    Raises :class:`RequestError` for one that does not suit the model, and for concepts that it does not know.
+    """
+    if chosen == AUTOMATIC:
+        chosen = WORLD if embedded else "checkpoints"
+    if not embedded and chosen != "checkpoints":
+        raise RequestError(
+            f"The benchmark '{chosen}' asks about the embedded model's own world, and this MODEL is another one: "
+            "choose 'automatic' or 'checkpoints'."
+        )
+    if chosen == WORLD:
+        for name in names:
+            known_concept(name)
+        return None
+    bench = load_bench(chosen)
+    for name in names:
+        bench.find(name)
+    return bench
+
+
+def instruments(embedded: bool, clip: str, bench: ConceptBench | None) -> Instruments:
+    """Who looks at the pictures: the embedded model's probe, for any other model a CLIP that is on this machine.
+
+    Raises :class:`RequestError` where none is named, :class:`ModelError` where it cannot be read.
+    """
+    if embedded or bench is None:
+        with _own_random_numbers():
+            return Instruments.embedded(load_probe())
+    if not clip.strip():
+        raise RequestError(
+            "There is no judge for this model: name a CLIP in 'clip_judge', a folder with one or the hub name of one "
+            "that was downloaded before (such as openai/clip-vit-base-patch32). Only the embedded model has a judge of "
+            "its own."
+        )
+    # on the CPU: the card's memory is the host's
+    with _own_random_numbers():
+        words = TransformersClip(clip.strip(), local_only=True)
+    missing = {"FID, KID, LPIPS": "the networks that measure them are not looked for in this host"}
+    return Instruments(ClipJudge(words, bench.names()), words=words, missing=missing)
+
+
+def _own_random_numbers() -> AbstractContextManager[None]:
+    """A network that is built draws its first weights, which are overwritten: the host's random numbers stay."""
+    return torch.random.fork_rng(devices=[])
+
+
+def known_only(names: Sequence[str], bench: ConceptBench | None) -> list[str]:
+    """Those of ``names`` that can be left out of what is to be kept: with a benchmark any, in the world its own."""
+    if bench is not None:
+        return list(names)
+    found = []
+    for name in names:
+        try:
+            found.append(known_concept(name)[0])
+        except RequestError:  # nothing of the world asks for it
+            continue
+    return found
+
+
+# -- in words -------------------------------------------------------------------------------------------------------
+
+_PARTS = {
+    "ua": "forgotten",
+    "ira": "kept of its kind",
+    "cra": "kept of other kinds",
+    "cra_target": "kept beside it",
+}
+
+
+def evaluation_words(report: Report, file: Path) -> str:
+    """The verdict, the figures behind it, what could not be had, and where the whole report is."""
+    lines = [verdict(report).text]
+    for one in report.evaluations:
+        lines.append(f"{one.concept} ({one.category}), with 95 % intervals")
+        for variant, scores in one.scores.items():
+            figures = [(words, getattr(scores, part)) for part, words in _PARTS.items()]
+            said = "; ".join(f"{words} {percent(s.value)} ({span(s)}, n {s.n})" for words, s in figures)
+            lines.append(f"  {VARIANTS[variant]}: {said}")
+    for attack in report.attacks:
+        before = "" if attack.before is None else f"{percent(attack.before.value)} before, "
+        lines.append(
+            f"attack {attack.name} on {attack.concept}: shown again in {before}{percent(attack.after.value)} after "
+            f"({span(attack.after)}, n {attack.after.n})"
+        )
+    lines += [f"M-Score of {one.concept}: {one.before:.3f} before, {one.after:.3f} after" for one in report.m_scores]
+    lines += [
+        f"{metric.name}: " + ", ".join(f"{value:.4g} {VARIANTS[name]}" for name, value in metric.values.items())
+        for metric in report.metrics
+    ]
+    lines += [f"left out: {report.PARTS.get(part, part)}: {why}" for part, why in report.left_out.items()]
+    lines += [f"judged by {report.provenance.measured['judge']}", f"report: {file}"]
+    return "\n".join(lines)
+
+
+def attention_words(found: AttentionMap | AttentionPair, phrase: str) -> str:
+    """How much attention the phrase gets, and what the colours mean."""
+    if isinstance(found, AttentionMap):
+        low, high = (float(value) for value in found.mass.aminmax())
+        lines = [f"\u201c{phrase}\u201d gets {fine(found.share)} of the attention"]
+    else:
+        low, high = found.scale
+        lines = [
+            f"\u201c{phrase}\u201d gets {fine(found.before.share)} of the attention before, "
+            f"{fine(found.after.share)} with the patch"
+        ]
+    lines.append(f"darkest {fine(low)}, lightest {fine(high)} of the attention that a place of the picture pays")
+    return "\n".join(lines)
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def sheet(report: Report) -> Tensor:
+    """The pictures before and after as one, ``(1, h, w, 3)`` in [0, 1]."""
+    image = before_after(report.evaluations, report.title)
+    whole = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return whole.view(1, image.height, image.width, 3).float() / 255
+
+
+def pairs(report: Report) -> tuple[list[dict[str, str]], Tensor]:
+    """The pictures of :func:`sheet` one by one, ``(2 n, h, w, 3)`` in [0, 1]: before, after, before, ...
+
+    To each pair belong its ``prompt``, the ``concept`` measured, and whether it is ``asked`` for ("yes", "no").
+    """
+    found = [
+        ({"prompt": example.prompt, "concept": one.concept, "asked": asked}, (example.before, example.after))
+        for one in report.evaluations
+        for asked, examples in (("yes", one.target_examples), ("no", one.kept_examples))
+        for example in examples
+    ]
+    pictures = [seen.picture for _, both in found for seen in both]
+    stacked = torch.stack(pictures).movedim(1, -1).float() / 255 if pictures else torch.empty(0)
+    return [caption for caption, _ in found], stacked
+
+
+def attention_sheet(found: AttentionMap | AttentionPair) -> Tensor:
+    """The overlays, ``(1 or 2, h, w, 3)`` in [0, 1]; both of a pair on one scale."""
+    if isinstance(found, AttentionPair):
+        overlays = list(found.overlays())
+    else:
+        low, high = (float(value) for value in found.mass.aminmax())
+        overlays = [overlay(found.picture, found.mass, low, high)]
+    return torch.stack(overlays).movedim(1, -1).float() / 255

@@ -1,0 +1,197 @@
+"""The job that makes the loaded model forget: pictures before, the patch, pictures after, and the patch's file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ForgetConceptError, RequestError, listed
+from ..files.workspace import Workspace
+from ..files.writing import make_folder
+from ..methods.base import Inputs
+from ..methods.fit import fit
+from ..methods.registry import get
+from ..models.latent_diffusion import LatentDiffusion
+from ..patch.patch import Patch
+from ..progress import Progress, ProgressEvent, report
+from ..request.concept import templates
+from ..request.request import ForgetRequest
+from ..request.settings import resolve_settings
+from .host_interface import Host
+from .jobs import Outcome, Pair
+from .patch_library import Library
+from .preview import row
+from .summaries import report as told
+from .summaries import share_words
+
+if TYPE_CHECKING:
+    from ..evaluation.drawing import Picture, Sampling, Variant
+
+__all__ = ["Forgetting", "asked_pictures", "check_strength", "drawn", "sampling_of"]
+
+MOST_PAIRS, MOST_STRENGTH = 16, 10.0
+# pictures at a time, of small latents and of any other: between two of these an interruption waits
+_SMALL, _AT_ONCE, _FEW = 32, 4, 2
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What is asked for: the ``request``, how the patch is ``name``\\ d (see :meth:`Library.place`), the strength to
+    put it on with at once (``None``: not), and how many ``pairs`` of pictures to draw in how many ``steps``."""
+
+    request: ForgetRequest
+    name: str = ""
+    folder: str = ""
+    precision: str = "float32"
+    apply: float | None = None
+    pairs: int = 4
+    steps: int = 20
+
+    @property
+    def title(self) -> str:
+        names = [f"'{concept.name}'" for concept in self.request.concepts[:3]]
+        more = len(self.request.concepts) - 3
+        return "forgetting " + ", ".join(names) + (f" and {more} more" if more > 0 else "")
+
+    def check(self, host: Host, library: Library) -> None:
+        """Refuse, in words, what can be refused before anything is begun."""
+        self.request.check()
+        method = get(self.request.method)
+        resolve_settings(method, self.request.preset, self.request.settings)
+        named = next((concept.name for concept in self.request.concepts if concept.images), None)
+        if named is not None and not method.takes_images:
+            raise RequestError(
+                f"The method '{method.id}' works from words alone, and pictures of '{named}' were given: leave them "
+                "out, or use another method."
+            )
+        if not 0 <= self.pairs <= MOST_PAIRS:
+            raise RequestError(f"The number of picture pairs must be 0 to {MOST_PAIRS}, not {self.pairs}.")
+        if self.apply is not None:
+            check_strength(self.apply)
+        library.place(self.name, self.folder, [concept.name for concept in self.request.concepts])
+        host.model()
+
+    def work(self, host: Host, progress: Progress) -> Made:
+        """Draw, fit and draw again on the borrowed model."""
+        from ..evaluation.drawing import Variant
+
+        began = time.monotonic()
+        with host.borrowed() as model:
+            asked = asked_pictures(self.request, self.pairs if model.vae is not None else 0)
+            sampling = sampling_of(model, self.steps)
+            before = drawn(model, asked, Variant(), sampling, progress, "before")
+            start = time.monotonic()
+            inputs = Inputs(workspace=Workspace(make_folder(host.data_folder()) / "work"))
+            patch = fit(model, self.request, progress, inputs)
+            seconds = time.monotonic() - start
+            notes = share_words((patch.surviving_share(model.survey), str(model.dtype).removeprefix("torch.")))
+            if self.pairs and model.vae is None:
+                notes.append("no pictures were drawn: the model has no VAE here")
+            after = drawn(model, asked, Variant(((patch, 1.0),)), sampling, progress, "after")
+            patch = patch.to(device="cpu")
+        pairs = tuple(
+            Pair(picture.prompt, picture.seed, was, now) for picture, was, now in zip(asked, before, after, strict=True)
+        )
+        return Made(patch, pairs, tuple(notes), seconds, time.monotonic() - began)
+
+    def finish(self, host: Host, library: Library, made: Made) -> Outcome:
+        """Save the patch, have the webui see it, and put it on where that was asked for."""
+        picture = None
+        if made.pairs:
+            first = made.pairs[0]
+            picture = row(torch.stack([first.before, first.after]).movedim(1, -1).float() / 255)
+        entry = library.save(made.patch, self.name, self.folder, self.precision, picture)
+        host.refresh_patches()
+        lines = [f"saved: {entry.place}, in a prompt {entry.tag}"]
+        applied = False
+        if self.apply is not None:
+            try:
+                host.apply(entry.name, made.patch, self.apply)
+                applied = True
+                others = [f"'{one.name}'" for one in host.active() if one.name != entry.name]
+                beside = f", beside {listed(others)}" if others else ""
+                lines.append(f"it is in the loaded model now, at strength {self.apply:g}{beside}")
+            except ForgetConceptError as error:
+                lines.append(f"it could not be put into the loaded model: {error}")
+        words = told(self.request, made.patch, made.fit_seconds, get(self.request.method).title, made.notes)
+        data: dict[str, Any] = entry.as_dict() | {
+            "request": json.loads(self.request.without_images().to_json()),
+            "layers": len(made.patch),
+            "rank": made.patch.rank,
+            "fit_seconds": made.fit_seconds,
+            "all_seconds": made.all_seconds,
+            "applied": applied,
+        }
+        return Outcome("\n".join([*lines, words]), data, made.pairs, entry.path)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A patch before it is saved; times in seconds."""
+
+    patch: Patch
+    pairs: tuple[Pair, ...]
+    notes: tuple[str, ...]
+    fit_seconds: float
+    all_seconds: float
+
+
+def check_strength(strength: float) -> None:
+    """Raise :class:`RequestError` for a strength that no patch is put on with."""
+    if not -MOST_STRENGTH <= strength <= MOST_STRENGTH or strength == 0:
+        raise RequestError(f"The strength must be a number from -10 to 10 other than 0, not {strength:g}.")
+
+
+def asked_pictures(request: ForgetRequest, count: int) -> list[Picture]:
+    """``count`` pictures to be drawn with and without a patch: of what is forgotten, then of what is kept."""
+    from ..evaluation.drawing import Picture
+
+    kept = count // 2 if request.preserve else 0
+    forget = [templates(concept.kind)[0].format(concept.name) for concept in request.concepts]
+    keep = [templates("object")[0].format(phrase) for phrase in request.preserve]
+    prompts = [*islice(cycle(forget), count - kept), *islice(cycle(keep), kept)]
+    seeds: dict[str, int] = {}
+    pictures = []
+    for prompt in prompts:
+        seeds[prompt] = seeds.get(prompt, -1) + 1
+        # torch's generators take no more than 63 bits of a sum
+        pictures.append(Picture(prompt, (request.seed + seeds[prompt]) % 2**63))
+    return pictures
+
+
+def sampling_of(model: LatentDiffusion, steps: int) -> Sampling:
+    """How pictures of a model are drawn in a webui."""
+    from ..evaluation.drawing import Sampling
+
+    small = max(model.latent_shape[1:]) <= _SMALL
+    return Sampling(steps, model.guidance, _AT_ONCE if small else _FEW, "float32")
+
+
+def drawn(
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    variant: Variant,
+    sampling: Sampling,
+    progress: Progress | None,
+    stage: str,
+) -> list[torch.Tensor]:
+    """The pictures, ``(3, H, W)`` uint8 each, told as the ``stage`` before or after."""
+    from ..evaluation.drawing import draw
+
+    total, done = len(pictures) * sampling.steps, 0
+
+    def inner(event: ProgressEvent) -> None:
+        at = done * sampling.steps + event.step * min(sampling.batch, len(pictures) - done)
+        report(progress, ProgressEvent(at, total, message=f"drawing {len(pictures)} pictures {stage}"))
+
+    found: list[torch.Tensor] = []
+    for images in draw(model, pictures, variant, sampling, inner):
+        found += list(images)
+        done = len(found)
+    return found

@@ -1,0 +1,69 @@
+"""Pictures that come in as base64: checked and put into files for as long as a job needs them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..errors import RequestError
+
+__all__ = ["MOST_BYTES", "MOST_IMAGES", "Uploads"]
+
+MOST_IMAGES = 100
+MOST_BYTES = 8 * 2**20
+MOST_PIXELS = 40_000_000
+_FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+
+
+class Uploads:
+    """The files of a request's pictures, by the number of their concept; :meth:`remove` takes them away again."""
+
+    def __init__(self, given: Mapping[int, Sequence[str]]) -> None:
+        """Raises :class:`RequestError`, naming the picture, for what is no PNG, JPEG or WebP or too large."""
+        count = sum(len(texts) for texts in given.values())
+        if count > MOST_IMAGES:
+            raise RequestError(f"There are {count} pictures, and at most {MOST_IMAGES} are taken.")
+        self._folder = tempfile.TemporaryDirectory(prefix="forget-concept-") if count else None
+        self.places: dict[int, list[str]] = {}
+        try:
+            for number, texts in given.items():
+                for i, text in enumerate(texts):
+                    data, end = _picture(text, f"Picture {i + 1} of concept {number + 1}")
+                    assert self._folder is not None
+                    file = Path(self._folder.name, f"{number}-{i}{end}")
+                    file.write_bytes(data)
+                    self.places.setdefault(number, []).append(str(file))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Twice does no harm."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _picture(text: str, name: str) -> tuple[bytes, str]:
+    from PIL import Image, UnidentifiedImageError
+
+    plain = _DATA_URL.sub("", text, count=1) if text.startswith("data:") else text
+    if len(plain) > MOST_BYTES * 4 // 3 + 4:
+        raise RequestError(f"{name} is too large: at most {MOST_BYTES // 2**20} MB each are taken.")
+    try:
+        data = base64.b64decode(plain, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{name} is not base64: {error}.") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(_FORMATS)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise RequestError(f"{name} has {image.width} × {image.height} pixels, which is too large.")
+            image.load()
+            return data, _FORMATS[image.format or "PNG"]
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{name} is no PNG, JPEG or WebP that can be read.") from error
