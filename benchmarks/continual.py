@@ -31,7 +31,7 @@ from harness import SharedDrawings, Table, Watch, costing
 from methods import Run, asked, embedded
 
 from forget_concept.core.errors import ForgetConceptError
-from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Sampling, Subject, evaluate
+from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, SamplingSettings, Subject, evaluate
 from forget_concept.core.evaluation.weight_drift import weight_drift
 from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.formats import kohya
@@ -247,9 +247,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--requests", type=int, default=len(REQUESTS), help="only the first so many")
     p.add_argument("--count", type=int, default=COUNT, help="pictures of each target and of each kept category")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--steps", type=int, default=Sampling.steps, help="sampling steps while measuring")
-    p.add_argument("--batch", type=int, default=Sampling.batch, help="pictures drawn at a time while measuring")
-    p.add_argument("--precision", default=Sampling.precision, help="while measuring: auto, float32 or bfloat16")
+    p.add_argument("--steps", type=int, default=SamplingSettings.steps, help="sampling steps while measuring")
+    p.add_argument("--batch", type=int, default=SamplingSettings.batch, help="pictures drawn at a time while measuring")
+    p.add_argument("--precision", default=SamplingSettings.precision, help="while measuring: auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=Path(__file__).with_name("continual.csv"))
     p.add_argument("--plot", type=Path, default=Path(__file__).parent.parent / "docs" / "continual.png")
     p.add_argument("--work", type=Path, help="a folder that keeps each step's patch, and the unedited model's pictures")
@@ -279,7 +279,7 @@ def _main(options: argparse.Namespace, load: Any) -> int:
     if any(todo.values()):
         model, probe, by = load(options.device)
         workspace = Workspace(options.work) if options.work else None
-        sampling = Sampling(options.steps, batch=options.batch, precision=options.precision)
+        sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
         with Watch(sum(map(len, todo.values()))) as watch:
             drawings: dict[int, SharedDrawings] = {}
             for method, seed in plans:

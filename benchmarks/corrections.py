@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from forget_concept.core import mini
-from forget_concept.core.evaluation import Drawings, Picture, Sampling, Score, Seen, Variant, from_bytes
+from forget_concept.core.evaluation import Drawings, Picture, SamplingSettings, Score, Seen, Variant, from_bytes
 from forget_concept.core.evaluation.attributes import shows
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini import vocabulary as v
@@ -194,7 +194,7 @@ def main() -> None:
         with options.out.open(encoding="utf-8") as file:
             done = {(row["word"], row["settings"]) for row in csv.DictReader(file)}
     model, probe = mini.load(), mini.load_probe()
-    drawings = Drawings(model, probe, Sampling(steps=options.steps, precision=options.precision, batch=16))
+    drawings = Drawings(model, probe, SamplingSettings(steps=options.steps, precision=options.precision, batch=16))
     for case in CASES:
         settings = case.settings | changes
         told = json.dumps(settings, ensure_ascii=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from harness import SharedDrawings, Table, Watch, costing
 from methods import CONCEPTS, Fitted, Run, asked, embedded, measured
 
-from forget_concept.core.evaluation import PATCHED, Sampling
+from forget_concept.core.evaluation import PATCHED, SamplingSettings
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.fit import fit
 
@@ -37,14 +37,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default=Sampling.precision, help="while measuring")
+    parser.add_argument("--precision", default=SamplingSettings.precision, help="while measuring")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--work", type=Path, help="a folder that keeps the unedited model's pictures")
     options = parser.parse_args()
     table = Table(options.out, [*KEY, "passes", *MEASURES], KEY)
     model, probe, by = embedded(options.device)
     workspace = None if options.work is None else Workspace(options.work)
-    drawings = SharedDrawings(model, probe, Sampling(precision=options.precision), workspace, by)
+    drawings = SharedDrawings(model, probe, SamplingSettings(precision=options.precision), workspace, by)
     concept = next(c for c in CONCEPTS if c.name == options.concept)
     run = Run(METHOD, "tuned", "", concept, options.seed)
     kinds = options.fisher or list(KINDS)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
 from forget_concept.core import mini
-from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, Sampling, Subject, evaluate
+from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.progress import ProgressEvent
@@ -68,7 +68,7 @@ def main() -> None:
         sizes.append(patch.nbytes)
         chosen.append((concept, instead))
         subjects.append(Subject(concept.name, ((patch, 1.0),)))
-    sampling = Sampling(steps=options.steps)
+    sampling = SamplingSettings(steps=options.steps)
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
 

@@ -41,7 +41,7 @@ from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training import loop as training
-from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.frozen import frozen
 from forget_concept.core.training.gradients import MARGIN, inner_products, project_step
 from forget_concept.core.training.loop import BACKTRACKS, SIDES, Terms
 
@@ -159,13 +159,13 @@ class WatchedForgetMeNot(ForgetMeNot):
         self.pictures = pictures
         self.watch: Watch | None = None
 
-    def picture(self, material: Any, settings: Any, inputs: Any, progress: Any) -> None:
-        key = tuple(target.text for target in material.targets), material.generator.initial_seed()
+    def picture(self, batches: Any, settings: Any, inputs: Any, progress: Any) -> None:
+        key = tuple(target.text for target in batches.targets), batches.generator.initial_seed()
         if key not in self.pictures:
-            super().picture(material, settings, inputs, progress)
-            self.pictures[key] = dict(material.pools), material.generator.get_state()
-        material.pools = dict(self.pictures[key][0])
-        material.generator.set_state(self.pictures[key][1])
+            super().picture(batches, settings, inputs, progress)
+            self.pictures[key] = dict(batches.pools), batches.generator.get_state()
+        batches.pools = dict(self.pictures[key][0])
+        batches.generator.set_state(self.pictures[key][1])
 
     def objective(self, *given: Any) -> Any:
         self.watch = Watch(super().objective(*given))
@@ -198,7 +198,7 @@ def watched(
         method.fit(model, ForgetRequest((concept,), preserve=others, method=method.id, seed=seed), settings)
     watch = method.watch
     assert watch is not None
-    with borrowed(model.unet), watch.inner.deltas.attached():
+    with frozen(model.unet), watch.inner.deltas.attached():
         watch.look_back()
         watch.measure()
     return watch

@@ -24,7 +24,7 @@ from rich.progress import TimeRemainingColumn
 from torch import Tensor, nn
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.evaluation import Drawings, Picture, Probe, Sampling, Seen, Variant, wilson
+from forget_concept.core.evaluation import Drawings, Picture, Probe, SamplingSettings, Seen, Variant, wilson
 from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.files.writing import write_bytes
 from forget_concept.core.mini.world import LABELS, Labels
@@ -285,7 +285,12 @@ class SharedDrawings(Drawings):
     """
 
     def __init__(
-        self, model: LatentDiffusion, probe: Probe, sampling: Sampling, workspace: Workspace | None = None, by: str = ""
+        self,
+        model: LatentDiffusion,
+        probe: Probe,
+        sampling: SamplingSettings,
+        workspace: Workspace | None = None,
+        by: str = "",
     ) -> None:
         """``by``: what else a picture's labels depend on (the probe's weights)."""
         super().__init__(model, probe, sampling.resolved(model))

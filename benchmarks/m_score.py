@@ -28,7 +28,7 @@ from harness import Table, Watch, costing
 from methods import embedded, pictures_of
 
 from forget_concept.core.errors import ForgetConceptError
-from forget_concept.core.evaluation import Drawings, Probe, Sampling, Variant, target_questions
+from forget_concept.core.evaluation import Drawings, Probe, SamplingSettings, Variant, target_questions
 from forget_concept.core.evaluation.m_score import RESTARTS, SPACES, concept_latents, m_score
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.fit import fit
@@ -139,7 +139,7 @@ def _summary(rows: Sequence[Mapping[str, str]], pictures: str, draws: int) -> st
 def shown(model: LatentDiffusion, probe: Probe, concept: Concept, patch: Patch, count: int) -> float:
     """How often the patched model still draws the concept where a prompt names it."""
     questions = target_questions(concept.name, count)
-    drawings, variant = Drawings(model, probe, Sampling(precision="float32")), Variant(((patch, 1.0),))
+    drawings, variant = Drawings(model, probe, SamplingSettings(precision="float32")), Variant(((patch, 1.0),))
     drawings.want(variant, [question.picture for question in questions])
     drawings.make()
     seen = drawings.seen(variant, [question.picture for question in questions])

@@ -44,7 +44,16 @@ from methods_summary import first_of_each_kind, write_summary
 
 from forget_concept.core import mini
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
-from forget_concept.core.evaluation import NEGATIVE, PATCHED, SAFE, UNEDITED, Sampling, Subject, Variant, evaluate
+from forget_concept.core.evaluation import (
+    NEGATIVE,
+    PATCHED,
+    SAFE,
+    UNEDITED,
+    SamplingSettings,
+    Subject,
+    Variant,
+    evaluate,
+)
 from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge, Target, run_attacks
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
@@ -142,7 +151,7 @@ def planned(
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestRecord:
     """A request that a method takes, what goes with it, and what had to be left out or added, in words."""
 
     request: ForgetRequest
@@ -150,7 +159,7 @@ class Asked:
     note: str
 
 
-def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> Asked:
+def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> RequestRecord:
     """The fullest request that the method does not refuse; raises the first :class:`RequestError` where it takes none.
 
     ``preserve`` is the list to keep (default: the other concepts of the category).
@@ -174,7 +183,7 @@ def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = Non
     raise first
 
 
-def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None) -> Asked:
+def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None) -> RequestRecord:
     concept = run.concept
     names = [word.name for word in CATEGORIES[concept.kind]] if preserve is None else preserve
     others = tuple(name for name in names if name != concept.name)
@@ -189,7 +198,7 @@ def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Se
     inputs = Inputs(images={concept.name: pictures_of(concept, IMAGES, run.seed)} if images else {})
     without = [words for kept, words in ((replaced, "a replacement"), (preserved, "a preserve list")) if not kept]
     note = f"without {' and '.join(without)}" if without else ""
-    return Asked(request, inputs, "; ".join(filter(None, (note, f"with {IMAGES} pictures" if images else ""))))
+    return RequestRecord(request, inputs, "; ".join(filter(None, (note, f"with {IMAGES} pictures" if images else ""))))
 
 
 def _stop(event: ProgressEvent) -> None:
@@ -284,7 +293,7 @@ def attacked(
     run: Run,
     made: Fitted,
     budget: str,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     workspace: Workspace | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -330,7 +339,7 @@ def fit_passes(run: Run) -> int:
     return PASSES_A_ROW * sized("steps") * sized("batch_size", 1) + drawn + importance
 
 
-def seconds_a_pass(model: LatentDiffusion, sampling: Sampling) -> float:
+def seconds_a_pass(model: LatentDiffusion, sampling: SamplingSettings) -> float:
     """Of one picture through the UNet without gradient, in a batch as in an evaluation."""
     batch = sampling.batch
     with costing(model) as cost:
@@ -338,7 +347,7 @@ def seconds_a_pass(model: LatentDiffusion, sampling: Sampling) -> float:
     return cost.seconds / cost.forward
 
 
-def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: Sampling, count: int) -> str:
+def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: SamplingSettings, count: int) -> str:
     """What is to do, in words: a line a run, and how long all of it may take here, attacks apart."""
     one = seconds_a_pass(model, sampling)
     known: dict[tuple[str, str, str], list[float]] = {}
@@ -372,9 +381,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=COUNT, help="pictures in each cell of an evaluation (default: 100)")
     p.add_argument("--seed", type=int, action="append", help="of the fit and of the pictures (default: 0; full: 0 1 2)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--steps", type=int, default=Sampling.steps, help="sampling steps while measuring")
-    p.add_argument("--batch", type=int, default=Sampling.batch, help="pictures drawn at a time while measuring")
-    p.add_argument("--precision", default=Sampling.precision, help="while measuring: auto, float32 or bfloat16")
+    p.add_argument("--steps", type=int, default=SamplingSettings.steps, help="sampling steps while measuring")
+    p.add_argument("--batch", type=int, default=SamplingSettings.batch, help="pictures drawn at a time while measuring")
+    p.add_argument("--precision", default=SamplingSettings.precision, help="while measuring: auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=Path(__file__).with_name("methods.csv"))
     p.add_argument(
         "--attack", choices=(*BUDGETS, "none"), default="quick", help="what an attack may spend (default: quick)"
@@ -418,7 +427,7 @@ def _main(options: argparse.Namespace, load: Any) -> int:
     keys = {run: run.key(model.name, options.count) for run in runs}
     attacks = options.attack != "none"
     todo = [run for run in runs if not table.has(keys[run]) or (attacks and not table.row(keys[run])["attack_budget"])]
-    sampling = Sampling(options.steps, batch=options.batch, precision=options.precision)
+    sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
     if options.dry_run:
         print(told(todo, table, model, sampling, options.count))
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Progress", "ProgressEvent", "report"]
+__all__ = ["Progress", "ProgressEvent", "report_progress"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ProgressEvent:
 Progress = Callable[[ProgressEvent], None]
 
 
-def report(progress: Progress | None, event: ProgressEvent) -> None:
+def report_progress(progress: Progress | None, event: ProgressEvent) -> None:
     """Pass ``event`` on where someone listens."""
     if progress is not None:
         progress(event)

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.service.summaries import base_words, share_words
+from ..core.service.summaries import base_model_summary, surviving_share_summary
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of, state_of
@@ -55,8 +55,8 @@ class ApplyForgetPatch(io.ComfyNode):
             lines.append("at strength 0 nothing is changed")
         else:
             patched = host.with_lora(model, state_of(patch, survey), strength)
-            lines += share_words(host.surviving_share(model, patch, strength))
-        lines.append(base_words(patch.metadata, host.weights_hash(model)))
+            lines += surviving_share_summary(host.surviving_share(model, patch, strength))
+        lines.append(base_model_summary(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(patched, words)

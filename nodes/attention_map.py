@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..core.errors import RequestError
 from ..core.request.request import MAX_SEED
-from ..core.service.summaries import concepts_in
+from ..core.service.summaries import concept_names
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -99,7 +99,7 @@ class ConceptAttentionMap(io.ComfyNode):
         lora: Any = None,
         strength: float = 1.0,
     ) -> io.NodeOutput:
-        from ..core.evaluation import Picture, Sampling
+        from ..core.evaluation import Picture, SamplingSettings
         from ..core.evaluation.attention_pictures import attention_maps, attention_pairs
         from ..core.service import evaluation_text as measuring
 
@@ -109,18 +109,18 @@ class ConceptAttentionMap(io.ComfyNode):
         patch = None if lora is None else patch_of(lora, survey)
         if patch is not None:
             patch.check_fits(survey)
-        said = phrase.strip() or next(iter(concepts_in({} if patch is None else patch.metadata)), "")
+        said = phrase.strip() or next(iter(concept_names({} if patch is None else patch.metadata)), "")
         if not said:
             raise RequestError("The phrase is empty, and there is no patch to name one: write words of the prompt.")
         pictures = [Picture(prompt, seed)]
-        with host.borrowed(model, clip, vae) as diffusion:
-            sampling = Sampling(steps, guidance or diffusion.guidance, 1, "float32")
+        with host.latent_diffusion(model, clip, vae) as diffusion:
+            sampling = SamplingSettings(steps, guidance or diffusion.guidance, 1, "float32")
             told = host.progress(cls.hidden.unique_id)
             if patch is None:
                 (found,) = attention_maps(diffusion, pictures, [said], (), sampling, told)
-                picture, words = measuring.attention_sheet(found), measuring.attention_words(found, said)
+                picture, words = measuring.attention_sheet(found), measuring.attention_summary(found, said)
             else:
                 (pair,) = attention_pairs(diffusion, pictures, [said], [(patch, strength)], sampling, told)
-                picture, words = measuring.attention_sheet(pair), measuring.attention_words(pair, said)
+                picture, words = measuring.attention_sheet(pair), measuring.attention_summary(pair, said)
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(picture, words)

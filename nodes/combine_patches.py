@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..core.errors import PatchError
 from ..core.patch.patch import Patch
-from ..core.service.summaries import about_patch
+from ..core.service.summaries import patch_summary
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of, state_of
@@ -80,7 +80,7 @@ class CombineForgetPatches(io.ComfyNode):
                 f"cut from rank {whole.rank} to {cut.rank}: {100 * _held(whole, cut):.1f} % of the edit is held"
             )
             whole = cut
-        words = "\n".join([about_patch(whole), *lines])
+        words = "\n".join([patch_summary(whole), *lines])
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(state_of(whole), words)
 

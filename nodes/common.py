@@ -19,7 +19,7 @@ from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
 from ..core.models.images import fit_images, picture_size
 from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.progress import Progress
-from ..core.request.concept import KINDS, bare, templates
+from ..core.request.concept import KINDS, canonical_phrase, templates
 from ..core.request.parsing import request_from_words
 from ..core.request.request import MAX_SEED, MAX_STRENGTH, ForgetRequest
 from ..core.request.settings import resolve_settings
@@ -30,12 +30,12 @@ from . import host
 __all__ = [
     "CATEGORY",
     "LORA",
-    "Asked",
     "ForgetFisher",
     "ForgetImages",
     "ForgetSettings",
     "Measured",
     "Pictures",
+    "RequestInputs",
     "asked_inputs",
     "at_work",
     "model_inputs",
@@ -200,7 +200,7 @@ def patch_outputs(what: str = "The patch itself") -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestInputs:
     """A request as a node's boxes and wires have it."""
 
     request: ForgetRequest
@@ -228,7 +228,7 @@ class Asked:
         images: Pictures | None = None,
         vae: Any = None,
         fisher: Measured | None = None,
-    ) -> Asked:
+    ) -> RequestInputs:
         """Everything that can be refused before a model is loaded is refused here, in words."""
         request = request_from_words(concept, kind, replacement, preserve, method, preset, strength, seed, settings)
         notes = []
@@ -248,7 +248,7 @@ class Asked:
         images: Pictures | None = None,
         vae: Any = None,
         fisher: Measured | None = None,
-    ) -> Asked:
+    ) -> RequestInputs:
         """A request with what is wired to a node beside it; refused in words as by :meth:`read`."""
         resolve_settings(get(request.method), request.preset, request.settings)
         if images and vae is None:
@@ -272,7 +272,7 @@ class Asked:
     def _images(self, size: tuple[int, int]) -> dict[str, Tensor]:
         from torch import cat
 
-        names = {bare(concept.name): concept.name for concept in self.request.concepts}
+        names = {canonical_phrase(concept.name): concept.name for concept in self.request.concepts}
         found: dict[str, list[Tensor]] = {}
         for name, pictures in self.images:
             if not name and len(names) > 1:
@@ -281,7 +281,7 @@ class Asked:
                     "concept in Reference Images."
                 )
             # a name that is none of the concepts is refused by the core, in words
-            whose = names.get(bare(name), name) if name else next(iter(names.values()))
+            whose = names.get(canonical_phrase(name), name) if name else next(iter(names.values()))
             found.setdefault(whose, []).append(fit_images(pictures, size, f"'{whose}'"))
         return {name: cat(pictures) for name, pictures in found.items()}
 
@@ -297,10 +297,10 @@ class Asked:
 
 @contextmanager
 def at_work(
-    node: str | None, model: Any, clip: Any, asked: Asked
+    node: str | None, model: Any, clip: Any, asked: RequestInputs
 ) -> Iterator[tuple[LatentDiffusion, Progress, Inputs]]:
     """The borrowed model, the progress to tell, and what the request has besides words."""
-    with host.borrowed(model, clip, asked.vae) as diffusion:
+    with host.latent_diffusion(model, clip, asked.vae) as diffusion:
         concept, request = asked.request.concepts[0], asked.request
         prompt = templates(concept.kind)[0].format(concept.name)
         fading = host.Fading(diffusion, model, prompt, request.seed, asked.preview_every)

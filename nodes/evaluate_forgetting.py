@@ -11,7 +11,7 @@ from ..core.files.names import fresh_file, patch_name
 from ..core.files.writing import check_folder, check_writable, make_folder
 from ..core.request.parsing import split_list
 from ..core.request.request import MAX_SEED
-from ..core.service.summaries import concepts_in
+from ..core.service.summaries import concept_names
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -137,7 +137,7 @@ class EvaluateForgetting(io.ComfyNode):
         clip_judge: str,
         filename: str,
     ) -> io.NodeOutput:
-        from ..core.evaluation import BASELINES, UNEDITED, Sampling
+        from ..core.evaluation import BASELINES, UNEDITED, SamplingSettings
         from ..core.evaluation.assess import Measures, assess
         from ..core.evaluation.report import write_report
         from ..core.files.workspace import Workspace
@@ -148,7 +148,7 @@ class EvaluateForgetting(io.ComfyNode):
         survey = host.surveyed(model)
         patch = patch_of(lora, survey)
         patch.check_fits(survey)
-        forgotten = concepts_in(patch.metadata)
+        forgotten = concept_names(patch.metadata)
         names = split_list(concept) or forgotten
         if not names:
             raise RequestError("The patch does not say what it forgets: write the concept.")
@@ -157,12 +157,12 @@ class EvaluateForgetting(io.ComfyNode):
         folder = check_folder(root.joinpath(*folders))
         embedded = host.is_embedded(model)
         bench = measuring.questions(benchmark, embedded, names)
-        with host.borrowed(model, clip, vae) as diffusion:
-            looking = measuring.instruments(embedded, clip_judge, bench)
+        with host.latent_diffusion(model, clip, vae) as diffusion:
+            looking = measuring.evaluators(embedded, clip_judge, bench)
             if m_score or attacks != "none":
                 diffusion.text = host.opened_text(clip, diffusion.text, diffusion.device) or diffusion.text
             small = max(diffusion.latent_shape[1:]) <= _SMALL
-            sampling = Sampling(steps, diffusion.guidance, _AT_ONCE if small else _FEW, "float32")
+            sampling = SamplingSettings(steps, diffusion.guidance, _AT_ONCE if small else _FEW, "float32")
             measures = Measures(
                 count,
                 seed,
@@ -184,7 +184,7 @@ class EvaluateForgetting(io.ComfyNode):
                 workspace=Workspace(host.work_folder()),
             )
         file = write_report(report, check_writable(fresh_file(make_folder(folder), stem, ".html")))
-        words = measuring.evaluation_words(report, file)
+        words = measuring.evaluation_summary(report, file)
         if patches := host.patched_weights(model):
             words += (
                 f"\nnote: the MODEL that came in carries patches on {patches} weights (LoRAs, a forget patch): "

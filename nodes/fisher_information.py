@@ -73,7 +73,7 @@ class FisherInformation(io.ComfyNode):
         workspace = Workspace(host.work_folder())
         prompts, asked = asked_fisher(settings)
         start = time.monotonic()
-        with host.borrowed(model, clip) as diffusion:
+        with host.latent_diffusion(model, clip) as diffusion:
             keys = SelectiveAmnesia().keys(diffusion, settings)
             key = fisher_key(diffusion, keys, prompts, asked)
             there = int(workspace.metadata(KIND, key).get("samples", "0"))

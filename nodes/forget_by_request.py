@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..core.errors import RequestError
 from ..core.request.request import ForgetRequest
-from .common import Asked, model_inputs, more_inputs, patch_outputs, schema
+from .common import RequestInputs, model_inputs, more_inputs, patch_outputs, schema
 from .forget_concept import forgotten
 
 __all__ = ["ForgetByRequest"]
@@ -52,4 +52,4 @@ class ForgetByRequest(io.ComfyNode):
                 f"The request names picture files of '{pictures[0]}', and this node reads no files: take them out of "
                 "the JSON, and connect Reference Images for Concept."
             )
-        return forgotten(cls.hidden.unique_id, model, clip, Asked.of(read, **given))
+        return forgotten(cls.hidden.unique_id, model, clip, RequestInputs.of(read, **given))

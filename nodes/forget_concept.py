@@ -9,9 +9,9 @@ from comfy_api.latest import io
 
 from ..core.methods.fit import fit
 from ..core.methods.registry import get
-from ..core.service.summaries import report, share_words
+from ..core.service.summaries import fit_summary, surviving_share_summary
 from . import host
-from .common import Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
+from .common import RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import state_of
 
 __all__ = ["ForgetConcept", "forgotten"]
@@ -40,22 +40,22 @@ class ForgetConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, **given: Any) -> io.NodeOutput:
-        return forgotten(cls.hidden.unique_id, model, clip, Asked.read(**given))
+        return forgotten(cls.hidden.unique_id, model, clip, RequestInputs.read(**given))
 
 
-def forgotten(node: str | None, model: Any, clip: Any, asked: Asked) -> io.NodeOutput:
+def forgotten(node: str | None, model: Any, clip: Any, asked: RequestInputs) -> io.NodeOutput:
     """What the node gives: the patched MODEL, the patch, and words."""
     start = time.monotonic()
     with at_work(node, model, clip, asked) as (diffusion, told, inputs):
         patch = fit(diffusion, asked.request, told, inputs)
         lora = state_of(patch, diffusion.survey)
     patched = host.with_lora(model, lora)
-    notes = [*asked.notes, *share_words(host.surviving_share(model, patch))]
+    notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]
     if count := host.patched_weights(model):
         notes.append(
             f"the MODEL that came in carries patches on {count} weights (LoRAs, an earlier Forget Concept). The "
             "edit was worked out on top of them: the LoRA belongs on top of the same ones."
         )
-    words = report(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
+    words = fit_summary(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
     host.show_text(node, words)
     return io.NodeOutput(patched, lora, words)

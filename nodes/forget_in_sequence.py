@@ -12,10 +12,10 @@ from ..core.methods.registry import get
 from ..core.methods.sequence import History
 from ..core.methods.sequence_rules import next_request
 from ..core.models.latent_diffusion import LatentDiffusion
-from ..core.patch.history import read_record
-from ..core.service.summaries import history_words, report, share_words
+from ..core.patch.history import read_history
+from ..core.service.summaries import fit_summary, history_summary, surviving_share_summary
 from . import host
-from .common import LORA, Asked, asked_inputs, at_work, more_inputs, patch_outputs, schema
+from .common import LORA, RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
 from .lora_state import patch_of, state_of
 
 __all__ = ["ForgetInSequence", "check_base"]
@@ -74,10 +74,10 @@ class ForgetInSequence(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, earlier: Any = None, max_rank: int = 0, **given: Any) -> io.NodeOutput:
-        asked = Asked.read(**given)
+        asked = RequestInputs.read(**given)
         if earlier is not None:
             # what can be refused without a model
-            next_request(read_record(getattr(earlier, "metadata", {})).parts, asked.request)
+            next_request(read_history(getattr(earlier, "metadata", {})).parts, asked.request)
         start = time.monotonic()
         with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, told, inputs):
             history = History()
@@ -89,8 +89,8 @@ class ForgetInSequence(io.ComfyNode):
             patch = history.patch
             lora = state_of(patch, diffusion.survey)
         patched = host.with_lora(model, lora)
-        notes = [*asked.notes, *share_words(host.surviving_share(model, patch))]
-        words = report(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
-        words += "\nall requests:\n" + "\n".join(history_words(read_record(patch.metadata)))
+        notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]
+        words = fit_summary(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
+        words += "\nall requests:\n" + "\n".join(history_summary(read_history(patch.metadata)))
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(patched, lora, words)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
-from ..core.service.forms import presets, widgets
+from ..core.service.forms import form_fields, presets
 from .fields import node_id
 
 __all__ = ["page", "place", "write"]
@@ -42,7 +42,7 @@ def page(method: type[Method]) -> str:
         f"| Field | | {' | '.join(values)} |",
         f"|---|---|{'---|' * len(values)}",
     ]
-    for widget in widgets(method):
+    for widget in form_fields(method):
         words = widget.about.words if widget.thing is None else f"{widget.thing}: {widget.about.words}"
         cells = " | ".join(_cell(values[name][widget.name]) for name in values)
         lines.append(f"| **{widget.name}** | {words} | {cells} |")

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
-from ..core.service.summaries import about_patch, base_words, last_request, share_words
+from ..core.service.summaries import base_model_summary, last_request, patch_summary, surviving_share_summary
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -46,7 +46,7 @@ class InspectForgetPatch(io.ComfyNode):
     def execute(cls, lora: Any, model: Any = None) -> io.NodeOutput:
         survey = None if model is None else host.surveyed(model)
         patch = patch_of(lora, survey)
-        lines = [about_patch(patch)]
+        lines = [patch_summary(patch)]
         if survey is not None:
             try:
                 patch.check_fits(survey)
@@ -54,8 +54,8 @@ class InspectForgetPatch(io.ComfyNode):
                 lines.append(f"does not fit this MODEL: {error}")
             else:
                 lines.append("fits this MODEL: every layer is there")
-                lines += share_words(host.surviving_share(model, patch))
-                lines.append(base_words(patch.metadata, host.weights_hash(model)))
+                lines += surviving_share_summary(host.surviving_share(model, patch))
+                lines.append(base_model_summary(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(words, last_request(patch), ui={"text": (words,)})

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..core.files.safetensors_io import read_metadata, read_safetensors
 from ..core.formats import kohya
-from ..core.service.summaries import about_patch
+from ..core.service.summaries import patch_summary
 from . import host
 from .common import LORA, schema
 from .lora_state import LoraState
@@ -55,7 +55,7 @@ class LoadForgetPatch(io.ComfyNode):
                 f"'{file}' is a context map, which is no LoRA: make a patch of it with 'forget-concept export' first."
             )
         tensors, metadata = read_safetensors(path)
-        words = f"{file}\n{about_patch(kohya.from_state(tensors, metadata, source=file))}"
+        words = f"{file}\n{patch_summary(kohya.from_state(tensors, metadata, source=file))}"
         host.show_text(cls.hidden.unique_id, words)
         # the file's own names: every loader knows them, and a UNet of any depth is still to come
         return io.NodeOutput(LoraState(tensors, metadata), words)

@@ -13,7 +13,7 @@ from ..core.files.names import fresh_file, patch_name
 from ..core.files.writing import check_folder, make_folder, write_bytes
 from ..core.formats import kohya
 from ..core.service.preview import bars, png, row
-from ..core.service.summaries import concepts_in
+from ..core.service.summaries import concept_names
 from . import host
 from .common import LORA, schema
 from .lora_state import patch_of
@@ -72,7 +72,7 @@ class SaveForgetPatch(io.ComfyNode):
     @classmethod
     def execute(cls, lora: Any, filename: str, precision: str, image: Tensor | None = None) -> io.NodeOutput:
         patch = patch_of(lora)
-        *folders, stem = patch_name(filename, concepts_in(patch.metadata))
+        *folders, stem = patch_name(filename, concept_names(patch.metadata))
         carried = host.workflow(cls.hidden)
         own = {name: text for name, text in patch.metadata.items() if name not in _WORKFLOW}
         patch = dataclasses.replace(patch, metadata={**own, **carried})

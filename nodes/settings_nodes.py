@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
-from ..core.service.forms import Widget, presets, settings_of, told, widgets
+from ..core.service.forms import FormField, form_fields, presets, settings_of, settings_summary
 from . import host
 from .common import ForgetSettings, schema
 from .fields import node_id
@@ -16,14 +16,14 @@ from .fields import node_id
 __all__ = ["settings_nodes"]
 
 
-def _input(widget: Widget) -> Any:
+def _input(widget: FormField) -> Any:
     made = _plain_input(widget)
     if widget.about.rare:  # behind "Show Advanced" on the node's menu
         made.extra_dict["advanced"] = True
     return made
 
 
-def _plain_input(widget: Widget) -> Any:
+def _plain_input(widget: FormField) -> Any:
     about = widget.about
     common = {"tooltip": about.words if widget.thing is None else f"{widget.thing}: {about.words}"}
     if widget.kind == "switch":
@@ -61,7 +61,7 @@ class _SettingsNode(io.ComfyNode):
             node_id=node_id(method),
             display_name=f"Settings: {method.title}",
             description=f"The settings of {method.title}, for the input method_settings. Published in {method.paper}",
-            inputs=[chosen, *map(_input, widgets(method))],
+            inputs=[chosen, *map(_input, form_fields(method))],
             outputs=[ForgetSettings.Output("SETTINGS", tooltip="For the input method_settings.")],
             hidden=[io.Hidden.unique_id],
             search_aliases=[method.id, "unlearning settings"],
@@ -70,7 +70,7 @@ class _SettingsNode(io.ComfyNode):
     @classmethod
     def execute(cls, preset: str, **given: Any) -> io.NodeOutput:
         settings = settings_of(cls.METHOD, preset, given)
-        host.show_text(cls.hidden.unique_id, told(settings, cls.METHOD))
+        host.show_text(cls.hidden.unique_id, settings_summary(settings, cls.METHOD))
         return io.NodeOutput(settings)
 
 

@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..core.errors import RequestError, listed
 from ..core.methods.sequence import History
-from ..core.patch.history import read_record, takes_back
-from ..core.service.summaries import history_words, share_words
+from ..core.patch.history import read_history, requests_to_restore
+from ..core.service.summaries import history_summary, surviving_share_summary
 from . import host
 from .common import LORA, patch_outputs, schema
 from .forget_in_sequence import check_base
@@ -50,9 +50,9 @@ class TakeBack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, lora: Any, which: str) -> io.NodeOutput:
-        record = read_record(getattr(lora, "metadata", {}))
-        wanted = takes_back(which, record.asked)
-        with host.borrowed(model, clip) as diffusion:
+        record = read_history(getattr(lora, "metadata", {}))
+        wanted = requests_to_restore(which, record.asked)
+        with host.latent_diffusion(model, clip) as diffusion:
             history = History.from_patch(patch_of(lora, diffusion.survey))
             check_base(history, diffusion, model)
             before, on_it = history.concepts, set()
@@ -67,11 +67,11 @@ class TakeBack(io.ComfyNode):
             patch = history.patch
             left = state_of(patch, diffusion.survey)
         back = [concept.name for concept in before if concept not in history.concepts]
-        lines = [f"taken back: {listed(back, 12)}", *share_words(host.surviving_share(model, patch))]
+        lines = [f"taken back: {listed(back, 12)}", *surviving_share_summary(host.surviving_share(model, patch))]
         later = [one.names for one in history.asked if one.number in on_it]
         if later:
             lines.append(f"note: {listed(later)} were trained with it on, and stay as they were trained")
-        lines += ["still forgotten:", *history_words(read_record(patch.metadata))]
+        lines += ["still forgotten:", *history_summary(read_history(patch.metadata))]
         words = "\n".join(lines)
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(host.with_lora(model, left), left, words)

@@ -21,12 +21,12 @@ from ..core.errors import ForgetConceptError, RequestError
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
 from ..core.request.request import ForgetRequest
-from ..core.service.errors import Busy, Missing
-from ..core.service.evaluate_job import Evaluating
-from ..core.service.forget_job import Forgetting
-from ..core.service.forms import widgets
+from ..core.service.errors import BusyError, NotFoundError
+from ..core.service.evaluate_job import EvaluateJob
+from ..core.service.forget_job import ForgetJob
+from ..core.service.forms import form_fields
 from ..core.service.host_interface import Host
-from ..core.service.patch_store import Desk, desk_of
+from ..core.service.patch_store import PatchStore, patch_store_of
 from ..core.service.preview import png, row
 from ..core.service.uploads import Uploads
 from ..core.version import VERSION
@@ -101,9 +101,9 @@ class _InWords(APIRoute):
                 return await handle(_LimitedRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 return _problem(422, _spoken(error.errors()))
-            except Busy as error:
+            except BusyError as error:
                 return _problem(409, str(error))
-            except Missing as error:
+            except NotFoundError as error:
                 return _problem(404, str(error))
             except ForgetConceptError as error:
                 return _problem(400, str(error))
@@ -157,10 +157,10 @@ def mount(app: FastAPI, host: Host, auth: str | None) -> None:
     Raises :class:`RequestError` where that is malformed: without it nothing is let in.
     """
     # include_router would build each of them a second time, which the start of the webui would wait for
-    app.router.routes.extend(router_of(desk_of(host), auth).routes)
+    app.router.routes.extend(router_of(patch_store_of(host), auth).routes)
 
 
-def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
+def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
     """Every route."""
     guards = [] if auth is None else [Depends(_checked(auth))]
     router = APIRouter(
@@ -179,10 +179,10 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
     @router.post("/forget", response_model=JobModel, status_code=202, summary="Forget: begin a job")
     def forget(body: ForgetBody) -> Any:
         """Work out a patch on the loaded model and save it in the Lora folder. Answers at once with the job."""
-        settings = desk.settings
+        settings = store.settings
         uploads = Uploads({number: one.images for number, one in enumerate(body.concepts) if one.images})
         try:
-            asked = Forgetting(
+            asked = ForgetJob(
                 ForgetRequest.from_json(json.dumps(request_of(body, uploads.places))),
                 body.name,
                 settings.folder,
@@ -191,7 +191,7 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
                 settings.pairs if body.pictures is None else body.pictures,
                 settings.steps,
             )
-            return desk.forget(asked, uploads.remove).as_dict()
+            return store.forget(asked, uploads.remove).as_dict()
         except BaseException:
             uploads.remove()
             raise
@@ -204,7 +204,7 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
                 "The field 'clip_judge' must be the hub name of a CLIP that was downloaded before, such as "
                 "openai/clip-vit-base-patch32: no folder of this machine is read for a caller."
             )
-        asked = Evaluating(
+        asked = EvaluateJob(
             body.patch,
             body.strength,
             tuple(body.concepts),
@@ -217,22 +217,22 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
             body.benchmark,
             body.clip_judge,
         )
-        return desk.evaluate(asked).as_dict()
+        return store.evaluate(asked).as_dict()
 
     @router.get("/jobs", response_model=list[JobModel], summary="The last jobs")
     def jobs() -> Any:
         """Every job that is still known, the newest last."""
-        return [job.as_dict() for job in desk.jobs.all()]
+        return [job.as_dict() for job in store.jobs.all()]
 
     @router.get("/jobs/{job_id}", response_model=JobModel, summary="A job as it stands")
     def job(job_id: str) -> Any:
         """State, step, time left and, once it is done, the result."""
-        return desk.jobs.get(job_id).as_dict()
+        return store.jobs.get(job_id).as_dict()
 
     @router.post("/jobs/{job_id}/cancel", response_model=JobModel, summary="Interrupt a job")
     def cancel(job_id: str) -> Any:
         """Ask a job to end at its next step; nothing is saved then. One that is over stays as it is."""
-        return desk.jobs.cancel(job_id).as_dict()
+        return store.jobs.cancel(job_id).as_dict()
 
     @router.get(
         "/jobs/{job_id}/pictures/{number}",
@@ -243,9 +243,9 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
     )
     def picture(job_id: str, number: int) -> Any:
         """A pair of pictures (counted from 1) of the same prompt and seed, side by side, as PNG."""
-        found = desk.jobs.get(job_id).outcome
+        found = store.jobs.get(job_id).outcome
         if found is None or not 1 <= number <= len(found.pairs):
-            raise Missing(f"The job has no picture {number}.")
+            raise NotFoundError(f"The job has no picture {number}.")
         pair = found.pairs[number - 1]
         images = torch.stack([pair.before, pair.after]).movedim(1, -1).float() / 255
         return Response(png(row(images), {"prompt": pair.prompt, "seed": str(pair.seed)}), media_type="image/png")
@@ -255,55 +255,55 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
     @router.get("/patches", response_model=list[PatchModel], summary="The patches in the Lora folder")
     def patches() -> Any:
         """Those that were made by Forget Concept, the newest first."""
-        return [entry.as_dict() for entry in desk.library.entries()]
+        return [entry.as_dict() for entry in store.library.entries()]
 
     @router.post("/patches/combine", response_model=PatchModel, status_code=201, summary="One patch of several")
     def combine(body: CombineBody) -> Any:
         """The sum of several patches at their strengths, as a new file."""
         parts = [(part.name, part.strength) for part in body.parts]
-        return desk.combine(parts, body.name, body.max_rank)[0].as_dict()
+        return store.combine(parts, body.name, body.max_rank)[0].as_dict()
 
     @router.get("/patches/{name}", response_model=PatchDetails, summary="Look into a patch")
     def inspect(name: str) -> Any:
         """What it forgets, how it was made, its size."""
-        return desk.library.inspect(name)
+        return store.library.inspect(name)
 
     @router.post("/patches/{name}/apply", response_model=list[ActiveModel], summary="Put a patch on")
     def apply(name: str, body: ApplyBody | None = None) -> Any:
         """Put it into the loaded model's weights at once, or change its strength there."""
-        desk.apply(name, (body or ApplyBody()).strength)
-        return _active(desk)
+        store.apply(name, (body or ApplyBody()).strength)
+        return _active(store)
 
     @router.post("/patches/{name}/remove", response_model=list[ActiveModel], summary="Take a patch off")
     def remove(name: str) -> Any:
         """Take it out of the loaded model; the weights are then what they were."""
-        desk.remove(name)
-        return _active(desk)
+        store.remove(name)
+        return _active(store)
 
     @router.post("/patches/{name}/rename", response_model=PatchModel, summary="Rename a patch")
     def rename(name: str, body: NameBody) -> Any:
         """Give the file, its picture and its card another name."""
-        return desk.rename(name, body.name).as_dict()
+        return store.rename(name, body.name).as_dict()
 
     @router.delete(
         "/patches/{name}", status_code=204, response_model=None, response_class=Response, summary="Delete a patch"
     )
     def delete(name: str) -> Any:
         """Remove the file, its picture and its card for good."""
-        desk.delete(name)
+        store.delete(name)
         return Response(status_code=204)
 
     @router.get("/active", response_model=list[ActiveModel], summary="What is on the loaded model")
     def active() -> Any:
         """The patches in the loaded model's weights, in the order in which they were put on."""
-        return _active(desk)
+        return _active(store)
 
     # -- reports -------------------------------------------------------------------------------------------------
 
     @router.get("/reports", response_model=list[str], summary="The reports")
     def reports() -> Any:
         """Their names, the newest first."""
-        return desk.reports.names()
+        return store.reports.names()
 
     @router.get(
         "/reports/{name}.html",
@@ -314,12 +314,12 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
     )
     def report_page(name: str) -> Any:
         """The report of an evaluation."""
-        return Response(desk.reports.find(name, ".html").read_bytes(), media_type="text/html; charset=utf-8")
+        return Response(store.reports.find(name, ".html").read_bytes(), media_type="text/html; charset=utf-8")
 
     @router.get("/reports/{name}.json", response_model=None, response_class=Response, summary="A report's figures")
     def report_figures(name: str) -> Any:
         """The same as JSON."""
-        return Response(desk.reports.find(name, ".json").read_bytes(), media_type="application/json")
+        return Response(store.reports.find(name, ".json").read_bytes(), media_type="application/json")
 
     @router.get("/openapi.json", include_in_schema=False)
     def schema() -> Any:
@@ -335,7 +335,7 @@ def router_of(desk: Desk, auth: str | None = None) -> APIRouter:
 def _method(method: type[Method]) -> dict[str, Any]:
     presets = {name: _plain(dataclasses.asdict(values)) for name, values in method.presets.items()}
     settings: dict[str, dict[str, Any]] = {}
-    for widget in widgets(method):
+    for widget in form_fields(method):
         about, number = widget.about, widget.kind in ("whole", "number")
         known = settings.setdefault(
             widget.setting,
@@ -366,5 +366,5 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _active(desk: Desk) -> list[dict[str, Any]]:
-    return [{"name": one.name, "strength": one.strength, "in_force": one.in_force} for one in desk.active()]
+def _active(store: PatchStore) -> list[dict[str, Any]]:
+    return [{"name": one.name, "strength": one.strength, "in_force": one.in_force} for one in store.active()]

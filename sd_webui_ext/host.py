@@ -19,11 +19,11 @@ from modules.prompt_parser import SdConditioning
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
-from ..core.models.host_weights import LentDiffusion, check_channels, laundered, without_checkpointing
+from ..core.models.host_weights import HostLatentDiffusion, check_channels, detached_view, without_checkpointing
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
-from ..core.service.host_interface import Active, LoadedModel
+from ..core.service.host_interface import ActivePatch, LoadedModel
 from ..core.service.live_weights import LiveWeights
 from .prompts import WebText
 from .webui import PLAIN, WebUI, habits, lora_extension
@@ -93,18 +93,18 @@ class A1111(WebUI):
         with self.alone():
             self._resident(self._loaded()).live.remove(name)
 
-    def active(self) -> list[Active]:
+    def active(self) -> list[ActivePatch]:
         model = sd_models.model_data.sd_model
         resident = None if model is None else self._residents.get(model)
         if resident is None or not resident.live.patches:
             return []
         in_force = resident.live.state() == "in force"
-        return [Active(name, strength, in_force) for name, (_, strength) in resident.live.patches.items()]
+        return [ActivePatch(name, strength, in_force) for name, (_, strength) in resident.live.patches.items()]
 
     # -- the model, lent -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def borrowed(self) -> Iterator[LentDiffusion]:
+    def latent_diffusion(self) -> Iterator[HostLatentDiffusion]:
         self.check_job()
         model = self._loaded()
         resident = self._resident(model)
@@ -121,7 +121,7 @@ class A1111(WebUI):
             stack.enter_context(_without_loras(model))
             stack.enter_context(resident.live.aside())
             stack.enter_context(_on_device(model))
-            stack.enter_context(laundered(model.model.diffusion_model))
+            stack.enter_context(detached_view(model.model.diffusion_model))
             stack.enter_context(without_checkpointing(model.model.diffusion_model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -254,7 +254,7 @@ def _keep_unet(model: Any) -> None:
 # -- as the core sees it ------------------------------------------------------------------------------------------
 
 
-def _lent(model: Any, found: UNetSurvey) -> LentDiffusion:
+def _lent(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
     unet = model.model.diffusion_model
     parameterization = getattr(model, "parameterization", "eps")
     if parameterization not in ("eps", "v"):
@@ -278,7 +278,7 @@ def _lent(model: Any, found: UNetSurvey) -> LentDiffusion:
         vector = torch.cat([states.pooled, vector.expand(len(states), -1)], 1)
         return model.apply_model(x, timesteps, {"crossattn": states.hidden, "vector": vector})
 
-    lent = LentDiffusion(
+    lent = HostLatentDiffusion(
         unet,
         _text(model, found),
         # during a picture the webui may put a rescaled or halved schedule in its place

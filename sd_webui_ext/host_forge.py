@@ -20,11 +20,11 @@ from modules import call_queue, sd_models, shared
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, PatchError
-from ..core.models.host_weights import LentDiffusion, check_channels, laundered, without_checkpointing
+from ..core.models.host_weights import HostLatentDiffusion, check_channels, detached_view, without_checkpointing
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
-from ..core.service.host_interface import Active, LoadedModel
+from ..core.service.host_interface import ActivePatch, LoadedModel
 from .prompts import WebText
 from .webui import PLAIN, WebUI, habits
 
@@ -148,7 +148,7 @@ class Forge(WebUI):
         model.forge_objects = model.forge_objects_original.shallow_copy()
         model.current_lora_hash = str([])
 
-    def active(self) -> list[Active]:
+    def active(self) -> list[ActivePatch]:
         model = sd_models.model_data.sd_model
         resident = None if getattr(model, "forge_objects", None) is None else self._residents.get(model)
         if resident is None or not resident.patches:
@@ -160,12 +160,12 @@ class Forge(WebUI):
                 in_force = resident.lent or _holds(model, resident)
             finally:
                 call_queue.queue_lock.release()
-        return [Active(name, strength, in_force) for name, (_, strength) in resident.patches.items()]
+        return [ActivePatch(name, strength, in_force) for name, (_, strength) in resident.patches.items()]
 
     # -- the model, lent -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def borrowed(self) -> Iterator[LentDiffusion]:
+    def latent_diffusion(self) -> Iterator[HostLatentDiffusion]:
         self.check_job()
         model = self._loaded()
         resident = self._resident(model)
@@ -173,7 +173,7 @@ class Forge(WebUI):
         with ExitStack() as stack:
             stack.enter_context(_bare(model, resident))
             unet = resident.own.model.diffusion_model
-            stack.enter_context(laundered(unet))
+            stack.enter_context(detached_view(unet))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_checkpointing(unet))
@@ -287,7 +287,7 @@ def _copied_before_norms(unet: nn.Module) -> Iterator[None]:
 # -- as the core sees it ------------------------------------------------------------------------------------------
 
 
-def _lent(model: Any, resident: _Resident) -> LentDiffusion:
+def _lent(model: Any, resident: _Resident) -> HostLatentDiffusion:
     inner = resident.own.model
     unet, predictor = inner.diffusion_model, inner.predictor
     prediction = str(getattr(predictor, "prediction_type", ""))
@@ -306,7 +306,7 @@ def _lent(model: Any, resident: _Resident) -> LentDiffusion:
             vector = torch.cat([states.pooled, sizes.expand(len(states), -1)], 1)
         return unet(x, timesteps.float(), context=states.hidden, y=vector, transformer_options={})
 
-    lent = LentDiffusion(
+    lent = HostLatentDiffusion(
         unet,
         _text(model, resident.survey, pooled),
         (1 / (predictor.sigmas.detach().float().cpu() ** 2 + 1)).clone(),

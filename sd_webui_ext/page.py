@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core.service.host_interface import Active
+from ..core.service.host_interface import ActivePatch
 from ..core.service.jobs import Job, Pair
 from ..core.service.patch_library import Entry
 from ..core.service.progress_text import clock_time
@@ -138,7 +138,7 @@ def _thumbnail(path: Path, written: float) -> str:
         return ""
 
 
-def active_table(active: Sequence[Active], title: str) -> str:
+def active_table(active: Sequence[ActivePatch], title: str) -> str:
     """What is in the loaded model's weights, and whether it really is."""
     if not active:
         return f'<div class="fc-empty">No patch is in <em>{escape(title)}</em>.</div>'
@@ -154,7 +154,7 @@ def active_table(active: Sequence[Active], title: str) -> str:
     )
 
 
-def _force(one: Active) -> tuple[str, str]:
+def _force(one: ActivePatch) -> tuple[str, str]:
     return ("yes", "yes, looked at just now") if one.in_force else ("no", "no: put it in again")
 
 

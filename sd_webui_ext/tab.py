@@ -13,7 +13,7 @@ import gradio as gr
 
 from ..core.errors import ForgetConceptError
 from ..core.service.host_interface import Host
-from ..core.service.patch_store import Desk, desk_of
+from ..core.service.patch_store import PatchStore, patch_store_of
 from . import page
 from .tab_evaluate import EvaluatePart
 from .tab_forget import ForgetPart
@@ -26,36 +26,36 @@ _QUICK = {"queue": False, "show_progress": "hidden"}
 
 def build(host: Host) -> gr.Blocks:
     """The tab's blocks."""
-    desk = desk_of(host)
+    store = patch_store_of(host)
     with gr.Blocks(analytics_enabled=False) as blocks:
         with gr.Tabs(elem_id="forget_concept_tabs"):
             with gr.TabItem("Forget", id="forget", elem_id="forget_concept_tab_forget"):
-                forget = ForgetPart(desk)
+                forget = ForgetPart(store)
             with gr.TabItem("Patches", id="patches", elem_id="forget_concept_tab_patches") as patches_tab:
-                patches = PatchesPart(desk)
+                patches = PatchesPart(store)
             with gr.TabItem("Evaluate", id="evaluate", elem_id="forget_concept_tab_evaluate") as evaluate_tab:
-                evaluate = EvaluatePart(desk)
+                evaluate = EvaluatePart(store)
         beat = gr.Button("Look again", elem_id="forget_concept_beat", elem_classes=["fc-hidden"])
         opened = gr.Button("Page opened", elem_id="forget_concept_opened", elem_classes=["fc-hidden"])
         shown = gr.Textbox("", visible=False)  # the job whose outcome this page shows, and its state
-        heart = _Heart(desk, forget, patches, evaluate, shown)
-        heart.outputs = [
+        heartbeat = _JobHeartbeat(store, forget, patches, evaluate, shown)
+        heartbeat.outputs = [
             shown,
-            *heart.live,
+            *heartbeat.live,
             forget.result,
             *evaluate.results,
             *patches.live,
             evaluate.chosen,
         ]
-        beat.click(heart.look, [shown, patches.chosen, evaluate.chosen], heart.outputs, **_QUICK)
+        beat.click(heartbeat.look, [shown, patches.chosen, evaluate.chosen], heartbeat.outputs, **_QUICK)
         opened.click(
-            lambda a, b: [*heart.look("", a, b), *forget.recalled()],
+            lambda a, b: [*heartbeat.look("", a, b), *forget.recalled()],
             [patches.chosen, evaluate.chosen],
-            [*heart.outputs, *forget.form],
+            [*heartbeat.outputs, *forget.form],
             **_QUICK,
         )
-        forget.wire(heart.started, heart.stopped, heart.live)
-        evaluate.wire(heart.started, heart.stopped, heart.live)
+        forget.wire(heartbeat.started, heartbeat.stopped, heartbeat.live)
+        evaluate.wire(heartbeat.started, heartbeat.stopped, heartbeat.live)
         patches.wire()
         patches_tab.select(patches.refreshed, [patches.chosen], patches.live, **_QUICK)
         evaluate_tab.select(evaluate.listed, [evaluate.chosen], [evaluate.chosen], **_QUICK)
@@ -68,15 +68,15 @@ def build(host: Host) -> gr.Blocks:
     return blocks
 
 
-class _Heart:
+class _JobHeartbeat:
     """What a page is told of the jobs."""
 
     outputs: list[Any]
 
     def __init__(
-        self, desk: Desk, forget: ForgetPart, patches: PatchesPart, evaluate: EvaluatePart, shown: gr.Textbox
+        self, store: PatchStore, forget: ForgetPart, patches: PatchesPart, evaluate: EvaluatePart, shown: gr.Textbox
     ) -> None:
-        self.desk, self.forget, self.patches, self.evaluate, self.shown = desk, forget, patches, evaluate, shown
+        self.store, self.forget, self.patches, self.evaluate, self.shown = store, forget, patches, evaluate, shown
         self._beats = itertools.count(1)
 
     @property
@@ -86,10 +86,10 @@ class _Heart:
 
     def _status(self, problems: tuple[str, str] = ("", "")) -> list[Any]:
         beat = next(self._beats)
-        busy = any(not job.over for job in self.desk.jobs.all())
+        busy = any(not job.over for job in self.store.jobs.all())
         found: list[Any] = []
         for kind, words in zip(("forget", "evaluate"), problems, strict=True):
-            job = self.desk.jobs.latest(kind)
+            job = self.store.jobs.latest(kind)
             text = page.state(job, beat) + (page.problem(words) if words else "")
             running = job is not None and not job.over
             found += [text, gr.update(interactive=not busy), gr.update(interactive=running)]
@@ -106,20 +106,20 @@ class _Heart:
 
     def stopped(self) -> list[Any]:
         """Interrupt what runs."""
-        job = self.desk.jobs.latest()
+        job = self.store.jobs.latest()
         if job is not None:
-            self.desk.jobs.cancel(job.id)
+            self.store.jobs.cancel(job.id)
         return self._status()
 
     def look(self, shown: str, chosen: str | None, evaluated: str | None) -> list[Any]:
         """Everything that may have changed since this page last asked."""
-        jobs = self.desk.jobs.all()
+        jobs = self.store.jobs.all()
         now = ",".join(f"{job.id}:{job.state}" for job in jobs)
         status = self._status()
         if now == shown:
             rest: list[Any] = [gr.update()] * (len(self.outputs) - 1 - len(status))
             return [shown, *status, *rest]
-        forget, evaluate = self.desk.jobs.latest("forget"), self.desk.jobs.latest("evaluate")
+        forget, evaluate = self.store.jobs.latest("forget"), self.store.jobs.latest("evaluate")
         made = forget is not None and forget.outcome is not None and jobs and jobs[-1].id == forget.id
         name = forget.outcome.data["name"] if made and forget and forget.outcome else None
         return [

@@ -11,10 +11,10 @@ import gradio as gr
 
 from ..core.errors import ForgetConceptError, RequestError
 from ..core.request.parsing import split_list
-from ..core.service.evaluate_job import ATTACKS, BENCHMARKS, FEWEST, Evaluating
+from ..core.service.evaluate_job import ATTACKS, BENCHMARKS, FEWEST, EvaluateJob
 from ..core.service.forget_job import MOST_STRENGTH
 from ..core.service.jobs import Job
-from ..core.service.patch_store import Desk
+from ..core.service.patch_store import PatchStore
 from . import page
 
 __all__ = ["EvaluatePart"]
@@ -26,8 +26,8 @@ _ID = "forget_concept_"
 class EvaluatePart:
     """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, store: PatchStore) -> None:
+        self.store = store
         # gradio serves copies of what lies in the system's folder for such files
         self._copies = tempfile.TemporaryDirectory(prefix="forget-concept-")
         gr.HTML(
@@ -139,7 +139,7 @@ class EvaluatePart:
     def listed(self, chosen: str | None) -> Any:
         """The value for :attr:`chosen`: the patches there are, with this one chosen if it is among them."""
         try:
-            names = self.desk.library.names()
+            names = self.store.library.names()
         except ForgetConceptError:  # the part with the patches says why
             names = []
         return gr.update(choices=names, value=chosen if chosen in names else names[0] if names else None)
@@ -147,7 +147,7 @@ class EvaluatePart:
     def outcome(self, job: Job | None) -> list[Any]:
         """Values for :attr:`results`: those of the last evaluation, or the newest report there is."""
         try:
-            names = self.desk.reports.names()
+            names = self.store.reports.names()
         except ForgetConceptError as error:
             return [page.problem(str(error)), gr.update(), "", gr.update(visible=False)]
         name = names[0] if names else None
@@ -159,7 +159,7 @@ class EvaluatePart:
         if not name:
             return ["", gr.update(value=None, visible=False)]
         try:
-            files = [self.desk.reports.find(name, end) for end in (".html", ".json")]
+            files = [self.store.reports.find(name, end) for end in (".html", ".json")]
             text = files[0].read_text(encoding="utf-8")
             copies = [shutil.copy(file, self._copies.name) for file in files]
         except (ForgetConceptError, OSError) as error:
@@ -175,8 +175,8 @@ class EvaluatePart:
         if not isinstance(seed, (int, float)):
             raise RequestError("The seed is empty: write a whole number.")
         steps, baselines, attacks, m_score, benchmark, clip = rest
-        self.desk.evaluate(
-            Evaluating(
+        self.store.evaluate(
+            EvaluateJob(
                 patch,
                 float(strength),
                 tuple(split_list(concepts or "")),

@@ -14,10 +14,10 @@ from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
 from ..core.request.concept import KINDS
 from ..core.request.request import MAX_STRENGTH, ForgetRequest
-from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, Forgetting
-from ..core.service.forms import Widget, presets, widgets
+from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, ForgetJob
+from ..core.service.forms import FormField, form_fields, presets
 from ..core.service.page_form import ROWS, Form, Line, recall, remember
-from ..core.service.patch_store import Desk
+from ..core.service.patch_store import PatchStore
 from . import page
 
 __all__ = ["ForgetPart"]
@@ -30,14 +30,14 @@ _LONGEST_FILE = 2**20
 class ForgetPart:
     """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, store: PatchStore) -> None:
+        self.store = store
         # gradio serves copies of what lies in the system's folder for such files
         self._copies = tempfile.TemporaryDirectory(prefix="forget-concept-")
         self.methods = all_methods()
         # gradio 3 shows the value of a pair, not its name
         self.titles = {one.title: name for name, one in self.methods.items()}
-        settings = desk.settings
+        settings = store.settings
         method = settings.method if settings.method in self.methods else "uce"
         preset = settings.preset if settings.preset in self.methods[method].presets else "tuned"
         gr.HTML(
@@ -156,7 +156,7 @@ class ForgetPart:
                 self.groups[name] = group
 
     def _files(self) -> None:
-        settings = self.desk.settings
+        settings = self.store.settings
         with gr.Row():
             self.name = gr.Textbox(
                 label="Name of the patch",
@@ -276,7 +276,7 @@ class ForgetPart:
         """The fields of one method with these values; those of the others stay."""
         found: list[Any] = []
         for name, one in self.methods.items():
-            found += [gr.update(value=values[w.name]) if name == method else gr.update() for w in widgets(one)]
+            found += [gr.update(value=values[w.name]) if name == method else gr.update() for w in form_fields(one)]
         return found
 
     def _read(self, values: Sequence[Any]) -> Form:
@@ -287,16 +287,16 @@ class ForgetPart:
         method = self.titles[title]
         own: dict[str, Any] = {}
         for name, one in self.methods.items():
-            found = widgets(one)
+            found = form_fields(one)
             if name == method:
                 own = {widget.name: value for widget, value in zip(found, fields, strict=False)}
             fields = fields[len(found) :]
         return Form(tuple(lines), preserve or "", method, preset, own, strength, seed)
 
     def _begin(self, values: Sequence[Any], name: str, apply: bool, strength: float, pairs: float) -> None:
-        settings = self.desk.settings
+        settings = self.store.settings
         request = self._read(values).request()
-        asked = Forgetting(
+        asked = ForgetJob(
             request,
             name or "",
             settings.folder,
@@ -305,10 +305,10 @@ class ForgetPart:
             int(pairs),
             settings.steps,
         )
-        self.desk.forget(asked)
+        self.store.forget(asked)
         if settings.remember:
             more = {"name": name or "", "apply": bool(apply), "apply_strength": float(strength), "pairs": int(pairs)}
-            remember(self.desk.host.data_folder(), request, more)
+            remember(self.store.host.data_folder(), request, more)
 
     # -- a request as a file -------------------------------------------------------------------------------------
 
@@ -329,7 +329,7 @@ class ForgetPart:
                 raise ForgetConceptError("This file is too large to be a request.")
             request = ForgetRequest.from_json(file.read_text(encoding="utf-8-sig"))
             request.check()
-            filled = self._form_of(Form.of(request), {})
+            form_values = self._form_of(Form.of(request), {})
         except UnicodeDecodeError:
             return [page.problem("This file is no text: a request is a JSON file."), *keep]
         except (ForgetConceptError, OSError) as error:
@@ -337,11 +337,11 @@ class ForgetPart:
         words = "The form is filled in."
         if any(concept.images for concept in request.concepts):
             words += " The request names pictures: drop them on the page again."
-        return [page.notice(words), *filled]
+        return [page.notice(words), *form_values]
 
     def recalled(self) -> list[Any]:
         """The form as it was last used; where nothing is kept, as it is."""
-        found = recall(self.desk.host.data_folder()) if self.desk.settings.remember else None
+        found = recall(self.store.host.data_folder()) if self.store.settings.remember else None
         if found is None or found[0].method not in self.methods:
             return [gr.update() for _ in self.form]
         return self._form_of(*found)
@@ -393,8 +393,8 @@ def _shown(line: Line) -> list[Any]:
 
 
 def _fields(method: type[Method], preset: str) -> list[Any]:
-    """A component for each field, in the order of :func:`widgets`; what is seldom needed in a fold of its own."""
-    found = widgets(method, preset)
+    """A component for each field, in the order of :func:`form_fields`; what is seldom needed in a fold of its own."""
+    found = form_fields(method, preset)
     made: dict[str, Any] = {}
     usual, rare = ([w for w in found if w.about.rare is flag] for flag in (False, True))
     for several, fold in ((usual, None), (rare, "Seldom needed")):
@@ -408,12 +408,12 @@ def _fields(method: type[Method], preset: str) -> list[Any]:
     return [made[widget.name] for widget in found]
 
 
-def _grid(method: type[Method], several: Sequence[Widget]) -> dict[str, Any]:
+def _grid(method: type[Method], several: Sequence[FormField]) -> dict[str, Any]:
     with gr.Row(elem_classes=["fc-fields"]):
         return {widget.name: _field(method, widget) for widget in several}
 
 
-def _field(method: type[Method], widget: Widget) -> Any:
+def _field(method: type[Method], widget: FormField) -> Any:
     about = widget.about
     label = widget.setting.replace("_", " ") + (f": {widget.thing}" if widget.thing else "")
     known: dict[str, Any] = {

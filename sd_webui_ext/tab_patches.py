@@ -9,7 +9,7 @@ import gradio as gr
 
 from ..core.errors import ForgetConceptError
 from ..core.service.forget_job import MOST_STRENGTH
-from ..core.service.patch_store import Desk
+from ..core.service.patch_store import PatchStore
 from . import page
 
 __all__ = ["PatchesPart"]
@@ -22,8 +22,8 @@ SLOTS = 4
 class PatchesPart:
     """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, store: PatchStore) -> None:
+        self.store = store
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=380):
                 self.active = gr.HTML("", elem_id=f"{_ID}active")
@@ -129,7 +129,7 @@ class PatchesPart:
         """Values for :attr:`live`, with ``chosen`` chosen if it is there, else the newest."""
         table, active = self._active()
         try:
-            entries = self.desk.library.entries()
+            entries = self.store.library.entries()
         except ForgetConceptError as error:
             return [table, page.problem(str(error)), *[gr.update()] * (len(self.live) - 2)]
         names = [entry.name for entry in entries]
@@ -146,7 +146,7 @@ class PatchesPart:
 
     def _active(self) -> tuple[str, list[str]]:
         try:
-            model, active = self.desk.host.model(), self.desk.active()
+            model, active = self.store.host.model(), self.store.active()
         except ForgetConceptError as error:
             return page.problem(str(error)), []
         return page.active_table(active, model.title), [one.name for one in active]
@@ -155,7 +155,7 @@ class PatchesPart:
         if name is None:
             return ""
         try:
-            return page.details(self.desk.library.inspect(name))
+            return page.details(self.store.library.inspect(name))
         except ForgetConceptError as error:
             return page.problem(str(error))
 
@@ -171,23 +171,23 @@ class PatchesPart:
 
     def _applied(self, chosen: str | None, strength: float) -> list[Any]:
         def work() -> str:
-            self.desk.apply(chosen or "", float(strength))
+            self.store.apply(chosen or "", float(strength))
             return f"'{chosen}' is in the loaded model now, at strength {strength:g}."
 
         return self._done(chosen, work)
 
     def _removed(self, chosen: str | None) -> list[Any]:
         def work() -> str:
-            self.desk.remove(chosen or "")
+            self.store.remove(chosen or "")
             return f"'{chosen}' is out of the loaded model: its weights are what they were."
 
         return self._done(chosen, work)
 
     def _cleared(self, chosen: str | None) -> list[Any]:
         try:
-            names = [one.name for one in self.desk.active()]
+            names = [one.name for one in self.store.active()]
             for name in names:
-                self.desk.remove(name)
+                self.store.remove(name)
             message = page.notice("The loaded model is as it was." if names else "No patch is in the loaded model.")
         except ForgetConceptError as error:
             message = page.problem(str(error))
@@ -197,15 +197,15 @@ class PatchesPart:
         try:
             if not chosen:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
-            entry = self.desk.rename(chosen, new or "")
+            entry = self.store.rename(chosen, new or "")
         except ForgetConceptError as error:
             return [page.problem(str(error)), gr.update(), *self.refreshed(chosen)]
         return [page.notice(f"'{chosen}' is called '{entry.name}' now."), "", *self.refreshed(entry.name)]
 
     def _opened(self, chosen: str | None) -> str:
         try:
-            folder = self.desk.library.find(chosen).path.parent if chosen else self.desk.host.lora_folder()
-            self.desk.host.open_folder(folder)
+            folder = self.store.library.find(chosen).path.parent if chosen else self.store.host.lora_folder()
+            self.store.host.open_folder(folder)
         except ForgetConceptError as error:
             return page.problem(str(error))
         return page.notice(f"The folder is open on the machine that the webui runs on: {folder}")
@@ -214,7 +214,7 @@ class PatchesPart:
         try:
             if not chosen:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
-            self.desk.check_out(chosen, "deleted")
+            self.store.check_out(chosen, "deleted")
         except ForgetConceptError as error:
             return [gr.update(visible=False), "", "", page.problem(str(error))]
         words = f"Delete '{chosen}', its picture and its card from the disk? This cannot be undone."
@@ -222,7 +222,7 @@ class PatchesPart:
 
     def _deleted(self, doomed: str, chosen: str | None) -> list[Any]:
         def work() -> str:
-            self.desk.delete(doomed)
+            self.store.delete(doomed)
             return f"'{doomed}' is deleted."
 
         message, *_ = self._done(doomed, work)
@@ -235,7 +235,7 @@ class PatchesPart:
             if part is not None and part != ""
         ]
         try:
-            entry, words = self.desk.combine(parts, name or "", int(max_rank) if max_rank else None)
+            entry, words = self.store.combine(parts, name or "", int(max_rank) if max_rank else None)
         except ForgetConceptError as error:
             return [page.problem(str(error)), *self.refreshed(chosen)]
         return [page.notice(f"saved: {entry.place}\n{words}"), *self.refreshed(entry.name)]

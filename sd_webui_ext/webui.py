@@ -26,7 +26,7 @@ from ..core.mini.recognition import is_embedded
 from ..core.models.unet import UNetSurvey
 from ..core.patch.patch import Patch
 from ..core.progress import Progress, ProgressEvent
-from ..core.service.host_interface import Active, LoadedModel
+from ..core.service.host_interface import ActivePatch, LoadedModel
 
 __all__ = [
     "PLAIN",
@@ -110,7 +110,7 @@ class WebUI:
     def model(self) -> LoadedModel:
         self._elsewhere()
 
-    def borrowed(self) -> Any:
+    def latent_diffusion(self) -> Any:
         self._elsewhere()
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:
@@ -119,7 +119,7 @@ class WebUI:
     def remove(self, name: str) -> None:
         self._elsewhere()
 
-    def active(self) -> list[Active]:
+    def active(self) -> list[ActivePatch]:
         return []
 
     def model_loaded(self, model: Any) -> None:

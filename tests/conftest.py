@@ -18,6 +18,8 @@ hypothesis.settings.load_profile("fixed")
 
 pytest_plugins = ["console"]
 
+HOST_FOLDERS = ("comfyui", "webui")
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -26,8 +28,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            folder, _, rest = nodeid.removeprefix("tests/").partition("/")
-            return folder if rest else super()._split_scope(nodeid)
+            folder = nodeid.removeprefix("tests/").partition("/")[0]
+            return folder if folder in HOST_FOLDERS else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forget_concept.core.mini.vocabulary import COLOURS, IDENTITIES, NONE, OBJECTS, STYLES
 from forget_concept.core.mini.world import LABELS, Labels
-from forget_concept.core.progress import ProgressEvent, report
+from forget_concept.core.progress import ProgressEvent, report_progress
 
 WORDS = {
     "object": [w.name for w in OBJECTS],
@@ -81,7 +81,7 @@ class DrawnModel:
             labels = replace(labels, **{c: NONE for c in WORDS if negative and getattr(labels, c) == negative})
             rows.append([LABELS[c].index(getattr(labels, c)) for c in LABELS])
         for step in range(steps):
-            report(rest.get("progress"), ProgressEvent(step + 1, steps))
+            report_progress(rest.get("progress"), ProgressEvent(step + 1, steps))
         return torch.tensor(rows, dtype=torch.float32)
 
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:

@@ -13,7 +13,7 @@ from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.patch.apply import PatchHandle
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import Progress, ProgressEvent
-from forget_concept.core.service.host_interface import Active, LoadedModel
+from forget_concept.core.service.host_interface import ActivePatch, LoadedModel
 from forget_concept.core.service.options import options
 
 __all__ = ["FakeWebui"]
@@ -54,7 +54,7 @@ class FakeWebui:
             yield told
 
     @contextmanager
-    def borrowed(self) -> Iterator[LatentDiffusion]:
+    def latent_diffusion(self) -> Iterator[LatentDiffusion]:
         assert self.queue.locked(), "the model is lent out only within a job"
         yield self.diffusion
 
@@ -68,8 +68,8 @@ class FakeWebui:
     def remove(self, name: str) -> None:
         self._on.pop(name)[0].remove()
 
-    def active(self) -> list[Active]:
-        return [Active(name, strength, True) for name, (_, strength) in self._on.items()]
+    def active(self) -> list[ActivePatch]:
+        return [ActivePatch(name, strength, True) for name, (_, strength) in self._on.items()]
 
     def lora_folder(self) -> Path:
         return self.folder / "lora"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..request.concept import KINDS, bare
+from ..request.concept import KINDS, canonical_phrase
 from ..request.request import ForgetRequest
 from . import options
 from .console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..evaluation.bench.concept_bench import BenchConcept, ConceptBench
     from ..evaluation.bench.prompt_lists import ListedPrompt
     from ..evaluation.bench.run import BenchRow, Patches
-    from ..evaluation.drawing import Sampling
+    from ..evaluation.drawing import SamplingSettings
     from ..evaluation.spread import Spread
     from ..models.latent_diffusion import LatentDiffusion
     from ..patch.patch import Patch
@@ -112,12 +112,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     try:
         if not spread.main:
             console.as_json = False  # one process speaks for all
-        model, instruments = options.load_instruments(args, bench, console)
-        judge = instruments.judge
+        model, evaluators = options.load_evaluators(args, bench, console)
+        judge = evaluators.judge
         patches = options.load_patches(args.patch, model)
         without = concepts_of([patch for patch, _ in patches])
         if args.patch and not args.concept:
-            chosen = [name for name in chosen if bare(name) in map(bare, without)]
+            chosen = [name for name in chosen if canonical_phrase(name) in map(canonical_phrase, without)]
             if not chosen:
                 raise RequestError(
                     f"The patch forgets {', '.join(without) or 'it does not say what'}, and '{bench.name}' has none of "
@@ -242,7 +242,7 @@ def choose(bench: ConceptBench, names: Sequence[str] | None, categories: Sequenc
 # -- what it takes ------------------------------------------------------------------------------------------------
 
 
-def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> Sampling:
+def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> SamplingSettings:
     """How to draw. Where earlier results say in which precision, in that one; ``auto`` is timed on an empty file."""
     from ..evaluation.bench.results import settings_in
 

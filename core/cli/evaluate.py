@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise RequestError(f"'{args.pictures}' cannot be written: pictures are .png files.")
     if args.report is not None and args.report.suffix.lower() not in (".html", ".htm"):
         raise RequestError(f"'{args.report}' cannot be written: a report is an .html file.")
-    model, instruments = options.load_instruments(args, bench, console, quality=args.report is not None)
+    model, evaluators = options.load_evaluators(args, bench, console, quality=args.report is not None)
     patches = options.load_patches(args.patch, model)
     earlier = [patch for patch, _ in options.load_patches(args.earlier, model)]
     forgotten = concepts_of([patch for patch, _ in patches])
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.progress("measuring") as progress:
         report = assess(
             model,
-            instruments,
+            evaluators,
             patches,
             names,
             measures,

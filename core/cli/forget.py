@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..request.concept import KINDS, Concept, normalised
+from ..request.concept import KINDS, Concept, normalized_phrase
 from ..request.request import ForgetRequest
 from . import options
 from .console import Console
 from .files import check_writable
 
 if TYPE_CHECKING:
-    from ..patch.history import Asked
+    from ..patch.history import RequestRecord
     from ..patch.patch import Patch
 
 HELP = "make a patch that forgets one or several concepts"
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..methods.registry import get
     from ..methods.sequence import History
     from ..methods.sequence_rules import next_request
-    from ..patch.history import read_record
+    from ..patch.history import read_history
     from ..request.settings import resolve_settings
 
     request = read_request(args)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     resolve_settings(get(request.method), request.preset, request.settings)
     together = request.concepts
     if args.onto is not None:
-        record = read_record(read_metadata(args.onto))
+        record = read_history(read_metadata(args.onto))
         next_request(record.parts, request)
         together = record.concepts + together
     elif args.max_rank is not None:
@@ -155,7 +155,7 @@ def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> 
     }
 
 
-def told_requests(asked: Sequence[Asked]) -> list[dict[str, Any]]:
+def told_requests(asked: Sequence[RequestRecord]) -> list[dict[str, Any]]:
     """What ``--json`` says of the requests of a patch."""
     return [{"number": one.number, "request": json.loads(one.request.to_json())} for one in asked]
 
@@ -219,7 +219,7 @@ def default_kind(name: str, model: str) -> str:
         from ..mini.vocabulary import CATEGORIES
 
         for kind, words in CATEGORIES.items():
-            if any(normalised(word.name) == normalised(name) for word in words):
+            if any(normalized_phrase(word.name) == normalized_phrase(name) for word in words):
                 return kind
     return "object"
 

@@ -76,10 +76,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
     """The requests that made a patch, in their order, and which of them can be taken back."""
     from ..methods.sequence_rules import is_closed_form
-    from ..patch.history import read_record
+    from ..patch.history import read_history
 
     try:
-        record = read_record(metadata)
+        record = read_history(metadata)
     except PatchError as error:
         console.say(f"  {error}")
         return

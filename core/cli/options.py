@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from ..errors import RequestError
 
 if TYPE_CHECKING:
-    from ..evaluation import Sampling
-    from ..evaluation.assess import Instruments
+    from ..evaluation import SamplingSettings
+    from ..evaluation.assess import Evaluators
     from ..evaluation.bench.concept_bench import ConceptBench
     from ..mini.probe import Probe
     from ..models.latent_diffusion import LatentDiffusion
@@ -97,12 +97,12 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | 
     )
 
 
-def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) -> Sampling:
-    """The :class:`Sampling` that :func:`add_sampling`'s options say; the ``model``'s guidance if none."""
-    from ..evaluation import Sampling
+def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) -> SamplingSettings:
+    """The :class:`SamplingSettings` that :func:`add_sampling`'s options say; the ``model``'s guidance if none."""
+    from ..evaluation import SamplingSettings
 
     guidance = model.guidance if args.guidance is None and model is not None else args.guidance
-    return Sampling(args.steps, guidance, args.batch, args.precision, args.sampler)
+    return SamplingSettings(args.steps, guidance, args.batch, args.precision, args.sampler)
 
 
 def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -201,21 +201,21 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_instruments(
+def load_evaluators(
     args: argparse.Namespace, bench: ConceptBench | None, console: Console, quality: bool = False
-) -> tuple[LatentDiffusion, Instruments]:
+) -> tuple[LatentDiffusion, Evaluators]:
     """The model, and what looks at its pictures: the embedded one's probe, else the CLIP of :func:`add_judge`.
 
     With ``quality`` also what FID, KID and LPIPS of a checkpoint need, as far as it can be had.
     """
     from ..errors import ForgetConceptError
-    from ..evaluation.assess import Instruments
+    from ..evaluation.assess import Evaluators
     from ..evaluation.judges import ClipJudge
     from ..evaluation.metrics import LPIPS, ImageText, InceptionFeatures, OpenClip, TransformersClip
 
     if args.model == "mini":
         model, probe = load_embedded(args, console)
-        return model, Instruments.embedded(probe)
+        return model, Evaluators.embedded(probe)
     if bench is None:
         raise RequestError(f"'{args.model}' has no world of its own to ask about: name a benchmark with --bench.")
     # the judge first: it is the smaller one, and the one that may be missing
@@ -231,7 +231,7 @@ def load_instruments(
         except ForgetConceptError as error:
             missing["metrics"] = str(error)
     judge = ClipJudge(words, bench.names())
-    return load_model(args, console), Instruments(judge, features, distance, words, missing)
+    return load_model(args, console), Evaluators(judge, features, distance, words, missing)
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -1,7 +1,7 @@
 """One call that answers: is it gone, is the rest intact, does it come back with other words?
 
 Every measurement of this folder on one model with patches on it, as one :class:`Report`. What looks at the
-pictures is given (:class:`Instruments`), so that the embedded model and a person's checkpoint go the same way.
+pictures is given (:class:`Evaluators`), so that the embedded model and a person's checkpoint go the same way.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.token_positions import token_positions
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..request.concept import Concept, bare
+from ..request.concept import Concept, canonical_phrase
 from ..training.textual_inversion import InversionSettings
 from .attacks import AttackBudget, SuccessJudge, Target, run_attacks
 from .attention_pictures import AttentionPair, attention_pairs
 from .bench.concept_bench import ConceptBench
 from .bench.questions import bench_cells
-from .drawing import Drawings, Picture, Sampling
+from .drawing import Drawings, Picture, SamplingSettings
 from .erosion import erosion
 from .judges import Judge, WorldJudge
 from .m_score import concept_latents, m_score
@@ -45,17 +45,27 @@ from .metrics import (
     perceptual_distance,
 )
 from .report import Attack, Drift, ErosionStep, KindScores, Metric, MScore, PatchFacts, Provenance, Report, grids
-from .scores import BASELINES, PATCHED, UNEDITED, Plan, Subject, check_baselines, measured, variants_of, world_plans
+from .scores import (
+    BASELINES,
+    PATCHED,
+    UNEDITED,
+    EvaluationPlan,
+    Subject,
+    check_baselines,
+    measured,
+    variants_of,
+    world_plans,
+)
 from .weight_drift import weight_drift
 
-__all__ = ["Instruments", "Measures", "assess"]
+__all__ = ["Evaluators", "Measures", "assess"]
 
 # pictures of where a concept's word looks, for each concept
 LOOKS = 2
 
 
 @dataclass(frozen=True)
-class Instruments:
+class Evaluators:
     """What looks at pictures: the ``judge``, and for their quality ``features``, a ``distance`` and a CLIP (``words``).
 
     Each but the judge may be missing; ``missing`` then says why, by the part of a report that is left out for it.
@@ -68,7 +78,7 @@ class Instruments:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def embedded(cls, probe: Probe) -> Instruments:
+    def embedded(cls, probe: Probe) -> Evaluators:
         """The embedded model's: its probe in every part."""
         return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeWords(probe))
 
@@ -85,7 +95,7 @@ class Measures:
     count: int = 100
     seed: int = 0
     baselines: tuple[str, ...] = BASELINES
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     quality: bool = True
     drift: bool = True
     attention: bool = True
@@ -115,7 +125,10 @@ class _Sees:
         self.about = f"{judge.about}: {category} {name}"
 
     def shows(self, images: Tensor) -> list[bool]:
-        return [bare(getattr(labels, self.category)) == bare(self.name) for labels in self.judge.see(images)]
+        return [
+            canonical_phrase(getattr(labels, self.category)) == canonical_phrase(self.name)
+            for labels in self.judge.see(images)
+        ]
 
 
 class _Stages:
@@ -133,7 +146,7 @@ class _Stages:
 
 def assess(
     model: LatentDiffusion,
-    instruments: Instruments,
+    evaluators: Evaluators,
     patches: Sequence[tuple[Patch, float]],
     concepts: Sequence[str],
     measures: Measures | None = None,
@@ -165,12 +178,12 @@ def assess(
     check_baselines(measures.baselines)
     for patch, _ in patches:
         patch.check_fits(model.survey)
-    if earlier and not isinstance(instruments.judge, WorldJudge):
+    if earlier and not isinstance(evaluators.judge, WorldJudge):
         raise RequestError("Erosion over a sequence is measured on the embedded model: leave the earlier patches out.")
-    patches, left_out, stages = tuple(patches), dict(instruments.missing), _Stages()
+    patches, left_out, stages = tuple(patches), dict(evaluators.missing), _Stages()
     baselines = tuple(dict.fromkeys((UNEDITED, *measures.baselines)))
-    plans = _plans(instruments.judge, patches, names, measures, baselines, bench, without)
-    drawings = Drawings(model, instruments.judge, measures.sampling)
+    plans = _plans(evaluators.judge, patches, names, measures, baselines, bench, without)
+    drawings = Drawings(model, evaluators.judge, measures.sampling)
     for plan in plans:
         plan.want(drawings)
     with stages("pictures"):
@@ -180,7 +193,7 @@ def assess(
     metrics: tuple[Metric, ...] = ()
     if measures.quality:
         with stages("picture quality"):
-            metrics = _quality(instruments, drawings, plans)
+            metrics = _quality(evaluators, drawings, plans)
     attention: tuple[AttentionPair, ...] = ()
     if measures.attention:
         with stages("attention"):
@@ -198,12 +211,12 @@ def assess(
         if measures.attacks is not None:
             with stages("attacks"), _unless_impossible(left_out, "attacks"):
                 attacks += _attacked(
-                    model, instruments.judge, plan, bench, measures, sampling, left_out, progress, workspace
+                    model, evaluators.judge, plan, bench, measures, sampling, left_out, progress, workspace
                 )
     steps: tuple[ErosionStep, ...] = ()
     if earlier:
         with stages("erosion"):
-            steps = _eroded(model, instruments.judge, [*earlier, _together(patches)], measures, drawings, progress)
+            steps = _eroded(model, evaluators.judge, [*earlier, _together(patches)], measures, drawings, progress)
     drift = weight_drift(model.survey, _together(patches)) if measures.drift and patches else None
     facts = [
         PatchFacts.of(patch, strength, files[i] if i < len(files) else None)
@@ -215,7 +228,7 @@ def assess(
             model,
             facts,
             measures.as_dict()
-            | {"precision": sampling.precision, "judge": instruments.judge.about}
+            | {"precision": sampling.precision, "judge": evaluators.judge.about}
             | ({} if bench is None else {"benchmark": bench.name, "benchmark_digest": bench.digest()}),
         ),
         evaluations,
@@ -257,7 +270,7 @@ def _plans(
     baselines: Sequence[str],
     bench: ConceptBench | None,
     without: Sequence[str],
-) -> list[Plan]:
+) -> list[EvaluationPlan]:
     if bench is None:
         if not isinstance(judge, WorldJudge):
             raise RequestError("This model has no world of its own to ask about: give a benchmark.")
@@ -267,11 +280,13 @@ def _plans(
     for name in names:
         concept = bench.find(name)
         cells = bench_cells(bench, judge.names, concept.name, measures.count, measures.seed, without=[*names, *without])
-        found.append(Plan(concept.name, concept.category, cells, variants_of(concept.name, patches, baselines)))
+        found.append(
+            EvaluationPlan(concept.name, concept.category, cells, variants_of(concept.name, patches, baselines))
+        )
     return found
 
 
-def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]) -> tuple[Metric, ...]:
+def _quality(evaluators: Evaluators, drawings: Drawings, plans: Sequence[EvaluationPlan]) -> tuple[Metric, ...]:
     """Pictures of what is kept, each variant's against the unedited model's of the same prompts and seeds."""
     pairs: dict[str, dict[object, tuple[str, Tensor, Tensor]]] = {}
     for plan in plans:
@@ -293,8 +308,8 @@ def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]
     n = len(stacks[PATCHED][0])
     kept = f"{n} pictures of what is kept, against the unedited model's"
     metrics: list[Metric] = []
-    if instruments.features is not None:
-        extractor = instruments.features
+    if evaluators.features is not None:
+        extractor = evaluators.features
         seen = {name: tuple(features_of(extractor, part) for part in parts[1:]) for name, parts in stacks.items()}
         distances = {name: fid(now, was) for name, (was, now) in seen.items()}
         metrics.append(
@@ -309,8 +324,8 @@ def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]
         kernels = {name: kid(now, was, paired=True) for name, (was, now) in seen.items()}
         errors = {name: found.error for name, found in kernels.items() if found.error is not None}
         metrics.append(Metric("KID", {name: found.value for name, found in kernels.items()}, n, "lower", kept, errors))
-    if instruments.distance is not None:
-        means = {name: perceptual_distance(instruments.distance, was, now) for name, (_, was, now) in stacks.items()}
+    if evaluators.distance is not None:
+        means = {name: perceptual_distance(evaluators.distance, was, now) for name, (_, was, now) in stacks.items()}
         errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
         metrics.append(
             Metric(
@@ -318,14 +333,14 @@ def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]
                 {name: mean.value for name, mean in means.items()},
                 n,
                 "lower",
-                f"{instruments.distance.name}; same prompts and seeds",
+                f"{evaluators.distance.name}; same prompts and seeds",
                 errors,
             )
         )
-    if instruments.words is not None:
+    if evaluators.words is not None:
         prompts, unedited, _ = stacks[PATCHED]
-        means = {UNEDITED: clip_score(instruments.words, unedited, prompts)}
-        means |= {name: clip_score(instruments.words, now, said) for name, (said, _, now) in stacks.items()}
+        means = {UNEDITED: clip_score(evaluators.words, unedited, prompts)}
+        means |= {name: clip_score(evaluators.words, now, said) for name, (said, _, now) in stacks.items()}
         errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
         metrics.append(
             Metric(
@@ -333,7 +348,7 @@ def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]
                 {name: mean.value for name, mean in means.items()},
                 n,
                 "higher",
-                f"{instruments.words.name}; pictures of what is kept and their prompts",
+                f"{evaluators.words.name}; pictures of what is kept and their prompts",
                 errors,
             )
         )
@@ -342,9 +357,9 @@ def _quality(instruments: Instruments, drawings: Drawings, plans: Sequence[Plan]
 
 def _attention(
     model: LatentDiffusion,
-    plans: Sequence[Plan],
+    plans: Sequence[EvaluationPlan],
     patches: Sequence[tuple[Patch, float]],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     left_out: dict[str, str],
     progress: Progress | None,
 ) -> tuple[AttentionPair, ...]:
@@ -372,10 +387,10 @@ def _says(model: LatentDiffusion, prompt: str, phrase: str) -> bool:
 def _attacked(
     model: LatentDiffusion,
     judge: Judge,
-    plan: Plan,
+    plan: EvaluationPlan,
     bench: ConceptBench | None,
     measures: Measures,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     left_out: dict[str, str],
     progress: Progress | None,
     workspace: Workspace | None,

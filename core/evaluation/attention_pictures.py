@@ -22,9 +22,9 @@ from ..errors import ModelError, RequestError
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.token_positions import token_positions
 from ..patch.patch import Patch
-from ..progress import Progress, ProgressEvent, report
-from ..training.attention import AttentionRecorder, attention_mass, token_mask
-from .drawing import Picture, Sampling, Variant, draw, patched
+from ..progress import Progress, ProgressEvent, report_progress
+from ..training.attention import AttentionCapture, attention_mass, token_mask
+from .drawing import Picture, SamplingSettings, Variant, draw, patched
 
 __all__ = ["AttentionMap", "AttentionPair", "attention_maps", "attention_pairs", "heat", "overlay"]
 
@@ -85,7 +85,7 @@ def attention_maps(
     pictures: Sequence[Picture],
     phrases: Sequence[str],
     patches: Sequence[tuple[Patch, float]] = (),
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
     implementation: Literal["sdpa", "reference"] = "sdpa",
 ) -> list[AttentionMap]:
@@ -99,14 +99,14 @@ def attention_maps(
         raise RequestError(
             f"There are {len(pictures)} pictures and {len(phrases)} phrases: give one phrase for each picture."
         )
-    sampling = (sampling or Sampling()).resolved(model)
+    sampling = (sampling or SamplingSettings()).resolved(model)
     # before anything is drawn: a phrase that is missing is told at once
     places = [
         token_positions(model.text, phrase, picture.prompt) for phrase, picture in zip(phrases, pictures, strict=True)
     ]
     found: list[AttentionMap] = []
     # patches first, so that what the recorder listens to has them in it
-    with patched(model, patches), AttentionRecorder(model.survey) as recorder:
+    with patched(model, patches), AttentionCapture(model.survey) as recorder:
         for start in range(0, len(pictures), sampling.batch):
             part = slice(start, start + sampling.batch)
             collector = _Collector(model, recorder, places[part], sampling.guidance != 1.0, implementation)
@@ -115,7 +115,7 @@ def attention_maps(
                 collector.take()
                 at = start * sampling.steps + event.step * collector.count
                 words = f"watching {len(pictures)} pictures being drawn"
-                report(progress, ProgressEvent(at, len(pictures) * sampling.steps, message=words))
+                report_progress(progress, ProgressEvent(at, len(pictures) * sampling.steps, message=words))
 
             (images,) = draw(model, pictures[part], Variant(), sampling, told)
             found += [AttentionMap(mass, image) for mass, image in zip(collector.shares(), images, strict=True)]
@@ -127,18 +127,18 @@ def attention_pairs(
     pictures: Sequence[Picture],
     phrases: Sequence[str],
     patches: Sequence[tuple[Patch, float]],
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
 ) -> list[AttentionPair]:
     """:func:`attention_maps` without and with the patches. Raises as it does."""
-    sampling = (sampling or Sampling()).resolved(model)
+    sampling = (sampling or SamplingSettings()).resolved(model)
     half = len(pictures) * sampling.steps
 
     def second(event: ProgressEvent) -> None:
-        report(progress, ProgressEvent(half + event.step, 2 * half, message=event.message))
+        report_progress(progress, ProgressEvent(half + event.step, 2 * half, message=event.message))
 
     def first(event: ProgressEvent) -> None:
-        report(progress, ProgressEvent(event.step, 2 * half, message=event.message))
+        report_progress(progress, ProgressEvent(event.step, 2 * half, message=event.message))
 
     before = attention_maps(model, pictures, phrases, (), sampling, first)
     after = attention_maps(model, pictures, phrases, patches, sampling, second)
@@ -154,7 +154,7 @@ class _Collector:
     def __init__(
         self,
         model: LatentDiffusion,
-        recorder: AttentionRecorder,
+        recorder: AttentionCapture,
         places: Sequence[Sequence[int]],
         guided: bool,
         implementation: Literal["sdpa", "reference"],

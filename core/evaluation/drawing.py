@@ -16,14 +16,14 @@ from ..mini.world import Labels
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.safe_guidance import SafetyGuidance
 from ..patch.patch import Patch
-from ..progress import Progress, ProgressEvent, report
+from ..progress import Progress, ProgressEvent, report_progress
 from .spread import ALONE, Spread
 
 __all__ = [
     "Drawings",
     "Picture",
     "Probe",
-    "Sampling",
+    "SamplingSettings",
     "Seen",
     "Variant",
     "draw",
@@ -44,7 +44,7 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingSettings:
     """How pictures are drawn: ``steps`` of a ``sampler``, ``guidance``, how many at a time, the UNet's precision.
 
     ``precision="auto"`` times a few pictures in fp32 and under bf16 autocast and takes bf16 where that is clearly
@@ -67,7 +67,7 @@ class Sampling:
         if self.threads is not None and self.threads < 1:
             raise RequestError(f"The number of threads must be at least 1, not {self.threads}.")
 
-    def resolved(self, model: LatentDiffusion) -> Sampling:
+    def resolved(self, model: LatentDiffusion) -> SamplingSettings:
         """The same with a precision that is no longer ``"auto"``, and the threads timed with it."""
         if self.precision != "auto":
             return self
@@ -177,14 +177,14 @@ def draw(
     model: LatentDiffusion,
     pictures: Sequence[Picture],
     variant: Variant | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
     """Pictures, a batch after the other, ``(n, 3, H, W)`` uint8 on the CPU: what a file would hold.
 
     The patches are on the model only while a batch is drawn. ``progress`` counts steps of single batches from 0.
     """
-    variant, sampling = variant or Variant(), (sampling or Sampling()).resolved(model)
+    variant, sampling = variant or Variant(), (sampling or SamplingSettings()).resolved(model)
     for start in range(0, len(pictures), sampling.batch):
         chunk = pictures[start : start + sampling.batch]
         with torch_threads(sampling.threads), patched(model, variant.patches), _autocast(model, sampling.precision):
@@ -222,7 +222,9 @@ class Drawings:
     and all of them have everything afterwards.
     """
 
-    def __init__(self, model: LatentDiffusion, probe: Probe, sampling: Sampling, spread: Spread = ALONE) -> None:
+    def __init__(
+        self, model: LatentDiffusion, probe: Probe, sampling: SamplingSettings, spread: Spread = ALONE
+    ) -> None:
         self.model, self.probe, self.sampling, self.spread = model, probe, sampling, spread
         self._variants: dict[tuple[object, ...], Variant] = {}
         self._wanted: dict[tuple[object, ...], dict[Picture, None]] = {}
@@ -249,7 +251,7 @@ class Drawings:
 
         def inner(event: ProgressEvent) -> None:
             at = done * sampling.steps + len(pictures) * event.step
-            report(progress, ProgressEvent(at, total * sampling.steps, message=f"drawing {total} pictures"))
+            report_progress(progress, ProgressEvent(at, total * sampling.steps, message=f"drawing {total} pictures"))
 
         with self.spread.share(range(len(batches))) as mine:
             total = sum(len(batches[number][1]) for number in mine)

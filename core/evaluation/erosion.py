@@ -16,10 +16,10 @@ from ..errors import RequestError
 from ..methods.sequence import History
 from ..mini import vocabulary
 from ..models.latent_diffusion import LatentDiffusion
-from ..patch.history import read_record
+from ..patch.history import read_history
 from ..patch.patch import Patch
 from ..progress import Progress
-from .drawing import Drawings, Probe, Sampling, Seen, Variant
+from .drawing import Drawings, Probe, SamplingSettings, Seen, Variant
 from .intervals import Score
 from .metrics.mean import Mean
 from .metrics.perceptual import PairDistance, perceptual_distance
@@ -71,7 +71,7 @@ def erosion(
     steps: Sequence[Patch | History],
     count: int = 64,
     seed: int = 0,
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     *,
     forgotten: Sequence[Sequence[str]] | None = None,
     without: Sequence[str] = (),
@@ -95,7 +95,7 @@ def erosion(
         raise RequestError("There is no step to measure: give at least one patch.")
     patches = [step.patch if isinstance(step, History) else step for step in steps]
     if forgotten is None:
-        forgotten = [[concept.name for concept in read_record(patch.metadata).concepts] for patch in patches]
+        forgotten = [[concept.name for concept in read_history(patch.metadata).concepts] for patch in patches]
     if len(forgotten) != len(patches):
         raise RequestError(f"There are {len(patches)} steps, and names of {len(forgotten)}: give the names of each.")
     named = [*(name for names in forgotten for name in names), *without]
@@ -104,7 +104,7 @@ def erosion(
         raise RequestError(f"No {empty[0]} is kept, so there are no prompts to measure erosion with: forget fewer.")
     questions = {category: kept_questions(category, count, seed, gone) for category in CATEGORIES}
     drifts = [weight_drift(model.survey, patch) for patch in patches]
-    drawings = drawings or Drawings(model, probe, sampling or Sampling())
+    drawings = drawings or Drawings(model, probe, sampling or SamplingSettings())
     base, variants = Variant(), [Variant(((patch, 1.0),)) for patch in patches]
     asked = [question for several in questions.values() for question in several]
     pictures = [question.picture for question in asked]

@@ -30,7 +30,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import CLIPText
 from ..models.token_positions import end_position
 from ..patch.patch import Patch
-from ..progress import Progress, ProgressEvent, report
+from ..progress import Progress, ProgressEvent, report_progress
 from ..request.concept import Concept, templates
 from ..training.textual_inversion import PLACEHOLDER, InversionSettings, InvertedText, invert
 from .drawing import patched
@@ -174,11 +174,11 @@ def similarities(model: LatentDiffusion, vectors: Tensor, name: str, said: Seque
     reading = InvertedText(encoder, {PLACEHOLDER: vectors})
     found = torch.stack([_end(reading, template.format(PLACEHOLDER)) for template in said])
     wanted = torch.stack([_end(encoder, template.format(name)) for template in said])
-    bare = torch.stack([_end(encoder, " ".join(template.replace("{}", " ").split())) for template in said])
+    plain = torch.stack([_end(encoder, " ".join(template.replace("{}", " ").split())) for template in said])
     return {
         "input": _cosine(learned.mean(0), own.mean(0)),
         "nearest": float(pairs.max(1).values.mean()),
-        "output": _cosine(found - bare, wanted - bare),
+        "output": _cosine(found - plain, wanted - plain),
         "output_raw": _cosine(found, wanted),
     }
 
@@ -235,7 +235,7 @@ def m_score(
 
         def inner(event: ProgressEvent) -> None:
             total = sides * restarts * settings.steps
-            report(progress, ProgressEvent(done + event.step, total, event.loss, event.terms, message))
+            report_progress(progress, ProgressEvent(done + event.step, total, event.loss, event.terms, message))
 
         vectors = invert(variant, latents, settings, seed + restart, inner, workspace=workspace)
         return similarities(model, vectors, name, settings.templates)

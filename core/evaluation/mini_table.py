@@ -10,7 +10,7 @@ from ..errors import RequestError
 from ..mini import vocabulary, world
 from ..models.latent_diffusion import LatentDiffusion
 from ..progress import Progress
-from .drawing import Drawings, Picture, Probe, Sampling, Variant
+from .drawing import Drawings, Picture, Probe, SamplingSettings, Variant
 from .intervals import Score
 from .scores import ATTRIBUTES
 
@@ -27,7 +27,7 @@ class MiniTable:
     """
 
     prompts: int
-    sampling: Sampling
+    sampling: SamplingSettings
     accuracy: Mapping[str, Score]
     weakest: Mapping[str, tuple[str, Score] | None]
 
@@ -50,7 +50,7 @@ def mini_table(
     probe: Probe,
     count: int = 500,
     seed: int = SEED,
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
 ) -> MiniTable:
     """Draw ``count`` held-out prompts (combinations never seen in training), ask the probe, count.
@@ -59,7 +59,7 @@ def mini_table(
     """
     asked = world.prompts(count, seed, held_out_only=True)
     pictures = [Picture(prompt.text, seed + i) for i, prompt in enumerate(asked)]
-    drawings = Drawings(model, probe, sampling or Sampling(steps=25))
+    drawings = Drawings(model, probe, sampling or SamplingSettings(steps=25))
     drawings.want(Variant(), pictures)
     drawings.make(progress)
     outcomes: dict[str, list[tuple[str, bool]]] = {attribute: [] for attribute in ATTRIBUTES}

@@ -20,8 +20,8 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.safe_guidance import SafetyGuidance
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..request.concept import normalised
-from .drawing import Drawings, Picture, Probe, Sampling, Seen, Variant
+from ..request.concept import normalized_phrase
+from .drawing import Drawings, Picture, Probe, SamplingSettings, Seen, Variant
 from .intervals import Score
 
 __all__ = [
@@ -31,8 +31,8 @@ __all__ = [
     "UNEDITED",
     "Cells",
     "Evaluation",
+    "EvaluationPlan",
     "Example",
-    "Plan",
     "Question",
     "Scores",
     "Subject",
@@ -64,7 +64,7 @@ def known_concept(name: str) -> tuple[str, str]:
     """
     for category, words in vocabulary.CATEGORIES.items():
         for word in words:
-            if normalised(word.name) == normalised(name):
+            if normalized_phrase(word.name) == normalized_phrase(name):
                 return word.name, category
     known = "; ".join(f"{c}: {', '.join(w.name for w in words)}" for c, words in vocabulary.CATEGORIES.items())
     raise RequestError(f"The probe knows no concept '{name}', so it cannot be measured; it knows {known}.")
@@ -233,7 +233,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is to be drawn to measure one concept: the cells, by each variant of the model. One is :data:`UNEDITED`."""
 
     concept: str
@@ -272,7 +272,7 @@ def world_plans(
     *,
     without: Sequence[str] = (),
     baselines: Sequence[str] = (UNEDITED, NEGATIVE),
-) -> list[Plan]:
+) -> list[EvaluationPlan]:
     """The questions of the embedded model's own world about each subject; see :func:`evaluate`, and what it raises."""
     if count < FEWEST:
         raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {FEWEST}.")
@@ -287,7 +287,7 @@ def world_plans(
         first, second = (c for c in CATEGORIES if c != category)
         other = [*pools[first][: count - count // 2], *pools[second][: count // 2]]
         cells = Cells(target_questions(name, count, seed), pools[category], other)
-        plans.append(Plan(name, category, cells, variants_of(name, subject.patches, baselines)))
+        plans.append(EvaluationPlan(name, category, cells, variants_of(name, subject.patches, baselines)))
     return plans
 
 
@@ -297,7 +297,7 @@ def evaluate(
     subjects: Sequence[Subject],
     count: int = 200,
     seed: int = 0,
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     *,
     without: Sequence[str] = (),
     baselines: Sequence[str] = (UNEDITED, NEGATIVE),
@@ -314,7 +314,7 @@ def evaluate(
     :class:`ForgetConceptError` where the unedited model itself draws nothing right.
     """
     plans = world_plans(subjects, count, seed, without=without, baselines=baselines)
-    drawings = drawings or Drawings(model, probe, sampling or Sampling())
+    drawings = drawings or Drawings(model, probe, sampling or SamplingSettings())
     for plan in plans:
         plan.want(drawings)
     drawings.make(progress)
@@ -342,7 +342,7 @@ def image_distance(before: Sequence[Seen], after: Sequence[Seen]) -> float:
     return sum(distances) / len(distances)
 
 
-def shares(drawings: Drawings, plan: Plan, variant: str) -> dict[str, Score | None]:
+def shares(drawings: Drawings, plan: EvaluationPlan, variant: str) -> dict[str, Score | None]:
     """What one variant was drawn to do, counted part by part: the four of :class:`Scores`, ``neighbours`` and ``ua_*``.
 
     The last are UA of each kind of the target's prompts. ``None`` where nothing can be said: no such question was
@@ -373,14 +373,14 @@ def shares(drawings: Drawings, plan: Plan, variant: str) -> dict[str, Score | No
     return found
 
 
-def drifted(drawings: Drawings, plan: Plan, variant: str) -> float:
+def drifted(drawings: Drawings, plan: EvaluationPlan, variant: str) -> float:
     """How far one variant moves the pictures of what is kept: :attr:`Evaluation.drift`."""
     pictures = [question.picture for question in (*plan.cells.same, *plan.cells.other)]
     before, after = (drawings.seen(plan.variants[name], pictures) for name in (UNEDITED, variant))
     return image_distance(before, after)
 
 
-def measured(drawings: Drawings, plan: Plan, baselines: Sequence[str] = BASELINES) -> Evaluation:
+def measured(drawings: Drawings, plan: EvaluationPlan, baselines: Sequence[str] = BASELINES) -> Evaluation:
     """What was drawn as planned, counted. :data:`UNEDITED` is among the scores where it is among ``baselines``.
 
     Raises :class:`ForgetConceptError` where the unedited model draws nothing of a cell right, so that nothing

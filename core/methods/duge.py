@@ -36,13 +36,13 @@ from ..models.unet import PROJECTIONS
 from ..progress import Progress
 from ..prompts.everyday import CONTEXTS
 from ..prompts.pairs import mentions
-from ..prompts.phrases import said_instead
+from ..prompts.phrases import replace_phrase
 from ..request.request import ForgetRequest
-from ..training.activations import SiteRecorder, attention_map, sampled, site_map, site_output
+from ..training.activations import SiteCapture, attention_map, cross_attention_map, cross_attention_output, sampled
 from ..training.adapters import Deltas
-from ..training.attention import AttentionRecorder
-from ..training.batches import Material, Noised, TargetPrompt
-from ..training.gradients import kept_basis
+from ..training.attention import AttentionCapture
+from ..training.batches import BatchSampler, Noised, TargetPrompt
+from ..training.gradients import retain_basis
 from ..training.loop import Term, Terms
 from ..training.losses import noise_matching
 from .base import Inputs
@@ -205,16 +205,18 @@ class DUGE(TrainedMethod):
             kept = list(dict.fromkeys([*kept, *common_prompts(request, UCESettings(contexts=settings.contexts))]))
         return targets, kept
 
-    def blind(self, model: LatentDiffusion, material: Material, settings: DugeSettings) -> Mapping[str, Tensor] | None:
+    def null_space(
+        self, model: LatentDiffusion, batches: BatchSampler, settings: DugeSettings
+    ) -> Mapping[str, Tensor] | None:
         if settings.project is None:
             return None
-        states = material.states(material.kept).hidden.flatten(0, 1).float()
-        basis = kept_basis(torch.unique(states, dim=0), settings.project)
+        states = batches.states(batches.kept).hidden.flatten(0, 1).float()
+        basis = retain_basis(torch.unique(states, dim=0), settings.project)
         return {key: basis for key in self.keys(model, settings) if key.endswith((".to_k", ".to_v"))}
 
     def objective(
         self,
-        material: Material,
+        batches: BatchSampler,
         deltas: Deltas,
         request: ForgetRequest,
         settings: DugeSettings,
@@ -223,11 +225,11 @@ class DUGE(TrainedMethod):
     ) -> DugeObjective:
         memory: list[str] = []
         if settings.prior_weight:
-            others = [text for text in material.kept if text] or material.kept
-            order = torch.randperm(len(others), generator=material.generator).tolist()
+            others = [text for text in batches.kept if text] or batches.kept
+            order = torch.randperm(len(others), generator=batches.generator).tolist()
             memory = [others[i % len(others)] for i in (order * settings.memory)[: settings.memory]]
-            material.draw({MEMORY: memory}, len(memory), progress)
-        objective = DugeObjective(material, deltas, settings, memory, inputs)
+            batches.draw({MEMORY: memory}, len(memory), progress)
+        objective = DugeObjective(batches, deltas, settings, memory, inputs)
         if settings.local:
             with deltas.attached():
                 objective.record()
@@ -239,13 +241,13 @@ class DugeObjective(BaseObjective):
 
     def __init__(
         self,
-        material: Material,
+        batches: BatchSampler,
         deltas: Deltas,
         settings: DugeSettings,
         memory: Sequence[str],
         inputs: Inputs,
     ) -> None:
-        super().__init__(material, deltas)
+        super().__init__(batches, deltas)
         self.settings, self.memory = settings, list(memory)
         self.frozen: dict[str, tuple[Tensor, Tensor]] = {}
         if inputs.earlier is not None:
@@ -260,7 +262,7 @@ class DugeObjective(BaseObjective):
         """The prompt whose outputs the target's are pulled to."""
         if prompt.instead is not None:
             return prompt.instead
-        return "" if self.settings.no_replacement == "empty" else said_instead(prompt.text, prompt.concept, "")
+        return "" if self.settings.no_replacement == "empty" else replace_phrase(prompt.text, prompt.concept, "")
 
     # -- through the network -------------------------------------------------------------------------------------
 
@@ -268,48 +270,48 @@ class DugeObjective(BaseObjective):
         """Every site's output (or map) in one pass over the batch under these prompts."""
         survey = self.model.survey
         if self.settings.compare == "outputs":
-            with SiteRecorder(survey) as recorder:
+            with SiteCapture(survey) as recorder:
                 self.predicted(batch.x, batch.times, texts)
                 return recorder.outputs()
-        with AttentionRecorder(survey) as recorder:
+        with AttentionCapture(survey) as recorder:
             self.predicted(batch.x, batch.times, texts)
             return [attention_map(recorder.q[site.name], recorder.k[site.name], site.heads) for site in survey]
 
     def _unlearn(self) -> Tensor:
-        prompts = self.material.next_targets()
-        batch = self.material.noised([prompt.concept for prompt in prompts])
+        prompts = self.batches.next_targets()
+        batch = self.batches.noised([prompt.concept for prompt in prompts])
         with torch.no_grad(), self.deltas.showing("earlier"):
             wanted = self.sites(batch, [self.instead(prompt) for prompt in prompts])
         return site_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
 
     def _prior(self) -> Tensor:
-        material, count = self.material, self.settings.batch_size
-        rows = torch.randint(len(self.memory), (count,), generator=material.generator)
-        times = torch.randint(self.model.train_steps, (count,), generator=material.generator)
-        noise = torch.randn((count, *self.model.latent_shape), generator=material.generator).to(self.model.device)
-        x = self.model.add_noise(material.pools[MEMORY][rows.to(self.model.device)], noise, times)
+        batches, count = self.batches, self.settings.batch_size
+        rows = torch.randint(len(self.memory), (count,), generator=batches.generator)
+        times = torch.randint(self.model.train_steps, (count,), generator=batches.generator)
+        noise = torch.randn((count, *self.model.latent_shape), generator=batches.generator).to(self.model.device)
+        x = self.model.add_noise(batches.pools[MEMORY][rows.to(self.model.device)], noise, times)
         return noise_matching(self.predicted(x, times, [self.memory[i] for i in rows.tolist()]), noise)
 
     # -- site by site --------------------------------------------------------------------------------------------
 
     def record(self) -> None:
         """Fill the bank with inputs of every site, under what targets read as and under what is kept."""
-        material, s = self.material, self.settings
+        batches, s = self.batches, self.settings
         sides: tuple[tuple[str, Literal["base", "earlier"]], ...] = (("targets", "earlier"), ("kept", "base"))
         for side, shown in sides:
             done: list[list[Tensor]] = []
             for start in range(0, s.bank, s.batch_size):
                 count = min(s.batch_size, s.bank - start)
                 if side == "targets":
-                    prompts = material.next_targets(count)
-                    batch = material.noised([prompt.concept for prompt in prompts])
+                    prompts = batches.next_targets(count)
+                    batch = batches.noised([prompt.concept for prompt in prompts])
                     texts = [self.instead(prompt) for prompt in prompts]
-                elif material.kept:
-                    texts = material.next_kept(count)
-                    batch = material.noised([self.any_pool()] * count)
+                elif batches.kept:
+                    texts = batches.next_retain(count)
+                    batch = batches.noised([self.any_pool()] * count)
                 else:
                     return
-                with torch.no_grad(), self.deltas.showing(shown), SiteRecorder(self.model.survey) as recorder:
+                with torch.no_grad(), self.deltas.showing(shown), SiteCapture(self.model.survey) as recorder:
                     self.predicted(batch.x, batch.times, texts)
                     done.append([self._some(x) for x in recorder.inputs()])
             self.bank[side] = [torch.cat(parts) for parts in zip(*done, strict=True)]
@@ -318,7 +320,7 @@ class DugeObjective(BaseObjective):
         pixels = x.shape[1]
         if pixels <= self.settings.pixels:
             return x.clone()
-        order = torch.rand(x.shape[:2], generator=self.material.generator).argsort(1)
+        order = torch.rand(x.shape[:2], generator=self.batches.generator).argsort(1)
         return sampled(x, order[:, : self.settings.pixels])
 
     def _matched(
@@ -326,8 +328,8 @@ class DugeObjective(BaseObjective):
     ) -> Tensor:
         """How far every site is, under ``texts``, from the frozen model under ``instead`` (default: the same)."""
         bank = self.bank.get(side) or self.bank["targets"]
-        rows = torch.randint(len(bank[0]), (len(texts),), generator=self.material.generator)
-        at = site_output if self.settings.compare == "outputs" else site_map
+        rows = torch.randint(len(bank[0]), (len(texts),), generator=self.batches.generator)
+        at = cross_attention_output if self.settings.compare == "outputs" else cross_attention_map
         here, there = self._context(texts), self._context(texts if instead is None else instead)
         now, wanted = [], []
         for site, inputs in zip(self.model.survey, bank, strict=True):
@@ -341,15 +343,15 @@ class DugeObjective(BaseObjective):
         return self._matched("kept", texts, "earlier") if self.settings.local else super()._as_earlier(texts)
 
     def _context(self, texts: Sequence[str]) -> Tensor:
-        return self.material.states(texts).to(self.model.device, self.model.dtype).hidden
+        return self.batches.states(texts).to(self.model.device, self.model.dtype).hidden
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def __call__(self, step: int) -> Terms:
-        s, material = self.settings, self.material
+        s, batches = self.settings, self.batches
         terms: dict[str, Term] = {}
         if s.local:
-            prompts = material.next_targets()
+            prompts = batches.next_targets()
             instead = [self.instead(prompt) for prompt in prompts]
             terms["unlearn"] = Term(
                 self._matched("targets", [p.text for p in prompts], "earlier", instead), s.unlearn_weight
@@ -363,9 +365,9 @@ class DugeObjective(BaseObjective):
             terms["anchor"] = Term(drift, s.anchor_weight, "retain")
         if s.preserve_weight:
             if s.local:
-                kept = self._matched("kept", material.next_kept(), "base")
+                kept = self._matched("kept", batches.next_retain(), "base")
                 terms["preserve"] = Term(kept, s.preserve_weight, "retain")
             else:
                 terms["preserve"] = self.preserve(s.preserve_weight)
-        terms |= self.stay_forgotten(s.earlier_weight, s.batch_size)
+        terms |= self.preserve_earlier(s.earlier_weight, s.batch_size)
         return terms

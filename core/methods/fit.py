@@ -25,7 +25,7 @@ __all__ = ["fit"]
 
 
 # Forget-Me-Not's authors worked with as few; with fewer a method learns the pictures, not what they show
-FEWEST_IMAGES = 3
+MIN_IMAGES = 3
 
 
 def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs) -> Inputs:
@@ -40,7 +40,7 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
     for name, pictures in images.items():
         if name not in names:
             raise RequestError(f"There are pictures of '{name}', which is not to be forgotten: {', '.join(names)} are.")
-        check_images(pictures, FEWEST_IMAGES, size, f"'{name}'")
+        check_images(pictures, MIN_IMAGES, size, f"'{name}'")
     return dataclasses.replace(inputs, images=images)
 
 

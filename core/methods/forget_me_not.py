@@ -45,12 +45,12 @@ from ..models.token_positions import end_position
 from ..models.unet import PROJECTIONS
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..prompts.phrases import said_instead
-from ..request.concept import normalised
+from ..prompts.phrases import replace_phrase
+from ..request.concept import normalized_phrase
 from ..request.request import ForgetRequest
 from ..training.adapters import Deltas
-from ..training.attention import AttentionRecorder, token_mask
-from ..training.batches import KEPT, Material, TargetPrompt
+from ..training.attention import AttentionCapture, token_mask
+from ..training.batches import RETAIN_POOL, BatchSampler, TargetPrompt
 from ..training.loop import Side, Term, Terms
 from ..training.losses import attention_resteering, noise_matching
 from ..training.textual_inversion import InversionSettings, invert, with_vectors
@@ -95,7 +95,7 @@ class ForgetMeNotSettings(TrainedSettings):
             raise RequestError("With 'attention_weight' and 'steer_weight' both 0 nothing would be forgotten.")
         if self.tokens < 1 or self.inversion_steps < 1 or self.inversion_lr <= 0:
             raise RequestError("'tokens' and 'inversion_steps' must be at least 1, and 'inversion_lr' above 0.")
-        phrases = [normalised(_bare(phrase)) for phrase in (*self.unwanted, *self.wanted)]
+        phrases = [normalized_phrase(_bare(phrase)) for phrase in (*self.unwanted, *self.wanted)]
         if not all(phrases) or len(set(phrases)) < len(phrases):
             raise RequestError("A phrase in 'unwanted' and 'wanted' is empty, or there twice.")
         if phrases and self.latents == "zeros":
@@ -179,10 +179,10 @@ class ForgetMeNot(TrainedMethod):
                 "set 'steer_weight' above 0, or use another preset or method."
             )
         if settings.attention_weight == 0 and len(replaced) < len(request.concepts):
-            bare = next(concept.name for concept in request.concepts if not concept.instead)
+            unreplaced = next(concept.name for concept in request.concepts if not concept.instead)
             raise RequestError(
-                f"With 'attention_weight' 0 nothing would make the model forget '{bare}': give a replacement, or say "
-                "what is 'wanted' in its place."
+                f"With 'attention_weight' 0 nothing would make the model forget '{unreplaced}': give a replacement, or "
+                "say what is 'wanted' in its place."
             )
 
     def drops(self, settings: ForgetMeNotSettings) -> bool:
@@ -234,36 +234,36 @@ class ForgetMeNot(TrainedMethod):
         return targets, kept
 
     def picture(
-        self, material: Material, settings: ForgetMeNotSettings, inputs: Inputs, progress: Progress | None
+        self, batches: BatchSampler, settings: ForgetMeNotSettings, inputs: Inputs, progress: Progress | None
     ) -> None:
         if not (settings.unwanted or settings.wanted):
-            return super().picture(material, settings, inputs, progress)
-        name = material.targets[0].concept
+            return super().picture(batches, settings, inputs, progress)
+        name = batches.targets[0].concept
         scenes: dict[str, tuple[str, ...]] = {_WANTED + phrase: (phrase,) for phrase in settings.wanted}
         if settings.unwanted:
             scenes[name] = settings.unwanted
         drawn = {
-            pool: [text for target in material.targets for text in _in_place(target, phrases)]
+            pool: [text for target in batches.targets for text in _in_place(target, phrases)]
             for pool, phrases in scenes.items()
         }
-        if material.kept:
-            order = torch.randperm(len(material.kept), generator=material.generator).tolist()
-            drawn[KEPT] = [material.kept[i] for i in order]
-        material.draw(drawn, settings.n_images, progress)
+        if batches.kept:
+            order = torch.randperm(len(batches.kept), generator=batches.generator).tolist()
+            drawn[RETAIN_POOL] = [batches.kept[i] for i in order]
+        batches.draw(drawn, settings.n_images, progress)
         if settings.latents == "images":
-            material.encode(name, inputs.images[name])
+            batches.encode(name, inputs.images[name])
         return None
 
     def objective(
         self,
-        material: Material,
+        batches: BatchSampler,
         deltas: Deltas,
         request: ForgetRequest,
         settings: ForgetMeNotSettings,
         inputs: Inputs,
         progress: Progress | None,
     ) -> ForgetMeNotObjective:
-        return ForgetMeNotObjective(material, deltas, settings)
+        return ForgetMeNotObjective(batches, deltas, settings)
 
 
 def _slot(name: str) -> str:
@@ -302,7 +302,7 @@ def _bare(phrase: str) -> str:
 
 def _in_place(target: TargetPrompt, phrases: tuple[str, ...]) -> list[str]:
     """The prompt with each phrase said for the concept's name."""
-    return [said_instead(target.text, target.concept, _bare(phrase)) for phrase in phrases]
+    return [replace_phrase(target.text, target.concept, _bare(phrase)) for phrase in phrases]
 
 
 @dataclass(frozen=True)
@@ -320,12 +320,12 @@ class _Row:
 class ForgetMeNotObjective(BaseObjective):
     """The terms of one step: the published loss on a batch of the concept's prompts, and the optional ones."""
 
-    def __init__(self, material: Material, deltas: Deltas, settings: ForgetMeNotSettings) -> None:
-        super().__init__(material, deltas)
+    def __init__(self, batches: BatchSampler, deltas: Deltas, settings: ForgetMeNotSettings) -> None:
+        super().__init__(batches, deltas)
         self.settings = settings
 
     def _rows(self, step: int) -> list[_Row]:
-        s, prompts = self.settings, self.material.next_targets()
+        s, prompts = self.settings, self.batches.next_targets()
         if not s.wanted:
             return [_Row(prompt, prompt.concept, prompt.instead, True) for prompt in prompts]
         rows = []
@@ -352,13 +352,13 @@ class ForgetMeNotObjective(BaseObjective):
         s, model = self.settings, self.model
         terms: dict[str, Term] = {}
         rows = self._rows(step)
-        batch = self.material.noised([row.pool for row in rows])
-        states = self.material.states([row.prompt.text for row in rows])
+        batch = self.batches.noised([row.pool for row in rows])
+        states = self.batches.states([row.prompt.text for row in rows])
         mask = token_mask([row.prompt.positions for row in rows], states.hidden.shape[1], batch.x.device)
         away = [i for i, row in enumerate(rows) if row.resteered]
         # entered after the deltas were attached: what is recorded has them in it
         scale = 1.0
-        with AttentionRecorder(model.survey) as recorder:
+        with AttentionCapture(model.survey) as recorder:
             predicted = model.predict_noise(batch.x, batch.times, states)
             if s.attention_weight:
                 masses = recorder.masses(mask)
@@ -376,6 +376,6 @@ class ForgetMeNotObjective(BaseObjective):
                 if chosen := [k for k, i in enumerate(steered) if rows[i].resteered is resteered]:
                     error = noise_matching(predicted[[steered[k] for k in chosen]], wanted[chosen])
                     terms[name] = Term(error, scale * s.steer_weight, side)
-        if self.material.kept:
+        if self.batches.kept:
             terms["preserve"] = self.preserve(scale * s.preserve_weight)
-        return terms | self.stay_forgotten(scale * s.earlier_weight, s.batch_size)
+        return terms | self.preserve_earlier(scale * s.earlier_weight, s.batch_size)

@@ -31,11 +31,11 @@ from ..models.text_encoders import TextEncoder
 from ..models.unet import PROJECTIONS
 from ..progress import Progress
 from ..prompts.everyday import COMMON
-from ..prompts.phrases import said_instead
-from ..request.concept import KINDS, normalised, templates
+from ..prompts.phrases import replace_phrase
+from ..request.concept import KINDS, normalized_phrase, templates
 from ..request.request import ForgetRequest
 from ..training.adapters import Deltas
-from ..training.batches import Material, TargetPrompt
+from ..training.batches import BatchSampler, TargetPrompt
 from ..training.fisher import FisherSettings, fisher_information
 from ..training.loop import Term, Terms
 from ..training.losses import noise_matching
@@ -204,7 +204,7 @@ class SelectiveAmnesia(TrainedMethod):
         names = [concept.name for concept in request.concepts]
         # a context that names another of the concepts would teach that one again
         targets = [
-            dataclasses.replace(target, instead=said_instead(target.text, target.concept, ""))
+            dataclasses.replace(target, instead=replace_phrase(target.text, target.concept, ""))
             if target.instead is None
             else target
             for target in targets
@@ -218,41 +218,39 @@ class SelectiveAmnesia(TrainedMethod):
         return targets, list(dict.fromkeys(kept))
 
     def picture(
-        self, material: Material, settings: SelectiveAmnesiaSettings, inputs: Inputs, progress: Progress | None
+        self, batches: BatchSampler, settings: SelectiveAmnesiaSettings, inputs: Inputs, progress: Progress | None
     ) -> None:
         """A pool for every target prompt (of its surrogate) or every concept (pictures, noise), one for every kept."""
-        model, generator = material.model, material.generator
+        model, generator = batches.model, batches.generator
         of: dict[str, list[TargetPrompt]] = {}
-        for target in material.targets:
+        for target in batches.targets:
             of.setdefault(target.concept, []).append(target)
         for name, targets in of.items():
             if settings.surrogate == "prompt":
                 wanted = {target.text: [target.instead or ""] for target in targets}
-                material.draw(wanted, -(-settings.n_images // len(targets)), progress)
+                batches.draw(wanted, -(-settings.n_images // len(targets)), progress)
             elif settings.surrogate == "images":
-                material.encode(name, inputs.images[name])
+                batches.encode(name, inputs.images[name])
             else:
-                material.pools[name] = _noise(model, settings.n_images, generator)
-        if material.kept:
-            order = torch.randperm(len(material.kept) - 1, generator=generator).tolist()
-            shuffled, common = [material.kept[1 + i] for i in order], set(fisher_prompts())
+                batches.pools[name] = _noise(model, settings.n_images, generator)
+        if batches.kept:
+            order = torch.randperm(len(batches.kept) - 1, generator=generator).tolist()
+            shuffled, common = [batches.kept[1 + i] for i in order], set(fisher_prompts())
             # what the person named goes first (a stable sort)
             shuffled.sort(key=lambda text: text in common)
-            material.kept = [material.kept[0], *shuffled[: settings.replay_images - 1]]
-            material.draw(
-                {text: [text] for text in material.kept}, settings.replay_images // len(material.kept), progress
-            )
+            batches.kept = [batches.kept[0], *shuffled[: settings.replay_images - 1]]
+            batches.draw({text: [text] for text in batches.kept}, settings.replay_images // len(batches.kept), progress)
 
     def objective(
         self,
-        material: Material,
+        batches: BatchSampler,
         deltas: Deltas,
         request: ForgetRequest,
         settings: SelectiveAmnesiaSettings,
         inputs: Inputs,
         progress: Progress | None,
     ) -> SelectiveAmnesiaObjective:
-        model = material.model
+        model = batches.model
         weights: dict[str, Tensor] = {}
         if settings.ewc_weight:
             prompts, asked = asked_fisher(settings)
@@ -260,7 +258,7 @@ class SelectiveAmnesia(TrainedMethod):
                 model, deltas.keys, prompts, asked, workspace=inputs.workspace, progress=progress
             )
             weights = scaled_fisher(model, found.values, settings.ewc_scale)
-        return SelectiveAmnesiaObjective(material, deltas, settings, weights)
+        return SelectiveAmnesiaObjective(batches, deltas, settings, weights)
 
 
 def scaled_fisher(
@@ -283,30 +281,30 @@ class SelectiveAmnesiaObjective(BaseObjective):
 
     def __init__(
         self,
-        material: Material,
+        batches: BatchSampler,
         deltas: Deltas,
         settings: SelectiveAmnesiaSettings,
         fisher: Mapping[str, Tensor],
     ) -> None:
         """``fisher`` is :func:`scaled_fisher`, empty without the penalty."""
-        super().__init__(material, deltas)
+        super().__init__(batches, deltas)
         self.settings, self.fisher = settings, dict(fisher)
 
     def __call__(self, step: int) -> Terms:
         s = self.settings
-        targets = self.material.next_targets()
+        targets = self.batches.next_targets()
         pools = [target.text if s.surrogate == "prompt" else target.concept for target in targets]
         terms = {"surrogate": Term(self._denoising(pools, [target.text for target in targets]))}
-        if self.material.kept:
-            texts = self.material.next_kept()
+        if self.batches.kept:
+            texts = self.batches.next_retain()
             terms["replay"] = Term(self._denoising(texts, texts), s.preserve_weight, "retain")
         if self.fisher:
             changes = {key: self.deltas.delta(key) for key in self.deltas.keys}
             terms["elastic"] = Term(elastic_penalty(changes, self.fisher), s.ewc_weight, "retain")
-        return terms | self.stay_forgotten(s.earlier_weight, s.batch_size)
+        return terms | self.preserve_earlier(s.earlier_weight, s.batch_size)
 
     def _denoising(self, pools: Sequence[str], texts: Sequence[str]) -> Tensor:
-        batch = self.material.noised(pools)
+        batch = self.batches.noised(pools)
         return noise_matching(self.predicted(batch.x, batch.times, texts), batch.noise)
 
 
@@ -321,7 +319,7 @@ def _noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Te
 
 
 def _says(text: str, phrase: str) -> bool:
-    return normalised(phrase) in normalised(text)
+    return normalized_phrase(phrase) in normalized_phrase(text)
 
 
 def _refuse_the_same(encoder: TextEncoder, name: str, instead: str) -> None:

@@ -25,11 +25,20 @@ from dataclasses import dataclass, replace
 
 from ..errors import PatchError, RequestError, listed
 from ..models.latent_diffusion import LatentDiffusion
-from ..patch.history import BASE, PREFIX, Asked, RecordedPart, about_of, in_order, read_record, written
+from ..patch.history import (
+    BASE,
+    PREFIX,
+    HistoryRecordPart,
+    RequestRecord,
+    history_to_dict,
+    method_metadata,
+    read_history,
+    requests_in_order,
+)
 from ..patch.low_rank import LowRank
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..request.concept import Concept, bare
+from ..request.concept import Concept, canonical_phrase
 from ..request.request import ForgetRequest
 from ..version import VERSION
 from .base import Inputs
@@ -44,7 +53,7 @@ class Part:
     """What one trained request, all requests of one closed form, or a ``merged`` sum that was cut changed."""
 
     patch: Patch
-    asked: tuple[Asked, ...]
+    asked: tuple[RequestRecord, ...]
     merged: bool = False
 
 
@@ -62,9 +71,9 @@ class History:
     # -- what is in it -------------------------------------------------------------------------------------------
 
     @property
-    def asked(self) -> tuple[Asked, ...]:
+    def asked(self) -> tuple[RequestRecord, ...]:
         """Every request in the order asked."""
-        return in_order(self.parts)
+        return requests_in_order(self.parts)
 
     @property
     def requests(self) -> tuple[ForgetRequest, ...]:
@@ -85,13 +94,13 @@ class History:
         asked = self.asked
         first = self.parts[0].patch.metadata
         about = {key: first[PREFIX + key] for key in BASE if PREFIX + key in first}
-        about |= _alike([about_of(part.patch.metadata) for part in self.parts])
+        about |= _alike([method_metadata(part.patch.metadata) for part in self.parts])
         about["version"] = VERSION
         about["method"] = " + ".join(dict.fromkeys(one.request.method for one in asked))
         about["concepts"] = json.dumps([concept.name for concept in self.concepts], ensure_ascii=False)
         if len(asked) == 1:
             about |= _of_one(asked[0])
-        about["history"] = json.dumps(written(self.parts, whole, self.max_rank), ensure_ascii=False)
+        about["history"] = json.dumps(history_to_dict(self.parts, whole, self.max_rank), ensure_ascii=False)
         return replace(whole, metadata={PREFIX + key: text for key, text in about.items()})
 
     # -- from and to a file --------------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ class History:
 
         Raises :class:`PatchError` where they do not say it, or where they no longer fit the factors.
         """
-        record = read_record(patch.metadata)
+        record = read_history(patch.metadata)
         base = {key: text for key in BASE if (text := patch.metadata.get(PREFIX + key)) is not None}
         if "base_model" not in base:
             raise PatchError("This patch does not say which model it was made on, so it cannot be continued.")
@@ -237,12 +246,12 @@ class History:
         part, _, left = self._found(which)
         return len(part.asked) > 1 or left is not None
 
-    def trained_on(self, which: int | str) -> tuple[Asked, ...]:
+    def trained_on(self, which: int | str) -> tuple[RequestRecord, ...]:
         """The later requests that were trained with this one's change on; raises as ``without``."""
         _, asked, _ = self._found(which)
         return tuple(one for one in self.asked if one.number > asked.number and not is_closed_form(one.request.method))
 
-    def _found(self, which: int | str) -> tuple[Part, Asked, Asked | None]:
+    def _found(self, which: int | str) -> tuple[Part, RequestRecord, RequestRecord | None]:
         """The part, the request, and what is left of the request."""
         for part in self.parts:
             for one in part.asked:
@@ -261,7 +270,7 @@ class History:
                         f"'{which}' was forgotten together with others in one training ({one.names}): give the "
                         f"request's number, {one.number}, to take them all back."
                     )
-                rest = tuple(c for c in one.request.concepts if bare(c.name) != bare(which))
+                rest = tuple(c for c in one.request.concepts if canonical_phrase(c.name) != canonical_phrase(which))
                 return part, one, replace(one, request=replace(one.request, concepts=rest))
         there = listed([f"{one.number} ({one.names})" for one in self.asked])
         what = f"a request number {which}" if isinstance(which, int) else f"'{which}'"
@@ -269,14 +278,16 @@ class History:
 
 
 def _names(request: ForgetRequest, name: str) -> bool:
-    return any(bare(concept.name) == bare(name) for concept in request.concepts)
+    return any(canonical_phrase(concept.name) == canonical_phrase(name) for concept in request.concepts)
 
 
-def _solved(model: LatentDiffusion, asked: tuple[Asked, ...], progress: Progress | None, inputs: Inputs) -> Part:
+def _solved(
+    model: LatentDiffusion, asked: tuple[RequestRecord, ...], progress: Progress | None, inputs: Inputs
+) -> Part:
     return Part(fit(model, joint_request(asked), progress, inputs), tuple(map(_recorded, asked)))
 
 
-def _recorded(asked: Asked) -> Asked:
+def _recorded(asked: RequestRecord) -> RequestRecord:
     """As the record has it: where pictures were on somebody's machine does not travel."""
     return replace(asked, request=asked.request.without_images())
 
@@ -288,7 +299,7 @@ def _without_earlier(inputs: Inputs | None) -> Inputs:
     return inputs
 
 
-def _of_record(recorded: RecordedPart, patch: Patch, base: Mapping[str, str]) -> Part:
+def _of_record(recorded: HistoryRecordPart, patch: Patch, base: Mapping[str, str]) -> Part:
     """A part again, from its record and its factors."""
     about = {PREFIX + key: text for key, text in {**recorded.about, **base}.items()}
     return Part(replace(patch, metadata=about), recorded.asked, recorded.merged)
@@ -299,7 +310,7 @@ def _alike(abouts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {key: text for key, text in abouts[0].items() if all(about.get(key) == text for about in abouts[1:])}
 
 
-def _of_one(asked: Asked) -> dict[str, str]:
+def _of_one(asked: RequestRecord) -> dict[str, str]:
     request = asked.request
     return {
         "preset": request.preset,

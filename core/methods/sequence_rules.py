@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 
 from ..errors import RequestError
-from ..patch.history import Asked, Together, in_order
-from ..request.concept import KINDS, Concept, bare, normalised, templates
+from ..patch.history import JointRequests, RequestRecord, requests_in_order
+from ..request.concept import KINDS, Concept, canonical_phrase, normalized_phrase, templates
 from ..request.request import ForgetRequest
 from ..request.settings import resolve_settings
 from .registry import get
@@ -24,13 +24,13 @@ def is_closed_form(method_id: str) -> bool:
     return not get(method_id).trained
 
 
-def next_request(parts: Sequence[Together], request: ForgetRequest) -> Asked:
+def next_request(parts: Sequence[JointRequests], request: ForgetRequest) -> RequestRecord:
     """The request as the next one, with its number and settings. Raises :class:`RequestError` where it cannot be."""
     request.check()
-    before = in_order(parts)
+    before = requests_in_order(parts)
     resolved = dataclasses.asdict(resolve_settings(get(request.method), request.preset, request.settings))
     _refuse_contradictions(before, request)
-    new = Asked(before[-1].number + 1 if before else 1, request, json.loads(json.dumps(resolved)))
+    new = RequestRecord(before[-1].number + 1 if before else 1, request, json.loads(json.dumps(resolved)))
     if is_closed_form(request.method):
         joint_request([*solved_with(parts, request.method), new])
     return new
@@ -38,41 +38,41 @@ def next_request(parts: Sequence[Together], request: ForgetRequest) -> Asked:
 
 def _said(concepts: Iterable[Concept]) -> dict[str, str]:
     """Every way to say the concepts in the templates, and the concept."""
-    return {bare(t.format(c.name)): c.name for c in concepts for t in ("{}", *templates(c.kind))}
+    return {canonical_phrase(t.format(c.name)): c.name for c in concepts for t in ("{}", *templates(c.kind))}
 
 
-def _refuse_contradictions(before: Sequence[Asked], request: ForgetRequest) -> None:
+def _refuse_contradictions(before: Sequence[RequestRecord], request: ForgetRequest) -> None:
     wanted, forgotten = _said(request.concepts), {}
     for one in before:
         for concept in one.request.concepts:
-            forgotten[bare(concept.name)] = (concept, one.number)
+            forgotten[canonical_phrase(concept.name)] = (concept, one.number)
     for concept in request.concepts:
-        if (found := forgotten.get(bare(concept.name))) is not None:
+        if (found := forgotten.get(canonical_phrase(concept.name))) is not None:
             raise RequestError(
                 f"'{concept.name}' is already forgotten, by request {found[1]}: leave it out, or take that one back "
                 "first."
             )
-        if concept.replacement and (found := forgotten.get(bare(concept.replacement))) is not None:
+        if concept.replacement and (found := forgotten.get(canonical_phrase(concept.replacement))) is not None:
             raise RequestError(
                 f"'{concept.replacement}' shall be shown instead of '{concept.name}', and request {found[1]} forgot "
                 "it: name something else."
             )
     for one in before:
         for phrase in one.request.preserve:
-            if (name := wanted.get(bare(phrase))) is not None:
+            if (name := wanted.get(canonical_phrase(phrase))) is not None:
                 raise RequestError(
                     f"'{name}' shall be forgotten, and request {one.number} ({one.names}) preserves '{phrase}': take "
                     "that request back first, and ask for it again without."
                 )
         for concept in one.request.concepts:
-            if concept.replacement and (name := wanted.get(bare(concept.replacement))) is not None:
+            if concept.replacement and (name := wanted.get(canonical_phrase(concept.replacement))) is not None:
                 raise RequestError(
                     f"'{name}' shall be forgotten, and request {one.number} shows it instead of '{concept.name}': take "
                     "that request back first, and ask for it again with something else."
                 )
         said = _said(one.request.concepts)
         for phrase in request.preserve:
-            if (name := said.get(bare(phrase))) is not None:
+            if (name := said.get(canonical_phrase(phrase))) is not None:
                 raise RequestError(
                     f"The preserve list contains '{phrase}', and request {one.number} forgot '{name}': leave it out, "
                     "or take that request back first."
@@ -82,17 +82,17 @@ def _refuse_contradictions(before: Sequence[Asked], request: ForgetRequest) -> N
 # -- closed forms -------------------------------------------------------------------------------------------------
 
 
-def is_joint(part: Together, method_id: str) -> bool:
+def is_joint(part: JointRequests, method_id: str) -> bool:
     """Whether a further request of this method is solved together with this part's."""
     return not part.merged and part.asked[0].request.method == method_id and is_closed_form(method_id)
 
 
-def solved_with(parts: Sequence[Together], method_id: str) -> tuple[Asked, ...]:
+def solved_with(parts: Sequence[JointRequests], method_id: str) -> tuple[RequestRecord, ...]:
     """The requests that a further one of this closed form is solved together with."""
     return next((part.asked for part in parts if is_joint(part, method_id)), ())
 
 
-def joint_request(asked: Sequence[Asked]) -> ForgetRequest:
+def joint_request(asked: Sequence[RequestRecord]) -> ForgetRequest:
     """One request for all of them, the same whatever their order; raises where they cannot be one."""
     first = min(asked, key=lambda one: one.number)
     for one in asked:
@@ -109,9 +109,9 @@ def joint_request(asked: Sequence[Asked]) -> ForgetRequest:
             )
     concepts = sorted(
         (concept for one in asked for concept in one.request.concepts),
-        key=lambda concept: (KINDS.index(concept.kind), bare(concept.name)),
+        key=lambda concept: (KINDS.index(concept.kind), canonical_phrase(concept.name)),
     )
-    preserve = {normalised(phrase): phrase for one in asked for phrase in sorted(one.request.preserve)}
+    preserve = {normalized_phrase(phrase): phrase for one in asked for phrase in sorted(one.request.preserve)}
     return ForgetRequest(
         tuple(concepts),
         tuple(preserve[key] for key in sorted(preserve)),

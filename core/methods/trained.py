@@ -22,17 +22,17 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextEncoder
 from ..models.token_positions import end_position
 from ..models.unet import PROJECTIONS
-from ..patch.history import read_record
+from ..patch.history import read_history
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..prompts.everyday import CONTEXTS
 from ..prompts.pairs import given_pairs, mentions, prompt_pairs
-from ..prompts.phrases import said_instead
+from ..prompts.phrases import replace_phrase
 from ..request.concept import Concept, templates
 from ..request.request import ForgetRequest
 from ..training.adapters import Deltas
-from ..training.batches import KEPT, Material, Sampling, TargetPrompt, target_prompt
-from ..training.frozen import borrowed
+from ..training.batches import RETAIN_POOL, BatchSampler, GenerationSettings, TargetPrompt, target_prompt
+from ..training.frozen import frozen
 from ..training.loop import Checkpoint, Objective, Term, Terms, TrainingSettings, train
 from ..training.losses import noise_matching
 from ..version import VERSION
@@ -120,12 +120,12 @@ class TrainedSettings:
 class BaseObjective:
     """What objectives share: the material, the frozen base model's prediction, keeping what is to be kept."""
 
-    def __init__(self, material: Material, deltas: Deltas) -> None:
-        self.material, self.deltas, self.model = material, deltas, material.model
+    def __init__(self, batches: BatchSampler, deltas: Deltas) -> None:
+        self.batches, self.deltas, self.model = batches, deltas, batches.model
 
     def predicted(self, x: Tensor, times: Tensor, texts: Sequence[str]) -> Tensor:
         """``ε_θ(x_t, t, c)`` of the model as it is now."""
-        return self.model.predict_noise(x, times, self.material.states(texts))
+        return self.model.predict_noise(x, times, self.batches.states(texts))
 
     def base(self, x: Tensor, times: Tensor, texts: Sequence[str]) -> Tensor:
         """The same of the base model, without gradient: drift does not compound over requests."""
@@ -134,40 +134,40 @@ class BaseObjective:
 
     def preserve(self, weight: float, texts: Sequence[str] | None = None) -> Term:
         """Prompts that are to be kept predict what they did in the base model, on pictures of any kept one."""
-        texts = self.material.next_kept() if texts is None else texts
-        batch = self.material.noised([KEPT] * len(texts))
+        texts = self.batches.next_retain() if texts is None else texts
+        batch = self.batches.noised([RETAIN_POOL] * len(texts))
         now = self.predicted(batch.x, batch.times, texts)
         return Term(noise_matching(now, self.base(batch.x, batch.times, texts)), weight, "retain")
 
-    def stay_forgotten(self, weight: float, count: int) -> dict[str, Term]:
+    def preserve_earlier(self, weight: float, count: int) -> dict[str, Term]:
         """Prompts of what earlier requests forgot predict what these left, not what the base model does.
 
         Nothing where there are none. Without it, what is kept pulls them back to the base model.
         """
-        if not weight or not self.material.earlier:
+        if not weight or not self.batches.earlier:
             return {}
-        texts = self.material.next_earlier(count)
+        texts = self.batches.next_earlier(count)
         return {"earlier": Term(self._as_earlier(texts), weight, "retain")}
 
     def _as_earlier(self, texts: Sequence[str]) -> Tensor:
-        batch = self.material.noised([self.any_pool()] * len(texts))
+        batch = self.batches.noised([self.any_pool()] * len(texts))
         with torch.no_grad(), self.deltas.showing("earlier"):
             wanted = self.predicted(batch.x, batch.times, texts)
         return noise_matching(self.predicted(batch.x, batch.times, texts), wanted)
 
     def any_pool(self) -> str:
         """Of pictures that are no concept's own, where there are such."""
-        pools = self.material.pools
-        return KEPT if KEPT in pools or not pools else next(iter(pools))
+        pools = self.batches.pools
+        return RETAIN_POOL if RETAIN_POOL in pools or not pools else next(iter(pools))
 
     def __call__(self, step: int) -> Terms:
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        return self.material.state()
+        return self.batches.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.material.restore(state)
+        self.batches.restore(state)
 
 
 class TrainedMethod(Method):
@@ -180,7 +180,7 @@ class TrainedMethod(Method):
     @abstractmethod
     def objective(
         self,
-        material: Material,
+        batches: BatchSampler,
         deltas: Deltas,
         request: ForgetRequest,
         settings: Any,
@@ -196,7 +196,7 @@ class TrainedMethod(Method):
         """The projections to train."""
         return [site.key(which) for site in model.survey for which in settings.train]
 
-    def blind(self, model: LatentDiffusion, material: Material, settings: Any) -> Mapping[str, Tensor] | None:
+    def null_space(self, model: LatentDiffusion, batches: BatchSampler, settings: Any) -> Mapping[str, Tensor] | None:
         """Input directions that the trained change must not react to, by key (:class:`Deltas`)."""
         return None
 
@@ -255,10 +255,10 @@ class TrainedMethod(Method):
                     instead = (
                         template.format(concept.instead)
                         if template is not None
-                        else said_instead(text, concept.name, concept.instead)
+                        else replace_phrase(text, concept.name, concept.instead)
                     )
                 elif self.drops(settings):
-                    instead = said_instead(text, concept.name, "")
+                    instead = replace_phrase(text, concept.name, "")
                 targets.append(target_prompt(encoder, concept, text, instead, settings.include_end))
         kinds = dict.fromkeys(concept.kind for concept in request.concepts)
         kept += [template.format(p) for p in request.preserve for kind in kinds for template in settings.said(kind)]
@@ -267,19 +267,21 @@ class TrainedMethod(Method):
             end_position(encoder, text)
         return targets, kept
 
-    def material(self, model: LatentDiffusion, request: ForgetRequest, settings: Any, inputs: Inputs) -> Material:
+    def batches(self, model: LatentDiffusion, request: ForgetRequest, settings: Any, inputs: Inputs) -> BatchSampler:
         """What this request trains on, nothing drawn yet; its generator is the request's seed's."""
         targets, kept = self.prompts(model.text, request, settings)
-        earlier = [] if inputs.earlier is None else list(read_record(inputs.earlier.metadata).concepts)
+        earlier = [] if inputs.earlier is None else list(read_history(inputs.earlier.metadata).concepts)
         # the base model still shows them: keeping these prompts as it has them would bring them back
         kept = [text for text in kept if not any(mentions(concept.name, text) for concept in earlier)]
-        return Material(
+        return BatchSampler(
             model,
             targets,
             kept,
             torch.Generator("cpu").manual_seed(request.seed),
             settings.batch_size,
-            Sampling(settings.sample_steps, model.guidance if settings.guidance is None else settings.guidance),
+            GenerationSettings(
+                settings.sample_steps, model.guidance if settings.guidance is None else settings.guidance
+            ),
             inputs.workspace,
             [template.format(concept.name) for concept in earlier for template in settings.said(concept.kind)],
         )
@@ -300,12 +302,14 @@ class TrainedMethod(Method):
         self._refuse_without_use(request, settings, inputs)
         self.refuse(request, settings, inputs)
         # what is made here must not be made in a host's inference mode, or it could not take part in a gradient
-        with borrowed(model.unet):
-            material = self.material(model, request, settings, inputs)
-            self.picture(material, settings, inputs, progress)
-            blind = self.blind(model, material, settings)
-            deltas = Deltas(model, self.keys(model, settings), settings.rank, material.generator, inputs.earlier, blind)
-            objective = self.objective(material, deltas, request, settings, inputs, progress)
+        with frozen(model.unet):
+            batches = self.batches(model, request, settings, inputs)
+            self.picture(batches, settings, inputs, progress)
+            null_space = self.null_space(model, batches, settings)
+            deltas = Deltas(
+                model, self.keys(model, settings), settings.rank, batches.generator, inputs.earlier, null_space
+            )
+            objective = self.objective(batches, deltas, request, settings, inputs, progress)
             checkpoint = None
             if inputs.workspace is not None:
                 given = [
@@ -329,22 +333,22 @@ class TrainedMethod(Method):
             )
         return Patch(factors, metadata)
 
-    def picture(self, material: Material, settings: Any, inputs: Inputs, progress: Progress | None) -> None:
+    def picture(self, batches: BatchSampler, settings: Any, inputs: Inputs, progress: Progress | None) -> None:
         """Fill the pools of the concepts and of what is kept, as ``settings.latents`` says."""
         if settings.latents == "zeros":
             return
         wanted: dict[str, list[str]] = {}
-        for prompt in material.targets:
+        for prompt in batches.targets:
             if settings.latents == "images":
                 continue
             wanted.setdefault(prompt.concept, []).append(prompt.text)
-        if material.kept:  # a kept prompt is shown any of these: it shall stay as it is on other pictures than its own
-            order = torch.randperm(len(material.kept), generator=material.generator).tolist()
-            wanted[KEPT] = [material.kept[i] for i in order]
-        material.draw(wanted, settings.n_images, progress)
+        if batches.kept:  # a kept prompt is shown any of these: it shall stay as it is on other pictures than its own
+            order = torch.randperm(len(batches.kept), generator=batches.generator).tolist()
+            wanted[RETAIN_POOL] = [batches.kept[i] for i in order]
+        batches.draw(wanted, settings.n_images, progress)
         if settings.latents == "images":
-            for name in dict.fromkeys(prompt.concept for prompt in material.targets):
-                material.encode(name, inputs.images[name])
+            for name in dict.fromkeys(prompt.concept for prompt in batches.targets):
+                batches.encode(name, inputs.images[name])
 
 
 def _loop(settings: Any) -> TrainingSettings:

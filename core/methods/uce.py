@@ -25,10 +25,10 @@ from ..models.text_encoders import TextEncoder
 from ..models.token_positions import end_position, phrase_span, tail_positions
 from ..patch.low_rank import LowRank
 from ..patch.patch import Patch
-from ..progress import Progress, ProgressEvent, report
+from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import COMMON, CONTEXTS
 from ..prompts.pairs import mentions
-from ..request.concept import Concept, normalised, templates
+from ..request.concept import Concept, normalized_phrase, templates
 from ..request.request import ForgetRequest
 from .base import Inputs, Method
 from .registry import register
@@ -148,19 +148,19 @@ class UCE(Method):
             raise RequestError(
                 "The closed form does not start from an earlier patch: it solves for all requests at once."
             )
-        report(progress, ProgressEvent(0, 3, message="reading the text states"))
+        report_progress(progress, ProgressEvent(0, 3, message="reading the text states"))
         columns = collect_columns(model.text, request, settings)
-        report(progress, ProgressEvent(1, 3, message="solving"))
+        report_progress(progress, ProgressEvent(1, 3, message="solving"))
         outputs = _output_gram(model, settings.projections)
         context_map = solve_context_map(columns, settings, outputs)
-        report(progress, ProgressEvent(2, 3, message="expanding to every site"))
+        report_progress(progress, ProgressEvent(2, 3, message="expanding to every site"))
         metadata = {"forget_concept.projections": ",".join(settings.projections)}
         if model.survey.family == "sdxl":
             metadata["forget_concept.note"] = (
                 "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
             )
         patch = expand(context_map, model.survey, metadata, settings.projections)
-        report(progress, ProgressEvent(3, 3, message="done"))
+        report_progress(progress, ProgressEvent(3, 3, message="done"))
         return patch
 
 
@@ -218,19 +218,19 @@ def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
 
     Words that are, hold or stand in a concept's own name are left out: they are not to be kept.
     """
-    targets = [normalised(concept.name) for concept in request.concepts]
+    targets = [normalized_phrase(concept.name) for concept in request.concepts]
     found = []
     for kind, words in COMMON.items():
         for i, word in enumerate(words):
-            bare = normalised(word)
-            if any(bare in target or target in bare for target in targets):
+            plain = normalized_phrase(word)
+            if any(plain in target or target in plain for target in targets):
                 continue
             chosen = [templates(kind)[0], templates(kind)[1 + i % (len(templates(kind)) - 1)]]
             if settings.contexts:
                 chosen.append(CONTEXTS[kind][i % len(CONTEXTS[kind])])
             found += [_said(template, word) for template in chosen]
     # a context may name what is to be forgotten: neon beside a red star
-    return [text for text in found if not any(target in normalised(text) for target in targets)]
+    return [text for text in found if not any(target in normalized_phrase(text) for target in targets)]
 
 
 def _instead(concept: Concept, settings: UCESettings) -> str:

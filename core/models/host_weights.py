@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .latent_diffusion import LatentDiffusion
 
-__all__ = ["LentDiffusion", "check_channels", "laundered", "without_checkpointing"]
+__all__ = ["HostLatentDiffusion", "check_channels", "detached_view", "without_checkpointing"]
 
 
-class LentDiffusion(LatentDiffusion):
+class HostLatentDiffusion(LatentDiffusion):
     """On the device and in the dtype that a host computes with, wherever and however it keeps the weights."""
 
     host_device: torch.device
@@ -31,7 +31,7 @@ class LentDiffusion(LatentDiffusion):
 
 
 @contextmanager
-def laundered(module: nn.Module) -> Iterator[None]:
+def detached_view(module: nn.Module) -> Iterator[None]:
     """Every parameter and buffer as an ordinary, frozen tensor on the same memory; the host's own come back.
 
     A host's weights may be inference tensors, which autograd refuses, or have ``requires_grad`` set.

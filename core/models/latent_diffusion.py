@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RequestError
-from ..progress import Progress, ProgressEvent, report
+from ..progress import Progress, ProgressEvent, report_progress
 from .autoencoders import Autoencoder
 from .safe_guidance import SafetyGuidance, safety_term
 from .schedules import _log_snr
@@ -263,7 +263,7 @@ class LatentDiffusion:
                 share = ((1 - after) / (1 - alpha)) ** 0.5
                 x = share * x + (after**0.5 - share * alpha**0.5) * ahead
                 done += 1
-                report(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} pictures"))
+                report_progress(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} pictures"))
             latents.append(x)
         return torch.cat(latents)
 

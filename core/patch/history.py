@@ -20,20 +20,20 @@ __all__ = [
     "BASE",
     "PREFIX",
     "RECORD",
-    "Asked",
-    "Record",
-    "RecordedPart",
-    "Together",
-    "about_of",
-    "in_order",
-    "read_record",
-    "takes_back",
-    "written",
+    "HistoryRecord",
+    "HistoryRecordPart",
+    "JointRequests",
+    "RequestRecord",
+    "history_to_dict",
+    "method_metadata",
+    "read_history",
+    "requests_in_order",
+    "requests_to_restore",
 ]
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestRecord:
     """A request of a history: its ``number`` (from 1, in the order asked; it stays when others are taken back), the
     request, the settings its preset and overrides came to, and the version that took it in."""
 
@@ -47,17 +47,17 @@ class Asked:
         return " and ".join(f"'{concept.name}'" for concept in self.request.concepts)
 
 
-class Together(Protocol):
+class JointRequests(Protocol):
     """Requests that made one change; ``merged`` where changes can no longer be told apart."""
 
     @property
-    def asked(self) -> tuple[Asked, ...]: ...
+    def asked(self) -> tuple[RequestRecord, ...]: ...
 
     @property
     def merged(self) -> bool: ...
 
 
-def in_order(parts: Sequence[Together]) -> tuple[Asked, ...]:
+def requests_in_order(parts: Sequence[JointRequests]) -> tuple[RequestRecord, ...]:
     """Every request in the order asked."""
     return tuple(sorted((one for part in parts for one in part.asked), key=lambda one: one.number))
 
@@ -71,29 +71,29 @@ _OF_ONE = ("method", "preset", "settings", "request", "concepts", "strength", "s
 
 
 @dataclass(frozen=True)
-class RecordedPart:
+class HistoryRecordPart:
     """A part as the record has it: its requests, and its rank by projection or, before that, by layer."""
 
     merged: bool
     ranks: Mapping[str, int]
     about: Mapping[str, str]
-    asked: tuple[Asked, ...]
+    asked: tuple[RequestRecord, ...]
 
     def rank_at(self, key: str) -> int:
         return self.ranks.get(key, self.ranks.get(key.rpartition(".")[2], 0))
 
 
 @dataclass(frozen=True)
-class Record:
+class HistoryRecord:
     """What a patch's metadata say of the requests that made it: a :class:`History` without its factors."""
 
-    parts: tuple[RecordedPart, ...]
+    parts: tuple[HistoryRecordPart, ...]
     max_rank: int | None
 
     @property
-    def asked(self) -> tuple[Asked, ...]:
+    def asked(self) -> tuple[RequestRecord, ...]:
         """Every request in the order asked."""
-        return in_order(self.parts)
+        return requests_in_order(self.parts)
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -101,7 +101,7 @@ class Record:
         return tuple(concept for one in self.asked for concept in one.request.concepts)
 
 
-def read_record(metadata: Mapping[str, str]) -> Record:
+def read_history(metadata: Mapping[str, str]) -> HistoryRecord:
     """The record in a patch's metadata; that of a patch of one request is made up from what it says of itself.
 
     Raises :class:`PatchError` where there is none.
@@ -112,8 +112,8 @@ def read_record(metadata: Mapping[str, str]) -> Record:
         if PREFIX + "request" in metadata:
             settings = json.loads(metadata.get(PREFIX + "settings", "{}"))
             request = ForgetRequest.from_json(metadata[PREFIX + "request"])
-            asked = Asked(1, request, settings, metadata.get(PREFIX + "version", VERSION))
-            return Record((RecordedPart(False, {}, about_of(metadata), (asked,)),), None)
+            asked = RequestRecord(1, request, settings, metadata.get(PREFIX + "version", VERSION))
+            return HistoryRecord((HistoryRecordPart(False, {}, method_metadata(metadata), (asked,)),), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PatchError(f"The record of this patch's requests cannot be read: {error}") from error
     if PREFIX + "parts" in metadata:
@@ -126,13 +126,13 @@ def read_record(metadata: Mapping[str, str]) -> Record:
     )
 
 
-def _parsed(data: Any) -> Record:
+def _parsed(data: Any) -> HistoryRecord:
     if data["schema"] != _SCHEMA:
         raise PatchError(f"it has schema {data['schema']!r}, and this version reads schema {_SCHEMA}.")
     parts = []
     for part in data["parts"]:
         asked = tuple(
-            Asked(
+            RequestRecord(
                 int(one["number"]),
                 ForgetRequest.from_json(json.dumps(one["request"])),
                 dict(one["settings"]),
@@ -144,13 +144,13 @@ def _parsed(data: Any) -> Record:
             raise PatchError("it has a part without a request.")
         ranks = {str(key): int(rank) for key, rank in part["ranks"].items()}
         about = {str(key): str(text) for key, text in part["about"].items()}
-        parts.append(RecordedPart(bool(part["merged"]), ranks, about, asked))
+        parts.append(HistoryRecordPart(bool(part["merged"]), ranks, about, asked))
     if not parts:
         raise PatchError("it has no request.")
     numbers = [one.number for part in parts for one in part.asked]
     if len(set(numbers)) < len(numbers):
         raise PatchError("it has a request number twice.")
-    return Record(tuple(parts), None if data["max_rank"] is None else int(data["max_rank"]))
+    return HistoryRecord(tuple(parts), None if data["max_rank"] is None else int(data["max_rank"]))
 
 
 def _ranks_of(whole: Patch, part: Patch) -> dict[str, int]:
@@ -163,7 +163,7 @@ def _ranks_of(whole: Patch, part: Patch) -> dict[str, int]:
     return usual | {key: rank for key, rank in ranks.items() if rank != usual[key.rpartition(".")[2]]}
 
 
-def about_of(metadata: Mapping[str, str]) -> dict[str, str]:
+def method_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """What a method says of its own patch, beside what every patch says."""
     common = {PREFIX + key for key in (*BASE, *_OF_ONE, "version", "history", "parts", "format")}
     return {
@@ -171,13 +171,13 @@ def about_of(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class _Patched(Together, Protocol):
+class _Patched(JointRequests, Protocol):
     @property
     def patch(self) -> Patch: ...
 
 
-def written(parts: Sequence[_Patched], whole: Patch, max_rank: int | None) -> dict[str, Any]:
-    """The record of these parts, whose sum is ``whole``, as :func:`read_record` finds it."""
+def history_to_dict(parts: Sequence[_Patched], whole: Patch, max_rank: int | None) -> dict[str, Any]:
+    """The record of these parts, whose sum is ``whole``, as :func:`read_history` finds it."""
     return {
         "schema": _SCHEMA,
         "max_rank": max_rank,
@@ -185,7 +185,7 @@ def written(parts: Sequence[_Patched], whole: Patch, max_rank: int | None) -> di
             {
                 "merged": part.merged,
                 "ranks": _ranks_of(whole, part.patch),
-                "about": about_of(part.patch.metadata),
+                "about": method_metadata(part.patch.metadata),
                 "requests": [
                     {
                         "number": one.number,
@@ -201,7 +201,7 @@ def written(parts: Sequence[_Patched], whole: Patch, max_rank: int | None) -> di
     }
 
 
-def takes_back(text: str, asked: Sequence[Asked]) -> list[int | str]:
+def requests_to_restore(text: str, asked: Sequence[RequestRecord]) -> list[int | str]:
     """What a person wants taken back: names of concepts, or numbers of requests (``2`` or ``#2``).
 
     Raises :class:`RequestError` where nothing is said.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..request.concept import Concept, normalised, templates
+from ..request.concept import Concept, normalized_phrase, templates
 
 __all__ = ["GRAMMARS", "GRAMMAR_PATH", "SPLITS", "PromptPair", "given_pairs", "mentions", "prompt_pairs"]
 
@@ -74,7 +74,7 @@ def prompt_pairs(
     templates(concept.kind)  # raises for an unknown kind
     _choice("split", split, SPLITS)
     _choice("grammar", grammar, GRAMMARS)
-    if not normalised(concept.name):
+    if not normalized_phrase(concept.name):
         raise RequestError("The concept has no name, so no prompt can be made about it.")
     if count < 1:
         raise RequestError(f"The number of prompt pairs must be at least 1, not {count}.")
@@ -111,10 +111,10 @@ def given_pairs(forget: Sequence[str], retain: Sequence[str], concept: Concept |
             "each forget prompt."
         )
     seen: set[str] = set()
-    kept = {normalised(prompt) for prompt in retain}
+    kept = {normalized_phrase(prompt) for prompt in retain}
     names = " or ".join(f"'{c.name}'" for c in concepts)
     for prompt in forget:
-        if (key := normalised(prompt)) in kept:
+        if (key := normalized_phrase(prompt)) in kept:
             raise RequestError(f"The prompt '{prompt}' is both to be forgotten and retained: take it from one list.")
         if not any(mentions(c.name, prompt) for c in concepts):
             raise RequestError(f"The forget prompt '{prompt}' does not name {names}: name it there, or take it out.")
@@ -142,7 +142,7 @@ def _finder(name: str) -> re.Pattern[str]:
     if len(words) > 1 and words[0] in _ARTICLES:
         words = words[1:]
     if not words or not name.isascii():  # scripts that put no blanks between words
-        return re.compile(r"\s+".join(map(re.escape, normalised(name).split(" "))))
+        return re.compile(r"\s+".join(map(re.escape, normalized_phrase(name).split(" "))))
     last = words[-1]
     nouns = {last, last + "s", last + "es", re.sub("s$", "", last), re.sub("es$", "", last)} - {""}
     ends = "|".join(sorted(map(re.escape, nouns)))

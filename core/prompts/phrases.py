@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["said_instead"]
+__all__ = ["replace_phrase"]
 
 
-def said_instead(text: str, name: str, instead: str) -> str:
+def replace_phrase(text: str, name: str, instead: str) -> str:
     """``text`` with ``instead`` said for ``name``; with nothing said for it, it is dropped, article and all.
 
     The article before it is made to fit (``a star`` → ``an arrow``).

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import RequestError
 
-__all__ = ["KINDS", "Concept", "bare", "default_replacement", "normalised", "templates"]
+__all__ = ["KINDS", "Concept", "canonical_phrase", "default_replacement", "normalized_phrase", "templates"]
 
 KINDS = ("object", "style", "identity")
 
@@ -39,14 +39,14 @@ def default_replacement(kind: str) -> str:
     return ""
 
 
-def normalised(phrase: str) -> str:
+def normalized_phrase(phrase: str) -> str:
     """``phrase`` as it is compared: without regard to case, blanks at the ends and the number of blanks between."""
     return " ".join(phrase.casefold().split())
 
 
-def bare(phrase: str) -> str:
+def canonical_phrase(phrase: str) -> str:
     """``phrase`` normalised, without a leading article: "a Star" and "star" ask for the same thing."""
-    words = normalised(phrase).split(" ")
+    words = normalized_phrase(phrase).split(" ")
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .concept import KINDS, Concept, bare, templates
+from .concept import KINDS, Concept, canonical_phrase, templates
 
 __all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest"]
 SCHEMA_VERSION = 1
@@ -56,14 +56,14 @@ class ForgetRequest:
         _check_form(self._as_dict())
         names: dict[str, str] = {}
         for concept in self.concepts:
-            if (key := bare(concept.name)) in names:
+            if (key := canonical_phrase(concept.name)) in names:
                 raise RequestError(f"The concept '{concept.name}' is asked for twice: leave one of them out.")
             names[key] = concept.name
         for concept in self.concepts:
             if concept.replacement is None:
                 continue
-            instead = bare(concept.replacement)
-            if instead == bare(concept.name):
+            instead = canonical_phrase(concept.replacement)
+            if instead == canonical_phrase(concept.name):
                 raise RequestError(
                     f"The replacement of '{concept.name}' is the concept itself: name something else, or nothing."
                 )
@@ -73,12 +73,12 @@ class ForgetRequest:
                     "name something that stays."
                 )
         said = {
-            bare(template.format(concept.name)): concept.name
+            canonical_phrase(template.format(concept.name)): concept.name
             for concept in self.concepts
             for template in templates(concept.kind)
         }
         for phrase in self.preserve:
-            if (clash := said.get(bare(phrase))) is not None:
+            if (clash := said.get(canonical_phrase(phrase))) is not None:
                 raise RequestError(
                     f"The preserve list contains '{phrase}', which is the concept '{clash}' to be forgotten: "
                     "take it from one of the two."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..errors import ForgetConceptError, RequestError
 
-__all__ = ["Busy", "Missing"]
+__all__ = ["BusyError", "NotFoundError"]
 
 
-class Busy(ForgetConceptError):
+class BusyError(ForgetConceptError):
     """Something else is under way."""
 
 
-class Missing(RequestError):
+class NotFoundError(RequestError):
     """There is none of the name that was given."""

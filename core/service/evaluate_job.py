@@ -14,18 +14,18 @@ from ..files.writing import check_folder, check_writable, make_folder
 from ..mini.recognition import is_embedded
 from ..progress import Progress
 from ..request.request import MAX_SEED
-from .errors import Missing
+from .errors import NotFoundError
 from .forget_job import check_strength, sampling_of
 from .host_interface import Host
 from .jobs import Outcome
-from .patch_library import PLACEHOLDER, Library
+from .patch_library import PLACEHOLDER, PatchLibrary
 
 if TYPE_CHECKING:
     from ..evaluation.report import Report
 
 # the evaluation is imported where it is needed: the webui's start does not wait for it
 
-__all__ = ["ATTACKS", "BENCHMARKS", "Evaluating", "Reports"]
+__all__ = ["ATTACKS", "BENCHMARKS", "EvaluateJob", "Reports"]
 
 ATTACKS = ("none", "quick", "standard")
 BENCHMARKS = ("automatic", "world", "embedded", "checkpoints")
@@ -55,12 +55,12 @@ class Reports:
     def find(self, name: str, end: str = ".html") -> Path:
         """A report's page (``.html``) or figures (``.json``), looked up among those that are there."""
         if name not in self.names() or not (file := self.folder / f"{name}{end}").is_file():
-            raise Missing(f"There is no report '{name[:120]}'.")
+            raise NotFoundError(f"There is no report '{name[:120]}'.")
         return file
 
 
 @dataclass(frozen=True)
-class Evaluating:
+class EvaluateJob:
     """What is asked for: a patch by its name, at a ``strength``, and how it is measured (see :class:`Measures`).
 
     Without ``concepts`` what the patch itself names is measured. ``clip_judge`` is who looks at the pictures of a
@@ -83,7 +83,7 @@ class Evaluating:
     def title(self) -> str:
         return f"evaluating '{self.patch}'"
 
-    def check(self, host: Host, library: Library, reports: Reports) -> None:
+    def check(self, host: Host, library: PatchLibrary, reports: Reports) -> None:
         """Refuse, in words, what can be refused before anything is begun."""
         entry = library.find(self.patch)
         if not self.concepts and not entry.concepts:
@@ -103,7 +103,7 @@ class Evaluating:
         check_folder(reports.folder)
         host.model()
 
-    def work(self, host: Host, library: Library, progress: Progress) -> Report:
+    def work(self, host: Host, library: PatchLibrary, progress: Progress) -> Report:
         """Draw with and without the patch, and have the pictures judged."""
         from ..evaluation import BASELINES, UNEDITED
         from ..evaluation.assess import Measures, assess
@@ -112,11 +112,11 @@ class Evaluating:
         entry = library.find(self.patch)
         patch = library.load(self.patch)
         names = list(self.concepts) or entry.concepts
-        with host.borrowed() as model:
+        with host.latent_diffusion() as model:
             patch.check_fits(model.survey)
             embedded = is_embedded(model.survey, model.model_hash)
             bench = measuring.questions(self.benchmark, embedded, names)
-            looking = measuring.instruments(embedded, self.clip_judge, bench)
+            looking = measuring.evaluators(embedded, self.clip_judge, bench)
             measures = Measures(
                 self.count,
                 self.seed,
@@ -142,7 +142,7 @@ class Evaluating:
     def finish(self, reports: Reports, report: Report) -> Outcome:
         """Write the report under a name that was never used before."""
         from ..evaluation.report import report_dict, write_report
-        from .evaluation_text import evaluation_words
+        from .evaluation_text import evaluation_summary
 
         names: Sequence[str] = [one.concept for one in report.evaluations]
         (stem,) = patch_name(PLACEHOLDER, names)
@@ -154,4 +154,4 @@ class Evaluating:
             "attacks": [one.as_dict() for one in report.attacks],
             "left_out": dict(report.left_out),
         }
-        return Outcome(evaluation_words(report, Path(file.name)), data, (), file)
+        return Outcome(evaluation_summary(report, Path(file.name)), data, (), file)

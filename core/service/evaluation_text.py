@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..evaluation import known_concept
-from ..evaluation.assess import Instruments
+from ..evaluation.assess import Evaluators
 from ..evaluation.attention_pictures import AttentionMap, AttentionPair, overlay
 from ..evaluation.bench.concept_bench import ConceptBench, load_bench
 from ..evaluation.judges import ClipJudge
@@ -24,9 +24,9 @@ from ..mini import load_probe
 
 __all__ = [
     "attention_sheet",
-    "attention_words",
-    "evaluation_words",
-    "instruments",
+    "attention_summary",
+    "evaluation_summary",
+    "evaluators",
     "known_only",
     "pairs",
     "questions",
@@ -58,14 +58,14 @@ def questions(chosen: str, embedded: bool, names: Sequence[str]) -> ConceptBench
     return bench
 
 
-def instruments(embedded: bool, clip: str, bench: ConceptBench | None) -> Instruments:
+def evaluators(embedded: bool, clip: str, bench: ConceptBench | None) -> Evaluators:
     """Who looks at the pictures: the embedded model's probe, for any other model a CLIP that is on this machine.
 
     Raises :class:`RequestError` where none is named, :class:`ModelError` where it cannot be read.
     """
     if embedded or bench is None:
         with _own_random_numbers():
-            return Instruments.embedded(load_probe())
+            return Evaluators.embedded(load_probe())
     if not clip.strip():
         raise RequestError(
             "There is no judge for this model: name a CLIP in 'clip_judge', a folder with one or the hub name of one "
@@ -76,7 +76,7 @@ def instruments(embedded: bool, clip: str, bench: ConceptBench | None) -> Instru
     with _own_random_numbers():
         words = TransformersClip(clip.strip(), local_only=True)
     missing = {"FID, KID, LPIPS": "the networks that measure them are not looked for in this host"}
-    return Instruments(ClipJudge(words, bench.names()), words=words, missing=missing)
+    return Evaluators(ClipJudge(words, bench.names()), words=words, missing=missing)
 
 
 def _own_random_numbers() -> AbstractContextManager[None]:
@@ -107,7 +107,7 @@ _PARTS = {
 }
 
 
-def evaluation_words(report: Report, file: Path) -> str:
+def evaluation_summary(report: Report, file: Path) -> str:
     """The verdict, the figures behind it, what could not be had, and where the whole report is."""
     lines = [verdict(report).text]
     for one in report.evaluations:
@@ -132,7 +132,7 @@ def evaluation_words(report: Report, file: Path) -> str:
     return "\n".join(lines)
 
 
-def attention_words(found: AttentionMap | AttentionPair, phrase: str) -> str:
+def attention_summary(found: AttentionMap | AttentionPair, phrase: str) -> str:
     """How much attention the phrase gets, and what the colours mean."""
     if isinstance(found, AttentionMap):
         low, high = (float(value) for value in found.mass.aminmax())

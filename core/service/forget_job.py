@@ -19,21 +19,20 @@ from ..methods.fit import fit
 from ..methods.registry import get
 from ..models.latent_diffusion import LatentDiffusion
 from ..patch.patch import Patch
-from ..progress import Progress, ProgressEvent, report
+from ..progress import Progress, ProgressEvent, report_progress
 from ..request.concept import templates
 from ..request.request import ForgetRequest
 from ..request.settings import resolve_settings
 from .host_interface import Host
 from .jobs import Outcome, Pair
-from .patch_library import Library
+from .patch_library import PatchLibrary
 from .preview import row
-from .summaries import report as told
-from .summaries import share_words
+from .summaries import fit_summary, surviving_share_summary
 
 if TYPE_CHECKING:
-    from ..evaluation.drawing import Picture, Sampling, Variant
+    from ..evaluation.drawing import Picture, SamplingSettings, Variant
 
-__all__ = ["Forgetting", "asked_pictures", "check_strength", "drawn", "sampling_of"]
+__all__ = ["ForgetJob", "check_strength", "comparison_pictures", "drawn", "sampling_of"]
 
 MOST_PAIRS, MOST_STRENGTH = 16, 10.0
 # pictures at a time, of small latents and of any other: between two of these an interruption waits
@@ -41,9 +40,9 @@ _SMALL, _AT_ONCE, _FEW = 32, 4, 2
 
 
 @dataclass(frozen=True)
-class Forgetting:
-    """What is asked for: the ``request``, how the patch is ``name``\\ d (see :meth:`Library.place`), the strength to
-    put it on with at once (``None``: not), and how many ``pairs`` of pictures to draw in how many ``steps``."""
+class ForgetJob:
+    """What is asked for: the ``request``, the patch's ``name`` (see :meth:`PatchLibrary.place`), the strength to put
+    it on with at once (``None``: not), and how many ``pairs`` of pictures to draw in how many ``steps``."""
 
     request: ForgetRequest
     name: str = ""
@@ -59,7 +58,7 @@ class Forgetting:
         more = len(self.request.concepts) - 3
         return "forgetting " + ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
-    def check(self, host: Host, library: Library) -> None:
+    def check(self, host: Host, library: PatchLibrary) -> None:
         """Refuse, in words, what can be refused before anything is begun."""
         self.request.check()
         method = get(self.request.method)
@@ -77,20 +76,22 @@ class Forgetting:
         library.place(self.name, self.folder, [concept.name for concept in self.request.concepts])
         host.model()
 
-    def work(self, host: Host, progress: Progress) -> Made:
+    def work(self, host: Host, progress: Progress) -> ForgetResult:
         """Draw, fit and draw again on the borrowed model."""
         from ..evaluation.drawing import Variant
 
         began = time.monotonic()
-        with host.borrowed() as model:
-            asked = asked_pictures(self.request, self.pairs if model.vae is not None else 0)
+        with host.latent_diffusion() as model:
+            asked = comparison_pictures(self.request, self.pairs if model.vae is not None else 0)
             sampling = sampling_of(model, self.steps)
             before = drawn(model, asked, Variant(), sampling, progress, "before")
             start = time.monotonic()
             inputs = Inputs(workspace=Workspace(make_folder(host.data_folder()) / "work"))
             patch = fit(model, self.request, progress, inputs)
             seconds = time.monotonic() - start
-            notes = share_words((patch.surviving_share(model.survey), str(model.dtype).removeprefix("torch.")))
+            notes = surviving_share_summary(
+                (patch.surviving_share(model.survey), str(model.dtype).removeprefix("torch."))
+            )
             if self.pairs and model.vae is None:
                 notes.append("no pictures were drawn: the model has no VAE here")
             after = drawn(model, asked, Variant(((patch, 1.0),)), sampling, progress, "after")
@@ -98,9 +99,9 @@ class Forgetting:
         pairs = tuple(
             Pair(picture.prompt, picture.seed, was, now) for picture, was, now in zip(asked, before, after, strict=True)
         )
-        return Made(patch, pairs, tuple(notes), seconds, time.monotonic() - began)
+        return ForgetResult(patch, pairs, tuple(notes), seconds, time.monotonic() - began)
 
-    def finish(self, host: Host, library: Library, made: Made) -> Outcome:
+    def finish(self, host: Host, library: PatchLibrary, made: ForgetResult) -> Outcome:
         """Save the patch, have the webui see it, and put it on where that was asked for."""
         picture = None
         if made.pairs:
@@ -119,7 +120,7 @@ class Forgetting:
                 lines.append(f"it is in the loaded model now, at strength {self.apply:g}{beside}")
             except ForgetConceptError as error:
                 lines.append(f"it could not be put into the loaded model: {error}")
-        words = told(self.request, made.patch, made.fit_seconds, get(self.request.method).title, made.notes)
+        words = fit_summary(self.request, made.patch, made.fit_seconds, get(self.request.method).title, made.notes)
         data: dict[str, Any] = entry.as_dict() | {
             "request": json.loads(self.request.without_images().to_json()),
             "layers": len(made.patch),
@@ -132,7 +133,7 @@ class Forgetting:
 
 
 @dataclass(frozen=True)
-class Made:
+class ForgetResult:
     """A patch before it is saved; times in seconds."""
 
     patch: Patch
@@ -148,7 +149,7 @@ def check_strength(strength: float) -> None:
         raise RequestError(f"The strength must be a number from -10 to 10 other than 0, not {strength:g}.")
 
 
-def asked_pictures(request: ForgetRequest, count: int) -> list[Picture]:
+def comparison_pictures(request: ForgetRequest, count: int) -> list[Picture]:
     """``count`` pictures to be drawn with and without a patch: of what is forgotten, then of what is kept."""
     from ..evaluation.drawing import Picture
 
@@ -165,19 +166,19 @@ def asked_pictures(request: ForgetRequest, count: int) -> list[Picture]:
     return pictures
 
 
-def sampling_of(model: LatentDiffusion, steps: int) -> Sampling:
+def sampling_of(model: LatentDiffusion, steps: int) -> SamplingSettings:
     """How pictures of a model are drawn in a webui."""
-    from ..evaluation.drawing import Sampling
+    from ..evaluation.drawing import SamplingSettings
 
     small = max(model.latent_shape[1:]) <= _SMALL
-    return Sampling(steps, model.guidance, _AT_ONCE if small else _FEW, "float32")
+    return SamplingSettings(steps, model.guidance, _AT_ONCE if small else _FEW, "float32")
 
 
 def drawn(
     model: LatentDiffusion,
     pictures: Sequence[Picture],
     variant: Variant,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     progress: Progress | None,
     stage: str,
 ) -> list[torch.Tensor]:
@@ -188,7 +189,7 @@ def drawn(
 
     def inner(event: ProgressEvent) -> None:
         at = done * sampling.steps + event.step * min(sampling.batch, len(pictures) - done)
-        report(progress, ProgressEvent(at, total, message=f"drawing {len(pictures)} pictures {stage}"))
+        report_progress(progress, ProgressEvent(at, total, message=f"drawing {len(pictures)} pictures {stage}"))
 
     found: list[torch.Tensor] = []
     for images in draw(model, pictures, variant, sampling, inner):

@@ -23,14 +23,14 @@ from ..request.settings import resolve_settings
 __all__ = [
     "ABOUT",
     "About",
+    "FormField",
     "MethodSettings",
-    "Widget",
-    "filled",
+    "form_fields",
+    "form_values",
     "presets",
+    "settings_from_fields",
     "settings_of",
-    "told",
-    "values_of",
-    "widgets",
+    "settings_summary",
     "with_settings",
 ]
 
@@ -159,7 +159,7 @@ ABOUT: Mapping[str, About] = {
 
 
 @dataclass(frozen=True)
-class Widget:
+class FormField:
     """One field: the ``setting`` it is of, its own ``name``, and its value in the preset it starts with.
 
     A setting that names some of a few things (``train``) has a switch for each, called ``<setting>_<thing>``.
@@ -211,12 +211,12 @@ _FIRST = ("steps", "lr", "rank")
 _SWITCHES = {"train": PROJECTIONS, "projections": ("to_k", "to_v")}
 
 
-def widgets(method: type[Method], preset: str = "tuned") -> list[Widget]:
+def form_fields(method: type[Method], preset: str = "tuned") -> list[FormField]:
     """Every field of a method's settings as ``preset`` has it, in the order of its ``Settings``, its own first."""
     return _widgets(method, method.presets[preset])
 
 
-def filled(method: type[Method], preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def form_values(method: type[Method], preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The fields' values for a preset with single settings in place of its own.
 
     Raises :class:`RequestError` as :func:`resolve_settings`.
@@ -224,22 +224,22 @@ def filled(method: type[Method], preset: str, overrides: Mapping[str, Any]) -> d
     return {w.name: w.default for w in _widgets(method, resolve_settings(method, preset, overrides))}
 
 
-def _widgets(method: type[Method], values: Any) -> list[Widget]:
+def _widgets(method: type[Method], values: Any) -> list[FormField]:
     hints = typing.get_type_hints(method.Settings)
     own = set(getattr(method.Settings, "__annotations__", {}))
     fields = sorted(dataclasses.fields(method.Settings), key=lambda field: field.name not in own)
     # what people reach for first
     fields.sort(key=lambda field: _FIRST.index(field.name) if field.name in _FIRST else len(_FIRST))
-    found: list[Widget] = []
+    found: list[FormField] = []
     for field in fields:
         about, value = _about(method, field.name), getattr(values, field.name)
         hint = _bare_type(hints[field.name])
         if things := _SWITCHES.get(field.name):
-            found += [Widget(f"{field.name}_{t}", field.name, "switch", t in value, about, thing=t) for t in things]
+            found += [FormField(f"{field.name}_{t}", field.name, "switch", t in value, about, thing=t) for t in things]
             continue
         kind = _kind(hint)
         options = tuple(str(option) for option in typing.get_args(hint)) if kind == "choice" else ()
-        found.append(Widget(field.name, field.name, kind, _shown(kind, value, about), about, options))
+        found.append(FormField(field.name, field.name, kind, _shown(kind, value, about), about, options))
     return found
 
 
@@ -249,7 +249,7 @@ def _shown(kind: Kind, value: Any, about: About) -> Any:
     return about.nothing if value is None else value
 
 
-def _meant(widget: Widget, value: Any, nothing: Any) -> Any:
+def _meant(widget: FormField, value: Any, nothing: Any) -> Any:
     """A field's value as the setting's; ``nothing``: what the setting is where no value is given."""
     if widget.kind == "lines":
         lines = tuple(line.strip() for line in str(value).splitlines() if line.strip())
@@ -259,11 +259,11 @@ def _meant(widget: Widget, value: Any, nothing: Any) -> Any:
     return value
 
 
-def values_of(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
+def settings_from_fields(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of the method, from its fields by name."""
     hints = typing.get_type_hints(method.Settings)
     values: dict[str, Any] = {}
-    for widget in widgets(method):
+    for widget in form_fields(method):
         if widget.thing is not None:
             chosen = values.setdefault(widget.setting, ())
             if given[widget.name]:
@@ -280,7 +280,7 @@ def settings_of(method: type[Method], preset: str, given: Mapping[str, Any]) -> 
         raise RequestError(
             f"The method '{method.id}' has no preset '{preset}': choose one of {', '.join(sorted(method.presets))}."
         )
-    values = values_of(method, given)
+    values = settings_from_fields(method, given)
     resolve_settings(method, preset, values)
     base = method.presets[preset]
     return MethodSettings(
@@ -297,7 +297,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def told(settings: MethodSettings, method: type[Method]) -> str:
+def settings_summary(settings: MethodSettings, method: type[Method]) -> str:
     """The settings in words: the method, its preset, and what differs from that."""
     head = f"{method.title}, preset {settings.preset}"
     if not settings.values:
@@ -319,7 +319,7 @@ def _spoken(value: Any) -> str:
 
 def presets(method: type[Method]) -> dict[str, dict[str, Any]]:
     """Every preset's values by field, as the page fills them in."""
-    return {name: {widget.name: widget.default for widget in widgets(method, name)} for name in method.presets}
+    return {name: {widget.name: widget.default for widget in form_fields(method, name)} for name in method.presets}
 
 
 def with_settings(request: ForgetRequest, settings: MethodSettings) -> ForgetRequest:

@@ -15,7 +15,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..patch.patch import Patch
 from ..progress import Progress
 
-__all__ = ["Active", "Host", "LoadedModel"]
+__all__ = ["ActivePatch", "Host", "LoadedModel"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Active:
+class ActivePatch:
     """A patch put into the loaded model's weights: its name, its strength and whether the weights hold it now."""
 
     name: str
@@ -55,7 +55,7 @@ class Host(Protocol):
         The :data:`Progress` given moves the webui's progress, and raises :class:`Cancelled` once it is interrupted.
         """
 
-    def borrowed(self) -> AbstractContextManager[LatentDiffusion]:
+    def latent_diffusion(self) -> AbstractContextManager[LatentDiffusion]:
         """The loaded model without any patch, to train or draw with; given back bit for bit. Only within a job."""
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:
@@ -64,7 +64,7 @@ class Host(Protocol):
     def remove(self, name: str) -> None:
         """Take a patch out again; the weights are then what they were, bit for bit."""
 
-    def active(self) -> list[Active]:
+    def active(self) -> list[ActivePatch]:
         """What was applied to the model object in use, in that order."""
 
     def lora_folder(self) -> Path:

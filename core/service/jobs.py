@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..errors import Cancelled, ForgetConceptError, ModelError
 from ..progress import Progress, ProgressEvent
-from .errors import Busy, Missing
+from .errors import BusyError, NotFoundError
 from .host_interface import Host, LoadedModel
 
 __all__ = ["Job", "Jobs", "Outcome", "Pair"]
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
-KEPT = 20
+MAX_FINISHED = 20
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -120,14 +120,16 @@ class Jobs:
         return found[-1] if found else None
 
     def get(self, job_id: str) -> Job:
-        """Raises :class:`Missing` where there is none of this id."""
+        """Raises :class:`NotFoundError` where there is none of this id."""
         with self._lock:
             if job_id not in self._kept:
-                raise Missing(f"There is no job '{job_id[:40]}': the last {KEPT} are kept until the webui ends.")
+                raise NotFoundError(
+                    f"There is no job '{job_id[:40]}': the last {MAX_FINISHED} are kept until the webui ends."
+                )
             return self._timed(self._kept[job_id])
 
     def check_free(self) -> None:
-        """Raise :class:`Busy`, in words, while a job is under way."""
+        """Raise :class:`BusyError`, in words, while a job is under way."""
         with self._lock:
             self._check_free()
 
@@ -137,14 +139,14 @@ class Jobs:
         """Begin a job: ``work`` while the webui's queue is held, then ``finish`` with what came of it.
 
         Nothing is to be written before ``finish``: it is not called where the job was cancelled or failed, or where
-        another checkpoint was loaded meanwhile. Raises :class:`Busy`.
+        another checkpoint was loaded meanwhile. Raises :class:`BusyError`.
         """
         with self._lock:
             self._check_free()
             kept = _Kept(Job(secrets.token_hex(8), kind, title, message="waiting for the webui"))
             begun = kept.job
             self._kept[begun.id] = kept
-            for old in list(self._kept)[:-KEPT]:
+            for old in list(self._kept)[:-MAX_FINISHED]:
                 del self._kept[old]
         threading.Thread(
             target=self._run, args=(kept, work, finish), name=f"forget-concept {kind}", daemon=True
@@ -167,7 +169,7 @@ class Jobs:
     def _check_free(self) -> None:
         for kept in self._kept.values():
             if not kept.job.over:
-                raise Busy(
+                raise BusyError(
                     f"Another job is under way ({kept.job.title}): wait until it is done, or interrupt it first."
                 )
 

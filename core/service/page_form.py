@@ -14,7 +14,7 @@ from ..methods.registry import get
 from ..request.concept import Concept
 from ..request.parsing import split_list
 from ..request.request import ForgetRequest
-from .forms import filled, settings_of
+from .forms import form_values, settings_of
 
 __all__ = ["ROWS", "Form", "Line", "recall", "remember"]
 
@@ -95,7 +95,7 @@ class Form:
             preserve,
             request.method,
             request.preset,
-            filled(get(request.method), request.preset, request.settings),
+            form_values(get(request.method), request.preset, request.settings),
             request.strength,
             str(request.seed),
         )

@@ -21,11 +21,11 @@ from ..files.safetensors_io import read_metadata, read_safetensors, write_safete
 from ..files.writing import check_folder, make_folder, write_bytes, write_json
 from ..formats import kohya
 from ..patch.patch import Patch
-from .errors import Missing
+from .errors import NotFoundError
 from .preview import bars, png
-from .summaries import about_patch, concepts_in
+from .summaries import concept_names, patch_summary
 
-__all__ = ["PRECISIONS", "Entry", "Library"]
+__all__ = ["PRECISIONS", "Entry", "PatchLibrary"]
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 FAMILIES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
@@ -51,9 +51,9 @@ class Entry:
     @property
     def concepts(self) -> list[str]:
         """What it forgets; for one that was put together, what its parts forget."""
-        found = concepts_in(self.metadata)
+        found = concept_names(self.metadata)
         if not found:
-            found = [name for part in _parts(self.metadata) for name in concepts_in(part)]
+            found = [name for part in _parts(self.metadata) for name in concept_names(part)]
         return list(dict.fromkeys(found))
 
     @property
@@ -100,7 +100,7 @@ def _beside(path: Path, end: str) -> Path:
     return path.with_name(path.stem + end)
 
 
-class Library:
+class PatchLibrary:
     """The patches below ``folder()``, which is asked for each time: a webui may change it."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:
@@ -120,10 +120,10 @@ class Library:
         return [entry.name for entry in self.entries()]
 
     def find(self, name: str) -> Entry:
-        """The patch of this name. Raises :class:`Missing` where there is none, :class:`RequestError` for several."""
+        """The patch of this name. Raises :class:`NotFoundError` for none, :class:`RequestError` for several."""
         found = [entry for entry in self.entries() if entry.name == name]
         if not found:
-            raise Missing(
+            raise NotFoundError(
                 f"There is no patch '{name[:120]}' in the Lora folder: its name is that of its file, without "
                 "folder and ending."
             )
@@ -145,7 +145,7 @@ class Library:
             "layers": len(patch),
             "rank": patch.rank,
             "precision": str(next(iter(patch.factors.values())).up.dtype).removeprefix("torch."),
-            "words": about_patch(patch),
+            "words": patch_summary(patch),
             "metadata": dict(entry.metadata),
         }
 
@@ -249,7 +249,7 @@ class Library:
             lines.append(f"cut from rank {whole.rank} to {cut.rank}: {_held(whole, cut):.1%} of the edit is held")
             whole = cut
         entry = self.save(whole, name, folder, precision)
-        return entry, "\n".join([about_patch(whole), *lines])
+        return entry, "\n".join([patch_summary(whole), *lines])
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ def _card(patch: Patch, concepts: Sequence[str]) -> dict[str, Any]:
         "sd version": FAMILIES.get(family, "SD1"),
         "activation text": "",
         "preferred weight": 1.0,
-        "notes": about_patch(patch),
+        "notes": patch_summary(patch),
     }
 
 

@@ -7,24 +7,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ForgetConceptError, PatchError, RequestError
-from .errors import Missing
-from .evaluate_job import Evaluating, Reports
-from .forget_job import Forgetting, check_strength
-from .host_interface import Active, Host
+from .errors import NotFoundError
+from .evaluate_job import EvaluateJob, Reports
+from .forget_job import ForgetJob, check_strength
+from .host_interface import ActivePatch, Host
 from .jobs import Job, Jobs
 from .options import Settings
-from .patch_library import Entry, Library
+from .patch_library import Entry, PatchLibrary
 
-__all__ = ["Desk", "desk_of"]
+__all__ = ["PatchStore", "patch_store_of"]
 
 
-class Desk:
+class PatchStore:
     """What can be asked of this extension; every error is a :class:`ForgetConceptError` in words."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.jobs = Jobs(host)
-        self.library = Library(host.lora_folder)
+        self.library = PatchLibrary(host.lora_folder)
         self.reports = Reports(host)
 
     @property
@@ -33,7 +33,7 @@ class Desk:
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def forget(self, asked: Forgetting, done: Callable[[], None] = lambda: None) -> Job:
+    def forget(self, asked: ForgetJob, done: Callable[[], None] = lambda: None) -> Job:
         """Begin to forget. ``done`` is called once the job no longer needs its pictures. Raises in words."""
         self.jobs.check_free()
         asked.check(self.host, self.library)
@@ -46,7 +46,7 @@ class Desk:
 
         return self.jobs.start("forget", asked.title, work, lambda made: asked.finish(self.host, self.library, made))
 
-    def evaluate(self, asked: Evaluating) -> Job:
+    def evaluate(self, asked: EvaluateJob) -> Job:
         """Begin to measure a patch. Raises in words."""
         self.jobs.check_free()
         asked.check(self.host, self.library, self.reports)
@@ -59,7 +59,7 @@ class Desk:
 
     # -- patches -------------------------------------------------------------------------------------------------
 
-    def active(self) -> list[Active]:
+    def active(self) -> list[ActivePatch]:
         """What is in the loaded model's weights."""
         return self.host.active()
 
@@ -73,7 +73,7 @@ class Desk:
     def remove(self, name: str) -> None:
         """Take a patch out of the loaded model."""
         if name not in [one.name for one in self.active()]:
-            raise Missing(f"The patch '{name[:120]}' is not in the loaded model.")
+            raise NotFoundError(f"The patch '{name[:120]}' is not in the loaded model.")
         self.jobs.check_free()
         self.host.remove(name)
 
@@ -116,13 +116,13 @@ class Desk:
             return []
 
 
-_DESKS: dict[Host, Desk] = {}
+_DESKS: dict[Host, PatchStore] = {}
 _LOCK = threading.Lock()
 
 
-def desk_of(host: Host) -> Desk:
+def patch_store_of(host: Host) -> PatchStore:
     """The one desk of a webui: the tab and the routes see the same jobs."""
     with _LOCK:
         if host not in _DESKS:
-            _DESKS[host] = Desk(host)
+            _DESKS[host] = PatchStore(host)
         return _DESKS[host]

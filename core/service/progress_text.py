@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..progress import ProgressEvent
 
-__all__ = ["Story", "clock_time"]
+__all__ = ["ProgressText", "clock_time"]
 
 
 def clock_time(seconds: float) -> str:
@@ -18,7 +18,7 @@ def clock_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-class Story:
+class ProgressText:
     """Long work as a line of text at a time: what is done, which step, the loss, how long it will take."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

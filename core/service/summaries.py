@@ -6,19 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ..errors import PatchError, listed
-from ..patch.history import Record, read_record
+from ..patch.history import HistoryRecord, read_history
 from ..patch.patch import Patch
 from ..request.concept import Concept
 from ..request.request import ForgetRequest
 
 __all__ = [
-    "about_patch",
-    "base_words",
-    "concepts_in",
-    "history_words",
+    "base_model_summary",
+    "concept_names",
+    "fit_summary",
+    "history_summary",
     "last_request",
-    "report",
-    "share_words",
+    "patch_summary",
+    "surviving_share_summary",
 ]
 
 _PREFIX = "forget_concept."
@@ -35,7 +35,7 @@ def _concept(concept: Concept) -> str:
     return f"{concept.name} ({concept.kind}){instead}"
 
 
-def report(request: ForgetRequest, patch: Patch, seconds: float, title: str, notes: Sequence[str] = ()) -> str:
+def fit_summary(request: ForgetRequest, patch: Patch, seconds: float, title: str, notes: Sequence[str] = ()) -> str:
     """What was done, in lines to read."""
     lines = [f"forgotten: {_concept(concept)}" for concept in request.concepts[:_MANY]]
     if (more := len(request.concepts) - _MANY) > 0:
@@ -54,7 +54,7 @@ def report(request: ForgetRequest, patch: Patch, seconds: float, title: str, not
     return "\n".join(lines)
 
 
-def share_words(share: tuple[float, str] | None) -> list[str]:
+def surviving_share_summary(share: tuple[float, str] | None) -> list[str]:
     """How much of the edit the host's weights keep, and a warning below a half; nothing where it is not measured."""
     if share is None:
         return []
@@ -68,7 +68,7 @@ def share_words(share: tuple[float, str] | None) -> list[str]:
     return lines
 
 
-def base_words(metadata: Mapping[str, str], own: str) -> str:
+def base_model_summary(metadata: Mapping[str, str], own: str) -> str:
     """Whether a patch was made on the model with the hash ``own``."""
     found = {(part.get(_PREFIX + "base_model"), part.get(_PREFIX + "base_name")) for part in _made_of(metadata)}
     if len(found) > 1:
@@ -81,7 +81,7 @@ def base_words(metadata: Mapping[str, str], own: str) -> str:
     return f"it was made on another model of this kind (or with LoRAs on): {name or 'unknown'} {made_on[:12]}"
 
 
-def about_patch(patch: Patch) -> str:
+def patch_summary(patch: Patch) -> str:
     """What a patch is and what made it, in lines to read."""
     about = {key.removeprefix(_PREFIX): text for key, text in patch.metadata.items() if key.startswith(_PREFIX)}
     shapes = sorted({factor.shape for factor in patch.factors.values()})
@@ -121,16 +121,16 @@ def _requests(metadata: Mapping[str, str]) -> list[str]:
     if _PREFIX + "parts" in metadata and _PREFIX + "history" not in metadata:
         return _combined(metadata[_PREFIX + "parts"])
     try:
-        record = read_record(metadata)
+        record = read_history(metadata)
     except PatchError as error:
         return [str(error)]
-    return history_words(record)
+    return history_summary(record)
 
 
 def last_request(patch: Patch) -> str:
     """The request that made a patch, the last of several, as JSON; empty where the patch does not say."""
     try:
-        return read_record(patch.metadata).asked[-1].request.to_json(indent=2)
+        return read_history(patch.metadata).asked[-1].request.to_json(indent=2)
     except PatchError:
         return ""
 
@@ -143,14 +143,14 @@ def _combined(text: str) -> list[str]:
     lines = []
     for strength, metadata in parts:
         try:
-            names = ", ".join(concept.name for concept in read_record(metadata).concepts)
+            names = ", ".join(concept.name for concept in read_history(metadata).concepts)
         except PatchError:
             names = "a patch that does not say what it forgets"
         lines.append(f"part at strength {strength:g}: {names}")
     return lines
 
 
-def history_words(record: Record) -> list[str]:
+def history_summary(record: HistoryRecord) -> list[str]:
     """A line a request, in the order asked."""
     lines = []
     for one in record.asked:
@@ -170,7 +170,7 @@ def history_words(record: Record) -> list[str]:
     return lines
 
 
-def concepts_in(metadata: Mapping[str, str]) -> list[str]:
+def concept_names(metadata: Mapping[str, str]) -> list[str]:
     """What a patch says that it forgets, each concept once; nothing for other programs' files."""
     try:
         found = json.loads(metadata.get(_PREFIX + "concepts", "[]"))

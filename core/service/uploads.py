@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ..errors import RequestError
 
-__all__ = ["MOST_BYTES", "MOST_IMAGES", "Uploads"]
+__all__ = ["MAX_BYTES", "MAX_IMAGES", "Uploads"]
 
-MOST_IMAGES = 100
-MOST_BYTES = 8 * 2**20
-MOST_PIXELS = 40_000_000
+MAX_IMAGES = 100
+MAX_BYTES = 8 * 2**20
+MAX_PIXELS = 40_000_000
 _FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -27,8 +27,8 @@ class Uploads:
     def __init__(self, given: Mapping[int, Sequence[str]]) -> None:
         """Raises :class:`RequestError`, naming the picture, for what is no PNG, JPEG or WebP or too large."""
         count = sum(len(texts) for texts in given.values())
-        if count > MOST_IMAGES:
-            raise RequestError(f"There are {count} pictures, and at most {MOST_IMAGES} are taken.")
+        if count > MAX_IMAGES:
+            raise RequestError(f"There are {count} pictures, and at most {MAX_IMAGES} are taken.")
         self._folder = tempfile.TemporaryDirectory(prefix="forget-concept-") if count else None
         self.places: dict[int, list[str]] = {}
         try:
@@ -53,15 +53,15 @@ def _picture(text: str, name: str) -> tuple[bytes, str]:
     from PIL import Image, UnidentifiedImageError
 
     plain = _DATA_URL.sub("", text, count=1) if text.startswith("data:") else text
-    if len(plain) > MOST_BYTES * 4 // 3 + 4:
-        raise RequestError(f"{name} is too large: at most {MOST_BYTES // 2**20} MB each are taken.")
+    if len(plain) > MAX_BYTES * 4 // 3 + 4:
+        raise RequestError(f"{name} is too large: at most {MAX_BYTES // 2**20} MB each are taken.")
     try:
         data = base64.b64decode(plain, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{name} is not base64: {error}.") from error
     try:
         with Image.open(io.BytesIO(data), formats=tuple(_FORMATS)) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise RequestError(f"{name} has {image.width} × {image.height} pixels, which is too large.")
             image.load()
             return data, _FORMATS[image.format or "PNG"]

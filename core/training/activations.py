@@ -15,9 +15,17 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ForgetConceptError
 from ..models.unet import CrossAttentionSite, UNetSurvey
 
-__all__ = ["Kept", "Recorder", "SiteRecorder", "attention_map", "sampled", "site_map", "site_output"]
+__all__ = [
+    "ActivationCapture",
+    "CapturedProjection",
+    "SiteCapture",
+    "attention_map",
+    "cross_attention_map",
+    "cross_attention_output",
+    "sampled",
+]
 
-R = TypeVar("R", bound="Recorder")
+R = TypeVar("R", bound="ActivationCapture")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -26,7 +34,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CapturedProjection:
     """One side of one projection: its output, or with ``given`` its input; ``by_site`` holds the latest of each."""
 
     projection: str
@@ -40,13 +48,13 @@ class Kept:
         return keep
 
 
-class Recorder:
+class ActivationCapture:
     """A context manager that listens to projections of some sites, differentiable and host-agnostic.
 
     It works with every attention backend, and sees what adapters add if those were attached before.
     """
 
-    def __init__(self, sites: Iterable[CrossAttentionSite], kept: Sequence[Kept]) -> None:
+    def __init__(self, sites: Iterable[CrossAttentionSite], kept: Sequence[CapturedProjection]) -> None:
         self.sites, self.kept = tuple(sites), tuple(kept)
         self._hooks: list[RemovableHandle] = []
 
@@ -80,14 +88,14 @@ class Recorder:
                 raise ForgetConceptError(f"No forward pass has reached {site.name}: there is nothing of it to look at.")
 
 
-class SiteRecorder(Recorder):
+class SiteCapture(ActivationCapture):
     """Keeps every site's input and output of the latest forward pass.
 
     ``x[name]`` is what ``to_q`` is given and ``out[name]`` what ``to_out`` returns, both ``(batch, pixels, width)``.
     """
 
     def __init__(self, survey: UNetSurvey) -> None:
-        given, returned = Kept("to_q", given=True), Kept("to_out")
+        given, returned = CapturedProjection("to_q", given=True), CapturedProjection("to_out")
         super().__init__(survey.sites, (given, returned))
         self.x, self.out = given.by_site, returned.by_site
 
@@ -105,7 +113,7 @@ class SiteRecorder(Recorder):
         return [self.out[site.name] for site in self.sites]
 
 
-def site_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
+def cross_attention_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
     """A site's output ``(batch, pixels, width)`` for inputs ``x`` ``(batch, pixels, width)`` under ``context``.
 
     ``context`` is ``(batch, tokens, d)``. The projections are called as the UNet calls them, with whatever is attached.
@@ -118,7 +126,7 @@ def site_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
     return site.projection("to_out")(mixed.transpose(1, 2).flatten(2))
 
 
-def site_map(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
+def cross_attention_map(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
     """The site's attention map ``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``; see above."""
     return attention_map(site.projection("to_q")(x), site.projection("to_k")(context), site.heads)
 

@@ -16,7 +16,7 @@ from ..errors import ModelError
 from ..models.latent_diffusion import LatentDiffusion
 from ..patch.low_rank import LowRank
 from ..patch.patch import Patch
-from .gradients import blind_projection
+from .gradients import null_space_projection
 
 __all__ = ["Deltas", "Trainable"]
 Shown = Literal["base", "earlier", "now"]
@@ -37,8 +37,8 @@ class Deltas:
     ``generator``, uniform within ``1/√d_in``) and ``up`` at zero; with ``rank=None`` the dense delta starts at zero:
     either way nothing is changed yet. Parameters are fp32 on the layer's device.
 
-    ``earlier`` is what earlier requests left: it is added as well, and stays as it is. ``blind`` gives, for some keys,
-    orthonormal columns ``(d_in, n)``: directions of the input that the trained change must not react to.
+    ``earlier`` is what earlier requests left: it is added as well, and stays as it is. ``null_space`` gives, for some
+    keys, orthonormal columns ``(d_in, n)``: directions of the input that the trained change must not react to.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Deltas:
         rank: int | None,
         generator: torch.Generator,
         earlier: Patch | None = None,
-        blind: Mapping[str, Tensor] | None = None,
+        null_space: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.rank = rank
         self.keys = tuple(keys)
@@ -63,7 +63,7 @@ class Deltas:
         self._linears = {key: model.survey.linear(key) for key in dict.fromkeys([*self.keys, *frozen])}
         device = {key: linear.weight.device for key, linear in self._linears.items()}
         self._earlier = {key: factor.to(device[key], torch.float32) for key, factor in frozen.items()}
-        self._blind = {key: basis.to(device[key], torch.float32) for key, basis in (blind or {}).items()}
+        self._blind = {key: basis.to(device[key], torch.float32) for key, basis in (null_space or {}).items()}
         for key in self.keys:
             d_out, d_in = self._linears[key].weight.shape
             if rank is None:
@@ -97,7 +97,7 @@ class Deltas:
             self.shown = before
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        parts, earlier, blind = self._parts.get(key), self._earlier.get(key), self._blind.get(key)
+        parts, earlier, null_space = self._parts.get(key), self._earlier.get(key), self._blind.get(key)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self.shown == "base":
@@ -107,8 +107,8 @@ class Deltas:
                 output = output + F.linear(F.linear(x, earlier.down), earlier.up).to(output.dtype)
             if parts is None or self.shown == "earlier":
                 return output
-            if blind is not None:
-                x = blind_projection(x, blind)
+            if null_space is not None:
+                x = null_space_projection(x, null_space)
             for part in reversed(parts):
                 x = F.linear(x, part)
             return output + x.to(output.dtype)
@@ -120,8 +120,8 @@ class Deltas:
 
     def delta(self, key: str) -> Tensor:
         """The trained change of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
-        parts, blind = self._parts[key], self._blind.get(key)
-        seeing = parts[-1] if blind is None else blind_projection(parts[-1], blind)
+        parts, null_space = self._parts[key], self._blind.get(key)
+        seeing = parts[-1] if null_space is None else null_space_projection(parts[-1], null_space)
         return seeing if len(parts) == 1 else parts[0] @ seeing
 
     def factors(self, max_rank: int | None = None) -> dict[str, LowRank]:
@@ -131,9 +131,9 @@ class Deltas:
         """
         found = {}
         for key, parts in self._parts.items():
-            seeing, blind = parts[-1].detach(), self._blind.get(key)
-            if blind is not None:
-                seeing = blind_projection(seeing, blind)
+            seeing, null_space = parts[-1].detach(), self._blind.get(key)
+            if null_space is not None:
+                seeing = null_space_projection(seeing, null_space)
             seeing = seeing.cpu()
             factor = LowRank(parts[0].detach().cpu().clone(), seeing.clone()) if len(parts) == 2 else _exact(seeing)
             found[key] = factor if max_rank is None or factor.rank <= max_rank else factor.truncated(max_rank)

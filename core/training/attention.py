@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ..errors import ForgetConceptError, TokenError
 from ..models.unet import CrossAttentionSite, UNetSurvey
-from .activations import Kept, Recorder, split_heads
+from .activations import ActivationCapture, CapturedProjection, split_heads
 
-__all__ = ["AttentionRecorder", "attention_mass", "attention_mass_reference", "split_heads", "token_mask"]
+__all__ = ["AttentionCapture", "attention_mass", "attention_mass_reference", "split_heads", "token_mask"]
 
 
 def token_mask(positions: Sequence[Sequence[int]], tokens: int, device: torch.device | str = "cpu") -> Tensor:
@@ -81,14 +81,14 @@ def attention_mass(
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :columns]
 
 
-class AttentionRecorder(Recorder):
+class AttentionCapture(ActivationCapture):
     """Keeps every site's queries and keys of the latest forward pass.
 
     ``q[name]`` is ``(batch, pixels, heads · d)``, ``k[name]`` likewise with tokens.
     """
 
     def __init__(self, survey: UNetSurvey, sites: Sequence[CrossAttentionSite] | None = None) -> None:
-        queries, keys = Kept("to_q"), Kept("to_k")
+        queries, keys = CapturedProjection("to_q"), CapturedProjection("to_k")
         super().__init__(survey.sites if sites is None else sites, (queries, keys))
         self.q, self.k = queries.by_site, keys.by_site
 

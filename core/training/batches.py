@@ -21,10 +21,10 @@ from ..models.token_positions import end_position, token_positions
 from ..progress import Progress
 from ..request.concept import Concept
 
-__all__ = ["KEPT", "Material", "Noised", "Sampling", "TargetPrompt", "target_prompt"]
+__all__ = ["RETAIN_POOL", "BatchSampler", "GenerationSettings", "Noised", "TargetPrompt", "target_prompt"]
 
 # the pool of pictures that belong to no concept to be forgotten
-KEPT = ""
+RETAIN_POOL = ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TargetPrompt:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class GenerationSettings:
     """How a method's own pictures are made by the model as it is."""
 
     steps: int
@@ -68,11 +68,11 @@ def target_prompt(
     return TargetPrompt(concept.name, text, tuple([*positions, end] if include_end else positions), instead)
 
 
-class Material:
+class BatchSampler:
     """Prompts to forget (``targets``), to keep (``kept``, the empty one first) and of what is forgotten already
     (``earlier``), and pools of pictures by name.
 
-    A pool is named after its concept, :data:`KEPT` is that of everything else; where there is none, ``x_0`` is zero.
+    A pool is named after its concept, :data:`RETAIN_POOL` is that of everything else; without one, ``x_0`` is zero.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Material:
         kept: Sequence[str],
         generator: torch.Generator,
         batch_size: int,
-        sampling: Sampling,
+        sampling: GenerationSettings,
         workspace: Workspace | None = None,
         earlier: Sequence[str] = (),
     ) -> None:
@@ -117,7 +117,7 @@ class Material:
         """The next prompts to forget, in shuffled rounds, so that no concept waits long for its turn."""
         return [self.targets[i] for i in self._next(self._turn, len(self.targets), count or self.batch_size)]
 
-    def next_kept(self, count: int | None = None) -> list[str]:
+    def next_retain(self, count: int | None = None) -> list[str]:
         """The next prompts to keep: the empty one in every batch, the others in shuffled rounds."""
         count = count or self.batch_size
         if not self.kept:

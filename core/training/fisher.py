@@ -42,8 +42,8 @@ from ..errors import ModelError, RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextStates
-from ..progress import Progress, ProgressEvent, report
-from .frozen import borrowed
+from ..progress import Progress, ProgressEvent, report_progress
+from .frozen import frozen
 
 __all__ = ["ESTIMATORS", "Fisher", "FisherSettings", "FisherSum", "fisher_information", "fisher_key", "square_of_sum"]
 
@@ -161,7 +161,7 @@ class FisherSum:
         size = self.settings.batch if exact else self.settings.batch // 2 * 2
         # half precision has no room for the gradient of a mean: scaled up, and down again where that is too much
         self._scale = float(2**14) if self.model.dtype == torch.float16 else 1.0
-        with borrowed(self.model.unet):
+        with frozen(self.model.unet):
             totals = {key: torch.zeros_like(total) for key, total in self._sums.items()}
             spread = {} if exact else {key: torch.zeros_like(total) for key, total in self._sums.items()}
             latent, hidden, pooled = latent.clone(), states.hidden.clone(), states.pooled
@@ -383,7 +383,9 @@ def fisher_information(
             total.add(latent, states)
             if total.count % _SAVE_EVERY == 0:
                 keep()
-            report(progress, ProgressEvent(total.count, settings.samples, message="measuring Fisher information"))
+            report_progress(
+                progress, ProgressEvent(total.count, settings.samples, message="measuring Fisher information")
+            )
     finally:  # cancelled or broken off: what was done is kept
         keep()
     return total.result()

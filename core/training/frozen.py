@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["borrowed"]
+__all__ = ["frozen"]
 
 
 @contextmanager
-def borrowed(*modules: nn.Module) -> Iterator[None]:
+def frozen(*modules: nn.Module) -> Iterator[None]:
     """Modules frozen and in evaluation mode for the length of a ``with`` block; every flag is given back as it was.
 
     Gradients are on inside, even where a host has turned them off (ComfyUI runs everything in inference mode).

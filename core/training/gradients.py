@@ -2,8 +2,8 @@
 
 :func:`restricted_gradient` takes out of each gradient what works against the other (arXiv 2412.07808).
 :func:`project_step` does so to the step an optimiser is about to take, since momentum, weight decay and Adam's scaling
-undo what holds for the gradient. :func:`blind_projection` keeps a change from acting on chosen input directions at
-all, and :func:`kept_basis` finds those of what is to be kept (arXiv 2103.09762, 2511.07970).
+undo what holds for the gradient. :func:`null_space_projection` keeps a change from acting on chosen input directions at
+all, and :func:`retain_basis` finds those of what is to be kept (arXiv 2103.09762, 2511.07970).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = [
     "Gradients",
     "InnerProducts",
     "ProjectedStep",
-    "blind_projection",
     "inner_products",
-    "kept_basis",
+    "null_space_projection",
     "project_step",
     "restricted_gradient",
+    "retain_basis",
 ]
 
 # one a parameter, on any devices; None where a loss does not depend on it, which counts as zero
@@ -166,11 +166,11 @@ def project_step(step: Sequence[Tensor], forget: Gradients, retain: Gradients, m
     return ProjectedStep(moved, of_forget, of_retain)
 
 
-def blind_projection(x: Tensor, basis: Tensor) -> Tensor:
+def null_space_projection(x: Tensor, basis: Tensor) -> Tensor:
     """``x − (x B) Bᵀ``: a change that no input in the span of ``B`` can feel; differentiable.
 
     ``x`` is ``(..., d_in)``, a delta ``(d_out, d_in)`` or a LoRA's ``down`` ``(r, d_in)``; ``basis`` is ``(d_in, n)``
-    with orthonormal columns (:func:`kept_basis`). To project the change itself holds under any optimiser; projecting
+    with orthonormal columns (:func:`retain_basis`). To project the change itself holds under any optimiser; projecting
     its gradient, as arXiv 2511.07970 (CUIG) does for K and V, holds under plain descent only *(reading)*. Raises
     :class:`ForgetConceptError` where the shapes do not fit.
     """
@@ -182,7 +182,7 @@ def blind_projection(x: Tensor, basis: Tensor) -> Tensor:
     return x - (x @ basis) @ basis.T
 
 
-def kept_basis(states: Tensor, energy: float = 0.99, max_rank: int | None = None) -> Tensor:
+def retain_basis(states: Tensor, energy: float = 0.99, max_rank: int | None = None) -> Tensor:
     """The leading directions of the states to keep, ``(d, r)`` with orthonormal columns, strongest first.
 
     ``states`` is ``(n, d)``, one input a row (text states for K and V; each once, or its direction weighs more). ``r``

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..errors import Cancelled, ForgetConceptError, RequestError
 from ..files.workspace import Workspace
 from ..models.latent_diffusion import LatentDiffusion
-from ..progress import Progress, ProgressEvent, report
+from ..progress import Progress, ProgressEvent, report_progress
 from .adapters import Trainable
-from .frozen import borrowed
+from .frozen import frozen
 from .gradients import project_step, restricted_gradient
 
 __all__ = [
@@ -129,7 +129,7 @@ def train(
     """
     optimiser = _optimiser(deltas.parameters(), settings)
     told: list[dict[str, float]] = []
-    with borrowed(model.unet), deltas.attached():
+    with frozen(model.unet), deltas.attached():
         done = _restored(checkpoint, deltas, optimiser, objective)
         kept = objective.state() if checkpoint else {}
         try:
@@ -143,7 +143,7 @@ def train(
                     kept = objective.state()
                     if step % checkpoint.every == 0 and step < settings.steps:
                         _save(checkpoint, deltas, optimiser, kept, done)
-                report(progress, ProgressEvent(step, settings.steps, value, terms, message))
+                report_progress(progress, ProgressEvent(step, settings.steps, value, terms, message))
         except BaseException:
             if checkpoint is not None and done > 0:
                 _save(checkpoint, deltas, optimiser, kept, done)

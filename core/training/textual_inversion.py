@@ -24,7 +24,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import CLIPText, TextStates
 from ..models.token_positions import end_position
 from ..progress import Progress
-from .frozen import borrowed
+from .frozen import frozen
 from .loop import Checkpoint, Term, Terms, TrainingSettings, train
 from .losses import noise_matching
 
@@ -207,7 +207,7 @@ def invert(
             return found["vectors"]
     generator = torch.Generator("cpu").manual_seed(seed)
     # what is made here must not be made in a host's inference mode, or it could not take part in a gradient
-    with borrowed(model.unet, encoder.model):
+    with frozen(model.unet, encoder.model):
         start = _start(encoder, settings, generator)
         vectors = _Vectors(start)
         train(

@@ -1,7 +1,7 @@
 """MODEL as the core's: lent out, surveyed, patched.
 
-The host keeps one loaded copy of a model's weights for all of its MODELs. :func:`borrowed` lends that copy out as a
-:class:`LatentDiffusion` that gradients may flow through, without copying it, and gives it back as it was.
+The host keeps one loaded copy of a model's weights for all of its MODELs. :func:`latent_diffusion` lends that copy out
+as a :class:`LatentDiffusion` that gradients may flow through, without copying it, and gives it back as it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ModelError, PatchError, listed
-from ...core.models.host_weights import LentDiffusion, check_channels, laundered
+from ...core.models.host_weights import HostLatentDiffusion, check_channels, detached_view
 from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
 from ...core.models.text_encoders import TextStates
 from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
@@ -27,7 +27,7 @@ from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
 from .text import HostText
 
-__all__ = ["borrowed", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
+__all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _UNET = "diffusion_model."
@@ -91,7 +91,7 @@ def surveyed(model: Any) -> UNetSurvey:
 
 
 @contextmanager
-def borrowed(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion]:
+def latent_diffusion(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion]:
     """MODEL, CLIP and VAE, loaded, as the core's model, under gradients; given back bit-identical however the block
     ends.
 
@@ -130,9 +130,9 @@ def borrowed(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(laundered(unet))
+        stack.enter_context(detached_view(unet))
         stack.enter_context(_effective(patcher, unet, dtype))
-        diffusion = LentDiffusion(
+        diffusion = HostLatentDiffusion(
             unet,
             text,
             alphas,

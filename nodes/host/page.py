@@ -14,7 +14,7 @@ from server import PromptServer
 
 from ...core.models.latent_diffusion import LatentDiffusion
 from ...core.progress import Progress, ProgressEvent
-from ...core.service.progress_text import Story
+from ...core.service.progress_text import ProgressText
 
 __all__ = ["Fading", "progress", "show_text", "workflow"]
 
@@ -30,7 +30,7 @@ def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
     """A core progress callback: bar, picture and text on the node; it raises the host's own exception once Cancel is
     pressed."""
     bar = comfy.utils.ProgressBar(1)
-    story = Story()
+    story = ProgressText()
     shown = 0.0
 
     def told(event: ProgressEvent) -> None:

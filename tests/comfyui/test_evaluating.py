@@ -106,7 +106,7 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
 ) -> None:
     """The same call on the diffusers model and the same patch gives the same counts: two hosts, one measure."""
     from forget_concept.core.evaluation import UNEDITED, Sampling
-    from forget_concept.core.evaluation.assess import Instruments, Measures, assess
+    from forget_concept.core.evaluation.assess import Evaluators, Measures, assess
     from forget_concept.core.formats import load_patch
 
     before = hashes(comfyui)
@@ -125,7 +125,7 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
     model, probe = embedded
     patch = load_patch(comfyui.folder / "models" / "loras" / f"{stem}_00001.safetensors", model.survey)
     measures = Measures(4, 3, (UNEDITED,), Sampling(6, model.guidance, precision="float32"))
-    alone = assess(model, Instruments.embedded(probe), [(patch, 1.0)], ["star"], measures)
+    alone = assess(model, Evaluators.embedded(probe), [(patch, 1.0)], ["star"], measures)
     (mine,), (theirs,) = alone.evaluations, found["evaluations"]
     assert theirs["scores"] == mine.as_dict()["scores"]
     assert theirs["drift"]["patched"] == pytest.approx(mine.drift["patched"], rel=0.05)

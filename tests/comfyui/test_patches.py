@@ -91,13 +91,13 @@ def test_a_settings_node_of_defaults_is_the_preset(comfyui: ComfyUI) -> None:
 
 def test_every_method_has_a_settings_node_with_only_its_own_fields(comfyui: ComfyUI) -> None:
     from forget_concept.core.methods.registry import all_methods
-    from forget_concept.core.service.forms import presets, widgets
+    from forget_concept.core.service.forms import form_fields, presets
     from forget_concept.nodes.fields import node_id
 
     info = comfyui.get("/object_info")
     for method in all_methods().values():
         known = info[node_id(method)]["input"]["required"]
-        assert list(known) == ["preset", *(widget.name for widget in widgets(method))]
+        assert list(known) == ["preset", *(widget.name for widget in form_fields(method))]
         assert known["preset"][1]["forget_concept_presets"] == json.loads(json.dumps(presets(method)))
         assert info[node_id(method)]["output"] == ["FORGET_SETTINGS"]
 

@@ -123,13 +123,13 @@ def test_the_list_holds_while_pictures_are_drawn(webui: WebUI, patches: list[str
 
 
 def test_training_sees_the_model_without_it(webui: WebUI, patches: list[str]) -> None:
-    bare = webui.probe("forget")
+    plain = webui.probe("forget")
     webui.draw(f"{PROMPT} <lora:no_heart:1>")
     webui.probe("apply", patch="no_star")
     before = webui.probe("state")
     again = webui.probe("forget")
     after = webui.probe("state")
-    assert (again["hash"], again["norm"]) == (bare["hash"], bare["norm"])
+    assert (again["hash"], again["norm"]) == (plain["hash"], plain["norm"])
     assert after == before
     assert names(webui.probe("active")) == [["no_star", 1.0, True]]
 

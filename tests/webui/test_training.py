@@ -140,7 +140,7 @@ def test_every_attention_optimisation(webui: WebUI) -> None:
 def test_what_the_last_picture_left_behind_plays_no_part(webui: WebUI) -> None:
     """LoRAs, hypernetworks, tiling and a clip skip of the settings."""
     webui.draw(PROMPT)
-    bare = webui.probe("compare")["latents"]
+    plain = webui.probe("compare")["latents"]
     webui.probe("forget", name="left_behind", concepts=[["moon", "circle"]], preserve=["star"])
     typed = webui.draw(f"{PROMPT} <lora:left_behind:1>", tiling=True)
     if webui.kind == "webui":  # Forge has none
@@ -149,7 +149,7 @@ def test_what_the_last_picture_left_behind_plays_no_part(webui: WebUI) -> None:
         before = webui.probe("state")
         assert before["networks"] == ["left_behind"]
         assert before["hypernetworks"] == (webui.kind == "webui")
-        assert webui.probe("compare")["latents"] == bare
+        assert webui.probe("compare")["latents"] == plain
         assert webui.probe("state") == before
     finally:
         webui.probe("hypernetwork", on=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .budget import BUDGETS, AttackBudget, Spent, attack_budget
-from .context import Found, Ground
+from .context import AttackContext, Found
 from .judge import ProbeJudge, SuccessJudge
 from .result import AttackReport, AttackResult, PromptSuccess
 from .run import ATTACKS, WHITE_BOX, run_attacks
@@ -14,10 +14,10 @@ __all__ = [
     "BUDGETS",
     "WHITE_BOX",
     "AttackBudget",
+    "AttackContext",
     "AttackReport",
     "AttackResult",
     "Found",
-    "Ground",
     "ProbeJudge",
     "PromptSuccess",
     "Spent",

@@ -18,13 +18,13 @@ from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...patch.patch import Patch
 from ...progress import Progress
-from ..drawing import Picture, Sampling, Variant, draw, from_bytes, patched
+from ..drawing import Picture, SamplingSettings, Variant, draw, from_bytes, patched
 from ..scores import seed_of
 from .budget import AttackBudget
 from .judge import SuccessJudge
 from .target import Target
 
-__all__ = ["Found", "Ground", "example_latents", "with_hash_of"]
+__all__ = ["AttackContext", "Found", "example_latents", "with_hash_of"]
 
 ROUNDS = 3
 
@@ -56,7 +56,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
+class AttackContext:
     """One model under attack: ``model`` itself is unchanged, :meth:`edited` puts ``variant``'s patches on for a while.
 
     ``latents`` ``(m, 4, h, w)`` are of pictures that show the concept.
@@ -68,7 +68,7 @@ class Ground:
     judge: SuccessJudge
     latents: Tensor
     budget: AttackBudget
-    sampling: Sampling
+    sampling: SamplingSettings
     seed: int
     workspace: Workspace | None = None
 
@@ -105,7 +105,7 @@ def example_latents(
     target: Target,
     judge: SuccessJudge,
     count: int,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     seed: int = 0,
     workspace: Workspace | None = None,
     progress: Progress | None = None,
@@ -133,7 +133,7 @@ def _drawn(
     target: Target,
     judge: SuccessJudge,
     count: int,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     seed: int,
     workspace: Workspace | None,
     progress: Progress | None,

@@ -19,10 +19,10 @@ from ...files.workspace import key_of
 from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...models.token_positions import end_position
-from ...progress import Progress, ProgressEvent, report
-from ...training.frozen import borrowed
+from ...progress import Progress, ProgressEvent, report_progress
+from ...training.frozen import frozen
 from ...training.textual_inversion import PLACEHOLDER, InvertedText
-from .context import Found, Ground
+from .context import AttackContext, Found
 from .denoising import NoisedRows, denoising_losses, noised_rows
 
 __all__ = ["Prefixes", "discrete"]
@@ -71,7 +71,7 @@ class Prefixes:
         )
 
 
-def discrete(ground: Ground, progress: Progress | None = None) -> Found:
+def discrete(ground: AttackContext, progress: Progress | None = None) -> Found:
     """Words before the target's prompts. Raises :class:`ModelError` for an encoder without gradients and
     :class:`TokenError` for prompts that are cut off."""
     encoder, budget = ground.clip, ground.budget
@@ -83,7 +83,7 @@ def discrete(ground: Ground, progress: Progress | None = None) -> Found:
     known = None if ground.workspace is None else ground.workspace.load("attack", key)
     if known is None:
         generator = torch.Generator("cpu").manual_seed(ground.seed)
-        with ground.edited(), borrowed(ground.model.unet, encoder.model):
+        with ground.edited(), frozen(ground.model.unet, encoder.model):
             rows = noised_rows(ground.model, ground.latents, budget.rows, generator)
             search = _Search(ground.model, encoder, prefixes, rows, generator)
             search.run(budget.tokens, budget.rounds, budget.candidates, budget.likely, progress)
@@ -135,7 +135,7 @@ class _Search:
                 if losses[best] < self.losses[-1]:
                     self.ids, ranked = some[best], None
                     self.losses.append(losses[best])
-            report(progress, ProgressEvent(turn, rounds, self.losses[-1], message="searching for words"))
+            report_progress(progress, ProgressEvent(turn, rounds, self.losses[-1], message="searching for words"))
 
     def _start(self, tokens: int) -> list[int]:
         for _ in range(100):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ...errors import RequestError
 from ...models.text_encoders import TextEncoder
 from ...progress import Progress
-from .context import Found, Ground
+from .context import AttackContext, Found
 from .target import Target, with_name
 
 __all__ = ["LOOKALIKES", "homoglyphs", "other_spellings", "plain", "spellings"]
@@ -104,7 +104,7 @@ def other_spellings(encoder: TextEncoder, target: Target) -> tuple[str, ...]:
     return tuple(found)
 
 
-def homoglyphs(ground: Ground, progress: Progress | None = None) -> Found:
+def homoglyphs(ground: AttackContext, progress: Progress | None = None) -> Found:
     """The other spellings as they are. Raises :class:`RequestError` where the text encoder knows none."""
     found = other_spellings(ground.model.text, ground.target)
     if not found:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from ...progress import Progress
 from ...request.concept import templates
 from ...training.textual_inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
-from .context import Found, Ground
+from .context import AttackContext, Found
 
 __all__ = ["inversion_recall"]
 
 
-def inversion_recall(ground: Ground, progress: Progress | None = None) -> Found:
+def inversion_recall(ground: AttackContext, progress: Progress | None = None) -> Found:
     """Vectors in place of the name, in the templates of the concept's kind. Raises as :func:`invert`."""
     _ = ground.clip
     budget = ground.budget

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ...errors import RequestError
 from ...progress import Progress
-from .context import Found, Ground
+from .context import AttackContext, Found
 
 __all__ = ["rephrased"]
 
 
-def rephrased(ground: Ground, progress: Progress | None = None) -> Found:
+def rephrased(ground: AttackContext, progress: Progress | None = None) -> Found:
     """The target's paraphrases as they are. Raises :class:`RequestError` where there are none."""
     if not ground.target.paraphrases:
         raise RequestError(f"No paraphrases of '{ground.target.concept.name}' were given to attack with.")

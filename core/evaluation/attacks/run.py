@@ -15,12 +15,12 @@ from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...models.token_positions import end_position
 from ...patch.patch import Patch
-from ...progress import Progress, ProgressEvent, report
-from ..drawing import Picture, Sampling, Variant, draw, from_bytes
+from ...progress import Progress, ProgressEvent, report_progress
+from ..drawing import Picture, SamplingSettings, Variant, draw, from_bytes
 from ..intervals import Score
 from ..scores import seed_of
 from .budget import AttackBudget, Spent, attack_budget
-from .context import Found, Ground, example_latents, with_hash_of
+from .context import AttackContext, Found, example_latents, with_hash_of
 from .discrete import discrete
 from .homoglyphs import homoglyphs, other_spellings
 from .inversion_recall import inversion_recall
@@ -32,7 +32,7 @@ from .target import Target
 
 __all__ = ["ATTACKS", "WHITE_BOX", "Search", "run_attacks"]
 
-Search = Callable[[Ground, Progress | None], Found]
+Search = Callable[[AttackContext, Progress | None], Found]
 ATTACKS: dict[str, Search] = {
     "rephrased": rephrased,
     "homoglyphs": homoglyphs,
@@ -55,7 +55,7 @@ def run_attacks(
     attacks: Sequence[str] | None = None,
     images: Tensor | None = None,
     before: bool = True,
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     workspace: Workspace | None = None,
     progress: Progress | None = None,
 ) -> AttackReport:
@@ -77,7 +77,7 @@ def run_attacks(
     for patch, _ in variant.patches:
         patch.check_fits(model.survey)
     chosen, left_out = _chosen(model, target, attacks)
-    sampling = (sampling or Sampling()).resolved(model)
+    sampling = (sampling or SamplingSettings()).resolved(model)
     if any(name in WHITE_BOX for name in chosen):
         examples, cost = budget.examples, 2 * sampling.steps * budget.examples
     else:
@@ -92,7 +92,7 @@ def run_attacks(
     if examples:
         with meter.part(cost, f"drawing pictures of {target.concept.name}") as inner:
             latents = example_latents(model, target, judge, budget.examples, sampling, seed, workspace, inner, images)
-    plain = Ground(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
+    plain = AttackContext(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in chosen}
     for on, which in sides:
         ground = replace(plain, model=with_hash_of(model, on.patches), variant=on)
@@ -161,7 +161,7 @@ def _search_cost(name: str, budget: AttackBudget) -> int:
     return 3 * budget.steps * budget.batch if name in WHITE_BOX else 0
 
 
-def _cost(name: str, budget: AttackBudget, sampling: Sampling, prompts: int) -> int:
+def _cost(name: str, budget: AttackBudget, sampling: SamplingSettings, prompts: int) -> int:
     chosen = prompts * budget.trials if prompts > budget.strongest else 0
     return _search_cost(name, budget) + 2 * sampling.steps * (chosen + budget.pictures)
 
@@ -178,7 +178,7 @@ class _Meter:
 
         def inner(event: ProgressEvent) -> None:
             step = start + cost * min(event.step, event.total) // max(event.total, 1)
-            report(self.progress, ProgressEvent(step, self.total, event.loss, event.terms, message))
+            report_progress(self.progress, ProgressEvent(step, self.total, event.loss, event.terms, message))
 
         inner(ProgressEvent(0, 1))
         yield inner
@@ -197,7 +197,7 @@ class _Outcome:
     losses: tuple[float, ...]
 
 
-def _tried(ground: Ground, found: Found, progress: Progress) -> _Outcome:
+def _tried(ground: AttackContext, found: Found, progress: Progress) -> _Outcome:
     """Choose the strongest prompts by a few pictures of each, and measure them under other seeds."""
     budget, prompts = ground.budget, list(found.prompts)
     for prompt in prompts:
@@ -233,7 +233,12 @@ def _tried(ground: Ground, found: Found, progress: Progress) -> _Outcome:
 
 
 def _shown(
-    ground: Ground, model: LatentDiffusion, pictures: Sequence[Picture], progress: Progress, start: int, total: int
+    ground: AttackContext,
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    progress: Progress,
+    start: int,
+    total: int,
 ) -> list[bool]:
     """Whether the judge finds the concept in each; verdicts are kept in the work folder."""
     if not pictures:
@@ -252,7 +257,7 @@ def _shown(
     def inner(event: ProgressEvent) -> None:
         size = min(s.batch, len(pictures) - len(found))
         at = (start + len(found)) * event.total + size * event.step
-        report(progress, ProgressEvent(at, total * event.total))
+        report_progress(progress, ProgressEvent(at, total * event.total))
 
     for images in draw(model, pictures, ground.variant, s, inner):
         found += map(bool, ground.judge.shows(from_bytes(images)))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from ...progress import Progress
 from ...training.textual_inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
-from .context import Found, Ground
+from .context import AttackContext, Found
 
 __all__ = ["soft_prompt"]
 
 
-def soft_prompt(ground: Ground, progress: Progress | None = None) -> Found:
+def soft_prompt(ground: AttackContext, progress: Progress | None = None) -> Found:
     """Vectors before the target's prompts. Raises as :func:`invert`."""
     _ = ground.clip
     budget = ground.budget

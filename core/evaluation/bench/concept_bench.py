@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...errors import RequestError, listed
-from ...request.concept import KINDS, Concept, bare
+from ...request.concept import KINDS, Concept, canonical_phrase
 
 __all__ = [
     "BENCHES",
@@ -89,29 +89,29 @@ class ConceptBench:
     def __post_init__(self) -> None:
         by_name: dict[str, BenchConcept] = {}
         for concept in self.concepts:
-            if (key := bare(concept.name)) in by_name:
+            if (key := canonical_phrase(concept.name)) in by_name:
                 raise RequestError(f"The concept '{concept.name}' is in the benchmark twice: leave one of them out.")
             by_name[key] = concept
         object.__setattr__(self, "_by_name", by_name)
 
     def find(self, name: str) -> BenchConcept:
         """The concept of this name, whatever its case and article. Raises :class:`RequestError` listing those there."""
-        if (found := self._by_name.get(bare(name))) is None:
+        if (found := self._by_name.get(canonical_phrase(name))) is None:
             known = listed([concept.name for concept in self.concepts], 40)
             raise RequestError(f"'{self.name}' has no concept '{name}'; it has {known}.")
         return found
 
     def has(self, name: str) -> bool:
-        return bare(name) in self._by_name
+        return canonical_phrase(name) in self._by_name
 
     def names(self) -> dict[str, tuple[str, ...]]:
         """Everything named, by category: the concepts, then neighbours that are none themselves, each once."""
         found: dict[str, dict[str, str]] = {category: {} for category in KINDS}
         for concept in self.concepts:
-            found[concept.category].setdefault(bare(concept.name), concept.name)
+            found[concept.category].setdefault(canonical_phrase(concept.name), concept.name)
         for concept in self.concepts:
             for neighbour in concept.neighbours:
-                found[concept.category].setdefault(bare(neighbour), neighbour)
+                found[concept.category].setdefault(canonical_phrase(neighbour), neighbour)
         return {category: tuple(names.values()) for category, names in found.items() if names}
 
     def joined(self, other: ConceptBench) -> ConceptBench:
@@ -313,10 +313,10 @@ def _is_whole(value: object) -> bool:
 
 def _contradictions(concept: BenchConcept) -> Iterator[str]:
     """What the form allows and the sense does not."""
-    name, own = concept.name, bare(concept.name)
-    if concept.replacement is not None and bare(concept.replacement) == own:
+    name, own = concept.name, canonical_phrase(concept.name)
+    if concept.replacement is not None and canonical_phrase(concept.replacement) == own:
         yield f"The replacement of '{name}' is the concept itself: name something else, or nothing."
-    near = [bare(neighbour) for neighbour in concept.neighbours]
+    near = [canonical_phrase(neighbour) for neighbour in concept.neighbours]
     for neighbour, key in zip(concept.neighbours, near, strict=True):
         if key == own:
             yield f"'{name}' is among its own neighbours, which are to be kept."

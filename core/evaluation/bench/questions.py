@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import RequestError
 from ...mini.vocabulary import article
 from ...mini.world import Labels, Prompt
-from ...request.concept import KINDS, bare, normalised
+from ...request.concept import KINDS, canonical_phrase, normalized_phrase
 from ..scores import FEWEST, Cells, Question, seed_of
 from .concept_bench import PROMPT_KINDS, BenchConcept, ConceptBench, names_in, says
 from .prompt_lists import ListedPrompt
@@ -74,9 +74,9 @@ def bench_cells(
     # half of them of the one, half of the other, where there are two
     half = count // 2 if len(others) > 1 else 0
     other = asker.kept(others[0], count - half) + asker.kept(others[-1], half)
-    keys = {bare(neighbour) for neighbour in near}
+    keys = {canonical_phrase(neighbour) for neighbour in near}
     asked = dict.fromkeys(question.wanted for question in same)
-    return Cells(target, same, other, tuple(wanted for wanted in asked if bare(wanted) in keys))
+    return Cells(target, same, other, tuple(wanted for wanted in asked if canonical_phrase(wanted) in keys))
 
 
 class _Asker:
@@ -90,7 +90,7 @@ class _Asker:
     def check_known(self, name: str, category: str) -> str:
         """The name as the judge writes it. Raises :class:`RequestError` where the judge does not know it."""
         for known in self.names.get(category, ()):
-            if bare(known) == bare(name):
+            if canonical_phrase(known) == canonical_phrase(name):
                 return known
         raise RequestError(
             f"The judge knows no {category} '{name}', so it cannot be measured: use a benchmark of its own world."
@@ -139,9 +139,9 @@ class _Asker:
 
     def kept(self, category: str, count: int, near: Sequence[str] = ()) -> list[Question]:
         """``count`` questions evenly over the category's concepts and the neighbours ``near``."""
-        pools = {bare(one.name): self._of_concept(one) for one in self.concepts(category)}
+        pools = {canonical_phrase(one.name): self._of_concept(one) for one in self.concepts(category)}
         for neighbour in near:
-            pools.setdefault(bare(neighbour), self._of_neighbour(neighbour, category))
+            pools.setdefault(canonical_phrase(neighbour), self._of_neighbour(neighbour, category))
         if not pools:
             raise RequestError(
                 f"The benchmark has no other {category} that could be kept: give the concept neighbours, or put one of "
@@ -158,7 +158,7 @@ class _Asker:
                 yield self._question(text, concept.name, concept.category, kind, turn)
 
     def _of_neighbour(self, name: str, category: str) -> Iterator[Question]:
-        has_article = bare(name) != normalised(name)
+        has_article = canonical_phrase(name) != normalized_phrase(name)
         said = name if has_article or category != "object" else f"{article(name)} {name}"
         for turn in counted():
             for template in _OF_NEIGHBOURS[category]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from ...errors import RequestError
 from ...models.latent_diffusion import LatentDiffusion
 from ...patch.patch import Patch
-from ...progress import Progress, ProgressEvent, report
-from ..drawing import Drawings, Sampling
+from ...progress import Progress, ProgressEvent, report_progress
+from ..drawing import Drawings, SamplingSettings
 from ..intervals import Score
 from ..judges import Judge
 from ..scores import (
@@ -22,7 +22,7 @@ from ..scores import (
     UNEDITED,
     Cells,
     Evaluation,
-    Plan,
+    EvaluationPlan,
     Subject,
     check_baselines,
     drifted,
@@ -48,7 +48,7 @@ def evaluate_bench(
     subjects: Sequence[Subject],
     count: int = 24,
     seed: int = 0,
-    sampling: Sampling | None = None,
+    sampling: SamplingSettings | None = None,
     *,
     without: Sequence[str] = (),
     baselines: Sequence[str] = BASELINES,
@@ -66,7 +66,7 @@ def evaluate_bench(
     check_baselines(baselines)
     if not subjects:
         raise RequestError("There is no concept to evaluate: name at least one.")
-    drawings = drawings or Drawings(model, judge, sampling or Sampling())
+    drawings = drawings or Drawings(model, judge, sampling or SamplingSettings())
     named = [bench.find(subject.concept) for subject in subjects]
     left_out = tuple(dict.fromkeys([one.name for one in named] + list(without)))
     plans = []
@@ -77,7 +77,7 @@ def evaluate_bench(
                 f"The first {count} prompts of '{one.name}' name nothing else that could be asked about: ask for more "
                 "pictures, or give it compositional prompts with a concept of another category."
             )
-        plan = Plan(one.name, one.category, cells, variants_of(one.name, subject.patches, baselines))
+        plan = EvaluationPlan(one.name, one.category, cells, variants_of(one.name, subject.patches, baselines))
         plan.want(drawings)
         plans.append(plan)
     drawings.make(progress)
@@ -148,7 +148,7 @@ def run_bench(
         concept = bench.find(name)
         found: Patches = patches(concept, work.passing) if variant == PATCHED else ()
         variants = variants_of(name, found, baselines)
-        plan = Plan(name, concept.category, cells[name], {v: variants[v] for v in (UNEDITED, variant)})
+        plan = EvaluationPlan(name, concept.category, cells[name], {v: variants[v] for v in (UNEDITED, variant)})
         plan.want(drawings)
         drawings.make(work.drawing)
         work.next(name, variant)
@@ -198,8 +198,8 @@ class _Work:
     def drawing(self, event: ProgressEvent) -> None:
         done = self.at + self.coming * event.step / max(event.total, 1)
         name, variant = self.left[0]
-        report(self.progress, ProgressEvent(int(done), self.total, message=f"{name}: {variant}"))
+        report_progress(self.progress, ProgressEvent(int(done), self.total, message=f"{name}: {variant}"))
 
     def passing(self, event: ProgressEvent) -> None:
         """What a method reports while it forgets: no picture is drawn meanwhile."""
-        report(self.progress, replace(event, step=self.at, total=self.total))
+        report_progress(self.progress, replace(event, step=self.at, total=self.total))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...errors import RequestError
-from ...progress import Progress, ProgressEvent, report
+from ...progress import Progress, ProgressEvent, report_progress
 from ..intervals import Score
 from .features import as_images
 from .image_text import ImageText
@@ -30,7 +30,9 @@ def _looked_at(encoder: ImageText, images: Tensor, batch: int, progress: Progres
     for start in range(0, len(images), batch):
         found.append(encoder.image_features(as_images(images[start : start + batch])))
         done = min(start + batch, len(images))
-        report(progress, ProgressEvent(done, len(images), message=f"comparing {len(images)} pictures with words"))
+        report_progress(
+            progress, ProgressEvent(done, len(images), message=f"comparing {len(images)} pictures with words")
+        )
     return torch.cat(found)
 
 

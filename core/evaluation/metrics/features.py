@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError, RequestError
-from ...progress import Progress, ProgressEvent, report
+from ...progress import Progress, ProgressEvent, report_progress
 from ..drawing import from_bytes, to_bytes
 from .extra import needs
 
@@ -68,7 +68,7 @@ def features_of(
     for start in range(0, len(images), batch):
         found.append(extractor.features(as_images(images[start : start + batch])).float().cpu())
         done = min(start + batch, len(images))
-        report(progress, ProgressEvent(done, len(images), message=f"looking at {len(images)} pictures"))
+        report_progress(progress, ProgressEvent(done, len(images), message=f"looking at {len(images)} pictures"))
     return torch.cat(found)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError, RequestError
-from ...progress import Progress, ProgressEvent, report
+from ...progress import Progress, ProgressEvent, report_progress
 from .extra import needs
 from .features import as_images
 from .mean import Mean
@@ -117,5 +117,5 @@ def perceptual_distance(
         part = slice(start, start + batch)
         found.append(metric.distances(as_images(first[part]), as_images(second[part])))
         done = min(start + batch, len(first))
-        report(progress, ProgressEvent(done, len(first), message=f"comparing {len(first)} pairs of pictures"))
+        report_progress(progress, ProgressEvent(done, len(first), message=f"comparing {len(first)} pairs of pictures"))
     return Mean.of(torch.cat(found))

@@ -236,7 +236,7 @@ class Core(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, prompt, seed, steps, name):
         host = next(module for key, module in list(sys.modules.items()) if key.endswith(".nodes.host"))
-        with host.borrowed(model, clip) as diffusion:
+        with host.latent_diffusion(model, clip) as diffusion:
             latents = diffusion.sample([prompt], [seed], steps=steps, guidance=3.0)
             states = diffusion.text.encode([prompt])
             noise = diffusion.initial_noise([seed])

@@ -172,7 +172,7 @@ def forget(arguments):
             shown.append((shared.state.job, shared.state.sampling_steps))
 
         shown = []
-        with host().borrowed() as model:
+        with host().latent_diffusion() as model:
             facts = {"hash": model.model_hash, "layer": model.text.layer, "shape": model.latent_shape}
             facts |= {"guidance": model.guidance, "prediction": model.prediction_type}
             facts |= {"requires_grad": any(p.requires_grad for p in model.unet.parameters())}
@@ -193,7 +193,7 @@ def texts(arguments):
     """How the lent model reads prompts, and how the webui itself does."""
     from modules.prompt_parser import SdConditioning
 
-    with host().job("probe"), host().borrowed() as model:
+    with host().job("probe"), host().latent_diffusion() as model:
         states = model.text.encode(arguments["prompts"])
         ids = [model.text.token_ids(prompt) for prompt in arguments["prompts"]]
         phrases = [model.text.phrase_ids(prompt) for prompt in arguments["prompts"]]
@@ -210,7 +210,7 @@ def texts(arguments):
 
 def compare(arguments):
     """The core's sampler on the lent model: a digest of its latents, and gradients against finite differences."""
-    with host().job("probe"), host().borrowed() as model:
+    with host().job("probe"), host().latent_diffusion() as model:
         latents = model.sample(["a photo of a red star"], [1], steps=2, guidance=2.5)
         states = model.text.encode(["a photo of a red star"])
         noise, time_step = model.initial_noise([1]).to(model.device), torch.tensor([500])
@@ -418,7 +418,7 @@ def queued(arguments):
     ended = []
 
     def work():
-        with host().job("probe"), host().borrowed() as model:
+        with host().job("probe"), host().latent_diffusion() as model:
             time.sleep(arguments["seconds"])
             model.sample(["a star"], [1], steps=1)
         ended.append(time.time())

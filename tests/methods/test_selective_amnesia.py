@@ -23,7 +23,7 @@ from forget_concept.core.methods.selective_amnesia import (
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training.adapters import Deltas
-from forget_concept.core.training.batches import Material, Sampling, target_prompt
+from forget_concept.core.training.batches import BatchSampler, GenerationSettings, target_prompt
 from forget_concept.core.training.loop import TrainingSettings, train
 
 QUICK = {
@@ -116,7 +116,7 @@ def objective(model, deltas, fisher, seed=0, **changes):
     """An objective on two targets and two kept prompts with small pools."""
     targets = [target_prompt(model.text, Concept("star"), text, "a circle") for text in ("a star", "star")]
     generator = torch.Generator().manual_seed(seed)
-    material = Material(model, targets, ["", "a tree"], generator, 2, Sampling(1, 1.0))
+    material = BatchSampler(model, targets, ["", "a tree"], generator, 2, GenerationSettings(1, 1.0))
     for i, name in enumerate(["a star", "star", "", "a tree"]):
         material.pools[name] = rand(2, *model.latent_shape, seed=i).to(model.device)
     return SelectiveAmnesiaObjective(material, deltas, SelectiveAmnesiaSettings(**changes), fisher)
@@ -167,7 +167,9 @@ def test_the_terms_are_the_published_sums():
         made.restore(state)
         material = made.material
         for name in ("surrogate", "replay"):
-            texts = [target.text for target in material.next_targets()] if name == "surrogate" else material.next_kept()
+            texts = (
+                [target.text for target in material.next_targets()] if name == "surrogate" else material.next_retain()
+            )
             assert name == "surrogate" or texts[0] == ""
             batch = material.noised(texts)
             errors = []
@@ -182,7 +184,7 @@ def filled(model, settings, asked, inputs=None):
     """The material of a request, its pools filled as `fit` does."""
     method = SelectiveAmnesia()
     targets, kept = method.prompts(model.text, asked, settings)
-    material = Material(model, targets, kept, torch.Generator().manual_seed(0), 2, Sampling(1, 1.0))
+    material = BatchSampler(model, targets, kept, torch.Generator().manual_seed(0), 2, GenerationSettings(1, 1.0))
     method.picture(material, settings, inputs or Inputs(), None)
     return material
 
@@ -401,7 +403,7 @@ def test_what_would_be_ignored_or_cannot_be_is_refused(asked, images, words):
 @pytest.mark.long
 def test_on_the_embedded_model_the_concept_goes():
     from forget_concept.core import mini
-    from forget_concept.core.evaluation import PATCHED, UNEDITED, Sampling, Subject, evaluate
+    from forget_concept.core.evaluation import PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
     from forget_concept.core.mini.vocabulary import CATEGORIES
 
     model, probe = mini.load(), mini.load_probe()
@@ -409,7 +411,13 @@ def test_on_the_embedded_model_the_concept_goes():
     asked = ForgetRequest((Concept("tree", replacement="key"),), kept, "selective_amnesia")
     patch = fit(model, asked)
     (found,) = evaluate(
-        model, probe, [Subject("tree", ((patch, 1.0),))], 16, 3, Sampling(precision="float32"), baselines=(UNEDITED,)
+        model,
+        probe,
+        [Subject("tree", ((patch, 1.0),))],
+        16,
+        3,
+        SamplingSettings(precision="float32"),
+        baselines=(UNEDITED,),
     )
     assert found.scores[PATCHED].ua.value >= found.scores[UNEDITED].ua.value + 0.6
     assert found.scores[PATCHED].ira.value > 0.8 and found.scores[PATCHED].cra.value > 0.8

@@ -9,7 +9,7 @@ import torch
 from tiny import flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
-from forget_concept.core.evaluation import Picture, Sampling
+from forget_concept.core.evaluation import Picture, SamplingSettings
 from forget_concept.core.evaluation.attention_pictures import (
     AttentionMap,
     AttentionPair,
@@ -20,7 +20,7 @@ from forget_concept.core.evaluation.attention_pictures import (
 )
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 
-QUICK = Sampling(3, 3.0, 2, "float32")
+QUICK = SamplingSettings(3, 3.0, 2, "float32")
 PICTURES = [Picture("a red star", 4), Picture("a big blue moonlight and a star", 5), Picture("a starfish", 6)]
 PHRASES = ["star", "moonlight", "starfish"]
 
@@ -126,11 +126,11 @@ def test_neither_the_batch_nor_a_narrow_precision_makes_another_map(tiny):
 
 
 def test_without_guidance_there_is_one_pass(tiny):
-    bare = replace(QUICK, guidance=1.0)
-    (found,) = attention_maps(tiny, PICTURES[:1], ["star"], (), bare)
+    plain = replace(QUICK, guidance=1.0)
+    (found,) = attention_maps(tiny, PICTURES[:1], ["star"], (), plain)
     ids = tiny.text.token_ids(PICTURES[0].prompt)
     place = ids.index(tiny.text.phrase_ids("star")[0])
-    torch.testing.assert_close(found.mass.double(), plainly(tiny, PICTURES[0], bare)[..., place], rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(found.mass.double(), plainly(tiny, PICTURES[0], plain)[..., place], rtol=2e-4, atol=1e-6)
 
 
 def test_a_patch_is_seen_as_if_it_were_in_the_weights(tiny):
@@ -269,7 +269,7 @@ def test_the_word_of_an_object_looks_at_the_object():
     before = flags(model.unet)
     names = ["star", "heart", "house", "fish", "cup", "boat", "crown", "circle"]
     pictures = [Picture(f"a photo of a red {name} on a grey background", seed) for seed, name in enumerate(names)]
-    found = attention_maps(model, pictures, names, (), Sampling(8, precision="float32"))
+    found = attention_maps(model, pictures, names, (), SamplingSettings(8, precision="float32"))
     assert flags(model.unet) == before
     places = []
     for one in found:

@@ -21,19 +21,19 @@ from forget_concept.core.evaluation.report.verdict import verdict
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.world import Labels
-from forget_concept.core.patch.history import read_record
+from forget_concept.core.patch.history import read_history
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.service.evaluation_text import (
     attention_sheet,
-    attention_words,
-    evaluation_words,
-    instruments,
+    attention_summary,
+    evaluation_summary,
+    evaluators,
     known_only,
     questions,
     sheet,
 )
-from forget_concept.core.service.forms import widgets
+from forget_concept.core.service.forms import form_fields
 from forget_concept.nodes import help_pages
 from forget_concept.nodes.fields import node_id
 from forget_concept.nodes.lora_state import LoraState, patch_of, state_of
@@ -128,7 +128,7 @@ def test_every_node_has_its_texts_in_every_locale_and_a_page_of_help() -> None:
                 assert set(node[part]) == set(found["en"][name][part])
                 assert all(entry["name"] and entry["tooltip"] for entry in node[part].values()), name
     for method in all_methods().values():
-        fields = ["preset", *(widget.name for widget in widgets(method))]
+        fields = ["preset", *(widget.name for widget in form_fields(method))]
         assert list(found["en"][node_id(method)]["inputs"]) == fields
     assert re.search("[\u4e00-\u9fff]", found["zh"]["ForgetConcept"]["display_name"])
 
@@ -147,10 +147,10 @@ def test_a_patch_on_a_wire_is_a_plain_state_dict_and_comes_back_bit_for_bit(mode
     for key, factor in patch.factors.items():
         assert torch.equal(again.factors[key].up, factor.up) and torch.equal(again.factors[key].down, factor.down)
     assert [one.names for one in History.from_patch(again).asked] == ["'star'", "'moon'"]
-    bare = patch_of(dict(state), model.survey)
-    assert bare.metadata == {}
+    plain = patch_of(dict(state), model.survey)
+    assert plain.metadata == {}
     with pytest.raises(PatchError, match="does not say which requests"):
-        read_record(bare.metadata)
+        read_history(plain.metadata)
 
 
 @pytest.mark.parametrize("what", [None, 3, [], {1: torch.zeros(1)}])
@@ -209,7 +209,7 @@ def measured() -> Report:
 
 
 def test_an_evaluation_in_words_has_every_figure() -> None:
-    words = evaluation_words(measured(), Path("there.html"))
+    words = evaluation_summary(measured(), Path("there.html"))
     assert words.startswith(verdict(measured()).text)
     for line in (
         "star (object), with 95 % intervals",
@@ -241,12 +241,12 @@ def test_maps_of_a_pair_share_one_scale() -> None:
     pair = AttentionPair("a star", "star", 1, AttentionMap(high, picture), AttentionMap(low, picture))
     images = attention_sheet(pair)
     assert images.shape == (2, 8, 8, 3) and float(images[0].mean()) > float(images[1].mean()) + 0.3
-    assert attention_words(pair, "star") == (
+    assert attention_summary(pair, "star") == (
         "“star” gets 25 % of the attention before, 12 % with the patch\n"
         "darkest 12 %, lightest 25 % of the attention that a place of the picture pays"
     )
     assert attention_sheet(pair.before).shape == (1, 8, 8, 3)
-    assert attention_words(pair.before, "star").startswith("“star” gets 25 % of the attention\n")
+    assert attention_summary(pair.before, "star").startswith("“star” gets 25 % of the attention\n")
 
 
 def test_each_model_is_asked_what_it_can_know() -> None:
@@ -267,11 +267,11 @@ def test_each_model_is_asked_what_it_can_know() -> None:
 
 def test_a_judge_is_the_probe_or_a_clip_that_is_here(monkeypatch) -> None:
     state = torch.random.get_rng_state()
-    assert instruments(True, "", None).judge.about == "the embedded model's probe"
+    assert evaluators(True, "", None).judge.about == "the embedded model's probe"
     assert torch.equal(torch.random.get_rng_state(), state)
     bench = load_bench("checkpoints")
     with pytest.raises(RequestError, match="no judge for this model"):
-        instruments(False, "  ", bench)
+        evaluators(False, "  ", bench)
 
     def network(*given, **more):
         raise AssertionError("the network was asked")
@@ -279,4 +279,4 @@ def test_a_judge_is_the_probe_or_a_clip_that_is_here(monkeypatch) -> None:
     monkeypatch.setattr("socket.create_connection", network)
     monkeypatch.setattr("socket.socket.connect", network)
     with pytest.raises(ModelError, match="is not on this machine"):
-        instruments(False, "no/such-clip", bench)
+        evaluators(False, "no/such-clip", bench)

@@ -16,8 +16,8 @@ from forget_concept.core.errors import RequestError
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.service.forms import filled, presets, widgets
-from forget_concept.core.service.host_interface import Active
+from forget_concept.core.service.forms import filled, form_fields, presets
+from forget_concept.core.service.host_interface import ActivePatch
 from forget_concept.core.service.jobs import Job, Outcome, Pair
 from forget_concept.core.service.options import Settings, options
 from forget_concept.core.service.page_form import ROWS, Form, Line, recall, remember
@@ -64,7 +64,7 @@ def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
 def test_the_fields_are_filled_for_every_setting(method) -> None:
     for preset in method.presets:
         assert filled(method, preset, {}) == presets(method)[preset]
-        assert list(filled(method, preset, {})) == [widget.name for widget in widgets(method)]
+        assert list(filled(method, preset, {})) == [widget.name for widget in form_fields(method)]
 
 
 def test_lines_without_words_are_left_out_and_pictures_go_where_they_are_looked_at() -> None:
@@ -199,7 +199,7 @@ def test_nothing_that_was_typed_becomes_markup(tmp_path: Path) -> None:
         page.state(None, 0),
         page.outcome(done),
         page.cards([entry(EVIL, EVIL, tmp_path)], EVIL, [EVIL]),
-        page.active_table([Active(EVIL, 1.0, False)], EVIL),
+        page.active_table([ActivePatch(EVIL, 1.0, False)], EVIL),
         page.active_table([], EVIL),
         page.details({"words": EVIL}),
         page.report_frame(f"<!DOCTYPE html><p>{EVIL}</p>", EVIL),

@@ -9,7 +9,7 @@ from tiny import flags, rand, tiny_unet
 from forget_concept.core.errors import ForgetConceptError, TokenError
 from forget_concept.core.models.unet import survey
 from forget_concept.core.training.attention import (
-    AttentionRecorder,
+    AttentionCapture,
     attention_mass,
     attention_mass_reference,
     token_mask,
@@ -131,7 +131,7 @@ def test_the_recorder_sees_the_attention_the_unet_computes():
     site.module.set_processor(Explicit())
     mask = token_mask([[3], [5, 6]], 77)
     flagged = flags(unet)
-    with AttentionRecorder(found) as recorder:
+    with AttentionCapture(found) as recorder:
         unet(x, torch.tensor([100]), encoder_hidden_states=context)
         masses = recorder.masses(mask)
         torch.testing.assert_close(masses, recorder.masses(mask, "reference"), atol=1e-5, rtol=1e-4)
@@ -147,8 +147,8 @@ def test_the_recorder_sees_the_attention_the_unet_computes():
 def test_the_recorder_leaves_nothing_after_an_error_and_says_what_is_missing():
     unet = tiny_unet()
     flagged = flags(unet)
-    with pytest.raises(RuntimeError), AttentionRecorder(survey(unet)):
+    with pytest.raises(RuntimeError), AttentionCapture(survey(unet)):
         raise RuntimeError
     assert flags(unet) == flagged
-    with AttentionRecorder(survey(unet)) as recorder, pytest.raises(ForgetConceptError, match="No forward pass"):
+    with AttentionCapture(survey(unet)) as recorder, pytest.raises(ForgetConceptError, match="No forward pass"):
         recorder.masses(token_mask([[1]], 77))

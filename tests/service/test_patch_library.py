@@ -20,8 +20,8 @@ from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.service.errors import Missing
-from forget_concept.core.service.patch_library import Library
+from forget_concept.core.service.errors import NotFoundError
+from forget_concept.core.service.patch_library import PatchLibrary
 
 KEYS = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -53,15 +53,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture()
-def library(folder: Path) -> Library:
-    return Library(lambda: folder)
+def library(folder: Path) -> PatchLibrary:
+    return PatchLibrary(lambda: folder)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_patch_is_saved_with_its_picture_and_its_card_and_read_back_bit_for_bit(library: Library) -> None:
+def test_a_patch_is_saved_with_its_picture_and_its_card_and_read_back_bit_for_bit(library: PatchLibrary) -> None:
     made = patch("星")
     entry = library.save(made, "", "forget")
     assert (entry.name, entry.place, entry.concepts) == ("星_00001", "forget/星_00001.safetensors", ["星"])
@@ -80,7 +80,7 @@ def test_a_patch_is_saved_with_its_picture_and_its_card_and_read_back_bit_for_bi
     [("sd1", "sd_v1", "False", "SD1"), ("sd2", "sd_v2", "True", "SD2"), ("sdxl", "sdxl_base_v1-0", "False", "SDXL")],
 )
 def test_the_file_says_its_family_as_the_webui_reads_it(
-    library: Library, family: str, version: str, v2: str, card: str
+    library: PatchLibrary, family: str, version: str, v2: str, card: str
 ) -> None:
     entry = library.save(patch(family=family), "mine", "")
     metadata = read_metadata(entry.path)
@@ -89,7 +89,7 @@ def test_the_file_says_its_family_as_the_webui_reads_it(
     assert json.loads(entry.path.with_suffix(".json").read_text())["sd version"] == card
 
 
-def test_every_run_has_a_name_that_no_lora_has_wherever_it_lies(library: Library, folder: Path) -> None:
+def test_every_run_has_a_name_that_no_lora_has_wherever_it_lies(library: PatchLibrary, folder: Path) -> None:
     """The webui goes by names alone: the same one in another folder would be another's LoRA."""
     assert library.save(patch(), "", "forget").name == "star_00001"
     (folder / "others").mkdir()
@@ -98,7 +98,7 @@ def test_every_run_has_a_name_that_no_lora_has_wherever_it_lies(library: Library
     assert library.save(patch(), "deep/er/%concept%", "forget").place == "deep/er/star_00004.safetensors"
 
 
-def test_only_our_own_patches_are_listed(library: Library, folder: Path) -> None:
+def test_only_our_own_patches_are_listed(library: PatchLibrary, folder: Path) -> None:
     library.save(patch(), "", "")
     tensors = kohya.to_state(patch())
     write_safetensors(tensors, folder / "strange.safetensors", {"ss_output_name": "strange"})
@@ -107,11 +107,11 @@ def test_only_our_own_patches_are_listed(library: Library, folder: Path) -> None
     mapped = dataclasses.replace(patch(), context_map=LowRank(torch.ones(6, 1), torch.ones(1, 6)))
     context_map.save(mapped, folder / "map.safetensors")
     assert library.names() == ["star_00001"]
-    with pytest.raises(Missing, match="There is no patch 'strange'"):
+    with pytest.raises(NotFoundError, match="There is no patch 'strange'"):
         library.load("strange")
 
 
-def test_a_file_that_changes_or_goes_is_seen(library: Library) -> None:
+def test_a_file_that_changes_or_goes_is_seen(library: PatchLibrary) -> None:
     entry = library.save(patch(), "", "")
     assert library.find("star_00001").concepts == ["star"]
     kohya.save(patch("a very much longer name of a concept"), entry.path)
@@ -121,16 +121,18 @@ def test_a_file_that_changes_or_goes_is_seen(library: Library) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink") or sys.platform == "win32", reason="links need rights on Windows")
-def test_linked_folders_are_followed_and_a_circle_is_not(library: Library, folder: Path, tmp_path: Path) -> None:
+def test_linked_folders_are_followed_and_a_circle_is_not(library: PatchLibrary, folder: Path, tmp_path: Path) -> None:
     library.save(patch(), "", "inside")
     elsewhere = tmp_path / "elsewhere"
-    Library(lambda: elsewhere if elsewhere.is_dir() else (elsewhere.mkdir(), elsewhere)[1]).save(patch("moon"), "", "")
+    PatchLibrary(lambda: elsewhere if elsewhere.is_dir() else (elsewhere.mkdir(), elsewhere)[1]).save(
+        patch("moon"), "", ""
+    )
     (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
     (folder / "inside" / "circle").symlink_to(folder, target_is_directory=True)
     assert sorted(library.names()) == ["moon_00001", "star_00001"]
 
 
-def test_two_files_of_one_name_are_told(library: Library, folder: Path) -> None:
+def test_two_files_of_one_name_are_told(library: PatchLibrary, folder: Path) -> None:
     entry = library.save(patch(), "", "one")
     (folder / "two").mkdir()
     (folder / "two" / "star_00001.safetensors").write_bytes(entry.path.read_bytes())
@@ -141,7 +143,7 @@ def test_two_files_of_one_name_are_told(library: Library, folder: Path) -> None:
 # -- renaming and deleting ------------------------------------------------------------------------------------------
 
 
-def test_renaming_takes_everything_along_and_changes_no_weight(library: Library, folder: Path) -> None:
+def test_renaming_takes_everything_along_and_changes_no_weight(library: PatchLibrary, folder: Path) -> None:
     entry = library.save(patch(), "", "forget", "float16")
     entry.path.with_suffix(".txt").write_text("mine")
     bystander = entry.path.with_name("star_00001.v2.safetensors")
@@ -162,13 +164,13 @@ def test_renaming_takes_everything_along_and_changes_no_weight(library: Library,
     ]
 
 
-def test_renaming_by_the_case_of_a_letter_alone_works(library: Library) -> None:
+def test_renaming_by_the_case_of_a_letter_alone_works(library: PatchLibrary) -> None:
     library.save(patch(), "", "")
     assert library.rename("star_00001", "Star_00001").name == "Star_00001"
     assert library.names() == ["Star_00001"]
 
 
-def test_renaming_never_writes_over_another(library: Library, folder: Path) -> None:
+def test_renaming_never_writes_over_another(library: PatchLibrary, folder: Path) -> None:
     library.save(patch(), "", "")
     library.save(patch("moon"), "", "other")
     before = tree(folder)
@@ -177,12 +179,12 @@ def test_renaming_never_writes_over_another(library: Library, folder: Path) -> N
     assert tree(folder) == before
 
 
-def test_deleting_takes_the_picture_and_the_card_and_nothing_else(library: Library, folder: Path) -> None:
+def test_deleting_takes_the_picture_and_the_card_and_nothing_else(library: PatchLibrary, folder: Path) -> None:
     library.save(patch(), "", "")
     other = library.save(patch(), "", "")
     library.delete("star_00001")
     assert sorted(tree(folder)) == [f"{other.name}{end}" for end in (".json", ".preview.png", ".safetensors")]
-    with pytest.raises(Missing):
+    with pytest.raises(NotFoundError):
         library.delete("star_00001")
 
 
@@ -217,7 +219,9 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_no_name_leads_out_of_the_folder_or_to_a_file_that_cannot_be(library: Library, folder: Path, name: str) -> None:
+def test_no_name_leads_out_of_the_folder_or_to_a_file_that_cannot_be(
+    library: PatchLibrary, folder: Path, name: str
+) -> None:
     library.save(patch(), "", "")
     before = tree(folder.parent)
     with pytest.raises(ForgetConceptError):
@@ -225,7 +229,7 @@ def test_no_name_leads_out_of_the_folder_or_to_a_file_that_cannot_be(library: Li
     with pytest.raises(ForgetConceptError):
         library.rename("star_00001", name)
     for look in (library.load, library.delete, library.inspect):
-        with pytest.raises(Missing):
+        with pytest.raises(NotFoundError):
             look(name)
     assert tree(folder.parent) == before
 
@@ -233,7 +237,7 @@ def test_no_name_leads_out_of_the_folder_or_to_a_file_that_cannot_be(library: Li
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(name=st.text(min_size=1, max_size=30))
 def test_whatever_the_name_the_file_is_in_the_folder_or_there_is_none(
-    library: Library, folder: Path, tmp_path: Path, name: str
+    library: PatchLibrary, folder: Path, tmp_path: Path, name: str
 ) -> None:
     outside = {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)}
     try:
@@ -248,7 +252,7 @@ def test_whatever_the_name_the_file_is_in_the_folder_or_there_is_none(
 
 
 @pytest.mark.parametrize("name", ["stern", "звезда", "نجمة", "별 하나", "étoile-2", "👩‍🚀", "a.b", "(star)", "[x]"])
-def test_names_of_every_alphabet_work(library: Library, name: str) -> None:
+def test_names_of_every_alphabet_work(library: PatchLibrary, name: str) -> None:
     library.save(patch(), "", "")
     assert library.rename("star_00001", name).name == name
     assert len(library.load(name)) == 2
@@ -259,17 +263,19 @@ def test_names_of_every_alphabet_work(library: Library, name: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder here that nobody may write to")
 def test_a_folder_that_cannot_be_written_is_told() -> None:
     with pytest.raises(ForgetConceptError, match="'/proc/forget' cannot be written to"):
-        Library(lambda: Path("/proc")).save(patch(), "", "forget")
+        PatchLibrary(lambda: Path("/proc")).save(patch(), "", "forget")
 
 
-def test_a_file_where_the_folder_should_be_is_told(library: Library, folder: Path) -> None:
+def test_a_file_where_the_folder_should_be_is_told(library: PatchLibrary, folder: Path) -> None:
     (folder / "forget").write_text("a file")
     with pytest.raises(ForgetConceptError, match=r"'.*forget' is a file"):
         library.save(patch(), "", "forget")
     assert sorted(tree(folder)) == ["forget"]
 
 
-def test_a_save_that_breaks_off_leaves_nothing(library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_breaks_off_leaves_nothing(
+    library: PatchLibrary, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from forget_concept.core.service import patch_library as module
 
     def full(*_: object) -> None:
@@ -284,7 +290,7 @@ def test_a_save_that_breaks_off_leaves_nothing(library: Library, folder: Path, m
 # -- combining ------------------------------------------------------------------------------------------------------
 
 
-def test_a_combination_is_the_sum_at_the_strengths(library: Library) -> None:
+def test_a_combination_is_the_sum_at_the_strengths(library: PatchLibrary) -> None:
     library.save(patch("star"), "", "")
     library.save(patch("moon", seed=1), "", "")
     entry, words = library.combine([("star_00001", 1.0), ("moon_00001", -0.5)], "", "forget")
@@ -311,7 +317,7 @@ def test_a_combination_is_the_sum_at_the_strengths(library: Library) -> None:
         ([("star_00001", float("nan")), ("moon_00001", 1.0)], "finite"),
     ],
 )
-def test_a_combination_that_cannot_be_says_why(library: Library, folder: Path, parts: list, words: str) -> None:
+def test_a_combination_that_cannot_be_says_why(library: PatchLibrary, folder: Path, parts: list, words: str) -> None:
     for made in (patch("star"), patch("moon", seed=1), patch("wide", "sdxl"), patch("star", scale=0.0)):
         library.save(made, "", "")
     if "changes" in words:
@@ -323,14 +329,14 @@ def test_a_combination_that_cannot_be_says_why(library: Library, folder: Path, p
     assert tree(folder) == before
 
 
-def test_an_inspection_says_what_is_in_it(library: Library) -> None:
+def test_an_inspection_says_what_is_in_it(library: PatchLibrary) -> None:
     found = library.inspect(library.save(patch(), "", "", "float16").name)
     assert (found["layers"], found["rank"], found["precision"], found["family"]) == (2, 2, "float16", "sd1")
     assert found["concepts"] == ["star"] and "patch: 2 weights" in found["words"]
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_damaged_patch_is_named(library: Library) -> None:
+def test_a_damaged_patch_is_named(library: PatchLibrary) -> None:
     from safetensors.torch import save_file
 
     entry = library.save(patch(), "", "")
@@ -340,5 +346,5 @@ def test_a_damaged_patch_is_named(library: Library) -> None:
     with pytest.raises(PatchError, match=r"star_00001.safetensors' holds NaN"):
         library.load("star_00001")
     entry.path.write_bytes(entry.path.read_bytes()[:-10])
-    with pytest.raises(Missing, match="There is no patch 'star_00001'"):
+    with pytest.raises(NotFoundError, match="There is no patch 'star_00001'"):
         library.load("star_00001")

@@ -21,8 +21,8 @@ from forget_concept.core.models.unet import PROJECTIONS
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training.adapters import Deltas
-from forget_concept.core.training.attention import AttentionRecorder, attention_mass, token_mask
-from forget_concept.core.training.batches import Material, Sampling
+from forget_concept.core.training.attention import AttentionCapture, attention_mass, token_mask
+from forget_concept.core.training.batches import BatchSampler, GenerationSettings
 from forget_concept.core.training.losses import attention_resteering
 
 QUICK = {"latents": "zeros", "steps": 3, "batch_size": 2}
@@ -39,7 +39,7 @@ def request(*concepts, preserve=(), preset="tuned", seed=0, **settings):
 
 def mass_on(model, phrase, prompt):
     mask = token_mask([token_positions(model.text, phrase, prompt)], 77)
-    with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
+    with torch.no_grad(), AttentionCapture(model.survey) as recorder:
         model.predict_noise(rand(1, 4, 8, 8), torch.tensor([500]), model.text.encode([prompt]))
         return float(attention_resteering(recorder.masses(mask)))
 
@@ -129,7 +129,7 @@ def test_a_batch_is_each_prompt_with_its_own_positions(model):
     prompts, _ = ForgetMeNot().prompts(model.text, asked, settings)
     batch = [prompts[i] for i in (0, 5, 2, 7)]
     generator = torch.Generator().manual_seed(0)
-    material = Material(model, batch, [], generator, 4, Sampling(1, 1.0))
+    material = BatchSampler(model, batch, [], generator, 4, GenerationSettings(1, 1.0))
     deltas = Deltas(model, ForgetMeNot().keys(model, settings), 8, generator)
     material.restore(material.state() | {"turn": torch.arange(4)})
     seen = {}
@@ -139,10 +139,10 @@ def test_a_batch_is_each_prompt_with_its_own_positions(model):
         together = float(ForgetMeNotObjective(material, deltas, settings)(1)["attention"].value.detach())
         squares = 0.0
         for i, prompt in enumerate(batch):
-            with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
+            with torch.no_grad(), AttentionCapture(model.survey) as recorder:
                 original(seen["x"][i : i + 1], seen["t"][i : i + 1], seen["s"].index([i]))
                 squares += float(attention_resteering(recorder.masses(token_mask([prompt.positions], 77)))) ** 2
-        with torch.no_grad(), AttentionRecorder(model.survey) as recorder:
+        with torch.no_grad(), AttentionCapture(model.survey) as recorder:
             original(seen["x"], seen["t"], seen["s"])
             mask = token_mask([prompt.positions for prompt in batch], 77)
             tiled = {}

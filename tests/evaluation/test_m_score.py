@@ -26,7 +26,7 @@ from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training.textual_inversion import InversionSettings
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import m_score as bench  # noqa: E402
 
@@ -105,9 +105,9 @@ def test_each_space_is_the_cosine_it_says(model):
         before = len(model.text.phrase_ids(template.split("{}")[0])) if template.split("{}")[0].strip() else 0
         held = template.format("star star star")
         inverted = end(held, (1 + before, 3))
-        wanted, bare = end(template.format(name)), end(" ".join(template.replace("{}", " ").split()))
+        wanted, plain = end(template.format(name)), end(" ".join(template.replace("{}", " ").split()))
         raw.append(1 - cosine(inverted, wanted))
-        less.append(1 - cosine(inverted - bare, wanted - bare))
+        less.append(1 - cosine(inverted - plain, wanted - plain))
     assert found["output_raw"] == pytest.approx(np.mean(raw), abs=1e-4)
     assert found["output"] == pytest.approx(np.mean(less), abs=1e-4)
 
@@ -333,11 +333,11 @@ def test_a_forgotten_concepts_score_drops_and_a_kept_ones_does_not(tmp_path):
     from forget_concept.core.methods.fit import fit
 
     model, workspace = mini.load(), Workspace(tmp_path)
-    heart, tree = Concept("heart", "object", "circle"), Concept("tree", "object")
-    request = ForgetRequest((heart,), preserve=tuple(w.name for w in CATEGORIES["object"] if w.name != "heart"))
+    heartbeat, tree = Concept("heart", "object", "circle"), Concept("tree", "object")
+    request = ForgetRequest((heartbeat,), preserve=tuple(w.name for w in CATEGORIES["object"] if w.name != "heart"))
     patches = ((fit(model, request), 1.0),)
     scores = []
-    for concept in (heart, tree):
+    for concept in (heartbeat, tree):
         latents = concept_latents(model, concept, workspace=workspace)
         scores.append(m_score(model, concept, latents, patches, workspace=workspace))
     assert scores[0].before > 0.3

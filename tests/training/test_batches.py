@@ -13,16 +13,16 @@ from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
-from forget_concept.core.prompts.phrases import said_instead
+from forget_concept.core.prompts.phrases import replace_phrase
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.training.batches import KEPT, Material, Sampling, target_prompt
+from forget_concept.core.training.batches import RETAIN_POOL, BatchSampler, GenerationSettings, target_prompt
 
 
 def material(model, texts=("a star", "the star", "star"), kept=("", "a tree", "a boat"), seed=0, **more):
     targets = [target_prompt(model.text, Concept("star"), text, None) for text in texts]
     generator = torch.Generator().manual_seed(seed)
-    return Material(model, targets, kept, generator, 2, Sampling(2, 2.5), **more)
+    return BatchSampler(model, targets, kept, generator, 2, GenerationSettings(2, 2.5), **more)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def material(model, texts=("a star", "the star", "star"), kept=("", "a tree", "a
     ],
 )
 def test_something_else_is_said(text, name, instead, wanted):
-    assert said_instead(text, name, instead) == wanted
+    assert replace_phrase(text, name, instead) == wanted
 
 
 def test_prompts_take_turns(model):
     made = material(model)
     drawn = Counter(prompt.text for _ in range(30) for prompt in made.next_targets())
     assert set(drawn.values()) == {20}
-    kept = [made.next_kept() for _ in range(30)]
+    kept = [made.next_retain() for _ in range(30)]
     assert all(texts[0] == "" and texts[1] != "" for texts in kept)
     assert Counter(texts[1] for texts in kept) == {"a tree": 15, "a boat": 15}
 
@@ -60,11 +60,11 @@ def test_states_are_the_encoders_and_each_prompt_is_encoded_once(model):
 
 def test_pictures_of_each_pool_are_its_own(model, tmp_path):
     made = material(model, workspace=Workspace(tmp_path))
-    wanted = {"star": ["a star", "star"], KEPT: ["a tree"]}
+    wanted = {"star": ["a star", "star"], RETAIN_POOL: ["a tree"]}
     made.draw(wanted, 3)
-    assert {name: len(pool) for name, pool in made.pools.items()} == {"star": 3, KEPT: 3}
-    batch = made.noised(["star", KEPT] * 8)
-    for x0, name in zip(batch.x0, ["star", KEPT] * 8, strict=True):
+    assert {name: len(pool) for name, pool in made.pools.items()} == {"star": 3, RETAIN_POOL: 3}
+    batch = made.noised(["star", RETAIN_POOL] * 8)
+    for x0, name in zip(batch.x0, ["star", RETAIN_POOL] * 8, strict=True):
         assert any(torch.equal(x0, one) for one in made.pools[name])
     alpha = model.alphas_cumprod[batch.times][:, None, None, None]
     torch.testing.assert_close(batch.x, alpha.sqrt() * batch.x0 + (1 - alpha).sqrt() * batch.noise)
@@ -80,11 +80,11 @@ def test_pictures_of_each_pool_are_its_own(model, tmp_path):
 
 def test_the_state_is_all_that_the_next_draws_depend_on(model):
     made, later = material(model), material(model, seed=9)
-    made.next_targets(), made.next_kept(), made.noised(["star"])
+    made.next_targets(), made.next_retain(), made.noised(["star"])
     later.restore({name: value.clone() for name, value in made.state().items()})
     for _ in range(3):
-        assert made.next_targets(3) == later.next_targets(3) and made.next_kept() == later.next_kept()
-        first, second = made.noised([KEPT] * 2), later.noised([KEPT] * 2)
+        assert made.next_targets(3) == later.next_targets(3) and made.next_retain() == later.next_retain()
+        first, second = made.noised([RETAIN_POOL] * 2), later.noised([RETAIN_POOL] * 2)
         assert torch.equal(first.x, second.x) and torch.equal(first.times, second.times)
 
 
@@ -180,7 +180,7 @@ def pictures(n=3, size=64, seed=0):
 def test_ones_own_pictures_are_what_is_noised(model):
     model.vae = Averaging()
     made = material(model)
-    made.draw({KEPT: ["a tree"]}, 1)
+    made.draw({RETAIN_POOL: ["a tree"]}, 1)
     made.encode("star", pictures())
     assert torch.equal(made.pools["star"], Averaging().encode(pictures()))
     assert any(torch.equal(made.noised(["star"]).x0[0], one) for one in made.pools["star"])

@@ -16,11 +16,11 @@ from forget_concept.core.request.settings import resolve_settings
 from forget_concept.core.service.forms import (
     ABOUT,
     MethodSettings,
+    form_fields,
     presets,
+    settings_from_fields,
     settings_of,
-    told,
-    values_of,
-    widgets,
+    settings_summary,
     with_settings,
 )
 
@@ -30,11 +30,11 @@ METHODS = [pytest.param(method, id=name) for name, method in all_methods().items
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_has_a_field_in_words_and_within_bounds(method) -> None:
     """A setting that is new, renamed or gone, or a preset outside of a field's bounds, is seen here."""
-    found = widgets(method)
+    found = form_fields(method)
     assert {widget.setting for widget in found} == {field.name for field in dataclasses.fields(method.Settings)}
     assert len({widget.name for widget in found}) == len(found)
     for name in method.presets:
-        for widget in widgets(method, name):
+        for widget in form_fields(method, name):
             about = widget.about
             assert about is ABOUT.get(f"{method.id}.{widget.setting}") or about is ABOUT.get(widget.setting), (
                 f"'{widget.setting}' of {method.id} has no words in ABOUT"
@@ -58,14 +58,14 @@ def test_no_words_are_left_of_a_setting_that_is_gone() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fields_of_a_preset_mean_the_preset(method) -> None:
     for name, values in presets(method).items():
-        meant = values_of(method, json.loads(json.dumps(values)))
+        meant = settings_from_fields(method, json.loads(json.dumps(values)))
         resolved = resolve_settings(method, name, meant)
         assert dataclasses.asdict(resolved) == dataclasses.asdict(method.presets[name]) | {
             key: value for key, value in meant.items() if isinstance(value, tuple)
         }
         settings = settings_of(method, name, values)
         assert settings == MethodSettings(method.id, name, {})
-        assert told(settings, method).endswith("as it is.")
+        assert settings_summary(settings, method).endswith("as it is.")
 
 
 def test_what_differs_from_the_preset_is_what_a_request_gets() -> None:
@@ -89,7 +89,7 @@ def test_what_differs_from_the_preset_is_what_a_request_gets() -> None:
     assert (request.method, request.preset) == ("forget_me_not", "tuned")
     assert dict(request.settings) == dict(settings.values) | {"rank": 2}
     request.check()
-    assert "rank: 8 → none" in told(settings, method)
+    assert "rank: 8 → none" in settings_summary(settings, method)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.request.concept import KINDS, Concept, default_replacement, normalised, templates
+from forget_concept.core.request.concept import KINDS, Concept, default_replacement, normalized_phrase, templates
 from forget_concept.core.request.request import SCHEMA_PATH, ForgetRequest, _problems
 
 
@@ -184,7 +184,7 @@ def test_kinds():
     assert templates("style")[0] == "a photo in the style of {}"
     with pytest.raises(RequestError, match="thing"):
         templates("thing")
-    assert normalised("  A  Star ") == "a star"
+    assert normalized_phrase("  A  Star ") == "a star"
 
 
 def test_pictures_are_found_from_the_requests_file_and_stay_this_machines_business(tmp_path):

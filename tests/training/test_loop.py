@@ -12,7 +12,7 @@ from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.training import loop as training
 from forget_concept.core.training.adapters import Deltas
-from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.frozen import frozen
 from forget_concept.core.training.loop import Checkpoint, Term, TrainingSettings, train
 from forget_concept.core.training.losses import noise_matching
 
@@ -163,7 +163,7 @@ def test_the_same_seed_gives_the_same_result():
 def test_it_works_inside_a_hosts_inference_mode(model):
     """ComfyUI runs every node so; the weights here are ordinary ones (a host's adapter sees to that)."""
     good = objective(model)
-    with torch.inference_mode(), borrowed(model.unet):
+    with torch.inference_mode(), frozen(model.unet):
         deltas = deltas_of(model)
         train(model, deltas, good, TrainingSettings(2, 1e-2))
         assert Patch(deltas.factors()).max_abs() > 0
@@ -211,7 +211,7 @@ def two_sides(model):
 def test_the_restricted_rule_is_the_papers_formula_on_both_sides(model):
     deltas = deltas_of(model, rank=None, which=("to_k",))
     good = two_sides(model)
-    with borrowed(model.unet), deltas.attached():
+    with frozen(model.unet), deltas.attached():
         terms = good(1)
         sides = [
             torch.cat(
@@ -234,7 +234,7 @@ def test_the_restricted_step_ascends_neither_side_under_adam(model):
     def made(rule):
         deltas = deltas_of(model, rank=None, which=("to_k", "to_v"))
         good = two_sides(model)
-        with borrowed(model.unet), deltas.attached():
+        with frozen(model.unet), deltas.attached():
             terms = good(1)
             sides = [
                 torch.cat(
@@ -342,7 +342,7 @@ def test_earlier_requests_stay_on_and_can_be_taken_off(model):
 def test_blind_directions_move_nothing(model, rank):
     key = model.survey.sites[0].key("to_k")
     basis = torch.linalg.qr(rand(32, 5))[0]
-    deltas = Deltas(model, [key], rank, seeded(), blind={key: basis})
+    deltas = Deltas(model, [key], rank, seeded(), null_space={key: basis})
     train(model, deltas, objective(model), TrainingSettings(5, 1e-2))
     change = deltas.factors()[key].delta()
     assert float(change.norm()) > 1e-3 and float((change @ basis).norm()) < 1e-5 * float(change.norm())

@@ -28,8 +28,8 @@ from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.service.patch_store import desk_of
-from forget_concept.core.service.uploads import MOST_BYTES, MOST_IMAGES, Uploads
+from forget_concept.core.service.patch_store import patch_store_of
+from forget_concept.core.service.uploads import MAX_BYTES, MAX_IMAGES, Uploads
 from forget_concept.sd_webui_ext.api import LARGE_BODY, PREFIX, SMALL_BODY, mount
 
 STAR = ForgetRequest((Concept("star", "object", "circle"),), preserve=("moon", "heart"))
@@ -131,7 +131,7 @@ def test_a_patch_is_made_put_on_changed_taken_off_and_deleted(client: Client, ho
 
 
 def test_patches_are_combined(client: Client, host: FakeWebui, patch: Patch) -> None:
-    library = desk_of(host).library
+    library = patch_store_of(host).library
     library.save(patch, "one", "")
     library.save(patch, "two", "")
     parts = [{"name": "one_00001"}, {"name": "two_00001", "strength": -0.5}]
@@ -144,7 +144,7 @@ def test_patches_are_combined(client: Client, host: FakeWebui, patch: Patch) -> 
 
 
 def test_an_evaluation_can_be_read_as_page_and_figures(client: Client, host: FakeWebui, patch: Patch) -> None:
-    desk_of(host).library.save(patch, "", "")
+    patch_store_of(host).library.save(patch, "", "")
     job = client.done(client("POST", "/evaluate", 202, json={"patch": "star_00001", "count": 4, "steps": 2}))
     assert (job["state"], job["error"]) == ("done", "")
     assert client("GET", "/reports") == [job["result"]["report"]] == ["star_00001"]
@@ -296,7 +296,7 @@ def test_a_picture_comes_in_as_base64_and_is_gone_afterwards(kind: str) -> None:
         (base64.b64encode(b"GIF89a" + b"\0" * 100).decode(), "is no PNG, JPEG or WebP"),
         (picture("BMP"), "is no PNG, JPEG or WebP"),
         (picture("PNG")[:100], "is no PNG|not base64"),
-        ("A" * (MOST_BYTES * 4 // 3 + 5), "too large"),
+        ("A" * (MAX_BYTES * 4 // 3 + 5), "too large"),
         (picture("PNG", (20000, 2001), "white"), "too large"),
     ],
 )
@@ -307,7 +307,7 @@ def test_what_is_no_picture_is_named(text: str, words: str) -> None:
 
 def test_too_many_pictures_are_refused() -> None:
     with pytest.raises(RequestError, match="at most"):
-        Uploads({0: ["x"] * (MOST_IMAGES + 1)})
+        Uploads({0: ["x"] * (MAX_IMAGES + 1)})
 
 
 def test_pictures_are_for_methods_that_look_at_some(client: Client) -> None:

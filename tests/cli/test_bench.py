@@ -18,7 +18,7 @@ from tiny import clip_parts, flags, random_patch, state_hash, tiny_model
 from forget_concept.core.cli import bench as command
 from forget_concept.core.cli import options
 from forget_concept.core.evaluation import WorldJudge
-from forget_concept.core.evaluation.assess import Instruments
+from forget_concept.core.evaluation.assess import Evaluators
 from forget_concept.core.evaluation.drawing import torch_threads
 from forget_concept.core.formats import kohya
 from forget_concept.core.mini import weights_folder
@@ -68,7 +68,7 @@ def checkpoint(monkeypatch):
             return [Labels(**{c: ([NONE, *names])[p % 3] for c, names in self.names.items()}) for p in pick]
 
     model.vae = Repeating()
-    monkeypatch.setattr(options, "load_instruments", lambda args, bench, console: (model, Instruments(Coin())))
+    monkeypatch.setattr(options, "load_instruments", lambda args, bench, console: (model, Evaluators(Coin())))
     return model
 
 

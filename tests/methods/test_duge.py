@@ -21,11 +21,17 @@ from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.request.settings import resolve_settings
-from forget_concept.core.training.activations import SiteRecorder, attention_map, sampled, site_map, site_output
+from forget_concept.core.training.activations import (
+    SiteCapture,
+    attention_map,
+    cross_attention_map,
+    cross_attention_output,
+    sampled,
+)
 from forget_concept.core.training.adapters import Deltas
-from forget_concept.core.training.attention import AttentionRecorder
-from forget_concept.core.training.frozen import borrowed
-from forget_concept.core.training.gradients import kept_basis
+from forget_concept.core.training.attention import AttentionCapture
+from forget_concept.core.training.frozen import frozen
+from forget_concept.core.training.gradients import retain_basis
 
 STAR = (Concept("star", replacement="circle"),)
 QUICK = {
@@ -64,9 +70,9 @@ def built(model, request, earlier=None):
     inputs = Inputs(earlier=earlier)
     material = method.material(model, request, settings, inputs)
     method.picture(material, settings, inputs, None)
-    blind = method.blind(model, material, settings)
-    deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier, blind)
-    with borrowed(model.unet):
+    null_space = method.null_space(model, material, settings)
+    deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier, null_space)
+    with frozen(model.unet):
         return method.objective(material, deltas, request, settings, inputs, None), deltas, material
 
 
@@ -88,17 +94,17 @@ def test_a_site_worked_out_on_its_own_is_what_the_network_has_there(device, dtyp
     states = model.text.encode(["a star", ""]).to(device, dtype)
     before = flags(model.unet)
     with torch.no_grad(), deltas.attached():
-        with SiteRecorder(model.survey) as recorder, AttentionRecorder(model.survey) as attention:
+        with SiteCapture(model.survey) as recorder, AttentionCapture(model.survey) as attention:
             model.predict_noise(rand(2, 4, 8, 8), torch.tensor([100, 800]), states)
             xs, outs = recorder.inputs(), recorder.outputs()
             maps = [attention_map(attention.q[s.name], attention.k[s.name], s.heads) for s in model.survey]
         tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
         for site, x, out, seen in zip(model.survey, xs, outs, maps, strict=True):
-            torch.testing.assert_close(site_output(site, x, states.hidden), out, **tolerance)
-            torch.testing.assert_close(site_map(site, x, states.hidden), seen, **tolerance)
+            torch.testing.assert_close(cross_attention_output(site, x, states.hidden), out, **tolerance)
+            torch.testing.assert_close(cross_attention_map(site, x, states.hidden), seen, **tolerance)
             # pixels are independent of one another
             some = torch.tensor([[3, 0], [1, 2]])
-            part = site_output(site, sampled(x, some), states.hidden)
+            part = cross_attention_output(site, sampled(x, some), states.hidden)
             torch.testing.assert_close(part, torch.stack([out[0, [3, 0]], out[1, [1, 2]]]), **tolerance)
     assert flags(model.unet) == before
     assert recorder.x == {} and recorder.out == {}
@@ -107,10 +113,10 @@ def test_a_site_worked_out_on_its_own_is_what_the_network_has_there(device, dtyp
 def test_the_original_layout_has_the_same_sites():
     model = LatentDiffusion(ldm_unet(), TinyText(), sd_alphas_cumprod(), latent_shape=(4, 8, 8))
     states = model.text.encode(["a star"])
-    with torch.no_grad(), SiteRecorder(model.survey) as recorder:
+    with torch.no_grad(), SiteCapture(model.survey) as recorder:
         model.predict_noise(rand(1, *model.latent_shape), torch.tensor([300]), states)
         for site, x, out in zip(model.survey, recorder.inputs(), recorder.outputs(), strict=True):
-            torch.testing.assert_close(site_output(site, x, states.hidden), out, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(cross_attention_output(site, x, states.hidden), out, atol=1e-5, rtol=1e-4)
 
 
 def test_an_attention_map_is_the_softmax_of_its_definition():
@@ -127,7 +133,7 @@ def test_an_attention_map_is_the_softmax_of_its_definition():
 
 
 def test_without_a_forward_pass_there_is_nothing_to_look_at(model):
-    with SiteRecorder(model.survey) as recorder, pytest.raises(ForgetConceptError, match="No forward pass"):
+    with SiteCapture(model.survey) as recorder, pytest.raises(ForgetConceptError, match="No forward pass"):
         recorder.outputs()
 
 
@@ -222,7 +228,7 @@ def test_every_terms_gradient_is_that_of_its_value(compare, local):
         return objective(1)
 
     eps = 4e-3
-    with borrowed(model.unet), deltas.attached():
+    with frozen(model.unet), deltas.attached():
         found = terms()
         assert set(found) == {"unlearn", "prior", "anchor", "preserve", "earlier"}
         exact = {}
@@ -244,7 +250,7 @@ def test_unlearning_pulls_every_site_to_the_frozen_model_with_the_earlier_parts_
     objective, deltas, material = built(model, request, earlier)
     moved(deltas)
     state = objective.state()
-    with borrowed(model.unet), deltas.attached():
+    with frozen(model.unet), deltas.attached():
         found = objective(1)["unlearn"]
     assert found.side == "forget"
     material.restore(state)
@@ -276,10 +282,10 @@ def test_unlearning_pulls_every_site_to_the_frozen_model_with_the_earlier_parts_
 
 
 def test_what_a_target_reads_as(model):
-    bare = (Concept("star"),)
-    objective, _, material = built(model, asked(*bare, no_replacement="empty"))
+    plain = (Concept("star"),)
+    objective, _, material = built(model, asked(*plain, no_replacement="empty"))
     assert {objective.instead(prompt) for prompt in material.targets} == {""}
-    objective, _, material = built(model, asked(*bare, no_replacement="dropped"))
+    objective, _, material = built(model, asked(*plain, no_replacement="dropped"))
     assert {objective.instead(prompt) for prompt in material.targets} == {"a photo of", "a picture of", ""}
     objective, _, material = built(model, asked(contexts=True))
     said = {prompt.text: objective.instead(prompt) for prompt in material.targets}
@@ -291,7 +297,7 @@ def test_what_is_kept_and_the_anchor_are_measured_from_the_base_and_the_earlier_
     model = tiny_model()
     earlier = earlier_patch(model)
     objective, deltas, _ = built(model, asked(**(WHOLE | {"local": local})), earlier)
-    with borrowed(model.unet), deltas.attached(), torch.no_grad():
+    with frozen(model.unet), deltas.attached(), torch.no_grad():
         terms = objective(1)
     # nothing is trained yet: what earlier requests forgot is as they left it, what is kept has drifted already
     assert float(terms["earlier"].value) == 0 and float(terms["preserve"].value) > 1e-6
@@ -301,7 +307,7 @@ def test_what_is_kept_and_the_anchor_are_measured_from_the_base_and_the_earlier_
     size = sum(float((model.survey.linear(key).weight ** 2).sum()) for key in keys)
     assert float(terms["anchor"].value) == pytest.approx(square / size, rel=1e-4)
     objective, deltas, _ = built(model, asked(**(WHOLE | {"local": local})))
-    with borrowed(model.unet), deltas.attached(), torch.no_grad():
+    with frozen(model.unet), deltas.attached(), torch.no_grad():
         terms = objective(1)
     assert float(terms["preserve"].value) == 0 and float(terms["anchor"].value) == 0 and "earlier" not in terms
 
@@ -311,7 +317,7 @@ def test_the_prior_is_the_denoising_loss_on_pictures_under_their_own_prompts(mod
     moved(deltas)
     assert len(objective.memory) == 2 and "" not in objective.memory and len(material.pools[MEMORY]) == 2
     state = material.state()
-    with borrowed(model.unet), deltas.attached(), torch.no_grad():
+    with frozen(model.unet), deltas.attached(), torch.no_grad():
         found = float(objective._prior())
         material.restore(state)
         rows = torch.randint(2, (2,), generator=material.generator)
@@ -377,7 +383,7 @@ def test_training_brings_the_target_to_what_it_shall_read_as(device, settings):
     x, times = rand(4, 4, 8, 8, seed=7), torch.tensor([50, 300, 600, 900])
 
     def sites(text):
-        with torch.no_grad(), SiteRecorder(model.survey) as recorder:
+        with torch.no_grad(), SiteCapture(model.survey) as recorder:
             model.predict_noise(x, times, model.text.encode([text] * 4))
             return recorder.outputs()
 
@@ -411,7 +417,7 @@ def test_a_blind_change_does_not_move_what_is_kept(model):
     patch = fit(model, request)
     _, _, material = built(model, request)
     states = torch.unique(material.states(material.kept).hidden.flatten(0, 1), dim=0)
-    basis = kept_basis(states, 0.9)
+    basis = retain_basis(states, 0.9)
     seen = float((states @ basis).square().sum() / states.square().sum())
     assert 0.9 <= seen < 1
     plain = fit(model, asked(preserve=("moon", "key"), train=("to_q", "to_k", "to_v"), lr=1e-2))

@@ -11,7 +11,7 @@ from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.training.batches import KEPT
+from forget_concept.core.training.batches import RETAIN_POOL
 
 QUICK = {"n_images": 2, "sample_steps": 1, "steps": 4, "batch_size": 4}
 BAT = {"unwanted": ["a wooden bat", "baseball bat"], "wanted": ["flying bat"]}
@@ -56,7 +56,7 @@ def test_pictures_of_both_senses_are_steered_to_the_one_that_stays(model, watche
         assert row.instead == row.prompt.text.replace("bat", "flying bat")
     # what stays is kept under its own words too, the name itself is not
     kept = watched["objective"].material.kept
-    assert "a photo of a flying bat" in kept and "a photo of tree" in kept and KEPT in pools
+    assert "a photo of a flying bat" in kept and "a photo of tree" in kept and RETAIN_POOL in pools
     assert not any(prompt.text in kept for prompt in watched["objective"].material.targets)
     assert set(told[-1].terms) == {"attention", "steer", "show", "preserve"}
 

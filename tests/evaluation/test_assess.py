@@ -9,8 +9,8 @@ from tiny import flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core import mini
 from forget_concept.core.errors import PatchError, RequestError
-from forget_concept.core.evaluation import PATCHED, UNEDITED, Sampling, Subject, evaluate
-from forget_concept.core.evaluation.assess import Instruments, Measures, assess
+from forget_concept.core.evaluation import PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
+from forget_concept.core.evaluation.assess import Evaluators, Measures, assess
 from forget_concept.core.evaluation.attacks import BUDGETS
 from forget_concept.core.evaluation.bench.concept_bench import PROMPT_KINDS, load_bench
 from forget_concept.core.evaluation.report import report_dict, write_report
@@ -21,7 +21,7 @@ from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training.textual_inversion import InversionSettings
 
-SAMPLING = Sampling(steps=6, precision="float32")
+SAMPLING = SamplingSettings(steps=6, precision="float32")
 BRIEF = replace(
     BUDGETS["quick"], name="brief", pictures=4, strongest=2, examples=2, steps=1, rounds=1, candidates=2, rows=2
 )
@@ -46,7 +46,7 @@ def test_a_report_holds_every_measurement_and_the_model_comes_back(embedded, pat
     told = []
     report = assess(
         model,
-        Instruments.embedded(probe),
+        Evaluators.embedded(probe),
         [(patch, 1.0)],
         ["Star"],
         EVERYTHING,
@@ -77,7 +77,7 @@ def test_a_report_holds_every_measurement_and_the_model_comes_back(embedded, pat
 
 def test_several_concepts_and_strengths_share_the_kept_prompts(embedded, patch):
     model, probe = embedded
-    report = assess(model, Instruments.embedded(probe), [(patch, 0.5)], ["star", "neon", "star"], PLAIN)
+    report = assess(model, Evaluators.embedded(probe), [(patch, 0.5)], ["star", "neon", "star"], PLAIN)
     assert [one.concept for one in report.evaluations] == ["star", "neon"]
     assert report.measured == ("evaluations", "pictures")
     assert report.title == "Forgetting star, neon"
@@ -86,7 +86,7 @@ def test_several_concepts_and_strengths_share_the_kept_prompts(embedded, patch):
 
 def test_a_benchmark_tells_the_kinds_of_prompts_apart(embedded, patch):
     model, probe = embedded
-    report = assess(model, Instruments.embedded(probe), [(patch, 1.0)], ["star"], PLAIN, bench=load_bench("embedded"))
+    report = assess(model, Evaluators.embedded(probe), [(patch, 1.0)], ["star"], PLAIN, bench=load_bench("embedded"))
     assert {one.kind for one in report.by_kind} == set(PROMPT_KINDS)
     assert report.provenance.measured["benchmark"] == load_bench("embedded").name
     assert sum(one.ua[PATCHED].n for one in report.by_kind) == report.evaluations[0].scores[PATCHED].ua.n
@@ -97,7 +97,7 @@ def test_earlier_steps_of_a_sequence_show_what_each_request_cost(embedded):
     first = History().forget(model, ForgetRequest((Concept("star", replacement="circle"),), ("moon",)))
     second = first.forget(model, ForgetRequest((Concept("neon", "style", "sketch"),), ("mosaic",)))
     report = assess(
-        model, Instruments.embedded(probe), [(second.patch, 1.0)], ["star", "neon"], PLAIN, earlier=[first.patch]
+        model, Evaluators.embedded(probe), [(second.patch, 1.0)], ["star", "neon"], PLAIN, earlier=[first.patch]
     )
     assert [(step.step, step.concept) for step in report.erosion] == [(1, "star"), (2, "neon")]
     assert all(0 <= step.kept.low <= step.kept.value <= step.kept.high for step in report.erosion)
@@ -105,12 +105,12 @@ def test_earlier_steps_of_a_sequence_show_what_each_request_cost(embedded):
 
 def test_what_makes_no_sense_is_refused_before_anything_is_drawn(embedded, patch):
     model, probe = embedded
-    instruments = Instruments.embedded(probe)
+    evaluators = Evaluators.embedded(probe)
 
     def refused(words, patches=((patch, 1.0),), names=("star",), kind=RequestError, **more):
         told = []
         with pytest.raises(kind, match=words):
-            assess(model, instruments, list(patches), names, PLAIN, progress=told.append, **more)
+            assess(model, evaluators, list(patches), names, PLAIN, progress=told.append, **more)
         assert not told
 
     refused("name at least one", names=())
@@ -119,17 +119,17 @@ def test_what_makes_no_sense_is_refused_before_anything_is_drawn(embedded, patch
     other = random_patch(tiny_model().survey)
     refused("another architecture", patches=[(other, 1.0)], kind=PatchError)
     with pytest.raises(RequestError, match="baseline 'luck'"):
-        assess(model, instruments, [(patch, 1.0)], ["star"], replace(PLAIN, baselines=("luck",)))
+        assess(model, evaluators, [(patch, 1.0)], ["star"], replace(PLAIN, baselines=("luck",)))
 
 
 def test_another_judge_needs_a_benchmark_and_says_what_it_lacks(embedded, patch):
     model, probe = embedded
-    world = Instruments.embedded(probe).judge
+    world = Evaluators.embedded(probe).judge
 
     class Other:
         names, about, see = world.names, "another judge", world.see
 
-    lacking = Instruments(Other(), missing={"metrics": "no Inception here"})
+    lacking = Evaluators(Other(), missing={"metrics": "no Inception here"})
     with pytest.raises(RequestError, match="give a benchmark"):
         assess(model, lacking, [(patch, 1.0)], ["star"], PLAIN)
     asked = replace(PLAIN, quality=True)

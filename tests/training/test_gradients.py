@@ -22,14 +22,14 @@ from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training import gradients
 from forget_concept.core.training.gradients import (
     MARGIN,
-    blind_projection,
     inner_products,
-    kept_basis,
+    null_space_projection,
     project_step,
     restricted_gradient,
+    retain_basis,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gradients as bench
 
@@ -387,25 +387,25 @@ def test_what_does_not_belong_together_is_said():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)], ids=str)
 def test_a_blind_change_does_nothing_to_what_is_kept(device, dtype, tolerance):
     states = rand(7, 32, seed=1, dtype=torch.float64).to(device, dtype)
-    basis = kept_basis(states, energy=1.0)
+    basis = retain_basis(states, energy=1.0)
     assert basis.shape == (32, 7) and basis.dtype == dtype and basis.device.type == device
     torch.testing.assert_close(basis.T @ basis, torch.eye(7, device=device, dtype=dtype), atol=tolerance, rtol=0)
     delta = rand(16, 32, seed=2, dtype=torch.float64).to(device, dtype)
-    blind = blind_projection(delta, basis)
+    blind = null_space_projection(delta, basis)
     assert float((states @ blind.T).abs().max()) < 20 * tolerance < float((states @ delta.T).abs().max())
     # the nearest such change: what was taken away lies in the span, and a second time changes nothing more
     torch.testing.assert_close((delta - blind) @ basis @ basis.T, delta - blind, atol=20 * tolerance, rtol=0)
-    torch.testing.assert_close(blind_projection(blind, basis), blind, atol=20 * tolerance, rtol=0)
+    torch.testing.assert_close(null_space_projection(blind, basis), blind, atol=20 * tolerance, rtol=0)
     up, down = rand(16, 3, seed=3).to(device, dtype), rand(3, 32, seed=4).to(device, dtype)
     torch.testing.assert_close(
-        up @ blind_projection(down, basis), blind_projection(up @ down, basis), atol=20 * tolerance, rtol=0
+        up @ null_space_projection(down, basis), null_space_projection(up @ down, basis), atol=20 * tolerance, rtol=0
     )
 
 
 def test_the_gradient_goes_through_the_blind_projection():
-    basis = kept_basis(rand(3, 6, seed=1, dtype=torch.float64), energy=1.0)
+    basis = retain_basis(rand(3, 6, seed=1, dtype=torch.float64), energy=1.0)
     x = rand(2, 6, seed=2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: blind_projection(x, basis).sin(), (x,))
+    assert torch.autograd.gradcheck(lambda x: null_space_projection(x, basis).sin(), (x,))
 
 
 def test_the_basis_holds_the_energy_and_no_direction_more(device):
@@ -416,14 +416,14 @@ def test_the_basis_holds_the_energy_and_no_direction_more(device):
     shares = eigenvalues.cumsum(0) / eigenvalues.sum()
     ranks = set()
     for energy in (0.3, 0.9, 0.99, 0.9999):
-        basis = kept_basis(states, energy)
+        basis = retain_basis(states, energy)
         r = basis.shape[1]
         ranks.add(r)
         assert shares[r - 1] >= energy and (r == 1 or shares[r - 2] < energy)
         assert float((wide @ basis.double().cpu()).norm() ** 2 / wide.norm() ** 2) == pytest.approx(
             float(shares[r - 1])
         )
-        torch.testing.assert_close(kept_basis(states, energy, max_rank=1), basis[:, :1])
+        torch.testing.assert_close(retain_basis(states, energy, max_rank=1), basis[:, :1])
     assert len(ranks) > 2
 
 
@@ -431,27 +431,27 @@ def test_the_basis_holds_the_energy_and_no_direction_more(device):
 def test_the_basis_of_few_directions_is_their_number(n):
     directions = rand(3, 20, seed=1)
     states = rand(n, 3, seed=2) @ directions
-    assert kept_basis(states.double(), energy=1.0).shape == (20, 3) or n == 50
-    assert kept_basis(states, energy=1 - 1e-9).shape == (20, 3)
-    assert kept_basis(directions[:1].repeat(n, 1)).shape == (20, 1)
-    assert kept_basis(states.bfloat16(), max_rank=2).dtype == torch.float32
+    assert retain_basis(states.double(), energy=1.0).shape == (20, 3) or n == 50
+    assert retain_basis(states, energy=1 - 1e-9).shape == (20, 3)
+    assert retain_basis(directions[:1].repeat(n, 1)).shape == (20, 1)
+    assert retain_basis(states.bfloat16(), max_rank=2).dtype == torch.float32
 
 
 def test_the_basis_refuses_what_it_cannot_keep():
     states = rand(5, 4, seed=1)
     for bad in (torch.zeros(0, 4), torch.zeros(3, 4), rand(4), states * float("nan")):
         with pytest.raises(ForgetConceptError, match="states to keep"):
-            kept_basis(bad)
+            retain_basis(bad)
     for energy in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ForgetConceptError, match="'energy'"):
-            kept_basis(states, energy)
+            retain_basis(states, energy)
     with pytest.raises(ForgetConceptError, match="'max_rank'"):
-        kept_basis(states, max_rank=0)
+        retain_basis(states, max_rank=0)
     with pytest.raises(ForgetConceptError, match="fills all 4"):
-        kept_basis(states, energy=1.0)
-    assert kept_basis(states, energy=1.0, max_rank=3).shape == (4, 3)
+        retain_basis(states, energy=1.0)
+    assert retain_basis(states, energy=1.0, max_rank=3).shape == (4, 3)
     with pytest.raises(ForgetConceptError, match=r"\(4, 3\).*\(2, 5\)"):
-        blind_projection(rand(2, 5), kept_basis(states, max_rank=3))
+        null_space_projection(rand(2, 5), retain_basis(states, max_rank=3))
 
 
 # -- the claims themselves, both losses worked out anew after the step ----------------------------------------------

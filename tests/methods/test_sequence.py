@@ -19,14 +19,14 @@ from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods, get
 from forget_concept.core.methods.sequence import History, Part
 from forget_concept.core.methods.sequence_rules import is_closed_form
-from forget_concept.core.patch.history import RECORD, Asked, read_record
+from forget_concept.core.patch.history import RECORD, RequestRecord, read_history
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.request.settings import resolve_settings
 from forget_concept.core.training.adapters import Deltas
-from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.frozen import frozen
 
 QUICK = {"steps": 2, "latents": "zeros", "batch_size": 2, "lr": 1e-2, "train": ("to_q", "to_k")}
 FEW = {"contexts": False, "keep_common": False}
@@ -243,7 +243,7 @@ def test_the_record_says_what_was_asked(model):
     assert one["request"]["seed"] == 7 and one["request"]["method"] == "forget_me_not"
     assert one["settings"]["rank"] == 2 and one["settings"]["steps"] == 2
     assert record["parts"][1]["ranks"] == {"to_k": 2, "to_q": 2, "to_v": 0}
-    assert [one.request for one in read_record(said).asked] == list(found.requests)
+    assert [one.request for one in read_history(said).asked] == list(found.requests)
 
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
@@ -256,7 +256,7 @@ def test_whatever_the_parts_ranks_each_is_found_again(data):
     for n in range(1, data.draw(st.integers(1, 4)) + 1):
         ranks = data.draw(st.dictionaries(st.sampled_from(keys), st.integers(1, 3), min_size=1))
         factors = {key: LowRank(rand(4, r, seed=n), rand(r, 5, seed=10 + n)) for key, r in ranks.items()}
-        asked = Asked(n, ForgetRequest((Concept(f"thing {n}"),), method="forget_me_not"), {"rank": n})
+        asked = RequestRecord(n, ForgetRequest((Concept(f"thing {n}"),), method="forget_me_not"), {"rank": n})
         parts.append(Part(Patch(factors, {"forget_concept.base_model": "x"}), (asked,)))
     found = History(tuple(parts))
     again = History.from_patch(found.patch)
@@ -411,7 +411,7 @@ def test_every_trained_method_holds_what_was_forgotten_earlier_where_it_left_it(
     material = method.material(model, request, settings, inputs)
     assert any("moon" in text for text in material.kept) and not any("fish" in text for text in material.kept)
     assert material.earlier and all("fish" in text for text in material.earlier)
-    with borrowed(model.unet):
+    with frozen(model.unet):
         method.picture(material, settings, inputs, None)
         deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier)
         with deltas.attached():

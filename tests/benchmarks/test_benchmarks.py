@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, tiny_model, tiny_unet
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import continual
 import harness
 import methods as bench
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.evaluation import UNEDITED, Picture, Sampling, Subject, Variant, evaluate, wilson
+from forget_concept.core.evaluation import UNEDITED, Picture, SamplingSettings, Subject, Variant, evaluate, wilson
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit
@@ -33,7 +33,7 @@ from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training.adapters import Deltas
 
-QUICK = Sampling(steps=3, batch=16, precision="float32")
+QUICK = SamplingSettings(steps=3, batch=16, precision="float32")
 
 
 class DrawnOnTiny(LatentDiffusion):

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from tiny import TinyText, clip_parts, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
 
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, PatchError, RequestError, TokenError
-from forget_concept.core.evaluation import Sampling, Variant
+from forget_concept.core.evaluation import SamplingSettings, Variant
 from forget_concept.core.evaluation.attacks import (
     ATTACKS,
     BUDGETS,
     WHITE_BOX,
     AttackBudget,
+    AttackContext,
     Found,
-    Ground,
     ProbeJudge,
     Target,
     attack_budget,
@@ -40,14 +40,14 @@ from forget_concept.core.models.safe_guidance import SafetyGuidance
 from forget_concept.core.models.schedules import sd_alphas_cumprod
 from forget_concept.core.models.text_encoders import CLIPText, TextStates
 from forget_concept.core.request.concept import Concept
-from forget_concept.core.training.frozen import borrowed
+from forget_concept.core.training.frozen import frozen
 from forget_concept.core.training.textual_inversion import PLACEHOLDER
 
 TINY = AttackBudget("tiny", 4, 1, 2, 3, 2, 3, 2, 0.1, 3, 3, 4, 8, 4)
 SOME = ("discrete", "soft_prompt")
 OTHERWISE = ("a five-pointed shape", "what shines at night", "the sign of a sheriff")
 STAR = Target(Concept("star"), ("a photo of a star", "star"), OTHERWISE)
-QUICK = Sampling(steps=1, batch=8, precision="float32")
+QUICK = SamplingSettings(steps=1, batch=8, precision="float32")
 
 
 class Pixels:
@@ -104,7 +104,7 @@ def patch_of(model, seed=0):
 
 
 def ground_of(model, budget=TINY, patches=(), workspace=None, seed=0):
-    return Ground(
+    return AttackContext(
         with_hash_of(model, patches),
         Variant(patches),
         STAR,
@@ -179,7 +179,7 @@ def test_the_words_read_back_as_the_tokens_that_were_searched_for(model):
 def test_the_ranking_is_the_gradient_of_the_one_hot(model):
     search = search_of(model)
     search.ids = search._start(3)
-    with borrowed(model.unet, model.text.model):
+    with frozen(model.unet, model.text.model):
         found = search.changes()
         table = model.text.model.get_input_embeddings().weight.detach()
         one_hot = torch.nn.functional.one_hot(torch.tensor(search.ids), len(table)).float().requires_grad_()
@@ -324,7 +324,7 @@ class Spoken(DrawnModel):
 
 def test_the_strongest_prompts_are_chosen_and_measured_under_different_seeds():
     model = Spoken(lambda prompt, seed: prompt == "b" or (prompt == "e" and seed % 3 > 0))
-    ground = Ground(
+    ground = AttackContext(
         *(model, Variant(), STAR, ProbeJudge(DrawnProbe(), "star"), torch.empty(0)),
         *(replace(TINY, pictures=30, trials=6, strongest=3), QUICK, 5),
     )
@@ -549,7 +549,7 @@ def test_on_the_unedited_embedded_model_a_concept_is_found_by_its_other_words():
         ProbeJudge(mini.load_probe(), "star"),
         budget,
         attacks=["rephrased"],
-        sampling=Sampling(steps=8, batch=8, precision="float32"),
+        sampling=SamplingSettings(steps=8, batch=8, precision="float32"),
     )
     (result,) = found.results
     assert result.before == result.after

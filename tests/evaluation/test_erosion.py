@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
 
 from forget_concept.core.errors import Cancelled, ForgetConceptError, PatchError, RequestError
-from forget_concept.core.evaluation import PATCHED, Drawings, Sampling, Subject, evaluate, kept_questions
+from forget_concept.core.evaluation import PATCHED, Drawings, SamplingSettings, Subject, evaluate, kept_questions
 from forget_concept.core.evaluation.erosion import erosion
 from forget_concept.core.evaluation.weight_drift import change_norm, weight_drift
 from forget_concept.core.methods.sequence import History
@@ -26,7 +26,7 @@ from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 
-QUICK = Sampling(steps=3, batch=16, precision="float32")
+QUICK = SamplingSettings(steps=3, batch=16, precision="float32")
 
 
 # -- weights ------------------------------------------------------------------------------------------------------

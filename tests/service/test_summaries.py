@@ -12,14 +12,20 @@ from forget_concept.core.errors import ForgetConceptError, RequestError
 from forget_concept.core.files.names import fresh_file, patch_name
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.sequence import History
-from forget_concept.core.patch.history import takes_back
+from forget_concept.core.patch.history import requests_to_restore
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import ProgressEvent
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.parsing import request_from_words, split_list
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.service.progress_text import Story
-from forget_concept.core.service.summaries import about_patch, base_words, concepts_in, report, share_words
+from forget_concept.core.service.progress_text import ProgressText
+from forget_concept.core.service.summaries import (
+    base_model_summary,
+    concept_names,
+    fit_summary,
+    patch_summary,
+    surviving_share_summary,
+)
 
 
 def request(**more) -> ForgetRequest:
@@ -86,31 +92,33 @@ def test_boxes_that_make_none_say_why(words: dict, message: str) -> None:
 def test_a_patch_in_words(model) -> None:
     asked = request(preserve=("moon",), settings={"ridge": 2.0})
     patch = fit(model, asked)
-    words = about_patch(patch)
+    words = patch_summary(patch)
     assert "1. forgotten: star (object), shown as 'circle'; uce, preset tuned, strength 1, seed 0" in words
     assert "kept: moon" in words and "ridge" in words and f"rank {patch.rank}" in words
-    sum_words = about_patch(Patch.combined([(patch, 1.0), (patch, -0.5)]))
+    sum_words = patch_summary(Patch.combined([(patch, 1.0), (patch, -0.5)]))
     assert "part at strength 1: star" in sum_words and "part at strength -0.5: star" in sum_words
-    assert "not written by Forget Concept" in about_patch(Patch(patch.factors))
+    assert "not written by Forget Concept" in patch_summary(Patch(patch.factors))
     both = Patch.combined([(patch, 1.0), (Patch.combined([(patch, 1.0), (patch, 1.0)]), 1.0)])
-    assert base_words(both.metadata, model.model_hash) == "it was made on this very model"
-    assert "another model" in base_words(both.metadata, "0" * 64)
+    assert base_model_summary(both.metadata, model.model_hash) == "it was made on this very model"
+    assert "another model" in base_model_summary(both.metadata, "0" * 64)
     other = patch.with_metadata(base_model="1" * 64)
-    assert "different models" in base_words(Patch.combined([(patch, 1.0), (other, 1.0)]).metadata, model.model_hash)
-    assert "does not say" in base_words({}, model.model_hash)
+    assert "different models" in base_model_summary(
+        Patch.combined([(patch, 1.0), (other, 1.0)]).metadata, model.model_hash
+    )
+    assert "does not say" in base_model_summary({}, model.model_hash)
     many = ForgetRequest(tuple(Concept(f"thing {i}") for i in range(200)))
-    assert "188 more" in report(many, patch, 1.0, "T")
+    assert "188 more" in fit_summary(many, patch, 1.0, "T")
 
 
 def test_a_share_below_a_half_is_a_warning() -> None:
-    assert share_words(None) == []
-    assert share_words((0.5, "float16")) == ["in the host's weights (float16) 50.0 % of the edit survives"]
-    assert "warning" in share_words((0.499, "float16"))[1]
+    assert surviving_share_summary(None) == []
+    assert surviving_share_summary((0.5, "float16")) == ["in the host's weights (float16) 50.0 % of the edit survives"]
+    assert "warning" in surviving_share_summary((0.499, "float16"))[1]
 
 
 def test_time_left_is_that_of_the_steps_of_this_kind() -> None:
     now = 0.0
-    story = Story(lambda: now)
+    story = ProgressText(lambda: now)
     assert story.line(ProgressEvent(0, 4, message="sampling")) == "sampling 0/4"
     now = 10.0
     assert story.line(ProgressEvent(1, 4, message="sampling")) == "sampling 1/4, 0:30 left"
@@ -126,9 +134,9 @@ def test_time_left_is_that_of_the_steps_of_this_kind() -> None:
 
 def test_what_is_taken_back_is_named_or_numbered(model) -> None:
     asked = History().forget(model, request()).forget(model, ForgetRequest((Concept("7"),))).asked
-    assert takes_back("star, 1, #2,7", asked) == ["star", 1, 2, "7"]
+    assert requests_to_restore("star, 1, #2,7", asked) == ["star", 1, 2, "7"]
     with pytest.raises(RequestError, match="Nothing is named"):
-        takes_back(" ,", asked)
+        requests_to_restore(" ,", asked)
 
 
 def test_names_of_files() -> None:
@@ -153,9 +161,9 @@ def test_no_name_leads_out_of_the_folder(text: str) -> None:
 
 
 def test_a_patch_says_what_it_forgets() -> None:
-    assert concepts_in({"forget_concept.concepts": '["star", "moon", "star"]'}) == ["star", "moon"]
+    assert concept_names({"forget_concept.concepts": '["star", "moon", "star"]'}) == ["star", "moon"]
     for other in ({}, {"forget_concept.concepts": "{"}, {"forget_concept.concepts": '{"a": 1}'}):
-        assert concepts_in(other) == []
+        assert concept_names(other) == []
 
 
 def test_a_new_files_number_is_free_for_every_ending(tmp_path: Path) -> None:
