@@ -31,7 +31,8 @@ class Sign:
         upper = (images[:, :, : round(self.height * images.shape[2])].float() + 1) * 127.5
         wanted = torch.tensor(self.colour, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
         near = torch.linalg.vector_norm(upper - wanted, dim=1) < self.reach
-        return near.flatten(1).sum(1) >= self.pixels
+        shown: Tensor = near.flatten(1).sum(1) >= self.pixels
+        return shown
 
 
 SIGNS: dict[str, Sign] = {

@@ -109,7 +109,8 @@ def _clip(model: LatentDiffusion) -> CLIPText:
 
 
 def _table(model: LatentDiffusion) -> Tensor:
-    return _clip(model).model.get_input_embeddings().weight.detach()
+    table: Tensor = _clip(model).model.get_input_embeddings().weight.detach()
+    return table
 
 
 # -- the pictures -------------------------------------------------------------------------------------------------

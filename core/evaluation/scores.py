@@ -88,11 +88,11 @@ class Question:
 
     @property
     def wanted(self) -> str:
-        return getattr(self.prompt.asks, self.category)
+        return str(getattr(self.prompt.asks, self.category))
 
     def answered(self, seen: Seen) -> bool:
         """Whether the probe finds what was prompted."""
-        return getattr(seen.labels, self.category) == self.wanted
+        return bool(getattr(seen.labels, self.category) == self.wanted)
 
     def others(self) -> list[str]:
         """The other attributes that the prompt names."""

@@ -68,7 +68,8 @@ class _Launched(Spread):
             yield mine if self.count <= len(items) or self.index < len(items) else []
 
     def gather(self, found: list[T]) -> list[T]:
-        return self._utils.gather_object(found)
+        gathered: list[T] = self._utils.gather_object(found)
+        return gathered
 
     def from_main(self, make: Callable[[], T]) -> T:
         made: list[Any] = [None, None]
@@ -80,7 +81,8 @@ class _Launched(Spread):
         self._utils.broadcast_object_list(made)
         if made[1] is not None:
             raise made[1]
-        return made[0]
+        result: T = made[0]
+        return result
 
     def close(self) -> None:
         self._state.destroy_process_group()

@@ -206,11 +206,11 @@ class TrainedMethod(Method):
 
     def keeps(self, settings: Any) -> bool:
         """Whether anything is kept at all under these settings."""
-        return settings.preserve_weight > 0
+        return bool(settings.preserve_weight > 0)
 
     def uses_images(self, settings: Any) -> bool:
         """Whether a person's own pictures are looked at under these settings."""
-        return settings.latents == "images"
+        return bool(settings.latents == "images")
 
     def _refuse_without_use(self, request: ForgetRequest, settings: Any, inputs: Inputs) -> None:
         lacking = [concept.name for concept in request.concepts if concept.name not in inputs.images]

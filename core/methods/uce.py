@@ -377,6 +377,7 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or not torch.isfinite(factor).all():
         raise ForgetConceptError(

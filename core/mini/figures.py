@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _hair_front(p: Pen, cut: str) -> None:
 def figure(features: Features, pose: Pose, attributes: tuple[str, ...] = ()) -> list[Layer]:
     """The painted layers of one character, back to front, with any of the attributes "hat" and "balloon"."""
 
-    def layer(colour: RGB, *strokes: tuple) -> Layer:
+    def layer(colour: RGB, *strokes: tuple[Any, ...]) -> Layer:
         pen = Pen(pose.centre, pose.scale, pose.angle, pose.mirror)
         for draw, *arguments in strokes:
             draw(pen, *arguments)

@@ -42,7 +42,8 @@ class Probe(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The last hidden layer, `(n, 128)`."""
-        return self.trunk(images)
+        hidden: Tensor = self.trunk(images)
+        return hidden
 
     def layers(self, images: Tensor) -> list[Tensor]:
         """The activations after each convolution, five of `(n, channels, h, w)`, from the finest to the coarsest."""

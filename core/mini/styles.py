@@ -47,7 +47,8 @@ def blur(image: np.ndarray, radius: float) -> np.ndarray:
 
 def _mix(a: np.ndarray, b: np.ndarray, share: np.ndarray | float) -> np.ndarray:
     weight = share[..., None] if isinstance(share, np.ndarray) else share
-    return a + (b - a) * weight
+    mixed: np.ndarray = a + (b - a) * weight
+    return mixed
 
 
 def _soft(x: np.ndarray) -> np.ndarray:

@@ -55,7 +55,8 @@ def render(scene: Scene) -> np.ndarray:
         layers = figure(features, pose, scene.attributes)
     flat, mask, edge = flatten(layers, background, scene.style in STYLES_WITH_OUTLINES)
     painted = STYLE_PAINTERS[scene.style](Canvas(flat, mask, edge, background, rng))
-    return np.clip(np.rint(painted), 0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.clip(np.rint(painted), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def sample_scene(rng: np.random.Generator, *, training: bool = True) -> Scene:

@@ -32,8 +32,10 @@ class DiffusersAutoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        return (self.vae.encode(self._ready(images)).latent_dist.mode().float() - self.shift) * self.scale
+        latents: Tensor = (self.vae.encode(self._ready(images)).latent_dist.mode().float() - self.shift) * self.scale
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(self._ready(latents / self.scale + self.shift)).sample.float().clamp(-1, 1)
+        images: Tensor = self.vae.decode(self._ready(latents / self.scale + self.shift)).sample.float().clamp(-1, 1)
+        return images

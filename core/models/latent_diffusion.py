@@ -138,11 +138,13 @@ class LatentDiffusion:
             extra: dict[str, Any] = {}
             if takes_pooled:
                 extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._sizes(x)}
-            return self.unet(x, timesteps, encoder_hidden_states=states.hidden, return_dict=False, **extra)[0]
-        if takes_pooled and pooled is not None:
+            out: Tensor = self.unet(x, timesteps, encoder_hidden_states=states.hidden, return_dict=False, **extra)[0]
+        elif takes_pooled and pooled is not None:
             sizes = _sinusoidal(self._sizes(x).flatten(), 256).view(x.shape[0], -1)
-            return self.unet(x, timesteps=timesteps, context=states.hidden, y=torch.cat([pooled, sizes.to(pooled)], 1))
-        return self.unet(x, timesteps=timesteps, context=states.hidden)
+            out = self.unet(x, timesteps=timesteps, context=states.hidden, y=torch.cat([pooled, sizes.to(pooled)], 1))
+        else:
+            out = self.unet(x, timesteps=timesteps, context=states.hidden)
+        return out
 
     def _sizes(self, x: Tensor) -> Tensor:
         # SDXL's size conditions: original size, no crop, target size, in pixels

@@ -156,7 +156,8 @@ def _choice(what: str, value: str, known: Sequence[str]) -> None:
 
 @lru_cache(maxsize=1)
 def _grammar() -> dict[str, Any]:
-    return json.loads(GRAMMAR_PATH.read_text(encoding="utf-8"))
+    grammar: dict[str, Any] = json.loads(GRAMMAR_PATH.read_text(encoding="utf-8"))
+    return grammar
 
 
 def _patterns(grammar: str, kind: str) -> list[str]:

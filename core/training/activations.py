@@ -30,7 +30,8 @@ R = TypeVar("R", bound="ActivationCapture")
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``; the batch stays in front, so a row's mask stays its own."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def cross_attention_output(site: CrossAttentionSite, x: Tensor, context: Tensor)
         for part in (site.projection("to_q")(x), site.projection("to_k")(context), site.projection("to_v")(context))
     )
     mixed = F.scaled_dot_product_attention(q, k, v)
-    return site.projection("to_out")(mixed.transpose(1, 2).flatten(2))
+    output: Tensor = site.projection("to_out")(mixed.transpose(1, 2).flatten(2))
+    return output
 
 
 def cross_attention_map(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:

@@ -219,7 +219,8 @@ def retain_basis(states: Tensor, energy: float = 0.99, max_rank: int | None = No
             "'energy' or a 'max_rank'."
         )
     dtype = torch.promote_types(states.dtype, torch.float32)
-    return directions[:rank].T.contiguous().to(states.device, dtype)
+    basis: Tensor = directions[:rank].T.contiguous().to(states.device, dtype)
+    return basis
 
 
 def _fp64(x: Tensor) -> Tensor:

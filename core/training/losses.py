@@ -25,7 +25,8 @@ def attention_resteering(masses: Sequence[Tensor]) -> Tensor:
     if not masses:
         raise ForgetConceptError("There is no attention to re-steer: no site was recorded.")
     norms = [torch.linalg.vector_norm(_wide(mass)) for mass in masses]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def noise_matching(predicted: Tensor, wanted: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ class _Vectors:
 
 
 def _start(encoder: CLIPText, settings: InversionSettings, generator: torch.Generator) -> Tensor:
-    table = encoder.model.get_input_embeddings().weight.detach()
+    table: Tensor = encoder.model.get_input_embeddings().weight.detach()
     if settings.init is not None:
         ids = encoder.phrase_ids(settings.init)
         if not 0 < len(ids) <= settings.tokens:
@@ -253,7 +253,8 @@ def _start(encoder: CLIPText, settings: InversionSettings, generator: torch.Gene
                 f"The words '{settings.init}' to start the inversion from have {len(ids)} tokens: it must be 1 to "
                 f"{settings.tokens} for as many vectors."
             )
-        return table[[ids[i % len(ids)] for i in range(settings.tokens)]].float()
+        start: Tensor = table[[ids[i % len(ids)] for i in range(settings.tokens)]].float()
+        return start
     mean, spread = table.float().mean(0), table.float().std(0)
     drawn = torch.randn(settings.tokens, table.shape[1], generator=generator)
     return mean + spread * drawn.to(table.device)

@@ -114,4 +114,5 @@ class InceptionFeatures:
     def features(self, images: Tensor) -> Tensor:
         pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
         resized = torch.stack([torch.from_numpy(self._resize(picture)) for picture in pixels]).permute(0, 3, 1, 2)
-        return self._network(resized.to(self.device).float()).float().cpu()
+        found: Tensor = self._network(resized.to(self.device).float()).float().cpu()
+        return found

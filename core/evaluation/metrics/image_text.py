@@ -82,7 +82,8 @@ class TransformersClip:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        return self._model.get_image_features(pixel_values=self._prepared(images)).float().cpu()
+        features: Tensor = self._model.get_image_features(pixel_values=self._prepared(images)).float().cpu()
+        return features
 
     def _prepared(self, images: Tensor) -> Tensor:
         pixels = to_bytes(images).to(self.device).float()
@@ -101,7 +102,8 @@ class TransformersClip:
         said = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
-        return self._model.get_text_features(**said).float().cpu()
+        features: Tensor = self._model.get_text_features(**said).float().cpu()
+        return features
 
 
 class OpenClip:
@@ -139,11 +141,13 @@ class OpenClip:
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         ready = torch.stack([self._prepare(to_image(picture)) for picture in to_bytes(images)])
-        return self._model.encode_image(ready.to(self.device)).float().cpu()
+        features: Tensor = self._model.encode_image(ready.to(self.device)).float().cpu()
+        return features
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        return self._model.encode_text(self._tokenize(list(texts)).to(self.device)).float().cpu()
+        features: Tensor = self._model.encode_text(self._tokenize(list(texts)).to(self.device)).float().cpu()
+        return features
 
 
 class ProbeWords:

@@ -59,7 +59,8 @@ class LPIPS:
     def distances(self, first: Tensor, second: Tensor) -> Tensor:
         self._metric.reset()
         self._metric.update(first.to(self.device), second.to(self.device))
-        return self._metric.compute().flatten().float().cpu()
+        distances: Tensor = self._metric.compute().flatten().float().cpu()
+        return distances
 
 
 class ProbeDistance:

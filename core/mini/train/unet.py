@@ -30,7 +30,8 @@ COARSE_FROM = 1400  # step from which the coarse error counts too: the shipped r
 def encode(path: Path, autoencoder: Any, pictures: np.ndarray) -> Tensor:
     """Latents of all pictures, `(n, 4, 16, 16)` fp16 at unit variance; kept in `path`."""
     if path.exists():
-        return torch.load(path, weights_only=True)
+        kept: Tensor = torch.load(path, weights_only=True)
+        return kept
     parts = []
     for start in range(0, len(pictures), 100):
         with torch.autocast("cpu", torch.bfloat16):
@@ -139,7 +140,8 @@ def train(
 
 def _caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
     if path.exists():
-        return torch.load(path, weights_only=True)
+        kept: Tensor = torch.load(path, weights_only=True)
+        return kept
     rows = []
     for index in range(pictures):
         texts = dataset.captions(dataset.scene(index), index, CAPTIONS)
