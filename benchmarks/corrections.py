@@ -19,11 +19,12 @@ from typing import Any
 from rich.console import Console
 
 from forget_concept.core import mini
-from forget_concept.core.evaluation import Drawings, Picture, SamplingSettings, Score, Seen, Variant, from_bytes
+from forget_concept.core.evaluation import Drawings, Picture, SamplingSettings, Score, Seen, Variant
 from forget_concept.core.evaluation.attributes import shows
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini import vocabulary as v
 from forget_concept.core.mini.world import prompts
+from forget_concept.core.models.images import from_bytes
 from forget_concept.core.prompts.themes import theme as named_theme
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest

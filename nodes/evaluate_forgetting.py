@@ -157,10 +157,8 @@ class EvaluateForgetting(io.ComfyNode):
         folder = check_folder(root.joinpath(*folders))
         embedded = host.is_embedded(model)
         bench = measuring.questions(benchmark, embedded, names)
-        with host.latent_diffusion(model, clip, vae) as diffusion:
+        with host.latent_diffusion(model, clip, vae, differentiable_text=m_score or attacks != "none") as diffusion:
             looking = measuring.evaluators(embedded, clip_judge, bench)
-            if m_score or attacks != "none":
-                diffusion.text = host.opened_text(clip, diffusion.text, diffusion.device) or diffusion.text
             small = max(diffusion.latent_shape[1:]) <= _SMALL
             sampling = SamplingSettings(steps, diffusion.guidance, _AT_ONCE if small else _FEW, "float32")
             measures = Measures(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError
 from ..core.models.host_weights import HostLatentDiffusion, check_channels, detached_view, without_checkpointing
+from ..core.models.latent_diffusion import hash_of_unet
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
@@ -101,7 +102,7 @@ class A1111(WebUI):
         in_force = resident.live.state() == "in force"
         return [ActivePatch(name, strength, in_force) for name, (_, strength) in resident.live.patches.items()]
 
-    # -- the model, lent -----------------------------------------------------------------------------------------
+    # -- the model under gradients ---------------------------------------------------------------------------------
 
     @contextmanager
     def latent_diffusion(self) -> Iterator[HostLatentDiffusion]:
@@ -125,7 +126,7 @@ class A1111(WebUI):
             stack.enter_context(without_checkpointing(model.model.diffusion_model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            yield _lent(model, resident.survey)
+            yield _diffusion(model, resident.survey)
 
 
 def _check_plain(found: UNetSurvey) -> None:
@@ -254,7 +255,7 @@ def _keep_unet(model: Any) -> None:
 # -- as the core sees it ------------------------------------------------------------------------------------------
 
 
-def _lent(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
+def _diffusion(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
     unet = model.model.diffusion_model
     parameterization = getattr(model, "parameterization", "eps")
     if parameterization not in ("eps", "v"):
@@ -278,20 +279,23 @@ def _lent(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
         vector = torch.cat([states.pooled, vector.expand(len(states), -1)], 1)
         return model.apply_model(x, timesteps, {"crossattn": states.hidden, "vector": vector})
 
-    lent = HostLatentDiffusion(
+    model_hash = hash_of_unet(found)
+    side, guidance = habits(found, model_hash, prediction)
+    return HostLatentDiffusion(
         unet,
         _text(model, found),
         # during a picture the webui may put a rescaled or halved schedule in its place
         getattr(model, "alphas_cumprod_original", model.alphas_cumprod),
         prediction,
+        device=devices.device,
+        dtype=devices.dtype_unet,
         vae=_Autoencoder(model),
+        latent_shape=(int(model.latent_channels), side, side),
+        guidance=guidance,
         name=model.sd_checkpoint_info.name_for_extra,
         eps_model=predict,
+        model_hash=model_hash,
     )
-    lent.host_device, lent.host_dtype = devices.device, devices.dtype_unet
-    side, lent.guidance = habits(found, lent.model_hash, prediction)
-    lent.latent_shape = (int(model.latent_channels), side, side)
-    return lent
 
 
 def _text(model: Any, found: UNetSurvey) -> WebText:

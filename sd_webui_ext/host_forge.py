@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError, PatchError
 from ..core.models.host_weights import HostLatentDiffusion, check_channels, detached_view, without_checkpointing
+from ..core.models.latent_diffusion import hash_of_unet
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
@@ -44,7 +45,7 @@ class _Resident:
     now: Any
     patches: dict[str, tuple[Patch, float]] = field(default_factory=dict)
     written: dict[str, Tensor] = field(default_factory=dict)
-    lent: bool = False  # its patches are put aside for a while, in which no picture is drawn
+    unpatched: bool = False  # its patches are out of the weights for the length of a job; no picture is drawn then
 
     def path(self, key: str) -> str:
         return f"{_UNET}{self.survey.layer(key).path}.weight"
@@ -153,16 +154,16 @@ class Forge(WebUI):
         resident = None if getattr(model, "forge_objects", None) is None else self._residents.get(model)
         if resident is None or not resident.patches:
             return []
-        in_force = resident.lent or model.forge_objects_original.unet is resident.now
+        in_force = resident.unpatched or model.forge_objects_original.unet is resident.now
         # while a picture is drawn Forge moves weights about; it is built on what stands there, which is enough
         if in_force and call_queue.queue_lock.acquire(blocking=False):
             try:
-                in_force = resident.lent or _holds(model, resident)
+                in_force = resident.unpatched or _holds(model, resident)
             finally:
                 call_queue.queue_lock.release()
         return [ActivePatch(name, strength, in_force) for name, (_, strength) in resident.patches.items()]
 
-    # -- the model, lent -----------------------------------------------------------------------------------------
+    # -- the model under gradients ---------------------------------------------------------------------------------
 
     @contextmanager
     def latent_diffusion(self) -> Iterator[HostLatentDiffusion]:
@@ -178,7 +179,7 @@ class Forge(WebUI):
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_checkpointing(unet))
             stack.enter_context(_copied_before_norms(unet))
-            yield _lent(model, resident)
+            yield _diffusion(model, resident)
 
 
 def _check_plain(resident: _Resident) -> None:
@@ -252,7 +253,7 @@ def _bare(model: Any, resident: _Resident) -> Iterator[None]:
     texts = (model.forge_objects.clip, model.forge_objects_after_applying_lora.clip)
     text = next((own for own in texts if _carried(own.patcher) == own.patcher.lora_loader.loaded_hash), clip)
     try:
-        resident.lent = True
+        resident.unpatched = True
         with torch.inference_mode():
             _put(resident.own)
             _put(clip.patcher)
@@ -269,7 +270,7 @@ def _bare(model: Any, resident: _Resident) -> Iterator[None]:
         with torch.inference_mode():
             _put(before)
             _put(text.patcher)
-        resident.lent = False
+        resident.unpatched = False
 
 
 @contextmanager
@@ -287,14 +288,14 @@ def _copied_before_norms(unet: nn.Module) -> Iterator[None]:
 # -- as the core sees it ------------------------------------------------------------------------------------------
 
 
-def _lent(model: Any, resident: _Resident) -> HostLatentDiffusion:
+def _diffusion(model: Any, resident: _Resident) -> HostLatentDiffusion:
     inner = resident.own.model
     unet, predictor = inner.diffusion_model, inner.predictor
     prediction = str(getattr(predictor, "prediction_type", ""))
     if prediction not in ("epsilon", "v_prediction") or not hasattr(predictor, "sigmas"):
         raise ModelError(
-            f"This model's sampling ({type(predictor).__name__}, {prediction}) is neither noise nor v prediction: "
-            "forgetting is not made for it."
+            f"The sampling of this model ({type(predictor).__name__}, {prediction}) is not supported: only discrete "
+            "epsilon- and v-prediction models are."
         )
     pooled = bool(model.is_sdxl)
 
@@ -306,19 +307,22 @@ def _lent(model: Any, resident: _Resident) -> HostLatentDiffusion:
             vector = torch.cat([states.pooled, sizes.expand(len(states), -1)], 1)
         return unet(x, timesteps.float(), context=states.hidden, y=vector, transformer_options={})
 
-    lent = HostLatentDiffusion(
+    model_hash = hash_of_unet(resident.survey)
+    side, guidance = habits(resident.survey, model_hash, prediction)
+    return HostLatentDiffusion(
         unet,
         _text(model, resident.survey, pooled),
         (1 / (predictor.sigmas.detach().float().cpu() ** 2 + 1)).clone(),
         prediction,
+        device=resident.own.load_device,
+        dtype=inner.computation_dtype,
         vae=_Autoencoder(model.forge_objects_original.vae),
+        latent_shape=(int(model.forge_objects_original.vae.latent_channels), side, side),
+        guidance=guidance,
         name=model.sd_checkpoint_info.name_for_extra,
         eps_model=predict,
+        model_hash=model_hash,
     )
-    lent.host_device, lent.host_dtype = resident.own.load_device, inner.computation_dtype
-    side, lent.guidance = habits(resident.survey, lent.model_hash, prediction)
-    lent.latent_shape = (int(model.forge_objects_original.vae.latent_channels), side, side)
-    return lent
 
 
 def _sizes(model: Any, height: int, width: int) -> Tensor:

@@ -82,13 +82,13 @@ def outcome(job: Job | None) -> str:
 
 
 def _pairs(pairs: Iterable[Pair]) -> str:
-    from ..core.evaluation.pictures import to_image
+    from ..core.models.images import to_pil
 
     figures = []
     for pair in pairs:
         about = escape(f"{pair.prompt}, seed {pair.seed}")
         shown = "".join(
-            f'<div><img src="{_data(to_image(image))}" alt="{words}: {about}">'
+            f'<div><img src="{_data(to_pil(image))}" alt="{words}: {about}">'
             f'<span aria-hidden="true">{words}</span></div>'
             for words, image in (("before", pair.before), ("after", pair.after))
         )

@@ -103,7 +103,7 @@ class WebUI:
 
     def check_job(self) -> None:
         if self._owner != threading.get_ident():
-            raise RuntimeError("the model is lent within a job of the same thread only")
+            raise RuntimeError("the model may be used only within a job, in the thread that started it")
 
     # -- the model -----------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class FakeWebui:
 
     @contextmanager
     def latent_diffusion(self) -> Iterator[LatentDiffusion]:
-        assert self.queue.locked(), "the model is lent out only within a job"
+        assert self.queue.locked(), "the model is used only within a job"
         yield self.diffusion
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:

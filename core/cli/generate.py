@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.drawing import Picture, Variant, draw
-    from ..evaluation.pictures import contact_sheet, to_image
+    from ..evaluation.pictures import contact_sheet
+    from ..models.images import to_pil
     from ..models.token_positions import end_position
     from ..progress import ProgressEvent
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "patches": json.dumps(args.patch, ensure_ascii=False),
     }
     if one_file and len(drawn) == 1:
-        write_picture(out, to_image(drawn[0]), notes | {"prompt": pictures[0].prompt, "seed": str(pictures[0].seed)})
+        write_picture(out, to_pil(drawn[0]), notes | {"prompt": pictures[0].prompt, "seed": str(pictures[0].seed)})
         files = [out]
     elif one_file:
         captions = [f"{picture.prompt} ({picture.seed})" for picture in pictures]
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     else:
         files = [make_folder(out) / f"{i:04d}.png" for i in range(len(drawn))]
         for file, image, picture in zip(files, drawn, pictures, strict=True):
-            write_picture(file, to_image(image), notes | {"prompt": picture.prompt, "seed": str(picture.seed)})
+            write_picture(file, to_pil(image), notes | {"prompt": picture.prompt, "seed": str(picture.seed)})
     console.say(f"{len(drawn)} picture{'s' if len(drawn) > 1 else ''}: {out}")
     return {
         "schema": 1,

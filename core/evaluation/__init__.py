@@ -17,8 +17,6 @@ from .drawing import (
     draw,
     faster_precision,
     faster_threads,
-    from_bytes,
-    to_bytes,
 )
 from .intervals import Score, paired_ratio, wilson
 from .judges import ClipJudge, Judge, WorldJudge
@@ -75,7 +73,6 @@ __all__ = [
     "evaluate_bench",
     "faster_precision",
     "faster_threads",
-    "from_bytes",
     "kept_questions",
     "known_concept",
     "load_bench",
@@ -85,6 +82,5 @@ __all__ = [
     "read_prompts",
     "run_bench",
     "target_questions",
-    "to_bytes",
     "wilson",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..mini.world import Labels
+from ..models.images import from_bytes, to_bytes
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.safe_guidance import SafetyGuidance
 from ..patch.patch import Patch
@@ -202,16 +203,6 @@ def draw(
         with torch_threads(sampling.threads):
             images = to_bytes(model.decode(latents, batch=sampling.batch))
         yield images
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8 on the CPU."""
-    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def from_bytes(images: Tensor) -> Tensor:
-    """The inverse of :func:`to_bytes`, up to rounding."""
-    return images.float() / 127.5 - 1
 
 
 class Drawings:

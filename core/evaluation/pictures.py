@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..models.images import to_pil
 from .scores import Evaluation, Example
 
 if TYPE_CHECKING:
@@ -14,18 +15,11 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["before_after", "contact_sheet", "to_image"]
+__all__ = ["before_after", "contact_sheet"]
 
 PAPER, INK, FAINT, GOOD, BAD = (255, 255, 255), (28, 30, 36), (120, 124, 132), (22, 120, 70), (170, 40, 40)
 TILE, GAP, PAIR_GAP, GROUP_GAP, MARGIN = 128, 4, 14, 34, 24
 LABEL_WIDTH, HEAD, CAPTION = 170, 64, 46
-
-
-def to_image(picture: Tensor) -> Image:
-    """A ``(3, H, W)`` uint8 picture as a Pillow image."""
-    from PIL import Image
-
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def _font(size: int) -> FreeTypeFont | ImageFont:
@@ -122,7 +116,7 @@ def _pair(image: Image, draw: ImageDraw, example: Example, x: int, y: int) -> No
     from PIL.Image import Resampling
 
     for i, seen in enumerate((example.before, example.after)):
-        tile = to_image(seen.picture).resize((TILE, TILE), Resampling.LANCZOS)
+        tile = to_pil(seen.picture).resize((TILE, TILE), Resampling.LANCZOS)
         left = x + i * (TILE + GAP)
         image.paste(tile, (left, y))
         draw.rectangle([left, y, left + TILE - 1, y + TILE - 1], outline=(215, 217, 221))
@@ -141,6 +135,6 @@ def contact_sheet(pictures: Sequence[Tensor], captions: Sequence[str], columns: 
     draw = ImageDraw.Draw(image)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = MARGIN + (i % columns) * step_x, MARGIN + (i // columns) * step_y
-        image.paste(to_image(picture), (x, y))
+        image.paste(to_pil(picture), (x, y))
         _write(draw, (x, y + height + 6), caption, 13, INK, step_x - PAIR_GAP, 2)
     return image

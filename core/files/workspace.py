@@ -6,7 +6,6 @@ depends on, so that a file of another model or request is never taken for this o
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import RequestError
+from .arrays import tensor_bytes
 from .safetensors_io import read_metadata, read_safetensors, write_safetensors
 
 __all__ = ["Workspace", "key_of"]
@@ -33,11 +33,8 @@ def key_of(*parts: Any) -> str:
 
 def _add(digest: Any, part: Any) -> None:
     if isinstance(part, Tensor):
-        plain = part.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        if plain.numel():
-            # the memory itself: this package does without numpy
-            digest.update((ctypes.c_char * (plain.numel() * plain.element_size())).from_address(plain.data_ptr()))
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        digest.update(tensor_bytes(part))
     elif isinstance(part, Mapping):
         digest.update(b"{")
         for name in sorted(part):

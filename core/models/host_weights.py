@@ -1,8 +1,8 @@
-"""A host's loaded model, lent out: the same memory under gradients, and the host's own tensors come back afterwards."""
+"""Working on a host's loaded weights without a copy: a detached view that gradients flow through, undone afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,34 +10,75 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .autoencoders import Autoencoder
 from .latent_diffusion import LatentDiffusion
+from .text_encoders import TextEncoder, TextStates
 
 __all__ = ["HostLatentDiffusion", "check_channels", "detached_view", "without_checkpointing"]
 
 
 class HostLatentDiffusion(LatentDiffusion):
-    """On the device and in the dtype that a host computes with, wherever and however it keeps the weights."""
+    """A host's loaded model, on the device and in the dtype that the host computes with.
 
-    host_device: torch.device
-    host_dtype: torch.dtype
+    The weights themselves may lie elsewhere or be stored in another dtype. Complete once constructed: an adapter sets
+    nothing afterwards.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text: TextEncoder,
+        alphas_cumprod: Tensor,
+        prediction_type: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae: Autoencoder | None,
+        latent_shape: tuple[int, int, int],
+        guidance: float,
+        name: str,
+        eps_model: Callable[[Tensor, Tensor, TextStates], Tensor],
+        model_hash: str | None = None,
+    ) -> None:
+        """See :class:`LatentDiffusion` for what is not listed here.
+
+        Args:
+            device: Where the host computes; inputs of ``eps_model`` are moved there.
+            dtype: What the host computes in; inputs of ``eps_model`` are converted to it.
+            eps_model: The host's own way to call the UNet.
+        """
+        super().__init__(
+            unet,
+            text,
+            alphas_cumprod,
+            prediction_type,
+            vae=vae,
+            latent_shape=latent_shape,
+            name=name,
+            model_hash=model_hash,
+            eps_model=eps_model,
+            guidance=guidance,
+        )
+        self._device, self._dtype = device, dtype
 
     @property
     def device(self) -> torch.device:
-        return self.host_device
+        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.host_dtype
+        return self._dtype
 
 
 @contextmanager
 def detached_view(module: nn.Module) -> Iterator[None]:
-    """Every parameter and buffer as an ordinary, frozen tensor on the same memory; the host's own come back.
+    """Inside a ``with`` block, every parameter and buffer is an ordinary frozen tensor on the same memory.
 
-    A host's weights may be inference tensors, which autograd refuses, or have ``requires_grad`` set.
+    A host's weights may be inference tensors, which autograd refuses, or have ``requires_grad`` set. The host's own
+    tensors and the modules' training flags are restored when the block ends, however it ends.
     """
-    kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    twins: dict[int, Tensor] = {}
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+    views: dict[int, Tensor] = {}
     modes = [(part, part.training) for part in module.modules()]
     try:
         for part, _ in modes:
@@ -46,13 +87,13 @@ def detached_view(module: nn.Module) -> Iterator[None]:
                 for name, tensor in store.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in twins:
-                        twins[id(tensor)] = _twin(tensor)
-                    kept.append((store, name, tensor))
-                    store[name] = twins[id(tensor)]
+                    if id(tensor) not in views:
+                        views[id(tensor)] = _view(tensor)
+                    originals.append((store, name, tensor))
+                    store[name] = views[id(tensor)]
         yield
     finally:
-        for store, name, tensor in kept:
+        for store, name, tensor in originals:
             store[name] = tensor
         for part, mode in modes:
             part.training = mode
@@ -60,7 +101,10 @@ def detached_view(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_checkpointing(unet: nn.Module) -> Iterator[None]:
-    """The original code recomputes activations in a way that loses the gradients of what hooks add."""
+    """Inside a ``with`` block, activation checkpointing of the original code is off.
+
+    It recomputes activations in a way that loses the gradients of what forward hooks add.
+    """
     names = ("checkpoint", "use_checkpoint")
     kept = [(part, name) for part in unet.modules() for name in names if part.__dict__.get(name) is True]
     try:
@@ -73,7 +117,7 @@ def without_checkpointing(unet: nn.Module) -> Iterator[None]:
 
 
 def check_channels(latents: Tensor, unet: Any) -> None:
-    """Raise :class:`ModelError`, in words, unless latents ``(n, c, h, w)`` are all that a host's UNet takes."""
+    """Raise :class:`ModelError` unless a host's UNet takes latents ``(n, c, h, w)`` and no further channels."""
     if latents.shape[1] != unet.in_channels:
         raise ModelError(
             f"This UNet takes {unet.in_channels} channels (an inpainting or edit model): only a closed form (uce) can "
@@ -81,8 +125,8 @@ def check_channels(latents: Tensor, unet: Any) -> None:
         )
 
 
-def _twin(tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter):  # a quantised or lazily loaded weight: no plain memory to share
+def _view(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter):  # quantised or lazily loaded: there is no plain memory to share
         return tensor
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

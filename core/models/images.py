@@ -1,4 +1,4 @@
-"""The user's pictures: read from files and folders, brought to the model's size, or checked where a host gives them."""
+"""Pictures as tensors: read from files and folders, fitted to a model, and converted to and from 8 bits and Pillow."""
 
 from __future__ import annotations
 
@@ -13,9 +13,21 @@ from torch import Tensor
 from ..errors import ModelError, RequestError, listed
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .latent_diffusion import LatentDiffusion
 
-__all__ = ["SUFFIXES", "check_images", "fit_images", "load_images", "picture_size"]
+__all__ = [
+    "SUFFIXES",
+    "check_images",
+    "fit_images",
+    "from_bytes",
+    "from_pil",
+    "load_images",
+    "picture_size",
+    "to_bytes",
+    "to_pil",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -26,6 +38,30 @@ def picture_size(model: LatentDiffusion) -> tuple[int, int]:
     """Height and width, in pixels, of a model's pictures: eight times its latents', as in every Stable Diffusion."""
     _, height, width = model.latent_shape
     return 8 * height, 8 * width
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1], of any shape, as uint8 on the CPU."""
+    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """The inverse of :func:`to_bytes`, up to rounding."""
+    return images.float() / 127.5 - 1
+
+
+def to_pil(picture: Tensor) -> Image:
+    """A uint8 picture ``(3, H, W)`` as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(picture.cpu().movedim(0, -1).contiguous().numpy())
+
+
+def from_pil(image: Image) -> Tensor:
+    """A Pillow image as a uint8 picture ``(3, H, W)``; transparency is dropped."""
+    import numpy
+
+    return torch.from_numpy(numpy.array(image.convert("RGB"))).movedim(-1, 0)
 
 
 def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) -> Tensor:
@@ -159,8 +195,7 @@ def _loaded(path: Path, size: tuple[int, int]) -> Tensor:
         raise RequestError(
             f"The picture '{path}' cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from error
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(*size, 3).permute(2, 0, 1).float() / 127.5 - 1
+    return from_bytes(from_pil(picture))
 
 
 def _flat(pil: Any, image: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RequestError
+from ..files.arrays import tensor_bytes
 from ..progress import Progress, ProgressEvent, report_progress
 from .autoencoders import Autoencoder
 from .safe_guidance import SafetyGuidance, safety_term
@@ -20,7 +20,7 @@ from .schedules import _log_snr
 from .text_encoders import TextEncoder, TextStates
 from .unet import PROJECTIONS, UNetSurvey, survey
 
-__all__ = ["LatentDiffusion", "hash_of_weights"]
+__all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SAMPLERS = ("ddim", "dpm++")
@@ -31,10 +31,13 @@ def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for key, weight in weights:
         digest.update(key.encode())
-        plain = weight.detach().to("cpu", torch.float16).contiguous()
-        # the memory itself: this package does without numpy
-        digest.update((ctypes.c_char * (plain.numel() * 2)).from_address(plain.data_ptr()))
+        digest.update(tensor_bytes(weight.detach().to("cpu", torch.float16)))
     return digest.hexdigest()
+
+
+def hash_of_unet(found: UNetSurvey) -> str:
+    """:attr:`LatentDiffusion.model_hash` of a surveyed UNet, with whatever patches its weights have in them."""
+    return hash_of_weights((site.key(which), site.projection(which).weight) for site in found for which in PROJECTIONS)
 
 
 class LatentDiffusion:
@@ -98,9 +101,7 @@ class LatentDiffusion:
         """Hash of the cross-attention weights, rounded to fp16: one for full and pruned copies and for both layouts."""
         if self._known_hash is not None:
             return self._known_hash
-        return hash_of_weights(
-            (site.key(which), site.projection(which).weight) for site in self.survey for which in PROJECTIONS
-        )
+        return hash_of_unet(self.survey)
 
     # -- the noise -----------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from ..evaluation.report import Report
 from ..evaluation.report.verdict import fine, percent, span, verdict
 from ..evaluation.report.write import VARIANTS
 from ..mini import load_probe
+from ..models.images import from_pil
 
 __all__ = [
     "attention_sheet",
@@ -152,9 +153,7 @@ def attention_summary(found: AttentionMap | AttentionPair, phrase: str) -> str:
 
 def sheet(report: Report) -> Tensor:
     """The pictures before and after as one, ``(1, h, w, 3)`` in [0, 1]."""
-    image = before_after(report.evaluations, report.title)
-    whole = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return whole.view(1, image.height, image.width, 3).float() / 255
+    return from_pil(before_after(report.evaluations, report.title)).movedim(0, -1)[None].float() / 255
 
 
 def pairs(report: Report) -> tuple[list[dict[str, str]], Tensor]:

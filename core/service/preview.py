@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..models.images import to_pil
 from ..patch.patch import Patch
 
 __all__ = ["bars", "png", "row"]
@@ -47,13 +48,11 @@ def bars(patch: Patch) -> Tensor:
 
 def png(picture: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
     """A picture ``(h, w, 3)`` in [0, 1] as PNG, with ``texts`` as its text entries."""
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     about = PngInfo()
     for name, text in (texts or {}).items():
         about.add_text(name, text)
-    whole = (picture * 255).round().to(torch.uint8).contiguous().numpy()
     stream = io.BytesIO()
-    Image.fromarray(whole).save(stream, "PNG", pnginfo=about)
+    to_pil((picture.movedim(-1, 0) * 255).round().to(torch.uint8)).save(stream, "PNG", pnginfo=about)
     return stream.getvalue()

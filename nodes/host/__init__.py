@@ -4,11 +4,9 @@ from .embedded import embedded_model, is_embedded
 from .files import lora_file, lora_files, lora_folder, lora_stamp, output_folder, work_folder
 from .model import latent_diffusion, patched_weights, surveyed, surviving_share, weights_hash, with_lora
 from .page import Fading, progress, show_text, workflow
-from .text import HostText, opened_text
 
 __all__ = [
     "Fading",
-    "HostText",
     "embedded_model",
     "is_embedded",
     "latent_diffusion",
@@ -16,7 +14,6 @@ __all__ = [
     "lora_files",
     "lora_folder",
     "lora_stamp",
-    "opened_text",
     "output_folder",
     "patched_weights",
     "progress",

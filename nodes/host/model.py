@@ -1,7 +1,7 @@
-"""MODEL as the core's: lent out, surveyed, patched.
+"""A MODEL as the core's latent diffusion model, surveyed and patched.
 
-The host keeps one loaded copy of a model's weights for all of its MODELs. :func:`latent_diffusion` lends that copy out
-as a :class:`LatentDiffusion` that gradients may flow through, without copying it, and gives it back as it was.
+The host keeps one loaded copy of a model's weights for all of its MODELs. :func:`latent_diffusion` works on a detached
+view of that copy, which gradients may flow through, and restores the host's own tensors afterwards.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ...core.errors import ModelError, PatchError, listed
 from ...core.models.host_weights import HostLatentDiffusion, check_channels, detached_view
 from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
-from ...core.models.text_encoders import TextStates
+from ...core.models.text_encoders import TextEncoder, TextStates
 from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
 from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
-from .text import HostText
+from .text import HostText, opened_text
 
 __all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
 
@@ -62,8 +62,8 @@ def _schedule(patcher: Any) -> tuple[Tensor, str]:
         prediction = "v_prediction" if isinstance(sampling, types.V_PREDICTION) else "epsilon"
     if prediction is None or not isinstance(sampling, types.ModelSamplingDiscrete):
         raise ModelError(
-            f"This model's sampling ({type(sampling).__name__}) is neither noise nor v prediction on discrete steps, "
-            "as Stable Diffusion 1, 2 and XL have it: forgetting is not made for it."
+            f"The sampling of this MODEL ({type(sampling).__name__}) is not supported: only discrete epsilon- and "
+            "v-prediction models are, such as Stable Diffusion 1, 2 and XL."
         )
     return (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone(), prediction
 
@@ -91,14 +91,21 @@ def surveyed(model: Any) -> UNetSurvey:
 
 
 @contextmanager
-def latent_diffusion(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentDiffusion]:
-    """MODEL, CLIP and VAE, loaded, as the core's model, under gradients; given back bit-identical however the block
-    ends.
+def latent_diffusion(
+    model: Any, clip: Any, vae: Any = None, differentiable_text: bool = False
+) -> Iterator[LatentDiffusion]:
+    """MODEL, CLIP and VAE, loaded, as the core's model with gradients on; restored bit-exactly however the block ends.
 
-    Every parameter of the UNet is for that time another, frozen ``Parameter`` on the same memory: the host's own are
-    inference tensors, which autograd refuses. Weights are seen with the patches that MODEL carries. Raises
-    :class:`ModelError`, in words, for a model without cross-attention and for a CLIP of another model; the host's
-    interruption goes through untouched.
+    Every parameter of the UNet is, inside the block, a frozen ``Parameter`` on the same memory: the host's own are
+    inference tensors, which autograd refuses. Weights include the patches that MODEL carries. The host's interruption
+    passes through.
+
+    Args:
+        differentiable_text: Copy the text encoder so that gradients flow through it, where that is possible (see
+            :func:`opened_text`); textual inversion and attacks need it.
+
+    Raises:
+        ModelError: For a model without cross-attention, and for a CLIP of another model.
     """
     if model is None or clip is None:
         raise ModelError(f"The {'MODEL' if model is None else 'CLIP'} that came in is empty: the checkpoint has none.")
@@ -132,20 +139,23 @@ def latent_diffusion(model: Any, clip: Any, vae: Any = None) -> Iterator[LatentD
         stack.enter_context(torch.enable_grad())
         stack.enter_context(detached_view(unet))
         stack.enter_context(_effective(patcher, unet, dtype))
-        diffusion = HostLatentDiffusion(
+        _check_family(found, text.encode([""]), bool(base.adm_channels))
+        reader: TextEncoder = text
+        if differentiable_text:
+            reader = opened_text(clip, text, patcher.load_device) or text
+        yield HostLatentDiffusion(
             unet,
-            text,
+            reader,
             alphas,
             prediction,
+            device=patcher.load_device,
+            dtype=dtype,
             vae=None if vae is None else HostAutoencoder(vae, base.latent_format),
             latent_shape=shape,
+            guidance=_own(base.model_config, "forget_concept_guidance", 7.5),
             name=_own(base.model_config, "forget_concept_name", type(base).__name__),
             eps_model=predict,
-            guidance=_own(base.model_config, "forget_concept_guidance", 7.5),
         )
-        diffusion.host_device, diffusion.host_dtype = patcher.load_device, dtype
-        _check_family(diffusion.survey, text.encode([""]), bool(base.adm_channels))
-        yield diffusion
 
 
 def _check_family(found: UNetSurvey, states: TextStates, takes_pooled: bool) -> None:

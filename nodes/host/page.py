@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from server import PromptServer
 
+from ...core.models.images import to_bytes, to_pil
 from ...core.models.latent_diffusion import LatentDiffusion
 from ...core.progress import Progress, ProgressEvent
 from ...core.service.progress_text import ProgressText
@@ -68,7 +69,6 @@ class Fading:
 
     def picture(self) -> tuple[str, Any, int] | None:
         """The picture as the host takes it, or ``None`` where these latents have no colours known."""
-        from PIL import Image
 
         def stop(event: ProgressEvent) -> None:
             management.throw_exception_if_processing_interrupted()
@@ -88,8 +88,7 @@ class Fading:
             pixels = latents[0].float().cpu().movedim(0, -1) @ colours
             if bias is not None:
                 pixels = pixels + torch.tensor(bias, dtype=torch.float32)
-        whole = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return "JPEG", Image.fromarray(whole.contiguous().numpy()), self._SIDE
+        return "JPEG", to_pil(to_bytes(pixels.movedim(-1, 0))), self._SIDE
 
 
 def workflow(hidden: Any) -> dict[str, str]:

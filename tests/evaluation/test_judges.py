@@ -21,7 +21,7 @@ from forget_concept.core.evaluation import (
     ClipJudge,
     Drawings,
     Picture,
-    Sampling,
+    SamplingSettings,
     Score,
     Subject,
     Variant,
@@ -40,7 +40,7 @@ from forget_concept.core.evaluation.spread import ALONE, Spread
 from forget_concept.core.mini.vocabulary import NONE
 from forget_concept.core.mini.world import LABELS
 
-QUICK = Sampling(steps=2, batch=16, precision="float32")
+QUICK = SamplingSettings(steps=2, batch=16, precision="float32")
 EMBEDDED = load_bench("embedded")
 PLACES = {(c, name): i for i, (c, name) in enumerate((c, name) for c, names in LABELS.items() for name in names)}
 
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_measured_with_real_hooks_and_given_back_as_it_was():
     patch = random_patch(model.survey, scale=0.5)
     bench = load_bench("checkpoints")
     judge = ClipJudge(Noise(), bench.names())
-    drawings = Drawings(model, judge, Sampling(2, 3.0, 8, "float32"))
+    drawings = Drawings(model, judge, SamplingSettings(2, 3.0, 8, "float32"))
     rows = list(run_bench(judge, bench, ["cat", "Rembrandt"], lambda *_: ((patch, 1.0),), drawings, 6))
     assert [(row.concept, row.variant) for row in rows] == [
         (name, variant) for name in ("cat", "Rembrandt") for variant in (UNEDITED, NEGATIVE, SAFE, PATCHED)
@@ -371,22 +371,22 @@ def test_the_faster_number_of_threads_is_taken_and_put_back(monkeypatch):
         torch.set_num_threads(2)
         assert faster_threads(model, "float32") == 1
         asked_for = [Picture("a red star", 4)]
-        alone = list(draw(model, asked_for, sampling=Sampling(2, 3.0, 2)))
+        alone = list(draw(model, asked_for, sampling=SamplingSettings(2, 3.0, 2)))
         assert set(used) == {1}
         assert torch.get_num_threads() == 2
         slow[1] = 3.0
         assert faster_threads(model, "float32") == 2
-        together = list(draw(model, asked_for, sampling=Sampling(2, 3.0, 2)))
+        together = list(draw(model, asked_for, sampling=SamplingSettings(2, 3.0, 2)))
         assert set(used) == {1, 2}
         assert (alone[0].int() - together[0].int()).abs().max() <= 1
         model.predict_noise = None  # breaks the drawing
         with pytest.raises(TypeError):
-            list(draw(model, asked_for, sampling=Sampling(2, 3.0, 2, "float32", threads=1)))
+            list(draw(model, asked_for, sampling=SamplingSettings(2, 3.0, 2, "float32", threads=1)))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     with pytest.raises(RequestError, match="threads must be at least 1"):
-        Sampling(threads=0)
+        SamplingSettings(threads=0)
 
 
 class Half(Spread):
@@ -415,7 +415,7 @@ def test_what_two_processes_draw_is_what_one_draws():
         model = tiny_model()
         model.vae = Repeating()
         spread = Half(index, parts)
-        drawings = Drawings(model, WorldJudge(DrawnProbe()), Sampling(2, 3.0, 4, "float32"), spread)
+        drawings = Drawings(model, WorldJudge(DrawnProbe()), SamplingSettings(2, 3.0, 4, "float32"), spread)
         drawings.probe = Count()
         drawings.want(Variant(), asked_for)
         if index == 0:
@@ -426,7 +426,7 @@ def test_what_two_processes_draw_is_what_one_draws():
         else:
             drawings.make()
             together = drawings.seen(Variant(), asked_for)
-    alone = Drawings(model, Count(), Sampling(2, 3.0, 4, "float32"), ALONE)
+    alone = Drawings(model, Count(), SamplingSettings(2, 3.0, 4, "float32"), ALONE)
     alone.want(Variant(), asked_for)
     alone.make()
     for one, other in zip(alone.seen(Variant(), asked_for), together, strict=True):

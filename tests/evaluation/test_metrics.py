@@ -19,7 +19,6 @@ from tiny import clip_files
 from torch import nn
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError
-from forget_concept.core.evaluation import from_bytes, to_bytes
 from forget_concept.core.evaluation.metrics import (
     LPIPS,
     InceptionFeatures,
@@ -41,6 +40,7 @@ from forget_concept.core.evaluation.metrics import (
 )
 from forget_concept.core.mini import load_probe, world
 from forget_concept.core.mini.vocabulary import NONE, OBJECTS
+from forget_concept.core.models.images import from_bytes, to_bytes
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

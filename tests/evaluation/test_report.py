@@ -31,12 +31,11 @@ from forget_concept.core.evaluation import (
     PATCHED,
     UNEDITED,
     Evaluation,
-    Sampling,
+    SamplingSettings,
     Score,
     Scores,
     Subject,
     evaluate,
-    to_bytes,
 )
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
 from forget_concept.core.evaluation.report import (
@@ -60,6 +59,7 @@ from forget_concept.core.evaluation.report import (
 )
 from forget_concept.core.evaluation.report.plots import bars, interval, lines
 from forget_concept.core.evaluation.report.verdict import percent, verdict
+from forget_concept.core.models.images import to_bytes
 
 EVIL = "<script>alert('x')</script>\"&<b>"
 SITES = [f"{part}.attentions.0.attn2.to_k" for part in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.1")]
@@ -533,7 +533,7 @@ def test_a_real_evaluation_becomes_a_report(tmp_path, schema):
     patch = forgets("star", "object")
     model = DrawnModel()
     (found,) = evaluate(
-        model, DrawnProbe(), [Subject("star", ((patch, 1.0),))], 12, 0, Sampling(2, precision="float32")
+        model, DrawnProbe(), [Subject("star", ((patch, 1.0),))], 12, 0, SamplingSettings(2, precision="float32")
     )
     shown = grids(found)
     assert [grid.about for grid in shown] == ["target", "kept"]

@@ -21,26 +21,25 @@ from forget_concept.core.evaluation import (
     UNEDITED,
     Drawings,
     Picture,
-    Sampling,
+    SamplingSettings,
     Score,
     Subject,
     Variant,
     draw,
     evaluate,
     faster_precision,
-    from_bytes,
     kept_questions,
     mini_table,
     paired_ratio,
     target_questions,
-    to_bytes,
     wilson,
 )
 from forget_concept.core.evaluation.pictures import TILE, before_after, contact_sheet
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.mini.world import LABELS, held_out
+from forget_concept.core.models.images import from_bytes, to_bytes
 
-QUICK = Sampling(steps=2, batch=16, precision="float32")
+QUICK = SamplingSettings(steps=2, batch=16, precision="float32")
 
 
 # -- intervals ----------------------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ def test_what_else_a_patch_forgets_is_not_asked_for():
 def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time():
     subject = Subject("star", ((forgets("star", "object", lambda seed: seed % 4 == 0), 1.0),))
     one, other = (
-        evaluate(DrawnModel(), DrawnProbe(), [subject], 10, 0, Sampling(2, batch=b, precision="float32"))[0]
+        evaluate(DrawnModel(), DrawnProbe(), [subject], 10, 0, SamplingSettings(2, batch=b, precision="float32"))[0]
         for b in (1, 64)
     )
     assert one.as_dict() == other.as_dict()
@@ -318,7 +317,7 @@ def tiny():
 
 def pictures_of(model, variant, precision="float32"):
     asked_for = [Picture("a red star", 4), Picture("a blue moon", 5), Picture("a red star", 6)]
-    return torch.cat(list(draw(model, asked_for, variant, Sampling(2, 3.0, 2, precision))))
+    return torch.cat(list(draw(model, asked_for, variant, SamplingSettings(2, 3.0, 2, precision))))
 
 
 def test_a_patch_changes_what_is_drawn_only_while_it_is_on(tiny):
@@ -347,7 +346,7 @@ def test_a_cancelled_drawing_leaves_the_model_as_it_was(tiny):
 
     variant = Variant(((random_patch(tiny.survey), 1.0),))
     with pytest.raises(Cancelled):
-        list(draw(tiny, [Picture("a star", 1)], variant, Sampling(steps=2, precision="float32"), stop))
+        list(draw(tiny, [Picture("a star", 1)], variant, SamplingSettings(steps=2, precision="float32"), stop))
     assert flags(tiny.unet) == before
 
 
@@ -357,10 +356,10 @@ def test_precision_is_chosen_by_the_clock_and_named(tiny):
         tiny.__class__(tiny.unet.half(), tiny.text, tiny.alphas_cumprod, latent_shape=(4, 8, 8))
     ) == ("float32")
     tiny.unet.float()
-    resolved = Sampling(batch=2).resolved(tiny)
+    resolved = SamplingSettings(batch=2).resolved(tiny)
     assert resolved.precision in ("float32", "bfloat16")
     with pytest.raises(RequestError, match="float8"):
-        Sampling(precision="float8")
+        SamplingSettings(precision="float8")
     exact = pictures_of(tiny, Variant())
     rough = pictures_of(tiny, Variant(), "bfloat16")
     assert (exact.int() - rough.int()).abs().float().mean() < 4

@@ -19,7 +19,7 @@ from forget_concept.core.evaluation import (
     SAFE,
     UNEDITED,
     Picture,
-    Sampling,
+    SamplingSettings,
     Subject,
     Variant,
     draw,
@@ -241,7 +241,7 @@ class SteeredModel(DrawnModel):
 
 
 def test_it_is_a_baseline_where_it_is_asked_for():
-    quick = Sampling(steps=2, batch=16, precision="float32")
+    quick = SamplingSettings(steps=2, batch=16, precision="float32")
 
     def scores(**asked_for):
         (found,) = evaluate(SteeredModel(), DrawnProbe(), [Subject("star", ())], 20, 0, quick, **asked_for)
@@ -266,7 +266,7 @@ def test_variants_are_told_apart_by_it():
     model.vae = type("Decoder", (), {"decode": staticmethod(lambda latents: latents[:, :3].tanh())})()
     drawn = {}
     for variant in (Variant(), Variant(safe=STAR), Variant(safe=SafetyGuidance.named("a star", "max"))):
-        (drawn[variant.key],) = draw(model, picture, variant, Sampling(4, 3.0, 2, "float32"))
+        (drawn[variant.key],) = draw(model, picture, variant, SamplingSettings(4, 3.0, 2, "float32"))
     assert len(drawn) == 3
     first, *others = drawn.values()
     assert all(not torch.equal(first, other) for other in others)

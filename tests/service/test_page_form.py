@@ -16,7 +16,7 @@ from forget_concept.core.errors import RequestError
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.service.forms import filled, form_fields, presets
+from forget_concept.core.service.forms import form_fields, form_values, presets
 from forget_concept.core.service.host_interface import ActivePatch
 from forget_concept.core.service.jobs import Job, Outcome, Pair
 from forget_concept.core.service.options import Settings, options
@@ -63,8 +63,8 @@ def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fields_are_filled_for_every_setting(method) -> None:
     for preset in method.presets:
-        assert filled(method, preset, {}) == presets(method)[preset]
-        assert list(filled(method, preset, {})) == [widget.name for widget in form_fields(method)]
+        assert form_values(method, preset, {}) == presets(method)[preset]
+        assert list(form_values(method, preset, {})) == [widget.name for widget in form_fields(method)]
 
 
 def test_lines_without_words_are_left_out_and_pictures_go_where_they_are_looked_at() -> None:

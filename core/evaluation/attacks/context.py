@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ...errors import ForgetConceptError, ModelError
 from ...files.workspace import Workspace, key_of
-from ...models.images import check_images
+from ...models.images import check_images, from_bytes
 from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...patch.patch import Patch
 from ...progress import Progress
-from ..drawing import Picture, SamplingSettings, Variant, draw, from_bytes, patched
+from ..drawing import Picture, SamplingSettings, Variant, draw, patched
 from ..scores import seed_of
 from .budget import AttackBudget
 from .judge import SuccessJudge

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ...errors import ModelError, RequestError
 from ...files.workspace import Workspace, key_of
+from ...models.images import from_bytes
 from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...models.token_positions import end_position
 from ...patch.patch import Patch
 from ...progress import Progress, ProgressEvent, report_progress
-from ..drawing import Picture, SamplingSettings, Variant, draw, from_bytes
+from ..drawing import Picture, SamplingSettings, Variant, draw
 from ..intervals import Score
 from ..scores import seed_of
 from .budget import AttackBudget, Spent, attack_budget

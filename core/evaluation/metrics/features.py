@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError, RequestError
+from ...models.images import from_bytes, to_bytes
 from ...progress import Progress, ProgressEvent, report_progress
-from ..drawing import from_bytes, to_bytes
 from .extra import needs
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from torch.nn.functional import interpolate
 from ...errors import ModelError, RequestError
 from ...mini.vocabulary import CATEGORIES, NONE, SENSES
 from ...mini.world import LABELS
-from ..drawing import to_bytes
-from ..pictures import to_image
+from ...models.images import to_bytes, to_pil
 from .extra import needs
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ class OpenClip:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        ready = torch.stack([self._prepare(to_image(picture)) for picture in to_bytes(images)])
+        ready = torch.stack([self._prepare(to_pil(picture)) for picture in to_bytes(images)])
         features: Tensor = self._model.encode_image(ready.to(self.device)).float().cpu()
         return features
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...models.images import to_pil
 from ..attention_pictures import AttentionMap, AttentionPair
-from ..pictures import to_image
 from .contents import Pair
 from .verdict import fine, percent
 
@@ -32,7 +32,7 @@ class Inline:
 def _inline(picture: Tensor, alt: str) -> Inline:
     from PIL.Image import Resampling
 
-    image = to_image(picture.cpu())
+    image = to_pil(picture)
     stream = io.BytesIO()
     if max(image.size) <= EXACT:
         kind = "png"

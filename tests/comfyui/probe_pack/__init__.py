@@ -213,7 +213,7 @@ class LowMemory(io.ComfyNode):
 
 
 class Core(io.ComfyNode):
-    """Through the pack's own borrow: the core's sampler on the host's model and one prediction, saved to compare."""
+    """Through the adapter of the pack: the core's sampler on the host's model and one prediction, saved to compare."""
 
     @classmethod
     def define_schema(cls):

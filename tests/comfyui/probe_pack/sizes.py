@@ -301,7 +301,7 @@ class Cost(io.ComfyNode):
         host, words, methods = _part("nodes.host"), _part("core.entries"), _part("core.methods")
         lora_state = _part("nodes.lora_state")
         comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
-        encoder, before, found = host.HostText, torch.get_num_threads(), []
+        encoder, before, found = host.text.HostText, torch.get_num_threads(), []
         own, known, encoding = encoder.encode, {}, 0.0
         apart = [0.0, 0.0]
 

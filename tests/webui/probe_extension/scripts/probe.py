@@ -190,7 +190,7 @@ def forget(arguments):
 
 
 def texts(arguments):
-    """How the lent model reads prompts, and how the webui itself does."""
+    """How the core reads prompts, and how the webui itself does."""
     from modules.prompt_parser import SdConditioning
 
     with host().job("probe"), host().latent_diffusion() as model:
@@ -209,7 +209,7 @@ def texts(arguments):
 
 
 def compare(arguments):
-    """The core's sampler on the lent model: a digest of its latents, and gradients against finite differences."""
+    """The core's sampler on the loaded model: a digest of its latents, and gradients against finite differences."""
     with host().job("probe"), host().latent_diffusion() as model:
         latents = model.sample(["a photo of a red star"], [1], steps=2, guidance=2.5)
         states = model.text.encode(["a photo of a red star"])

@@ -1,0 +1,16 @@
+"""The bytes behind a tensor, for hashing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["tensor_bytes"]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor of any shape and dtype in row-major order, as bytes.
+
+    A contiguous tensor on the CPU is not copied: use the view before the tensor changes.
+    """
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
