@@ -12,6 +12,8 @@ from graphs import Graph, from_workflow
 from workflows import dumped, graphs, to_workflow
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+# made by version 0.1: a shared workflow must open and run for as long as its nodes exist
+EARLIER = sorted((ROOT / "tests" / "data" / "before_0.2").glob("*.workflow.json"))
 # trained in a few steps: what is looked at is that everything fits together
 QUICK = {
     "steps": 2,
@@ -89,6 +91,13 @@ def test_every_example_runs_to_its_last_node(comfyui: ComfyUI, path: Path) -> No
     assert ends <= set(entry["outputs"]) | comfyui.cached(entry)
     pictures = [comfyui.image(entry, key) for key, part in graph.items() if part["class_type"] == "SaveImage"]
     assert len(pictures) == 2 and pictures[0] != pictures[1], "the picture is the same with the patch"
+
+
+@pytest.mark.parametrize("path", EARLIER, ids=lambda path: path.stem)
+def test_a_workflow_of_an_earlier_version_runs(comfyui: ComfyUI, path: Path) -> None:
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    graph = on_the_embedded_model(from_workflow(workflow, comfyui.get("/object_info")))
+    assert comfyui.run(graph)["status"]["status_str"] == "success"
 
 
 def _made(comfyui: ComfyUI, graph: dict[str, Any]) -> None:
