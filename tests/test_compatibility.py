@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from forget_concept.core import cli
 from forget_concept.core.formats import context_map, load_patch
 from forget_concept.core.methods.sequence import History

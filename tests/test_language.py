@@ -10,16 +10,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# replaced by: replace_phrase, RETAIN_POOL, ProgressText, RequestRecord, JointRequests, HostLatentDiffusion, host weights,
-# detached_view, BatchSampler, null_space_projection, retain_basis, captured activations, AttackContext, Evaluators,
-# PatchStore, job heartbeat
+# replaced by: replace_phrase, RETAIN_POOL, ProgressText, RequestRecord, JointRequests, HostLatentDiffusion,
+# host weights, detached_view, BatchSampler, null_space_projection, retain_basis, captured activations, AttackContext,
+# Evaluators, PatchStore, job heartbeat
 REPLACED = frozenset(
-    """
-    said_instead KEPT Story story Asked Together requested lending LentDiffusion laundered Material material
-    blind_projection kept_basis site_outputs SiteRecorder AttentionRecorder Recorder Ground ground Instruments instruments
-    _Heart Desk desk desk_of about_patch base_words history_words share_words concepts_in takes_back should_stop
-    FEWEST_IMAGES Forgetting Evaluating
-    """.split()
+    [
+        "said_instead",
+        "KEPT",
+        "Story",
+        "story",
+        "Asked",
+        "Together",
+        "requested",
+        "lending",
+        "LentDiffusion",
+        "laundered",
+        "Material",
+        "material",
+        "blind_projection",
+        "kept_basis",
+        "site_outputs",
+        "SiteRecorder",
+        "AttentionRecorder",
+        "Recorder",
+        "Ground",
+        "ground",
+        "Instruments",
+        "instruments",
+        "_Heart",
+        "Desk",
+        "desk",
+        "desk_of",
+        "about_patch",
+        "base_words",
+        "history_words",
+        "share_words",
+        "concepts_in",
+        "takes_back",
+        "should_stop",
+        "FEWEST_IMAGES",
+        "Forgetting",
+        "Evaluating",
+    ]
 )
 
 

@@ -105,7 +105,7 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
     comfyui: ComfyUI, embedded: tuple[Any, Any], tmp_path: Path
 ) -> None:
     """The same call on the diffusers model and the same patch gives the same counts: two hosts, one measure."""
-    from forget_concept.core.evaluation import UNEDITED, Sampling
+    from forget_concept.core.evaluation import UNEDITED, SamplingSettings
     from forget_concept.core.evaluation.assess import Evaluators, Measures, assess
     from forget_concept.core.formats import load_patch
 
@@ -124,7 +124,7 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
     stem = graph["save"]["inputs"]["filename"]
     model, probe = embedded
     patch = load_patch(comfyui.folder / "models" / "loras" / f"{stem}_00001.safetensors", model.survey)
-    measures = Measures(4, 3, (UNEDITED,), Sampling(6, model.guidance, precision="float32"))
+    measures = Measures(4, 3, (UNEDITED,), SamplingSettings(6, model.guidance, precision="float32"))
     alone = assess(model, Evaluators.embedded(probe), [(patch, 1.0)], ["star"], measures)
     (mine,), (theirs,) = alone.evaluations, found["evaluations"]
     assert theirs["scores"] == mine.as_dict()["scores"]
@@ -311,7 +311,7 @@ def test_a_checkpoint_is_judged_by_a_clip_that_is_here(comfyui: ComfyUI, tmp_pat
 
 def test_the_map_is_that_of_the_core_on_the_diffusers_model(comfyui: ComfyUI, embedded: tuple[Any, Any]) -> None:
     """The share that the host's model pays is the diffusers model's; a patch makes a second map, and nothing stays."""
-    from forget_concept.core.evaluation import Picture, Sampling
+    from forget_concept.core.evaluation import Picture, SamplingSettings
     from forget_concept.core.evaluation.attention_pictures import attention_pairs
     from forget_concept.core.evaluation.report.verdict import fine
     from forget_concept.core.formats import load_patch
@@ -333,7 +333,7 @@ def test_the_map_is_that_of_the_core_on_the_diffusers_model(comfyui: ComfyUI, em
     assert entry["outputs"]["same"]["difference"] == [0]
     model, _ = embedded
     patch = load_patch(comfyui.folder / "models" / "loras" / f"{stem}_00001.safetensors", model.survey)
-    sampling = Sampling(4, model.guidance, 1, "float32")
+    sampling = SamplingSettings(4, model.guidance, 1, "float32")
     (pair,) = attention_pairs(model, [Picture("a photo of a red star", 5)], ["star"], [(patch, 1.0)], sampling)
     assert f"“star” gets {fine(pair.before.share)} of the attention\n" in text(entry, "look-words")
     said = f"“star” gets {fine(pair.before.share)} of the attention before, {fine(pair.after.share)} with the patch"

@@ -71,32 +71,32 @@ class Prefixes:
         )
 
 
-def discrete(ground: AttackContext, progress: Progress | None = None) -> Found:
+def discrete(context: AttackContext, progress: Progress | None = None) -> Found:
     """Words before the target's prompts. Raises :class:`ModelError` for an encoder without gradients and
     :class:`TokenError` for prompts that are cut off."""
-    encoder, budget = ground.clip, ground.budget
-    prefixes = Prefixes(encoder, ground.target.prompts)
+    encoder, budget = context.clip, context.budget
+    prefixes = Prefixes(encoder, context.target.prompts)
     key = key_of(
-        *("discrete", ground.model.model_hash, ground.text_key, ground.latents, list(ground.target.prompts)),
-        *(asdict(budget), ground.seed),
+        *("discrete", context.model.model_hash, context.text_key, context.latents, list(context.target.prompts)),
+        *(asdict(budget), context.seed),
     )
-    known = None if ground.workspace is None else ground.workspace.load("attack", key)
+    known = None if context.workspace is None else context.workspace.load("attack", key)
     if known is None:
-        generator = torch.Generator("cpu").manual_seed(ground.seed)
-        with ground.edited(), frozen(ground.model.unet, encoder.model):
-            rows = noised_rows(ground.model, ground.latents, budget.rows, generator)
-            search = _Search(ground.model, encoder, prefixes, rows, generator)
+        generator = torch.Generator("cpu").manual_seed(context.seed)
+        with context.edited(), frozen(context.model.unet, encoder.model):
+            rows = noised_rows(context.model, context.latents, budget.rows, generator)
+            search = _Search(context.model, encoder, prefixes, rows, generator)
             search.run(budget.tokens, budget.rounds, budget.candidates, budget.likely, progress)
         known = {
             "ids": torch.tensor(search.ids),
             "losses": torch.tensor(search.losses, dtype=torch.float64),
             "spent": torch.tensor([search.gradient_steps, search.passes]),
         }
-        if ground.workspace is not None:
-            ground.workspace.save("attack", key, known)
+        if context.workspace is not None:
+            context.workspace.save("attack", key, known)
     steps, passes = known["spent"].tolist()
     said = prefixes.said(known["ids"].tolist())
-    return Found(tuple(said), ground.model, steps, passes, tuple(known["losses"].tolist()))
+    return Found(tuple(said), context.model, steps, passes, tuple(known["losses"].tolist()))
 
 
 class _Search:

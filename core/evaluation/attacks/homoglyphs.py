@@ -104,11 +104,11 @@ def other_spellings(encoder: TextEncoder, target: Target) -> tuple[str, ...]:
     return tuple(found)
 
 
-def homoglyphs(ground: AttackContext, progress: Progress | None = None) -> Found:
+def homoglyphs(context: AttackContext, progress: Progress | None = None) -> Found:
     """The other spellings as they are. Raises :class:`RequestError` where the text encoder knows none."""
-    found = other_spellings(ground.model.text, ground.target)
+    found = other_spellings(context.model.text, context.target)
     if not found:
         raise RequestError(
-            f"The text encoder reads every other spelling of '{ground.target.concept.name}' as the name."
+            f"The text encoder reads every other spelling of '{context.target.concept.name}' as the name."
         )
-    return Found(found, ground.model)
+    return Found(found, context.model)

@@ -14,14 +14,14 @@ from .context import AttackContext, Found
 __all__ = ["inversion_recall"]
 
 
-def inversion_recall(ground: AttackContext, progress: Progress | None = None) -> Found:
+def inversion_recall(context: AttackContext, progress: Progress | None = None) -> Found:
     """Vectors in place of the name, in the templates of the concept's kind. Raises as :func:`invert`."""
-    _ = ground.clip
-    budget = ground.budget
-    said = templates(ground.target.concept.kind)
-    settings = InversionSettings(budget.vectors, budget.steps, ground.stride, batch_size=budget.batch, templates=said)
-    with ground.edited():
-        vectors = invert(ground.model, ground.latents, settings, ground.seed, progress, workspace=ground.workspace)
+    _ = context.clip
+    budget = context.budget
+    said = templates(context.target.concept.kind)
+    settings = InversionSettings(budget.vectors, budget.steps, context.stride, batch_size=budget.batch, templates=said)
+    with context.edited():
+        vectors = invert(context.model, context.latents, settings, context.seed, progress, workspace=context.workspace)
     prompts = tuple(template.format(PLACEHOLDER) for template in said)
-    reading = with_vectors(ground.model, {PLACEHOLDER: vectors})
+    reading = with_vectors(context.model, {PLACEHOLDER: vectors})
     return Found(prompts, reading, budget.steps, budget.steps * budget.batch)

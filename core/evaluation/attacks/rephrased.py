@@ -9,8 +9,8 @@ from .context import AttackContext, Found
 __all__ = ["rephrased"]
 
 
-def rephrased(ground: AttackContext, progress: Progress | None = None) -> Found:
+def rephrased(context: AttackContext, progress: Progress | None = None) -> Found:
     """The target's paraphrases as they are. Raises :class:`RequestError` where there are none."""
-    if not ground.target.paraphrases:
-        raise RequestError(f"No paraphrases of '{ground.target.concept.name}' were given to attack with.")
-    return Found(ground.target.paraphrases, ground.model)
+    if not context.target.paraphrases:
+        raise RequestError(f"No paraphrases of '{context.target.concept.name}' were given to attack with.")
+    return Found(context.target.paraphrases, context.model)

@@ -96,14 +96,14 @@ def run_attacks(
     plain = AttackContext(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in chosen}
     for on, which in sides:
-        ground = replace(plain, model=with_hash_of(model, on.patches), variant=on)
+        context = replace(plain, model=with_hash_of(model, on.patches), variant=on)
         for name in chosen:
             searching = _search_cost(name, budget)
             with meter.part(searching, f"{_said(name)} on {which}: searching") as inner:
-                found = ATTACKS[name](ground, inner)
+                found = ATTACKS[name](context, inner)
             drawing = _cost(name, budget, sampling, counts[name]) - searching
             with meter.part(drawing, f"{_said(name)} on {which}: drawing") as inner:
-                outcomes[name].append(_tried(ground, found, inner))
+                outcomes[name].append(_tried(context, found, inner))
     results = []
     for name, found_on in outcomes.items():
         last = found_on[-1]
@@ -198,28 +198,28 @@ class _Outcome:
     losses: tuple[float, ...]
 
 
-def _tried(ground: AttackContext, found: Found, progress: Progress) -> _Outcome:
+def _tried(context: AttackContext, found: Found, progress: Progress) -> _Outcome:
     """Choose the strongest prompts by a few pictures of each, and measure them under other seeds."""
-    budget, prompts = ground.budget, list(found.prompts)
+    budget, prompts = context.budget, list(found.prompts)
     for prompt in prompts:
         end_position(found.model.text, prompt)  # raises where it is cut off
     first: list[Picture] = []
     if len(prompts) > budget.strongest:
         first = [
-            Picture(prompt, seed_of("attack", "choose", ground.seed, i))
+            Picture(prompt, seed_of("attack", "choose", context.seed, i))
             for prompt in prompts
             for i in range(budget.trials)
         ]
     total = len(first) + budget.pictures
-    shown = _shown(ground, found.model, first, progress, 0, total)
+    shown = _shown(context, found.model, first, progress, 0, total)
     hits = dict.fromkeys(prompts, 0)
     for picture, hit in zip(first, shown, strict=True):
         hits[picture.prompt] += hit
     best = sorted(prompts, key=lambda prompt: -hits[prompt])[: min(budget.strongest, budget.pictures)]
     second = [
-        Picture(best[i % len(best)], seed_of("attack", "measure", ground.seed, i)) for i in range(budget.pictures)
+        Picture(best[i % len(best)], seed_of("attack", "measure", context.seed, i)) for i in range(budget.pictures)
     ]
-    shown = _shown(ground, found.model, second, progress, len(first), total)
+    shown = _shown(context, found.model, second, progress, len(first), total)
     each = [
         PromptSuccess(
             prompt,
@@ -234,7 +234,7 @@ def _tried(ground: AttackContext, found: Found, progress: Progress) -> _Outcome:
 
 
 def _shown(
-    ground: AttackContext,
+    context: AttackContext,
     model: LatentDiffusion,
     pictures: Sequence[Picture],
     progress: Progress,
@@ -244,14 +244,14 @@ def _shown(
     """Whether the judge finds the concept in each; verdicts are kept in the work folder."""
     if not pictures:
         return []
-    s, key = ground.sampling, ""
-    if ground.workspace is not None:
-        safe = ground.variant.safe
-        under = [ground.variant.negative, None if safe is None else asdict(safe)]
-        about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, ground.judge.about, *under]
+    s, key = context.sampling, ""
+    if context.workspace is not None:
+        safe = context.variant.safe
+        under = [context.variant.negative, None if safe is None else asdict(safe)]
+        about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.about, *under]
         asked = [[picture.prompt, picture.seed] for picture in pictures]
-        key = key_of("verdicts", model.model_hash, ground.text_key, asked, about)
-        if (known := ground.workspace.load("attack", key)) is not None:
+        key = key_of("verdicts", model.model_hash, context.text_key, asked, about)
+        if (known := context.workspace.load("attack", key)) is not None:
             return known["shown"].tolist()
     found: list[bool] = []
 
@@ -260,8 +260,8 @@ def _shown(
         at = (start + len(found)) * event.total + size * event.step
         report_progress(progress, ProgressEvent(at, total * event.total))
 
-    for images in draw(model, pictures, ground.variant, s, inner):
-        found += map(bool, ground.judge.shows(from_bytes(images)))
-    if ground.workspace is not None:
-        ground.workspace.save("attack", key, {"shown": torch.tensor(found)})
+    for images in draw(model, pictures, context.variant, s, inner):
+        found += map(bool, context.judge.shows(from_bytes(images)))
+    if context.workspace is not None:
+        context.workspace.save("attack", key, {"shown": torch.tensor(found)})
     return found

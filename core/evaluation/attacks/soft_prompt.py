@@ -15,16 +15,16 @@ from .context import AttackContext, Found
 __all__ = ["soft_prompt"]
 
 
-def soft_prompt(ground: AttackContext, progress: Progress | None = None) -> Found:
+def soft_prompt(context: AttackContext, progress: Progress | None = None) -> Found:
     """Vectors before the target's prompts. Raises as :func:`invert`."""
-    _ = ground.clip
-    budget = ground.budget
-    templates = tuple(f"{{}} {prompt}" for prompt in ground.target.prompts)
+    _ = context.clip
+    budget = context.budget
+    templates = tuple(f"{{}} {prompt}" for prompt in context.target.prompts)
     settings = InversionSettings(
-        budget.vectors, budget.steps, ground.stride, batch_size=budget.batch, templates=templates
+        budget.vectors, budget.steps, context.stride, batch_size=budget.batch, templates=templates
     )
-    with ground.edited():
-        vectors = invert(ground.model, ground.latents, settings, ground.seed, progress, workspace=ground.workspace)
+    with context.edited():
+        vectors = invert(context.model, context.latents, settings, context.seed, progress, workspace=context.workspace)
     prompts = tuple(template.format(PLACEHOLDER) for template in templates)
-    reading = with_vectors(ground.model, {PLACEHOLDER: vectors})
+    reading = with_vectors(context.model, {PLACEHOLDER: vectors})
     return Found(prompts, reading, budget.steps, budget.steps * budget.batch)

@@ -142,12 +142,12 @@ def state(arguments):
 
 
 def request_of(arguments):
-    concepts = core("concepts")
+    concept, request = core("request.concept"), core("request.request")
     asked = tuple(
-        concepts.Concept(name, "object", replacement)
+        concept.Concept(name, "object", replacement)
         for name, replacement in arguments.get("concepts", [["star", "circle"]])
     )
-    return concepts.ForgetRequest(
+    return request.ForgetRequest(
         asked,
         preserve=tuple(arguments.get("preserve", ["moon", "heart"])),
         method=arguments.get("method", "uce"),
@@ -157,7 +157,7 @@ def request_of(arguments):
 
 def forget(arguments):
     """Train in place and save the patch, as the tab does; what it gave as figures."""
-    fit, kohya = core("methods").fit, core("formats.kohya")
+    fit, kohya = core("methods.fit").fit, core("formats.kohya")
     began = time.perf_counter()
     steps = []
     with host().job("probe") as progress:
@@ -242,14 +242,14 @@ def compare(arguments):
 def apply(arguments):
     kohya = core("formats.kohya")
     patch = kohya.load(host().lora_folder() / (arguments["patch"] + ".safetensors"))
-    low_rank = core("patch").LowRank
+    low_rank = core("patch.low_rank").LowRank
     factors = dict(patch.factors)
     last = list(factors)[-1]
     if arguments.get("wrong") == "layers":
         factors[last] = low_rank(torch.ones(3, 1), torch.ones(1, 3))
     if arguments.get("wrong") == "nan":
         factors[last] = factors[last].scaled(float("inf"))
-    patch = core("patch").Patch(factors, patch.metadata)
+    patch = core("patch.patch").Patch(factors, patch.metadata)
     host().apply(arguments.get("name", arguments["patch"]), patch, float(arguments.get("strength", 1.0)))
     return active({})
 
@@ -273,7 +273,7 @@ def model(arguments):
 def spoil(arguments):
     """Changes weights behind everybody's back: of all layers with a patch, or of the first one."""
     with torch.inference_mode():
-        sites = core("unet").survey(unet()).sites
+        sites = core("models.unet").survey(unet()).sites
         for site in sites[: arguments.get("sites", len(sites))]:
             for which in ("to_k", "to_v"):
                 site.projection(which).weight.add_(0.01)
