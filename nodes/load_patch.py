@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.files.safetensors_io import read_metadata, read_safetensors
-from ..core.formats import kohya
+from ..core.formats import context_map, kohya
+from ..core.patch.metadata import PatchMetadata
 from ..core.service.summaries import patch_summary
 from . import host
 from .common import LORA, schema
@@ -48,7 +49,7 @@ class LoadForgetPatch(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         path = host.lora_file(file)
-        if read_metadata(path).get("forget_concept.format") == "context_map":
+        if PatchMetadata.from_strings(read_metadata(path)).format == context_map.FORMAT:
             from ..core.errors import PatchError
 
             raise PatchError(

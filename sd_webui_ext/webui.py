@@ -24,6 +24,7 @@ from ..core.errors import Cancelled, ModelError, RequestError
 from ..core.mini.config import GUIDANCE, TEXT_WIDTH, UNET
 from ..core.mini.recognition import is_embedded
 from ..core.models.unet import UNetSurvey
+from ..core.patch.metadata import own_entries
 from ..core.patch.patch import Patch
 from ..core.progress import Progress, ProgressEvent
 from ..core.service.host_interface import ActivePatch, LoadedModel
@@ -158,11 +159,7 @@ class WebUI:
         networks = lora_extension()
         if networks is None:
             return {}
-        return {
-            name: entry
-            for name, entry in networks.available_networks.items()
-            if any(key.startswith("forget_concept.") for key in entry.metadata)
-        }
+        return {name: entry for name, entry in networks.available_networks.items() if own_entries(entry.metadata)}
 
 
 def habits(found: UNetSurvey, model_hash: str, prediction: str) -> tuple[int, float]:

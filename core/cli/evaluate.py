@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,13 +180,7 @@ def _show_more(report: Report, console: Console) -> None:
 
 def concepts_of(patches: Sequence[Patch]) -> list[str]:
     """The concepts that the patches' metadata name, each once."""
-    names: list[str] = []
-    for patch in patches:
-        try:
-            names += list(json.loads(patch.metadata.get("forget_concept.concepts", "[]")))
-        except (json.JSONDecodeError, TypeError):
-            continue  # another program's entry of that name
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for patch in patches for name in patch.about.concepts or ()))
 
 
 def _is_known(name: str) -> bool:

@@ -124,8 +124,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
     if args.context_map is not None and patch.context_map is None:
-        method = patch.metadata["forget_concept.method"]
-        raise RequestError(f"The method '{method}' gives no context map: leave --context-map out.")
+        raise RequestError(f"The method '{patch.about.method}' gives no context map: leave --context-map out.")
     kohya.save(patch, out, model.survey, dtype)
     if args.context_map is not None:
         context_map.save(patch, args.context_map, dtype)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..patch.patch import Patch
 
 HELP = "show what a patch holds and, with --model, whether it fits"
-PREFIX = "forget_concept."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..files.safetensors_io import read_metadata
     from ..formats import context_map, kohya, load_patch
+    from ..patch.metadata import PatchMetadata, own_entries
 
     raw = read_metadata(args.file)
-    kind = "context_map" if raw.get(PREFIX + "format") == "context_map" else "lora"
+    kind = "context_map" if PatchMetadata.from_strings(raw).format == context_map.FORMAT else "lora"
     factors: dict[str, LowRank]
     if kind == "context_map":
         edit, _ = context_map.load(args.file)
         factors = {"context map": edit}
     else:
         factors = dict(kohya.load(args.file).factors)
-    about = {key.removeprefix(PREFIX): _value(text) for key, text in raw.items() if key.startswith(PREFIX)}
+    about = {name: _value(text) for name, text in own_entries(raw).items()}
     data: dict[str, Any] = {
         "schema": 1,
         "file": str(args.file),

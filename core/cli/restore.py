@@ -37,15 +37,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     from ..files.safetensors_io import read_metadata
-    from ..formats import kohya, load_patch
+    from ..formats import context_map, kohya, load_patch
     from ..methods.sequence import History
+    from ..patch.metadata import PatchMetadata
 
     wanted: list[int | str] = [*(args.concept or ()), *(args.number or ())]
     if not wanted:
         raise RequestError("Nothing to take back: give --concept NAME or --number N.")
     out = check_writable(args.out)
     # a model is loaded only where it has a part in this: closed forms are solved again, a context map is expanded
-    map_only = read_metadata(args.file).get("forget_concept.format") == "context_map"
+    map_only = PatchMetadata.from_strings(read_metadata(args.file)).format == context_map.FORMAT
     model = options.load_model(args, console) if map_only else None
     history = History.from_patch(load_patch(args.file, None if model is None else model.survey))
     began = time.perf_counter()

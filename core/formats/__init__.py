@@ -7,6 +7,7 @@ import os
 from ..errors import PatchError
 from ..files.safetensors_io import read_metadata
 from ..models.unet import UNetSurvey
+from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from . import context_map, kohya
 
@@ -18,7 +19,7 @@ def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -
 
     A context map needs ``survey``, the base it is expanded for. Raises :class:`PatchError` in words.
     """
-    if read_metadata(path).get("forget_concept.format") != "context_map":
+    if PatchMetadata.from_strings(read_metadata(path)).format != context_map.FORMAT:
         return kohya.load(path, survey)
     if survey is None:
         raise PatchError(f"'{path}' is a context map: it needs a model to be expanded for.")

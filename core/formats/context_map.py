@@ -6,6 +6,7 @@ map ``c ↦ (I + M) c`` of the text states. ``M``'s two factors fit every checkp
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -15,12 +16,13 @@ from ..errors import PatchError
 from ..files.safetensors_io import read_safetensors, write_safetensors
 from ..models.unet import UNetSurvey
 from ..patch.low_rank import LowRank
+from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 
-__all__ = ["expand", "load", "save"]
+__all__ = ["FORMAT", "expand", "load", "save"]
 
 _UP, _DOWN = "context_map.up", "context_map.down"
-_PROJECTIONS = "forget_concept.projections"
+FORMAT = "context_map"
 
 
 def save(patch: Patch, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
@@ -28,7 +30,7 @@ def save(patch: Patch, path: str | os.PathLike[str], dtype: torch.dtype = torch.
     if patch.context_map is None:
         raise PatchError("This patch has no context map: only a closed form with one solve for all sites has one.")
     tensors = {_UP: patch.context_map.up.to(dtype), _DOWN: patch.context_map.down.to(dtype)}
-    write_safetensors(tensors, path, {**patch.metadata, "forget_concept.format": "context_map"})
+    write_safetensors(tensors, path, {**patch.metadata, **PatchMetadata(format=FORMAT).to_strings()})
 
 
 def load(path: str | os.PathLike[str]) -> tuple[LowRank, dict[str, str]]:
@@ -60,10 +62,9 @@ def expand(
             f"This edit is for text states of width {context_map.shape[1]}; this model (family {survey.family}) takes "
             f"{survey.context_dim}: it has another text encoder."
         )
-    metadata = dict(metadata or {})
-    metadata.pop("forget_concept.format", None)
+    about = PatchMetadata.from_strings(metadata or {})
     if projections is None:
-        projections = tuple(metadata.get(_PROJECTIONS, "to_k,to_v").split(","))
+        projections = about.projections or ("to_k", "to_v")
     if not projections or set(projections) - {"to_k", "to_v"}:
         raise PatchError(f"A context map changes to_k and to_v, not {', '.join(projections) or 'nothing'}.")
     down = context_map.down.detach().float().cpu()
@@ -73,5 +74,5 @@ def expand(
             weight = site.projection(which).weight.detach()
             up = weight.float() @ context_map.up.to(weight.device, torch.float32)
             factors[site.key(which)] = LowRank(up.cpu(), down)
-    metadata[_PROJECTIONS] = ",".join(projections)
-    return Patch(factors, metadata, context_map)
+    about = dataclasses.replace(about, format=None, projections=projections)
+    return Patch(factors, about.to_strings(), context_map)

@@ -19,6 +19,7 @@ from ..errors import ModelError, PatchError, listed
 from ..files.safetensors_io import read_safetensors, write_safetensors
 from ..models.unet import UNetSurvey, canonical_from_ldm, ldm_from_canonical
 from ..patch.low_rank import LowRank
+from ..patch.metadata import kohya_metadata
 from ..patch.patch import Patch
 
 __all__ = ["from_state", "load", "save", "to_state"]
@@ -43,7 +44,7 @@ def to_state(
     ``dotted`` gives ComfyUI's native ``diffusion_model.<ldm path>`` keys instead of kohya's flattened ones.
     Raises :class:`PatchError` where a value does not fit into ``dtype``.
     """
-    ldm = dotted or patch.metadata.get("forget_concept.family") == "sdxl" or bool(survey and survey.family == "sdxl")
+    ldm = dotted or patch.about.family == "sdxl" or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
     for key, factor in patch.factors.items():
         layer = key
@@ -74,21 +75,8 @@ def save(
     Raises :class:`PatchError` where the place cannot be written.
     """
     patch.check_finite()
-    family = patch.metadata.get("forget_concept.family") or (survey.family if survey else "other")
-    metadata = dict(patch.metadata)
-    metadata |= {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(patch.rank),
-        "ss_network_alpha": str(float(patch.rank)),
-        "ss_output_name": Path(path).stem,
-        "ss_base_model_version": {"sdxl": "sdxl_base_v1-0", "sd2": "sd_v2"}.get(family, "sd_v1"),
-        "ss_v2": str(family == "sd2"),
-        "modelspec.architecture": {
-            "sd1": "stable-diffusion-v1/lora",
-            "sd2": "stable-diffusion-v2-768-v/lora",
-            "sdxl": "stable-diffusion-xl-v1-base/lora",
-        }.get(family, "other/lora"),
-    }
+    family = patch.about.family or (survey.family if survey else "other")
+    metadata = {**patch.metadata, **kohya_metadata(patch.rank, family, Path(path).stem)}
     write_safetensors(to_state(patch, survey, dtype), path, metadata)
 
 

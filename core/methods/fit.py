@@ -7,7 +7,6 @@ line and the shared tests. Nothing else is edited.
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from ..errors import PatchError, RequestError
 from ..models.images import check_images, load_images, picture_size
@@ -80,11 +79,11 @@ def fit(
         version=VERSION,
         method=request.method,
         preset=request.preset,
-        settings=json.dumps(dataclasses.asdict(settings), ensure_ascii=False),
-        request=request.without_images().to_json(),
-        concepts=json.dumps([c.name for c in request.concepts], ensure_ascii=False),
-        strength=repr(float(request.strength)),
-        seed=str(request.seed),
+        settings=dataclasses.asdict(settings),
+        request=request.without_images(),
+        concepts=tuple(concept.name for concept in request.concepts),
+        strength=request.strength,
+        seed=request.seed,
         base_model=model.model_hash,
         base_name=model.name,
         family=model.survey.family,

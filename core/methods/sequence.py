@@ -19,23 +19,20 @@ from then on, and the record says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PatchError, RequestError, listed
 from ..models.latent_diffusion import LatentDiffusion
 from ..patch.history import (
-    BASE,
-    PREFIX,
     HistoryRecordPart,
     RequestRecord,
     history_to_dict,
-    method_metadata,
     read_history,
     requests_in_order,
 )
 from ..patch.low_rank import LowRank
+from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..request.concept import Concept, canonical_phrase
@@ -92,16 +89,25 @@ class History:
             raise PatchError("Nothing is forgotten in this history, so there is no patch.")
         whole = Patch.combined([(part.patch, 1.0) for part in self.parts])
         asked = self.asked
-        first = self.parts[0].patch.metadata
-        about = {key: first[PREFIX + key] for key in BASE if PREFIX + key in first}
-        about |= _alike([method_metadata(part.patch.metadata) for part in self.parts])
-        about["version"] = VERSION
-        about["method"] = " + ".join(dict.fromkeys(one.request.method for one in asked))
-        about["concepts"] = json.dumps([concept.name for concept in self.concepts], ensure_ascii=False)
+        base = self.parts[0].patch.about.of_base().to_strings()
+        common = _common([part.patch.about.of_method().to_strings() for part in self.parts])
+        about = PatchMetadata(
+            version=VERSION,
+            method=" + ".join(dict.fromkeys(one.request.method for one in asked)),
+            concepts=tuple(concept.name for concept in self.concepts),
+            history=history_to_dict(self.parts, whole, self.max_rank),
+        )
         if len(asked) == 1:
-            about |= _of_one(asked[0])
-        about["history"] = json.dumps(history_to_dict(self.parts, whole, self.max_rank), ensure_ascii=False)
-        return replace(whole, metadata={PREFIX + key: text for key, text in about.items()})
+            request = asked[0].request
+            about = replace(
+                about,
+                preset=request.preset,
+                settings=asked[0].settings,
+                request=request,
+                strength=request.strength,
+                seed=request.seed,
+            )
+        return replace(whole, metadata={**base, **common, **about.to_strings()})
 
     # -- from and to a file --------------------------------------------------------------------------------------
 
@@ -112,8 +118,8 @@ class History:
         Raises :class:`PatchError` where they do not say it, or where they no longer fit the factors.
         """
         record = read_history(patch.metadata)
-        base = {key: text for key in BASE if (text := patch.metadata.get(PREFIX + key)) is not None}
-        if "base_model" not in base:
+        base = patch.about.of_base()
+        if base.base_model is None:
             raise PatchError("This patch does not say which model it was made on, so it cannot be continued.")
         if len(record.parts) == 1:
             return cls((replace(_of_record(record.parts[0], patch, base)),), record.max_rank)
@@ -169,14 +175,13 @@ class History:
         """Raise :class:`PatchError` unless the history was made on this model and on these text states."""
         if not self.parts:
             return
-        said = self.parts[0].patch.metadata
-        if said[PREFIX + "base_model"] != model.model_hash:
-            name = said.get(PREFIX + "base_name", "another one")
+        base = self.parts[0].patch.about
+        if base.base_model != model.model_hash:
             raise PatchError(
-                f"This patch was made on another base model ('{name}') than '{model.name}': a sequence of requests "
-                "goes on where it began; load that model, or start a new patch for this one."
+                f"This patch was made on another base model ('{base.base_name or 'unknown'}') than '{model.name}': a "
+                "sequence of requests goes on where it began; load that model, or start a new patch for this one."
             )
-        layer, here = said.get(PREFIX + "text_layer"), str(getattr(model.text, "layer", "unknown"))
+        layer, here = base.text_layer, str(getattr(model.text, "layer", "unknown"))
         if layer is not None and layer != here:
             raise PatchError(
                 f"This patch was made with other text states ({layer}) than the model gives now ({here}): load the "
@@ -299,23 +304,13 @@ def _without_earlier(inputs: Inputs | None) -> Inputs:
     return inputs
 
 
-def _of_record(recorded: HistoryRecordPart, patch: Patch, base: Mapping[str, str]) -> Part:
+def _of_record(recorded: HistoryRecordPart, patch: Patch, base: PatchMetadata) -> Part:
     """A part again, from its record and its factors."""
-    about = {PREFIX + key: text for key, text in {**recorded.about, **base}.items()}
-    return Part(replace(patch, metadata=about), recorded.asked, recorded.merged)
+    metadata = {**recorded.about.to_strings(), **base.to_strings()}
+    return Part(replace(patch, metadata=metadata), recorded.asked, recorded.merged)
 
 
-def _alike(abouts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The entries that hold for the whole: a single part's own, and of several those that all have alike."""
-    return {key: text for key, text in abouts[0].items() if all(about.get(key) == text for about in abouts[1:])}
-
-
-def _of_one(asked: RequestRecord) -> dict[str, str]:
-    request = asked.request
-    return {
-        "preset": request.preset,
-        "settings": json.dumps(dict(asked.settings), ensure_ascii=False),
-        "request": request.to_json(),
-        "strength": repr(float(request.strength)),
-        "seed": str(request.seed),
-    }
+def _common(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The entries that all of ``several`` have with the same value."""
+    first, *others = several
+    return {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}

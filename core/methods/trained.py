@@ -7,7 +7,6 @@ them takes the same inputs, can be cancelled and resumed, and gives a patch of b
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..models.text_encoders import TextEncoder
 from ..models.token_positions import end_position
 from ..models.unet import PROJECTIONS
 from ..patch.history import read_history
+from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..prompts.everyday import CONTEXTS
@@ -323,15 +323,13 @@ class TrainedMethod(Method):
                 model, deltas, objective, _loop(settings), progress, message=self.message, checkpoint=checkpoint
             )
             factors = deltas.factors(settings.max_rank)
-        metadata = {
-            "forget_concept.trained": ",".join(settings.train),
-            "forget_concept.terms": json.dumps({"first": dict(told.first), "last": dict(told.last)}),
-        }
+        note = None
         if model.survey.family == "sdxl":
-            metadata["forget_concept.note"] = (
-                "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
-            )
-        return Patch(factors, metadata)
+            note = "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
+        about = PatchMetadata(
+            trained=settings.train, terms={"first": dict(told.first), "last": dict(told.last)}, note=note
+        )
+        return Patch(factors, about.to_strings())
 
     def picture(self, batches: BatchSampler, settings: Any, inputs: Inputs, progress: Progress | None) -> None:
         """Fill the pools of the concepts and of what is kept, as ``settings.latents`` says."""

@@ -24,6 +24,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextEncoder
 from ..models.token_positions import end_position, phrase_span, tail_positions
 from ..patch.low_rank import LowRank
+from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import COMMON, CONTEXTS
@@ -154,12 +155,10 @@ class UCE(Method):
         outputs = _output_gram(model, settings.projections)
         context_map = solve_context_map(columns, settings, outputs)
         report_progress(progress, ProgressEvent(2, 3, message="expanding to every site"))
-        metadata = {"forget_concept.projections": ",".join(settings.projections)}
+        note = None
         if model.survey.family == "sdxl":
-            metadata["forget_concept.note"] = (
-                "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
-            )
-        patch = expand(context_map, model.survey, metadata, settings.projections)
+            note = "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
+        patch = expand(context_map, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
         report_progress(progress, ProgressEvent(3, 3, message="done"))
         return patch
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..files.safetensors_io import read_safetensors, write_safetensors
+from ..patch.metadata import checkpoint_metadata
 from . import config
 
 __all__ = [
@@ -443,5 +444,5 @@ def save_checkpoint(parts: Parts, path: Path, text_folder: str, dtype: torch.dty
     """
     described = yaml_text(text_folder, parts.shapes)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in checkpoint_state(parts).items()}
-    write_safetensors(state, path, {"modelspec.architecture": "stable-diffusion-v1", "modelspec.title": "mini"})
+    write_safetensors(state, path, checkpoint_metadata("stable-diffusion-v1", "mini"))
     path.with_suffix(".yaml").write_text(described, encoding="utf-8")

@@ -14,18 +14,15 @@ from ..request.concept import Concept
 from ..request.parsing import split_list
 from ..request.request import ForgetRequest
 from ..version import VERSION
+from .metadata import PatchMetadata, own_entries
 from .patch import Patch
 
 __all__ = [
-    "BASE",
-    "PREFIX",
-    "RECORD",
     "HistoryRecord",
     "HistoryRecordPart",
     "JointRequests",
     "RequestRecord",
     "history_to_dict",
-    "method_metadata",
     "read_history",
     "requests_in_order",
     "requests_to_restore",
@@ -62,12 +59,7 @@ def requests_in_order(parts: Sequence[JointRequests]) -> tuple[RequestRecord, ..
     return tuple(sorted((one for part in parts for one in part.asked), key=lambda one: one.number))
 
 
-RECORD = "forget_concept.history"
 _SCHEMA = 1
-PREFIX = "forget_concept."
-# what all parts of a history share, and what is said of one request alone
-BASE = ("base_model", "base_name", "family", "architecture", "text_layer")
-_OF_ONE = ("method", "preset", "settings", "request", "concepts", "strength", "seed")
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class HistoryRecordPart:
 
     merged: bool
     ranks: Mapping[str, int]
-    about: Mapping[str, str]
+    about: PatchMetadata
     asked: tuple[RequestRecord, ...]
 
     def rank_at(self, key: str) -> int:
@@ -106,17 +98,17 @@ def read_history(metadata: Mapping[str, str]) -> HistoryRecord:
 
     Raises :class:`PatchError` where there is none.
     """
+    about = PatchMetadata.from_strings(metadata)
     try:
-        if RECORD in metadata:
-            return _parsed(json.loads(metadata[RECORD]))
-        if PREFIX + "request" in metadata:
-            settings = json.loads(metadata.get(PREFIX + "settings", "{}"))
-            request = ForgetRequest.from_json(metadata[PREFIX + "request"])
-            asked = RequestRecord(1, request, settings, metadata.get(PREFIX + "version", VERSION))
-            return HistoryRecord((HistoryRecordPart(False, {}, method_metadata(metadata), (asked,)),), None)
+        about.check("history", "request", "settings")
+        if about.history is not None:
+            return _parsed(about.history)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PatchError(f"The record of this patch's requests cannot be read: {error}") from error
-    if PREFIX + "parts" in metadata:
+    if about.request is not None:
+        asked = RequestRecord(1, about.request, about.settings or {}, about.version or VERSION)
+        return HistoryRecord((HistoryRecordPart(False, {}, about.of_method(), (asked,)),), None)
+    if about.parts is not None or "parts" in about.malformed:
         raise PatchError(
             "This patch was put together from several ones, and nothing says which part of it is whose: it cannot be "
             "continued, nor anything taken back."
@@ -143,7 +135,7 @@ def _parsed(data: Any) -> HistoryRecord:
         if not asked:
             raise PatchError("it has a part without a request.")
         ranks = {str(key): int(rank) for key, rank in part["ranks"].items()}
-        about = {str(key): str(text) for key, text in part["about"].items()}
+        about = PatchMetadata.from_entries({str(key): str(text) for key, text in part["about"].items()})
         parts.append(HistoryRecordPart(bool(part["merged"]), ranks, about, asked))
     if not parts:
         raise PatchError("it has no request.")
@@ -163,14 +155,6 @@ def _ranks_of(whole: Patch, part: Patch) -> dict[str, int]:
     return usual | {key: rank for key, rank in ranks.items() if rank != usual[key.rpartition(".")[2]]}
 
 
-def method_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a method says of its own patch, beside what every patch says."""
-    common = {PREFIX + key for key in (*BASE, *_OF_ONE, "version", "history", "parts", "format")}
-    return {
-        key.removeprefix(PREFIX): text for key, text in metadata.items() if key.startswith(PREFIX) and key not in common
-    }
-
-
 class _Patched(JointRequests, Protocol):
     @property
     def patch(self) -> Patch: ...
@@ -185,7 +169,7 @@ def history_to_dict(parts: Sequence[_Patched], whole: Patch, max_rank: int | Non
             {
                 "merged": part.merged,
                 "ranks": _ranks_of(whole, part.patch),
-                "about": method_metadata(part.patch.metadata),
+                "about": own_entries(part.patch.about.of_method().to_strings()),
                 "requests": [
                     {
                         "number": one.number,

@@ -6,11 +6,11 @@ leaves the model exactly as it was.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..errors import PatchError, listed
 from ..models.unet import UNetSurvey, survey
 from .apply import PatchHandle, _Delta
 from .low_rank import LowRank
+from .metadata import CombinedPart, PatchMetadata
 
 __all__ = ["Patch", "survey_of"]
 
@@ -60,10 +61,14 @@ class Patch:
         """Bytes of all factors (without the context map)."""
         return sum(factor.nbytes for factor in self.factors.values())
 
-    def with_metadata(self, **entries: str) -> Patch:
-        """The same patch with entries ``forget_concept.<name>`` added or replaced."""
-        added = {f"forget_concept.{name}": value for name, value in entries.items()}
-        return replace(self, metadata={**self.metadata, **added})
+    @cached_property
+    def about(self) -> PatchMetadata:
+        """The metadata, typed."""
+        return PatchMetadata.from_strings(self.metadata)
+
+    def with_metadata(self, **fields: Any) -> Patch:
+        """The same patch with fields of :class:`PatchMetadata` added or replaced; other entries stay as they are."""
+        return replace(self, metadata={**self.metadata, **PatchMetadata(**fields).to_strings()})
 
     def _each(self, change: Any) -> Patch:
         context_map = None if self.context_map is None else change(self.context_map)
@@ -104,7 +109,7 @@ class Patch:
         """
         if not patches:
             raise PatchError("There are no patches to combine.")
-        families = {p.metadata["forget_concept.family"] for p, _ in patches if "forget_concept.family" in p.metadata}
+        families = {patch.about.family for patch, _ in patches if patch.about.family is not None}
         if len(families) > 1:
             raise PatchError(f"Patches of different model families cannot be combined: {', '.join(sorted(families))}.")
         scaled = [patch.scaled(strength) for patch, strength in patches]
@@ -115,14 +120,14 @@ class Patch:
             for key, factor in patch.factors.items():
                 parts.setdefault(key, []).append(factor)
         maps = [patch.context_map for patch in scaled if patch.context_map is not None]
-        origin = [{"strength": strength, "metadata": dict(patch.metadata)} for patch, strength in patches]
-        metadata = {
-            "forget_concept.method": "combined",
-            "forget_concept.parts": json.dumps(origin, ensure_ascii=False),
-        } | ({"forget_concept.family": families.pop()} if families else {})
+        about = PatchMetadata(
+            method="combined",
+            family=families.pop() if families else None,
+            parts=tuple(CombinedPart(strength, patch.metadata) for patch, strength in patches),
+        )
         return Patch(
             {key: LowRank.cat(several) for key, several in parts.items()},
-            metadata,
+            about.to_strings(),
             LowRank.cat(maps) if len(maps) == len(scaled) else None,
         )
 

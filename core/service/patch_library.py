@@ -6,10 +6,10 @@ among the files that are there, and never made into a path.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..files.names import patch_name
 from ..files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from ..files.writing import check_folder, make_folder, write_bytes, write_json
 from ..formats import kohya
+from ..patch.metadata import PatchMetadata, with_output_name
 from ..patch.patch import Patch
 from .errors import NotFoundError
 from .preview import bars, png
@@ -30,7 +31,6 @@ __all__ = ["PRECISIONS", "Entry", "PatchLibrary"]
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 FAMILIES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 PLACEHOLDER = "%concept%"
-_PREFIX = "forget_concept."
 _LORAS = (".safetensors", ".pt", ".ckpt")
 _PREVIEWS = tuple(f"{dot}{kind}" for dot in (".preview.", ".") for kind in ("png", "jpg", "jpeg", "webp"))
 _BESIDE = (*_PREVIEWS, ".json", ".txt", ".description.txt")
@@ -48,21 +48,26 @@ class Entry:
     written: float
     metadata: Mapping[str, str]
 
+    @cached_property
+    def about(self) -> PatchMetadata:
+        """The metadata, typed."""
+        return PatchMetadata.from_strings(self.metadata)
+
     @property
     def concepts(self) -> list[str]:
         """What it forgets; for one that was put together, what its parts forget."""
         found = concept_names(self.metadata)
         if not found:
-            found = [name for part in _parts(self.metadata) for name in concept_names(part)]
+            found = [name for part in self.about.parts or () for name in concept_names(part.metadata)]
         return list(dict.fromkeys(found))
 
     @property
     def method(self) -> str:
-        return self.metadata.get(_PREFIX + "method", "unknown")
+        return self.about.method or "unknown"
 
     @property
     def family(self) -> str:
-        return self.metadata.get(_PREFIX + "family", "other")
+        return self.about.family or "other"
 
     @property
     def tag(self) -> str:
@@ -84,16 +89,9 @@ class Entry:
             "concepts": self.concepts,
             "method": self.method,
             "family": self.family,
-            "base_model": self.metadata.get(_PREFIX + "base_name", ""),
+            "base_model": self.about.base_name or "",
             "lora": self.tag,
         }
-
-
-def _parts(metadata: Mapping[str, str]) -> list[Mapping[str, str]]:
-    try:
-        return [dict(part["metadata"]) for part in json.loads(metadata.get(_PREFIX + "parts", "[]"))]
-    except (ValueError, KeyError, TypeError):
-        return []
 
 
 def _beside(path: Path, end: str) -> Path:
@@ -204,7 +202,7 @@ class PatchLibrary:
         target = entry.path.with_name(stem + entry.path.suffix)
         beside = [(_beside(entry.path, end), _beside(target, end)) for end in _BESIDE]
         beside = [(old, fresh) for old, fresh in beside if old.is_file()]
-        write_safetensors(tensors, target, metadata | {"ss_output_name": stem})
+        write_safetensors(tensors, target, with_output_name(metadata, stem))
         try:
             for old, fresh in beside:
                 old.replace(fresh)
@@ -280,10 +278,8 @@ class PatchLibrary:
             return None
         metadata = known[2]
         # a context map is no LoRA: the webui cannot load it
-        if _PREFIX + "method" not in metadata or _PREFIX + "format" in metadata:
-            return None
-        place = file.relative_to(root).as_posix()
-        return Entry(file.stem, file, place, stat.st_size, stat.st_mtime, metadata)
+        entry = Entry(file.stem, file, file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime, metadata)
+        return None if entry.about.method is None or entry.about.format is not None else entry
 
     def _fresh(self, folder: Path, stem: str) -> Path:
         """A file that no LoRA anywhere in the Lora folder shares its name with: the webui goes by names alone."""
@@ -312,7 +308,7 @@ def _remove(path: Path) -> None:
 
 def _card(patch: Patch, concepts: Sequence[str]) -> dict[str, Any]:
     """What the webui shows of a LoRA and puts into the prompt with it."""
-    family = patch.metadata.get(_PREFIX + "family", "")
+    family = patch.about.family or ""
     return {
         "description": f"Makes the model forget {listed(list(concepts) or ['what its parts say'])}. It needs no word "
         "in the prompt.",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import PatchError, listed
 from ..patch.history import HistoryRecord, read_history
+from ..patch.metadata import CombinedPart, PatchMetadata, own_entries
 from ..patch.patch import Patch
 from ..request.concept import Concept
 from ..request.request import ForgetRequest
@@ -21,7 +22,6 @@ __all__ = [
     "surviving_share_summary",
 ]
 
-_PREFIX = "forget_concept."
 _MANY = 12
 
 
@@ -47,10 +47,10 @@ def fit_summary(request: ForgetRequest, patch: Patch, seconds: float, title: str
         lines.append("settings: " + json.dumps(dict(request.settings), ensure_ascii=False))
     size = _amount(patch.nbytes)
     lines.append(f"patch: {len(patch)} weights, rank {patch.rank}, {size}, made in {seconds:.1f} s")
-    lines.append(f"base model: {patch.metadata.get('forget_concept.base_model', '')[:12]}")
+    lines.append(f"base model: {(patch.about.base_model or '')[:12]}")
     lines += [f"note: {note}" for note in notes]
-    if note := patch.metadata.get("forget_concept.note"):
-        lines.append(f"note: {note}")
+    if patch.about.note:
+        lines.append(f"note: {patch.about.note}")
     return "\n".join(lines)
 
 
@@ -70,7 +70,8 @@ def surviving_share_summary(share: tuple[float, str] | None) -> list[str]:
 
 def base_model_summary(metadata: Mapping[str, str], own: str) -> str:
     """Whether a patch was made on the model with the hash ``own``."""
-    found = {(part.get(_PREFIX + "base_model"), part.get(_PREFIX + "base_name")) for part in _made_of(metadata)}
+    sources = PatchMetadata.from_strings(metadata).sources()
+    found = {(source.base_model, source.base_name) for source in sources}
     if len(found) > 1:
         return "its parts were made on different models"
     made_on, name = next(iter(found))
@@ -83,48 +84,37 @@ def base_model_summary(metadata: Mapping[str, str], own: str) -> str:
 
 def patch_summary(patch: Patch) -> str:
     """What a patch is and what made it, in lines to read."""
-    about = {key.removeprefix(_PREFIX): text for key, text in patch.metadata.items() if key.startswith(_PREFIX)}
+    about = patch.about
     shapes = sorted({factor.shape for factor in patch.factors.values()})
     sizes = listed([f"{rows}×{columns}" for rows, columns in shapes], 4)
     lines = [f"patch: {len(patch)} weights of {sizes}, rank {patch.rank}, {_amount(patch.nbytes)}"]
-    if not about:
+    if not own_entries(patch.metadata):
         lines.append("it says nothing of how it was made: it was not written by Forget Concept")
         return "\n".join(lines)
-    lines += _requests(patch.metadata)
-    if family := about.get("family"):
+    lines += _requests(patch)
+    if about.family:
         lines.append(
-            f"made on: {about.get('base_name', 'unknown')} (family {family}), {about['base_model'][:12]}"
-            if "base_model" in about
-            else f"family: {family}"
+            f"family: {about.family}"
+            if about.base_model is None
+            else f"made on: {about.base_name or 'unknown'} (family {about.family}), {about.base_model[:12]}"
         )
-    if layer := about.get("text_layer"):
-        lines.append(f"text states: {layer}")
-    if version := about.get("version"):
-        lines.append(f"made by version {version}")
-    if note := about.get("note"):
-        lines.append(f"note: {note}")
+    if about.text_layer:
+        lines.append(f"text states: {about.text_layer}")
+    if about.version:
+        lines.append(f"made by version {about.version}")
+    if about.note:
+        lines.append(f"note: {about.note}")
     return "\n".join(lines)
 
 
-def _made_of(metadata: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """What the parts of a combined patch say, of parts of these too; of any other patch, what it says itself."""
-    if _PREFIX + "parts" not in metadata:
-        return [metadata]
+def _requests(patch: Patch) -> list[str]:
     try:
-        parts = [dict(part["metadata"]) for part in json.loads(metadata[_PREFIX + "parts"])]
-    except (ValueError, KeyError, TypeError):
-        return [{}]
-    return [each for part in parts for each in _made_of(part)] or [{}]
-
-
-def _requests(metadata: Mapping[str, str]) -> list[str]:
-    if _PREFIX + "parts" in metadata and _PREFIX + "history" not in metadata:
-        return _combined(metadata[_PREFIX + "parts"])
-    try:
-        record = read_history(metadata)
+        patch.about.check("parts")
+        if patch.about.parts is not None and patch.about.history is None:
+            return _combined(patch.about.parts)
+        return history_summary(read_history(patch.metadata))
     except PatchError as error:
         return [str(error)]
-    return history_summary(record)
 
 
 def last_request(patch: Patch) -> str:
@@ -135,18 +125,14 @@ def last_request(patch: Patch) -> str:
         return ""
 
 
-def _combined(text: str) -> list[str]:
-    try:
-        parts = [(float(part["strength"]), dict(part["metadata"])) for part in json.loads(text)]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"it was put together from several patches, and what it says of them cannot be read: {error}"]
+def _combined(parts: Sequence[CombinedPart]) -> list[str]:
     lines = []
-    for strength, metadata in parts:
+    for part in parts:
         try:
-            names = ", ".join(concept.name for concept in read_history(metadata).concepts)
+            names = ", ".join(concept.name for concept in read_history(part.metadata).concepts)
         except PatchError:
             names = "a patch that does not say what it forgets"
-        lines.append(f"part at strength {strength:g}: {names}")
+        lines.append(f"part at strength {part.strength:g}: {names}")
     return lines
 
 
@@ -172,8 +158,4 @@ def history_summary(record: HistoryRecord) -> list[str]:
 
 def concept_names(metadata: Mapping[str, str]) -> list[str]:
     """What a patch says that it forgets, each concept once; nothing for other programs' files."""
-    try:
-        found = json.loads(metadata.get(_PREFIX + "concepts", "[]"))
-    except json.JSONDecodeError:
-        found = []
-    return list(dict.fromkeys(str(name) for name in found)) if isinstance(found, list) else []
+    return list(dict.fromkeys(PatchMetadata.from_strings(metadata).concepts or ()))

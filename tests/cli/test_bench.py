@@ -24,6 +24,7 @@ from forget_concept.core.formats import kohya
 from forget_concept.core.mini import weights_folder
 from forget_concept.core.mini.vocabulary import NONE
 from forget_concept.core.mini.world import Labels
+from forget_concept.core.patch.metadata import PatchMetadata
 
 QUICK = ("--count", "8", "--steps", "2", "--precision", "float32", "--batch", "8")
 METHOD = ("bench", "--method", "uce", *QUICK)
@@ -45,7 +46,7 @@ def world(drawn, monkeypatch):
     monkeypatch.setattr(command, "forgotten", forgotten)
     drawn.fitted = fitted
     patch = forgets("star", "object")
-    patch.metadata, patch.factors = {"forget_concept.concepts": '["star", "a Moon"]'}, {}
+    patch.about, patch.factors = PatchMetadata(concepts=("star", "a Moon")), {}
     monkeypatch.setattr(options, "load_patches", lambda given, model: [(patch, 1.0) for _ in given])
     return drawn
 

@@ -119,7 +119,7 @@ def test_inspect_shows_the_record(three):
     assert [len(part["requests"]) for part in three.json["metadata"]["history"]["parts"]] == [2, 1]
     assert three("forget", "--concept", "key", *FEW, "--out", "k.safetensors") == 0
     assert three("inspect", "k.safetensors") == 0 and "one after the other" not in three.out
-    broken = kohya.load("c.safetensors").with_metadata(history="{}")
+    broken = kohya.load("c.safetensors").with_metadata(history={})
     kohya.save(broken, "x.safetensors")
     assert three("inspect", "x.safetensors") == 0 and "cannot be read" in three.out
 

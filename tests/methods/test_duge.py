@@ -61,7 +61,7 @@ def on(device, dtype=torch.float32):
 def earlier_patch(model, scale=0.05):
     """What an earlier request by other means left: a random change with a record."""
     change = random_patch(model.survey, rank=2, which=("to_k", "to_v", "to_q"), scale=scale)
-    return change.with_metadata(request=ForgetRequest((Concept("fish"),)).to_json())
+    return change.with_metadata(request=ForgetRequest((Concept("fish"),)))
 
 
 def built(model, request, earlier=None):

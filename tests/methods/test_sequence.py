@@ -19,7 +19,7 @@ from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods, get
 from forget_concept.core.methods.sequence import History, Part
 from forget_concept.core.methods.sequence_rules import is_closed_form
-from forget_concept.core.patch.history import RECORD, RequestRecord, read_history
+from forget_concept.core.patch.history import RequestRecord, read_history
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
@@ -217,7 +217,9 @@ def test_a_file_can_be_read_back_and_continued(model, tmp_path, dtype):
         assert same(again.forget(model, KEY).patch, found.forget(model, KEY).patch)
         last = trained("fish")
         assert same(again.forget(model, last).patch, found.forget(model, last).patch)
-        assert json.loads(again.patch.metadata[RECORD]) == json.loads(found.patch.metadata[RECORD])
+        assert json.loads(again.patch.metadata["forget_concept.history"]) == json.loads(
+            found.patch.metadata["forget_concept.history"]
+        )
 
 
 def test_a_plain_patch_is_a_history_of_one(model, tmp_path):
@@ -237,7 +239,7 @@ def test_the_record_says_what_was_asked(model):
     assert said["forget_concept.method"] == "uce + forget_me_not"
     assert said["forget_concept.base_model"] == model.model_hash and said["forget_concept.family"] == "other"
     assert "forget_concept.request" not in said and all(isinstance(text, str) for text in said.values())
-    record = json.loads(said[RECORD])
+    record = json.loads(said["forget_concept.history"])
     assert [[one["number"] for one in part["requests"]] for part in record["parts"]] == [[1, 3], [2]]
     one = record["parts"][1]["requests"][0]
     assert one["request"]["seed"] == 7 and one["request"]["method"] == "forget_me_not"
@@ -355,19 +357,19 @@ def test_a_patch_without_a_readable_record_is_refused(model):
     said = found.patch.metadata
     one, two = fit(model, STAR), fit(model, WASH)
     strange = random_patch(model.survey)
-    record = json.loads(said[RECORD])
+    record = json.loads(said["forget_concept.history"])
 
     def written(change):
         changed = json.loads(json.dumps(record))
         change(changed)
-        return Patch(found.patch.factors, {**said, RECORD: json.dumps(changed)})
+        return Patch(found.patch.factors, {**said, "forget_concept.history": json.dumps(changed)})
 
     for patch, words in (
         (strange, "does not say which requests"),
         (Patch.combined([(one, 1.0), (two, 1.0)]), "put together from several"),
         (Patch(one.factors, {k: v for k, v in one.metadata.items() if "base_model" not in k}), "which model it was"),
-        (Patch(found.patch.factors, {**said, RECORD: "{"}), "cannot be read"),
-        (Patch(found.patch.factors, {**said, RECORD: "[]"}), "cannot be read"),
+        (Patch(found.patch.factors, {**said, "forget_concept.history": "{"}), "cannot be read"),
+        (Patch(found.patch.factors, {**said, "forget_concept.history": "[]"}), "cannot be read"),
         (written(lambda r: r.update(schema=2)), "schema 2"),
         (written(lambda r: r["parts"][0].update(requests=[])), "without a request"),
         (written(lambda r: r["parts"].clear()), "no request"),
@@ -404,7 +406,7 @@ def test_every_trained_method_holds_what_was_forgotten_earlier_where_it_left_it(
     """Prompts of an earlier concept have a term of their own: zero at the start, off as soon as something is moved; and
     none of them is kept as the base model has it."""
     change = random_patch(model.survey, rank=2, scale=0.05)
-    earlier = change.with_metadata(request=ForgetRequest((Concept("fish"),)).to_json())
+    earlier = change.with_metadata(request=ForgetRequest((Concept("fish"),)))
     method, settings = get(name)(), resolve_settings(get(name), "tuned", TRAINED[name])
     request = ForgetRequest((Concept("star", replacement="circle"),), ("moon", "blue fish"), name, "tuned")
     inputs = Inputs(earlier=earlier)

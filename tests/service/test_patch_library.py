@@ -37,9 +37,9 @@ def patch(concept: str = "star", family: str = "sd1", seed: int = 0, scale: floa
     return Patch(factors).with_metadata(
         method="uce",
         family=family,
-        concepts=json.dumps([concept]),
-        request=ForgetRequest((Concept(concept),)).to_json(),
-        settings="{}",
+        concepts=(concept,),
+        request=ForgetRequest((Concept(concept),)),
+        settings={},
         base_model="abc",
         base_name="model",
     )

@@ -248,26 +248,22 @@ class PatchFacts:
     @classmethod
     def of(cls, patch: Patch, strength: float = 1.0, file: str | None = None) -> PatchFacts:
         """Read them from a patch; ``file`` is its name alone, where it has one."""
-        said = {
-            key.partition(".")[2]: value for key, value in patch.metadata.items() if key.startswith("forget_concept.")
-        }
-        seed = said.get("seed", "")
-        concepts = _parsed(said, "concepts", list)
+        about = patch.about
         return cls(
             strength,
             len(patch),
             patch.rank,
             patch.nbytes,
             file,
-            tuple(map(str, concepts)),
-            said.get("method"),
-            said.get("preset"),
-            int(seed) if seed.isdecimal() else None,
-            said.get("version"),
-            said.get("base_model"),
-            said.get("text_layer"),
-            _parsed(said, "settings", dict),
-            _parsed(said, "request", dict),
+            about.concepts or (),
+            about.method,
+            about.preset,
+            about.seed,
+            about.version,
+            about.base_model,
+            about.text_layer,
+            about.settings or {},
+            {} if about.request is None else json.loads(about.request.to_json()),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -287,15 +283,6 @@ class PatchFacts:
             "settings": dict(self.settings),
             "request": dict(self.request),
         }
-
-
-def _parsed(said: Mapping[str, str], key: str, kind: type) -> Any:
-    """An entry of the metadata that is JSON; another program's entry of that name is none."""
-    try:
-        value = json.loads(said.get(key, "null"))
-    except json.JSONDecodeError:
-        return kind()
-    return value if isinstance(value, kind) else kind()
 
 
 @dataclass(frozen=True)
