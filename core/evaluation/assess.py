@@ -321,7 +321,7 @@ def _quality(evaluators: Evaluators, drawings: Drawings, plans: Sequence[Evaluat
                 "; ".join(filter(None, (kept, distances[PATCHED].note))),
             )
         )
-        kernels = {name: kid(now, was, paired=True) for name, (was, now) in seen.items()}
+        kernels = {name: kid(now, was) for name, (was, now) in seen.items()}
         errors = {name: found.error for name, found in kernels.items() if found.error is not None}
         metrics.append(Metric("KID", {name: found.value for name, found in kernels.items()}, n, "lower", kept, errors))
     if evaluators.distance is not None:

@@ -187,7 +187,7 @@ class TrainedMethod(Method):
         inputs: Inputs,
         progress: Progress | None,
     ) -> Objective:
-        """The terms of the loss; pictures beyond the usual ones are drawn here. The model is borrowed."""
+        """The terms of the loss; pictures beyond the usual ones are drawn here. The model is frozen."""
 
     def refuse(self, request: ForgetRequest, settings: Any, inputs: Inputs) -> None:
         """Raise :class:`RequestError` for what this method would ignore or cannot do; before any work."""

@@ -1,8 +1,8 @@
 """The embedded model as one checkpoint in the original latent-diffusion layout, with its YAML: what hosts read.
 
-Pure functions on state dicts, both ways, for any number of levels and layers of an SD1-shaped model. They rename; and
-they pad the autoencoder, because hosts hard-code 32 groups in every norm and ours has fewer: with the widths multiplied
-until groups of the same size are 32, and all the added channels zero throughout, the network computes the very same.
+Pure functions on state dicts, for any number of levels and layers of an SD1-shaped model. They rename; and they pad
+the autoencoder, because hosts hard-code 32 groups in every norm and ours has fewer: with the widths multiplied until
+groups of the same size are 32, and all the added channels zero throughout, the network computes the very same.
 Reading needs only safetensors, because a host need not have diffusers.
 """
 
@@ -26,18 +26,14 @@ __all__ = [
     "GROUPS",
     "Parts",
     "Shapes",
-    "autoencoder_from_ldm",
     "autoencoder_to_ldm",
     "checkpoint_state",
-    "cut_autoencoder",
     "ddconfig",
     "padded_autoencoder",
-    "parts_from_checkpoint",
     "read_parts",
     "save_checkpoint",
     "text_config",
     "unet_config",
-    "unet_from_ldm",
     "unet_to_ldm",
     "yaml_text",
 ]
@@ -147,21 +143,12 @@ def _renamed(state: Mapping[str, Tensor], pairs: Pairs, what: str) -> Iterator[t
         yield found[1] + name[len(found[0]) :], tensor
 
 
-def _reversed(pairs: Pairs) -> Pairs:
-    return [(b, a) for a, b in pairs]
-
-
 def unet_to_ldm(state: Mapping[str, Tensor], unet: Mapping[str, Any] = config.UNET) -> State:
     """A diffusers UNet's state dict under the original's names (``input_blocks.…``), without a prefix.
 
     Raises :class:`ModelError` for a weight that a UNet of the configuration ``unet`` does not have.
     """
     return dict(_renamed(state, _unet_names(unet), "UNet"))
-
-
-def unet_from_ldm(state: Mapping[str, Tensor], unet: Mapping[str, Any] = config.UNET) -> State:
-    """The inverse of :func:`unet_to_ldm`."""
-    return dict(_renamed(state, _reversed(_unet_names(unet)), "UNet"))
 
 
 def _is_vae_attention(name: str) -> bool:
@@ -172,12 +159,6 @@ def autoencoder_to_ldm(state: Mapping[str, Tensor], autoencoder: Mapping[str, An
     """A diffusers AutoencoderKL's state dict under the original's names, its attention as 1×1 convolutions."""
     renamed = dict(_renamed(state, _autoencoder_names(autoencoder), "autoencoder"))
     return {n: t[:, :, None, None] if _is_vae_attention(n) and t.ndim == 2 else t for n, t in renamed.items()}
-
-
-def autoencoder_from_ldm(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
-    """The inverse of :func:`autoencoder_to_ldm`."""
-    flat = {n: t[:, :, 0, 0] if _is_vae_attention(n) and t.ndim == 4 else t for n, t in state.items()}
-    return dict(_renamed(flat, _reversed(_autoencoder_names(autoencoder)), "autoencoder"))
 
 
 # -- the autoencoder in hosts' norms ------------------------------------------------------------------------------
@@ -223,17 +204,6 @@ def padded_autoencoder(state: Mapping[str, Tensor], autoencoder: Mapping[str, An
     return found
 
 
-def cut_autoencoder(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
-    """The inverse of :func:`padded_autoencoder`."""
-    factor = _factor(autoencoder)
-    found = {}
-    for name, tensor in state.items():
-        wide = _widened(name, tensor)
-        cut = tensor[tuple(slice(0, n // factor if axis in wide else n) for axis, n in enumerate(tensor.shape))]
-        found[name] = cut / factor**0.5 if _query(name) else cut.clone()
-    return found
-
-
 # -- the whole model ----------------------------------------------------------------------------------------------
 
 
@@ -269,23 +239,6 @@ def checkpoint_state(parts: Parts) -> State:
     state |= {VAE_PREFIX + n: t for n, t in vae.items()}
     state |= {TEXT_PREFIX + n: t for n, t in parts.text.items()}
     return state
-
-
-def parts_from_checkpoint(state: Mapping[str, Tensor], shapes: Shapes | None = None) -> Parts:
-    """The inverse of :func:`checkpoint_state`. Raises :class:`ModelError` for a weight of none of the three parts."""
-    shapes = shapes or Shapes()
-    split: dict[str, State] = {UNET_PREFIX: {}, VAE_PREFIX: {}, TEXT_PREFIX: {}}
-    for name, tensor in state.items():
-        prefix = next((p for p in split if name.startswith(p)), None)
-        if prefix is None:
-            raise ModelError(f"The checkpoint has a weight '{name}' that belongs to no part of the embedded model.")
-        split[prefix][name[len(prefix) :]] = tensor
-    return Parts(
-        unet_from_ldm(split[UNET_PREFIX], shapes.unet),
-        autoencoder_from_ldm(cut_autoencoder(split[VAE_PREFIX], shapes.vae), shapes.vae),
-        split[TEXT_PREFIX],
-        shapes,
-    )
 
 
 def read_parts(folder: Path) -> Parts:
@@ -386,7 +339,12 @@ def yaml_text(text_folder: str, shapes: Shapes | None = None) -> str:
     """The YAML that stands beside the checkpoint under the same name.
 
     ``text_folder`` is a folder with the text encoder's configuration and tokenizer (transformers' ``from_pretrained``).
+    Raises :class:`ModelError` where PyYAML is not installed.
     """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ModelError(f"Writing a checkpoint's configuration needs PyYAML ({error}): pip install pyyaml.") from error
     shapes = shapes or Shapes()
     unet, channels = unet_config(shapes.unet), shapes.vae["latent_channels"]
     tree = {
@@ -424,17 +382,7 @@ def yaml_text(text_folder: str, shapes: Shapes | None = None) -> str:
             },
         }
     }
-    return "\n".join(_yaml(tree)) + "\n"
-
-
-def _yaml(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    # a scalar or a flat list in JSON is the same in YAML
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield f"{indent}{key}:"
-            yield from _yaml(value, indent + "  ")
-        else:
-            yield f"{indent}{key}: {json.dumps(value)}"
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=False))
 
 
 def save_checkpoint(parts: Parts, path: Path, text_folder: str, dtype: torch.dtype = torch.float16) -> None:

@@ -1,4 +1,4 @@
-"""The one training loop: trainable deltas beside a borrowed model, optimiser, progress, cancel, resuming, guards.
+"""The one training loop: trainable deltas beside a frozen model, optimiser, progress, cancel, resuming, guards.
 
 The deltas are added by forward hooks; the model's own weights are frozen and never written, so it comes back bit for
 bit as it was on success, error and cancel alike, with every flag as before.
@@ -7,14 +7,14 @@ bit as it was on success, error and cancel alike, with every flag as before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import Cancelled, ForgetConceptError, RequestError
+from ..errors import ForgetConceptError, RequestError
 from ..files.workspace import Workspace
 from ..models.latent_diffusion import LatentDiffusion
 from ..progress import Progress, ProgressEvent, report_progress
@@ -60,7 +60,7 @@ Terms = Mapping[str, Term]
 
 
 class Objective(Protocol):
-    """Makes the terms of a step, with the deltas attached and the model borrowed.
+    """Makes the terms of a step, with the deltas attached and the model frozen.
 
     What it draws, it draws from its own generators: ``state`` is all that the next step depends on besides the deltas,
     and after ``restore`` of it the same steps follow.
@@ -117,15 +117,14 @@ def train(
     objective: Objective,
     settings: TrainingSettings,
     progress: Progress | None = None,
-    should_stop: Callable[[], bool] | None = None,
     message: str = "training",
     checkpoint: Checkpoint | None = None,
 ) -> TrainingReport:
     """Minimise ``Σ weight · term`` over the deltas, in place.
 
-    ``progress`` may raise :class:`Cancelled`, and so does the loop when ``should_stop()``. With a ``checkpoint``, what
-    was done until then is kept, and the same call goes on from there to the same result, bit for bit on one device.
-    Raises :class:`ForgetConceptError` where the loss or a gradient is not finite: no step is made then.
+    ``progress`` cancels by raising :class:`Cancelled`. With a ``checkpoint``, the progress made until then is saved,
+    and the same call resumes from there to a bit-identical result on one device. Raises :class:`ForgetConceptError`
+    where the loss or a gradient is not finite; no step is made then.
     """
     optimiser = _optimiser(deltas.parameters(), settings)
     told: list[dict[str, float]] = []
@@ -134,8 +133,6 @@ def train(
         kept = objective.state() if checkpoint else {}
         try:
             for step in range(done + 1, settings.steps + 1):
-                if should_stop is not None and should_stop():
-                    raise Cancelled("The training was cancelled.")
                 value, terms = _step(deltas, objective, optimiser, settings, step)
                 told.append(terms)
                 done = step

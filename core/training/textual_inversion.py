@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -173,7 +173,6 @@ def invert(
     settings: InversionSettings | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    should_stop: Callable[[], bool] | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Vectors ``(tokens, d_token)``, fp32 on the CPU, that stand for what ``latents`` ``(m, 4, h, w)`` show.
@@ -216,7 +215,6 @@ def invert(
             _Denoising(model, encoder, latents, vectors.parameter, settings, generator),
             TrainingSettings(settings.steps, settings.lr, settings.weight_decay),
             progress,
-            should_stop,
             message="inverting pictures into words",
             checkpoint=Checkpoint(workspace, key) if workspace is not None else None,
         )

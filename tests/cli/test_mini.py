@@ -136,7 +136,7 @@ def test_export_is_the_same_model_in_the_original_layout(tmp_path: Path):
     import yaml
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from forget_concept.core.mini import ldm, load_modules
+    from forget_concept.core.mini import load_modules
 
     assert cli.main(["export", "--out", str(tmp_path / "models")]) == 0
     found = {path.name for path in (tmp_path / "models").iterdir()}
@@ -155,6 +155,8 @@ def test_export_is_the_same_model_in_the_original_layout(tmp_path: Path):
     from forget_concept.core.files.safetensors_io import read_safetensors
 
     state, _ = read_safetensors(tmp_path / "models" / "forget-concept-mini.safetensors")
-    parts = ldm.parts_from_checkpoint({name: tensor.float() for name, tensor in state.items()})
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    read = convert_ldm_unet_checkpoint(state, dict(unet.config))
     for name, tensor in unet.state_dict().items():
-        assert torch.equal(parts.unet[name], tensor), name
+        assert torch.equal(read[name].float(), tensor), name

@@ -540,7 +540,7 @@ def test_on_the_unedited_embedded_model_a_concept_is_found_by_its_other_words():
     from forget_concept.core import mini
 
     target = Target.embedded("star")
-    few = target.with_paraphrases(target.paraphrases[:2])
+    few = replace(target, paraphrases=target.paraphrases[:2])
     budget = replace(TINY, pictures=8)
     found = run_attacks(
         mini.load(),

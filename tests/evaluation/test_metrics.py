@@ -97,6 +97,7 @@ def test_fid_is_scipys(n, m, d):
 
 
 def test_fid_and_kid_of_the_probes_features_are_torchmetrics(pictures, probe, device):
+    """KID but for the partners, which torchmetrics counts."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -110,7 +111,10 @@ def test_fid_and_kid_of_the_probes_features_are_torchmetrics(pictures, probe, de
         each.update(pictures[0][:36].to(device), real=False)
     first = found[0][:36]
     assert fid(first, found[1]).value == pytest.approx(float(metric.compute()), rel=1e-4)
-    assert kid(first, found[1]).value == pytest.approx(float(other.compute()[0]), rel=1e-4, abs=1e-4)
+    across = torch.from_numpy(polynomial_kernel(first, found[1], degree=3, gamma=1 / 128, coef0=1)).double()
+    partners = across.mean() - (across.sum() - across.trace()) / (36 * 35)
+    wanted = float(other.compute()[0]) + 2 * float(partners)
+    assert kid(first, found[1]).value == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     assert "fewer than the 129" in fid(first, found[1]).note
 
 
@@ -137,17 +141,17 @@ def test_fid_says_where_there_are_too_few_pictures():
 # -- KID ----------------------------------------------------------------------------------------------------------
 
 
-def test_kid_is_scikit_learns_kernel_without_the_diagonal():
-    a, b = mixed(30, 16, 0), mixed(25, 16, 1, 0.2)
+def test_kid_is_scikit_learns_kernel_without_the_diagonals():
+    a, b = mixed(30, 16, 0), mixed(30, 16, 1, 0.2)
     k = [polynomial_kernel(x, y, degree=3, gamma=1 / 16, coef0=1) for x, y in ((a, a), (b, b), (a, b))]
-    wanted = sum((m.sum() - np.trace(m)) / (len(m) * (len(m) - 1)) for m in k[:2]) - 2 * k[2].mean()
+    own, other, both = ((m.sum() - np.trace(m)) / (30 * 29) for m in k)
     found = kid(a, b)
-    assert found.value == pytest.approx(wanted, rel=1e-9)
-    assert (found.n, found.n_reference, found.width, found.subsets) == (30, 25, 16, 10)
+    assert found.value == pytest.approx(own + other - 2 * both, rel=1e-9)
+    assert (found.n, found.n_reference, found.width, found.subsets) == (30, 30, 16, 10)
     assert kid(a, b).error == found.error != kid(a, b, seed=1).error
     # four pictures make two parts, three make none
-    assert kid(a[:4], b).subsets == 2
-    assert (kid(a[:3], b).error, kid(a[:3], b).subsets) == (None, 0)
+    assert kid(a[:4], b[:4]).subsets == 2
+    assert (kid(a[:3], b[:3]).error, kid(a[:3], b[:3]).subsets) == (None, 0)
 
 
 def test_kid_is_unbiased_and_its_error_is_not_too_small():
@@ -584,16 +588,24 @@ def test_a_library_built_for_another_torch_is_said(tmp_path, monkeypatch):
 
 def test_a_kid_of_pairs_is_unbiased_where_that_of_strangers_is_not():
     """Pictures that hardly moved: near 0, not far below; the same distribution drawn anew says what is right."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    def strangers(x, y):
+        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=1, subset_size=len(x))
+        metric.update(x, real=True)
+        metric.update(y, real=False)
+        return float(metric.compute()[0])
+
     draws = torch.Generator().manual_seed(0)
     before = torch.randn(400, 6, generator=draws)
-    assert kid(before, before, paired=True).value == pytest.approx(0, abs=1e-9)
+    assert kid(before, before).value == pytest.approx(0, abs=1e-9)
     few = [before[i : i + 20] for i in range(0, 400, 20)]
     noise = [0.1 * torch.randn(20, 6, generator=draws) for _ in few]
-    paired = torch.tensor([kid(x + e, x, paired=True).value for x, e in zip(few, noise, strict=True)])
-    apart = torch.tensor([kid(x + e, x).value for x, e in zip(few, noise, strict=True)])
+    paired = torch.tensor([kid(x + e, x).value for x, e in zip(few, noise, strict=True)])
+    apart = torch.tensor([strangers(x + e, x) for x, e in zip(few, noise, strict=True)])
     error = float(paired.std()) / len(few) ** 0.5
     true = kid(before + 0.1 * torch.randn(400, 6, generator=draws), torch.randn(400, 6, generator=draws)).value
     assert abs(float(paired.mean()) - true) < 4 * error + 0.1
     assert float(apart.mean()) < -0.5
-    with pytest.raises(RequestError, match="Pairs were to be compared"):
-        kid(before, before[:5], paired=True)
+    with pytest.raises(RequestError, match="compares pairs"):
+        kid(before, before[:5])

@@ -71,7 +71,7 @@ class Broken(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("way", ["success", "error in a term", "cancel", "stop", "not finite", "error in progress"])
+@pytest.mark.parametrize("way", ["success", "error in a term", "cancel", "not finite", "error in progress"])
 @pytest.mark.parametrize("as_found", ["trainable", "frozen and training"])
 def test_the_model_comes_back_bit_for_bit(model, way, as_found):
     if as_found == "trainable":
@@ -97,14 +97,11 @@ def test_the_model_comes_back_bit_for_bit(model, way, as_found):
         "error in a term": Broken,
         "error in progress": Broken,
         "cancel": Cancelled,
-        "stop": Cancelled,
         "not finite": ForgetConceptError,
     }.get(way)
-    stops = iter([False, True])
 
     def run():
-        stop = (lambda: next(stops)) if way == "stop" else None
-        train(model, deltas_of(model), Plain(terms), TrainingSettings(3, 1e-2), progress, stop)
+        train(model, deltas_of(model), Plain(terms), TrainingSettings(3, 1e-2), progress)
 
     if expected is None:
         run()

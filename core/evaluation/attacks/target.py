@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...errors import RequestError
 from ...mini import vocabulary as v
@@ -82,7 +82,3 @@ class Target:
                 template.format(np=f"{word.description} in {c}") for template, c in zip(plain, v.COLOURS, strict=False)
             ]
         return cls(concept, tuple(template.format(np=shown) for template in plain), tuple(said))
-
-    def with_paraphrases(self, paraphrases: Sequence[str]) -> Target:
-        """The same with other paraphrases."""
-        return replace(self, paraphrases=tuple(paraphrases))

@@ -1,8 +1,12 @@
 """Fréchet distance of two sets of features: FID.
 
 Heusel et al. (arXiv 1706.08500), equation 6: ``‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½)``. With ``X`` the centred features
-over ``√(n − 1)``, ``C = XᵀX``, and ``tr (C₁C₂)^½`` is the sum of the singular values of ``X₁X₂ᵀ``. So no root of a
-matrix is taken, which goes wrong where a covariance is singular (as it is with fewer pictures than features).
+over ``√(n − 1)``, ``C = XᵀX``, and ``tr (C₁C₂)^½`` is the sum of the singular values of ``X₁X₂ᵀ``, ``(n, m)``.
+
+torchmetrics' ``FrechetInceptionDistance``, which a test compares this with, takes the eigenvalues of the ``(d, d)``
+product ``C₁C₂`` instead. That product is singular with fewer pictures than features, as in every evaluation here with
+Inception's 2,048: 64 pictures then took 20 s instead of 0.04 s on one CPU core, with a relative error of 1e-5 and a
+distance below 0 for equal sets.
 """
 
 from __future__ import annotations

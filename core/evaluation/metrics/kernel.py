@@ -1,7 +1,11 @@
-"""Kernel distance of two sets of features: KID, unbiased, with its standard error.
+"""Kernel distance (KID) of two sets of features of the same prompts and seeds, unbiased, with its standard error.
 
 Bińkowski et al. (arXiv 1801.01401), equation 4: the squared maximum mean discrepancy under
 ``k(x, y) = (xᵀy / d + 1)³``, by the U-statistic, which is unbiased at every number of pictures and may be below 0.
+
+torchmetrics' ``KernelInceptionDistance`` is for independent sets. An edit is measured on pairs, the same prompt and
+seed without and with it: these are no independent draws, so a row must not be compared with its own partner, which
+torchmetrics has no way to leave out; the estimate would lie far below 0.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ __all__ = ["KID", "kid"]
 
 @dataclass(frozen=True)
 class KID:
-    """The distance ``value`` of ``n`` pictures from ``n_reference`` others, and its standard ``error``.
+    """The distance ``value`` of ``n`` pictures from their ``n_reference`` partners, and its standard ``error``.
 
     The error comes from ``subsets`` disjoint parts; ``None`` where there are too few pictures for two.
     """
@@ -42,35 +46,36 @@ class KID:
         }
 
 
-def kid(features: Tensor, reference: Tensor, subsets: int = 10, seed: int = 0, *, paired: bool = False) -> KID:
-    """KID of ``features`` ``(n, d)`` from ``reference`` ``(m, d)``, in fp64, over all pairs.
+def kid(features: Tensor, reference: Tensor, subsets: int = 10, seed: int = 0) -> KID:
+    """KID of ``features`` from ``reference``, over all pairs of rows but partners.
 
-    For the error both are dealt at random (by ``seed``) to ``subsets`` disjoint parts: it is the standard error of the
-    mean of the parts' own estimates, slightly more than that of the value. (Subsets that overlap, as often reported,
-    say less than the truth.) ``paired``: row for row the same prompt and seed, so the two are no independent draws; a
-    row is then not compared with its own partner, or the value would lie far below 0. Raises :class:`RequestError` for
-    fewer than two rows, other widths, values that are not finite, fewer than two ``subsets``, and pairs that are none.
+    Args:
+        features: ``(n, d)``, computed in fp64.
+        reference: ``(n, d)``, row for row of the same prompt and seed as ``features``.
+        subsets: Number of disjoint random parts for the error, which is the standard error of the mean of the parts'
+            own estimates and slightly more than that of the value. Overlapping subsets, as often reported, understate
+            it.
+        seed: Of the random parts.
+
+    Raises:
+        RequestError: For fewer than two rows, unequal shapes, values that are not finite, or fewer than two subsets.
     """
     check_features(features, reference, 2)
-    if paired and len(features) != len(reference):
-        raise RequestError(f"Pairs were to be compared, and there are {len(features)} pictures and {len(reference)}.")
+    if len(features) != len(reference):
+        raise RequestError(
+            f"KID compares pairs of pictures: give as many of each, not {len(features)} and {len(reference)}."
+        )
     if subsets < 2:
         raise RequestError(f"The error of a KID needs at least two subsets, not {subsets}.")
     first, second = (one.detach().double().cpu() for one in (features, reference))
     within, within_reference, across = _kernel(first, first), _kernel(second, second), _kernel(first, second)
-    value = _unbiased(within, within_reference, across, paired)
-    parts = min(subsets, len(first) // 2, len(second) // 2)
+    value = _unbiased(within, within_reference, across)
+    parts = min(subsets, len(first) // 2)
     error = None
     if parts > 1:
-        draws = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(first), generator=draws).tensor_split(parts)
-        columns = rows if paired else torch.randperm(len(second), generator=draws).tensor_split(parts)
+        rows = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).tensor_split(parts)
         each = torch.tensor(
-            [
-                _unbiased(within[r][:, r], within_reference[c][:, c], across[r][:, c], paired)
-                for r, c in zip(rows, columns, strict=True)
-            ],
-            dtype=torch.float64,
+            [_unbiased(within[r][:, r], within_reference[r][:, r], across[r][:, r]) for r in rows], dtype=torch.float64
         )
         error = float(each.std()) / parts**0.5
     return KID(value, error, len(first), len(second), features.shape[1], parts if parts > 1 else 0)
@@ -80,9 +85,7 @@ def _kernel(first: Tensor, second: Tensor) -> Tensor:
     return (first @ second.T / first.shape[1] + 1) ** 3
 
 
-def _unbiased(within: Tensor, within_reference: Tensor, across: Tensor, paired: bool) -> float:
-    n, m = across.shape
-    both = (across.sum() - across.trace()) / (n * (n - 1)) if paired else across.mean()
-    own = (within.sum() - within.trace()) / (n * (n - 1))
-    other = (within_reference.sum() - within_reference.trace()) / (m * (m - 1))
-    return float(own + other - 2 * both)
+def _unbiased(within: Tensor, within_reference: Tensor, across: Tensor) -> float:
+    own, other, both = ((kernel.sum() - kernel.trace()) for kernel in (within, within_reference, across))
+    n = len(across)
+    return float(own + other - 2 * both) / (n * (n - 1))

@@ -3,11 +3,14 @@
 Ids: 256 byte letters, 256 byte letters that end a word, the merges, start of text, end of text (the highest id, and
 padding). Names are given little weight, so that they stay words of several tokens, as people's names are in Stable
 Diffusion.
+
+The vocabulary that is shipped was learnt with ties between equally frequent pairs broken by their spelling; the
+`tokenizers` library breaks them in an order of its own. A new run therefore gives another vocabulary, which fits only
+the weights that are trained with it.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -31,27 +34,20 @@ def _words(count: int) -> Counter[str]:
 
 
 def _learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
-    """Byte pair encoding (Sennrich et al. 2016): merge the most frequent pair, again and again; ties by the letters."""
-    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words if word.isascii()}
-    merges: list[tuple[str, str]] = []
-    while len(merges) < count:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in pieces.items():
-            for pair in itertools.pairwise(parts):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        if pairs[best] < 4:  # only the down-weighted names are left: they stay in pieces
-            break
-        merges.append(best)
-        for parts in pieces.values():
-            at = 0
-            while at < len(parts) - 1:
-                if (parts[at], parts[at + 1]) == best:
-                    parts[at : at + 2] = ["".join(best)]
-                at += 1
-    return merges
+    """The first ``count`` merges of byte pair encoding (Sennrich et al. 2016) of words with ``</w>`` at their ends."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # below this frequency only the down-weighted names are left: they stay in pieces
+    trainer = trainers.BpeTrainer(
+        vocab_size=2**16, min_frequency=4, end_of_word_suffix="</w>", special_tokens=[], show_progress=False
+    )
+    tokenizer.train_from_iterator((word for word in words.elements() if word.isascii()), trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    # older versions write a pair as one line
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges[:count]]
+    return [(first, second) for first, second in pairs]
 
 
 def _byte_letters() -> list[str]:
