@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
-from ..core.service.forms import form_fields, presets
+from ..core.service.forms import FormField, form_fields, presets
 from .fields import node_id
 
 __all__ = ["page", "place", "write"]
@@ -27,25 +27,33 @@ def _cell(value: Any) -> str:
     return " / ".join(f"`{line}`" for line in str(value).split("\n") if line) if isinstance(value, str) else str(value)
 
 
+def _allowed(field: FormField) -> str:
+    """What a person may enter, in words."""
+    if field.info.numeric:
+        return f"{field.info.low:g} to {field.info.high:g}"
+    if field.kind == "choice":
+        return ", ".join(f"`{option}`" for option in field.options)
+    return {"switch": "on, off", "line": "text", "lines": "lines of text"}[field.kind]
+
+
 def page(method: type[Method]) -> str:
-    """The page of a method's settings node: every field, and what each preset has in it."""
+    """The page of a method's settings node: every field with its help, its range and its value in each preset."""
     values = presets(method)
     lines = [
         f"# Settings: {method.title}",
         "",
         f"The settings of one method ([paper]({method.paper})). Connect the output to **method_settings** of "
-        "*Forget Concept* or *Forget in Sequence*: it then says the method, the preset and the settings there.",
+        "*Forget Concept* or *Forget in Sequence*. It replaces the method, the preset and the settings there.",
         "",
-        "**preset** fills in the fields as you choose it. The fields are what counts; under the node it says what "
-        "differs from the preset. Fields that are seldom needed are behind *Show Advanced* in the node's menu.",
+        "**preset** fills in the fields. Only the fields count; the node reports what differs from the preset. Fields "
+        "that are seldom needed are behind *Show Advanced* in the node's menu.",
         "",
-        f"| Field | | {' | '.join(values)} |",
-        f"|---|---|{'---|' * len(values)}",
+        f"| Field | What it does | Values | {' | '.join(values)} |",
+        f"|---|---|---|{'---|' * len(values)}",
     ]
-    for widget in form_fields(method):
-        words = widget.about.words if widget.thing is None else f"{widget.thing}: {widget.about.words}"
-        cells = " | ".join(_cell(values[name][widget.name]) for name in values)
-        lines.append(f"| **{widget.name}** | {words} | {cells} |")
+    for field in form_fields(method):
+        cells = " | ".join(_cell(values[name][field.name]) for name in values)
+        lines.append(f"| **{field.name}** | {field.help} | {_allowed(field)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""One settings node a method, made of the method's own settings."""
+"""One settings node per method, made of what the method's settings say of themselves."""
 
 from __future__ import annotations
 
@@ -16,29 +16,25 @@ from .fields import node_id
 __all__ = ["settings_nodes"]
 
 
-def _input(widget: FormField) -> Any:
-    made = _plain_input(widget)
-    if widget.about.rare:  # behind "Show Advanced" on the node's menu
+def _input(field: FormField) -> Any:
+    made = _plain_input(field)
+    if field.info.advanced:  # behind "Show Advanced" on the node's menu
         made.extra_dict["advanced"] = True
     return made
 
 
-def _plain_input(widget: FormField) -> Any:
-    about = widget.about
-    common = {"tooltip": about.words if widget.thing is None else f"{widget.thing}: {about.words}"}
-    if widget.kind == "switch":
-        return io.Boolean.Input(widget.name, default=widget.default, **common)
-    if widget.kind == "choice":
-        return io.Combo.Input(widget.name, options=list(widget.options), default=widget.default, **common)
-    if widget.kind == "whole":
-        low, high = int(about.low), int(about.high)
-        return io.Int.Input(widget.name, default=widget.default, min=low, max=high, **common)
-    if widget.kind == "number":
-        return io.Float.Input(
-            widget.name, default=widget.default, min=about.low, max=about.high, step=about.step, **common
-        )
-    several = widget.kind == "lines"
-    return io.String.Input(widget.name, default=widget.default, multiline=several, dynamic_prompts=False, **common)
+def _plain_input(field: FormField) -> Any:
+    info = field.info
+    common = {"default": field.default, "tooltip": field.help}
+    if field.kind == "switch":
+        return io.Boolean.Input(field.name, **common)
+    if field.kind == "choice":
+        return io.Combo.Input(field.name, options=list(field.options), **common)
+    if field.kind == "whole":
+        return io.Int.Input(field.name, min=int(info.low), max=int(info.high), **common)
+    if field.kind == "number":
+        return io.Float.Input(field.name, min=info.low, max=info.high, step=info.step, **common)
+    return io.String.Input(field.name, multiline=field.kind == "lines", dynamic_prompts=False, **common)
 
 
 class _SettingsNode(io.ComfyNode):
@@ -53,7 +49,7 @@ class _SettingsNode(io.ComfyNode):
             "preset",
             options=list(method.presets),
             default="tuned",
-            tooltip="Fills in the fields below. They are what counts, and what differs from the preset is told.",
+            tooltip="Fills in the fields below. Only the fields count; the node reports what differs from the preset.",
         )
         # not every host's inputs take this when they are made
         chosen.extra_dict["forget_concept_presets"] = presets(method)

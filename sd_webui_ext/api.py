@@ -334,30 +334,29 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
 
 def _method(method: type[Method]) -> dict[str, Any]:
     presets = {name: _plain(dataclasses.asdict(values)) for name, values in method.presets.items()}
-    settings: dict[str, dict[str, Any]] = {}
-    for widget in form_fields(method):
-        about, number = widget.about, widget.kind in ("whole", "number")
-        known = settings.setdefault(
-            widget.setting,
+    settings: list[dict[str, Any]] = []
+    for info in dict.fromkeys(field.info for field in form_fields(method)):
+        settings.append(
             {
-                "name": widget.setting,
-                "kind": "list" if widget.thing or widget.kind == "lines" else widget.kind,
-                "about": about.words,
-                "default": presets["tuned"][widget.setting],
-                "options": list(widget.options),
-                "low": about.low if number else None,
-                "high": about.high if number else None,
-            },
+                "name": info.name,
+                "kind": "list" if info.kind == "lines" else info.kind,
+                "about": info.help,
+                "default": presets["tuned"][info.name],
+                "options": list(info.choices),
+                "low": info.minimum,
+                "high": info.maximum,
+                "optional": info.optional,
+                "advanced": info.advanced,
+                "group": info.group,
+            }
         )
-        if widget.thing:
-            known["options"].append(widget.thing)
     return {
         "id": method.id,
         "title": method.title,
         "paper": method.paper,
         "takes_images": method.takes_images,
         "trained": method.trained,
-        "settings": list(settings.values()),
+        "settings": settings,
         "presets": presets,
     }
 

@@ -120,8 +120,11 @@ class SettingModel(BaseModel):
     about: str = Field(..., description="What it does.")
     default: Any = Field(None, description="Its value in the preset 'tuned'; null: none.")
     options: list[str] = Field([], description="What it may be, or what its list may hold, where that is bounded.")
-    low: float | None = Field(None, description="A number's sensible bounds.")
+    low: float | None = Field(None, description="A number's bounds; a request outside of them is refused.")
     high: float | None = None
+    optional: bool = Field(False, description="Whether it may be null.")
+    advanced: bool = Field(False, description="Whether it is seldom needed.")
+    group: str = Field("method", description="Heading that a listing may put it under.")
 
 
 class MethodModel(BaseModel):

@@ -276,7 +276,9 @@ class ForgetPart:
         """The fields of one method with these values; those of the others stay."""
         found: list[Any] = []
         for name, one in self.methods.items():
-            found += [gr.update(value=values[w.name]) if name == method else gr.update() for w in form_fields(one)]
+            found += [
+                gr.update(value=values[field.name]) if name == method else gr.update() for field in form_fields(one)
+            ]
         return found
 
     def _read(self, values: Sequence[Any]) -> Form:
@@ -289,7 +291,7 @@ class ForgetPart:
         for name, one in self.methods.items():
             found = form_fields(one)
             if name == method:
-                own = {widget.name: value for widget, value in zip(found, fields, strict=False)}
+                own = {field.name: value for field, value in zip(found, fields, strict=False)}
             fields = fields[len(found) :]
         return Form(tuple(lines), preserve or "", method, preset, own, strength, seed)
 
@@ -396,7 +398,7 @@ def _fields(method: type[Method], preset: str) -> list[Any]:
     """A component for each field, in the order of :func:`form_fields`; what is seldom needed in a fold of its own."""
     found = form_fields(method, preset)
     made: dict[str, Any] = {}
-    usual, rare = ([w for w in found if w.about.rare is flag] for flag in (False, True))
+    usual, rare = ([field for field in found if field.info.advanced is flag] for flag in (False, True))
     for several, fold in ((usual, None), (rare, "Seldom needed")):
         if not several:
             continue
@@ -405,30 +407,29 @@ def _fields(method: type[Method], preset: str) -> list[Any]:
             continue
         with gr.Accordion(fold, open=False, elem_id=f"{_ID}{method.id}_rare"):
             made |= _grid(method, several)
-    return [made[widget.name] for widget in found]
+    return [made[field.name] for field in found]
 
 
 def _grid(method: type[Method], several: Sequence[FormField]) -> dict[str, Any]:
     with gr.Row(elem_classes=["fc-fields"]):
-        return {widget.name: _field(method, widget) for widget in several}
+        return {field.name: _field(method, field) for field in several}
 
 
-def _field(method: type[Method], widget: FormField) -> Any:
-    about = widget.about
-    label = widget.setting.replace("_", " ") + (f": {widget.thing}" if widget.thing else "")
+def _field(method: type[Method], field: FormField) -> Any:
+    label = field.setting.replace("_", " ") + (f": {field.member}" if field.member else "")
     known: dict[str, Any] = {
+        "value": field.default,
         "label": label,
-        "info": about.words,
-        "elem_id": f"{_ID}{method.id}_{widget.name}",
+        "info": field.info.help,
+        "elem_id": f"{_ID}{method.id}_{field.name}",
         "min_width": 200,
     }
-    if widget.kind == "switch":
-        return gr.Checkbox(value=widget.default, **known)
-    if widget.kind == "choice":
-        return gr.Dropdown(list(widget.options), value=widget.default, **known)
-    if widget.kind == "whole":
-        return gr.Number(value=widget.default, precision=0, **known)
-    if widget.kind == "number":
-        return gr.Number(value=widget.default, **known)
-    lines = 3 if widget.kind == "lines" else 1
-    return gr.Textbox(value=widget.default, lines=lines, **known)
+    if field.kind == "switch":
+        return gr.Checkbox(**known)
+    if field.kind == "choice":
+        return gr.Dropdown(list(field.options), **known)
+    if field.kind == "whole":
+        return gr.Number(precision=0, **known)
+    if field.kind == "number":
+        return gr.Number(**known)
+    return gr.Textbox(lines=3 if field.kind == "lines" else 1, **known)

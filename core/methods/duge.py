@@ -38,6 +38,7 @@ from ..prompts.everyday import CONTEXTS
 from ..prompts.pairs import mentions
 from ..prompts.phrases import replace_phrase
 from ..request.request import ForgetRequest
+from ..request.settings import setting
 from ..training.activations import SiteCapture, attention_map, cross_attention_map, cross_attention_output, sampled
 from ..training.adapters import Deltas
 from ..training.attention import AttentionCapture
@@ -57,48 +58,66 @@ MEMORY = "\0memory"  # a pool's name that no concept has
 
 @dataclass(frozen=True)
 class DugeSettings(TrainedSettings):
-    """Settings of :class:`DUGE`, beside the common ones.
+    """Settings of :class:`DUGE`, in addition to those of every trained method.
 
-    ``compare``: of every site its ``"outputs"`` or its attention ``"maps"``. ``relative``: each site's square counts by
-    its own size, so that weights carry over between models; otherwise as published. ``no_replacement``: what the target
-    reads as without one: the ``"empty"`` prompt, or its own with the concept ``"dropped"``. ``local``: train the sites
-    on their own, on ``bank`` recorded inputs of each side with ``pixels`` of each site; otherwise through the network.
-    ``contexts`` and ``keep_common``: as in the closed form, say the concept in everyday contexts too, and keep everyday
-    words too. ``unlearn_weight``: of L_U. ``prior_weight``: λ_p, with a memory of ``memory`` pictures.
-    ``anchor_weight`` and ``preserve_weight``: λ_r's two parts, ``‖θ − φ_0‖²`` (as a share of ``‖φ_0‖²``) and the
-    distillation. ``project``: the share of the
-    kept text states (above 0, at most 1) whose directions the change of K and V must be blind to.
+    ``prior_weight`` is λ_p; ``anchor_weight`` and ``preserve_weight`` are the two parts of λ_r: ``‖θ − φ_0‖²``, as a
+    share of ``‖φ_0‖²``, and the distillation.
     """
 
-    compare: Literal["outputs", "maps"] = "outputs"
-    relative: bool = True
-    no_replacement: Literal["empty", "dropped"] = "empty"
-    local: bool = True
-    bank: int = 64
-    pixels: int = 64
-    keep_common: bool = False
-    unlearn_weight: float = 1.0
-    prior_weight: float = 0.0
-    memory: int = 8
-    anchor_weight: float = 0.0
-    project: float | None = None
+    compare: Literal["outputs", "maps"] = setting(
+        "outputs", "What is compared at each cross-attention layer: its outputs, or its attention maps."
+    )
+    relative: bool = setting(
+        True,
+        "Measure each layer's difference relative to the layer's own magnitude, so that weights carry over between "
+        "models.",
+    )
+    no_replacement: Literal["empty", "dropped"] = setting(
+        "empty",
+        "What a concept without a replacement is mapped to. dropped: the same prompt without it. empty: the empty "
+        "prompt.",
+    )
+    local: bool = setting(
+        True,
+        "Train each layer on its own, on inputs recorded once: much faster and with less memory than through the whole "
+        "network.",
+    )
+    bank: int = setting(
+        64, "Recorded inputs of each layer, for forgetting and for preserving each.", minimum=1, maximum=100000, quick=2
+    )
+    pixels: int = setting(64, "Pixels used of each recorded input.", minimum=1, maximum=100000)
+    keep_common: bool = setting(
+        False, "Also preserve everyday words, in addition to the preserve list.", group="prompts"
+    )
+    unlearn_weight: float = setting(1.0, "Weight of unlearning.", minimum=0.001, maximum=1000, step=0.1)
+    prior_weight: float = setting(
+        0.0,
+        "Weight of the denoising loss on remembered images of preserved concepts.",
+        minimum=0,
+        maximum=1000,
+        step=0.1,
+    )
+    memory: int = setting(8, "Remembered images.", minimum=1, maximum=10000, advanced=True, quick=1)
+    anchor_weight: float = setting(
+        0.0, "Weight of staying close to the base model's weights.", minimum=0, maximum=1e6, step=0.1
+    )
+    project: float | None = setting(
+        None,
+        "Share of the preserved text states whose directions the change of K and V must not react to (null-space "
+        "projection); 0: off.",
+        minimum=1e-6,
+        maximum=1,
+        none_value=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bank", "pixels", "memory"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"The setting '{name}' must be at least 1.")
-        if self.unlearn_weight == 0:
-            raise RequestError("With 'unlearn_weight' 0 nothing would be forgotten.")
         if self.compare == "maps" and not {"to_q", "to_k"} & set(self.train):
             raise RequestError(
                 "With 'compare' set to 'maps', 'train' must name to_q or to_k: no map depends on others."
             )
-        if self.project is not None:
-            if not 0 < self.project <= 1:
-                raise RequestError("The setting 'project' must be above 0 and at most 1, or null.")
-            if not {"to_k", "to_v"} & set(self.train):
-                raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
+        if self.project is not None and not {"to_k", "to_v"} & set(self.train):
+            raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
 
 
 def site_matching(now: Sequence[Tensor], wanted: Sequence[Tensor], relative: bool = False) -> Tensor:

@@ -48,6 +48,7 @@ from ..progress import Progress
 from ..prompts.phrases import replace_phrase
 from ..request.concept import normalized_phrase
 from ..request.request import ForgetRequest
+from ..request.settings import setting
 from ..training.adapters import Deltas
 from ..training.attention import AttentionCapture, token_mask
 from ..training.batches import RETAIN_POOL, BatchSampler, TargetPrompt
@@ -66,35 +67,74 @@ _WANTED = "\nwanted: "
 
 @dataclass(frozen=True)
 class ForgetMeNotSettings(TrainedSettings):
-    """Settings of :class:`ForgetMeNot`, beside those of every trained method.
+    """Settings of :class:`ForgetMeNot`, in addition to those of every trained method.
 
-    ``attention_weight``, ``preserve_weight``, ``steer_weight``: of the three terms, set against one another as
-    root-mean-square mass and mean squared noise, so that they carry over between models of any size. ``scope``: only
-    ``"cross_attention"``, or the whole ``"unet"``: then ``train`` names projections of self-attention too, and the
-    feed-forward layers are trained as well. ``concept_source``: the concept said by its ``"name"``, or, by
-    ``"inversion"`` of its pictures, in ``tokens`` vectors learned in ``inversion_steps`` at ``inversion_lr``.
-    ``unwanted``, ``wanted``: what the name is no longer to show, and what from now on, each as often, as phrases in the
-    name's place ("wooden bat" for "bat"); with ``latents`` ``"images"`` the pictures are the unwanted ones.
-    ``contrast``: ``η``, how far beyond the wanted, away from the unwanted, the name's prediction is moved.
+    The three weights compare root-mean-square attention mass and mean squared noise, so that they carry over between
+    models of any size.
     """
 
-    attention_weight: float = 1.0
-    steer_weight: float = 1.0
-    scope: Literal["cross_attention", "unet"] = "cross_attention"
-    concept_source: Literal["name", "inversion"] = "name"
-    tokens: int = 4
-    inversion_steps: int = 500
-    inversion_lr: float = 1e-3
-    unwanted: tuple[str, ...] = ()
-    wanted: tuple[str, ...] = ()
-    contrast: float = 0.0
+    attention_weight: float = setting(
+        1.0, "Weight of turning attention away from the concept.", minimum=0, maximum=1000, step=0.1
+    )
+    steer_weight: float = setting(
+        1.0,
+        "Weight of steering the concept to its replacement, or to the prompt without it.",
+        minimum=0,
+        maximum=1000,
+        step=0.1,
+    )
+    scope: Literal["cross_attention", "unet"] = setting(
+        "cross_attention",
+        "Layers that are trained. cross_attention: those that read the text. unet: self-attention and feed-forward "
+        "layers too.",
+        advanced=True,
+    )
+    concept_source: Literal["name", "inversion"] = setting(
+        "name",
+        "How the concept is given. name: by its name. inversion: by vectors learned from your images of it.",
+    )
+    tokens: int = setting(
+        4, "Vectors that the inversion learns.", minimum=1, maximum=64, advanced=True, group="inversion"
+    )
+    inversion_steps: int = setting(
+        500, "Steps of the inversion.", minimum=1, maximum=100000, advanced=True, group="inversion"
+    )
+    inversion_lr: float = setting(
+        1e-3,
+        "Learning rate of the inversion.",
+        minimum=1e-7,
+        maximum=1,
+        step=1e-6,
+        advanced=True,
+        group="inversion",
+    )
+    # with ``latents`` "images" the pictures are of the unwanted
+    unwanted: tuple[str, ...] = setting(
+        (),
+        "Correction: what the name must no longer show, one phrase per line, such as wooden bat for bat.",
+        advanced=True,
+        group="correction",
+    )
+    wanted: tuple[str, ...] = setting(
+        (),
+        "Correction: what the name shows from now on, one phrase per line, each equally often.",
+        advanced=True,
+        group="correction",
+    )
+    contrast: float = setting(
+        0.0,
+        "Correction: how far the name is moved beyond the wanted phrases, away from the unwanted ones.",
+        minimum=0,
+        maximum=100,
+        step=0.1,
+        advanced=True,
+        group="correction",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attention_weight == 0 and self.steer_weight == 0:
             raise RequestError("With 'attention_weight' and 'steer_weight' both 0 nothing would be forgotten.")
-        if self.tokens < 1 or self.inversion_steps < 1 or self.inversion_lr <= 0:
-            raise RequestError("'tokens' and 'inversion_steps' must be at least 1, and 'inversion_lr' above 0.")
         phrases = [normalized_phrase(_bare(phrase)) for phrase in (*self.unwanted, *self.wanted)]
         if not all(phrases) or len(set(phrases)) < len(phrases):
             raise RequestError("A phrase in 'unwanted' and 'wanted' is empty, or there twice.")
@@ -102,8 +142,8 @@ class ForgetMeNotSettings(TrainedSettings):
             raise RequestError("'unwanted' and 'wanted' need pictures: set 'latents' to 'generated' or 'images'.")
         if self.unwanted and self.latents == "images":
             raise RequestError("With 'latents' 'images' the pictures are what is unwanted: leave 'unwanted' out.")
-        if self.contrast < 0 or (self.contrast and not self.wanted):
-            raise RequestError("'contrast' must be at least 0, and above 0 it needs phrases that are 'wanted'.")
+        if self.contrast and not self.wanted:
+            raise RequestError("'contrast' above 0 needs phrases that are 'wanted'.")
         if self.wanted and self.steer_weight == 0:
             raise RequestError("With 'steer_weight' 0 nothing would show what is 'wanted': set it above 0.")
         if self.wanted and self.attention_weight and not self.resteers:

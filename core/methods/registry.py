@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ForgetConceptError, RequestError
+from ..request.settings import check_described
 from .base import Method
 
 __all__ = ["all_methods", "get", "register"]
@@ -17,7 +18,12 @@ C = TypeVar("C", bound=type[Method])
 
 
 def register(method: C) -> C:
-    """Class decorator: make a method known. Raises :class:`ForgetConceptError` where its id is taken."""
+    """Class decorator that makes a method known.
+
+    Raises:
+        ForgetConceptError: The id is taken, one of the presets ``published`` and ``tuned`` is missing, or a setting
+            does not describe itself.
+    """
     known = _METHODS.get(method.id)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ForgetConceptError(
@@ -25,6 +31,7 @@ def register(method: C) -> C:
         )
     if not {"published", "tuned"} <= set(method.presets):
         raise ForgetConceptError(f"The method '{method.id}' lacks one of the presets 'published' and 'tuned'.")
+    check_described(method)
     _METHODS[method.id] = method
     return method
 

@@ -34,6 +34,7 @@ from ..prompts.everyday import COMMON
 from ..prompts.phrases import replace_phrase
 from ..request.concept import KINDS, normalized_phrase, templates
 from ..request.request import ForgetRequest
+from ..request.settings import setting
 from ..training.adapters import Deltas
 from ..training.batches import BatchSampler, TargetPrompt
 from ..training.fisher import FisherSettings, fisher_information
@@ -55,36 +56,70 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SelectiveAmnesiaSettings(TrainedSettings):
-    """Settings of :class:`SelectiveAmnesia`, beside those of every trained method.
+    """Settings of :class:`SelectiveAmnesia`, in addition to those of every trained method.
 
-    ``surrogate``: what a concept turns into, its ``q``: ``"prompt"``, the model's pictures of the same prompt with the
-    replacement (without one, with the concept left out); ``"images"``, the pictures given for the concept, which here
-    show what is to come in its place; ``"noise"``, uniform noise. ``n_images``: surrogate pictures a concept.
-    ``contexts``: say the concept, and what is preserved, in everyday contexts too. ``preserve_weight``: ``γ``.
-    ``replay_images``: pictures of what is kept, one prompt each as far as there are prompts. ``keep_common``: everyday
-    words too, where the preserve list does not fill these.
-
-    ``ewc_weight``: ``λ``, and ``ewc_scale`` its unit: ``"relative"`` to the weights, or ``"published"``, the plain sum
-    with an ``F`` that is summed over time steps. ``fisher``, ``fisher_samples``, ``fisher_draws``: the estimator, its
-    samples, and (but for the exact one) time steps a half. ``fisher_prompts``: what they are pictures of; by default
-    everyday words, the same for every request, so that the file serves them all.
+    ``preserve_weight`` is ``γ``, ``ewc_weight`` ``λ``. The default ``fisher_prompts`` do not depend on the request, so
+    that one file of Fisher information serves every request on a model.
     """
 
-    surrogate: Literal["prompt", "images", "noise"] = "prompt"
-    replay_images: int = 64
-    keep_common: bool = False
-    ewc_weight: float = 1.0
-    ewc_scale: Literal["relative", "published"] = "relative"
-    fisher: Literal["exact", "halves", "pairs"] = "pairs"
-    fisher_samples: int = 96
-    fisher_draws: int = 4
-    fisher_prompts: tuple[str, ...] = ()
+    surrogate: Literal["prompt", "images", "noise"] = setting(
+        "prompt",
+        "What a concept turns into. prompt: the model's images of the replacement, or of the prompt without the "
+        "concept. images: those given for the concept. noise: uniform noise.",
+    )
+    preserve_weight: float = setting(
+        1.0, "Weight of the replayed images.", minimum=0, maximum=1000, step=0.1, group="weights"
+    )
+    replay_images: int = setting(
+        64, "Images of preserved concepts that are replayed.", minimum=1, maximum=10000, quick=1
+    )
+    keep_common: bool = setting(
+        False, "Also preserve everyday words, in addition to the preserve list.", group="prompts"
+    )
+    ewc_weight: float = setting(
+        1.0,
+        "Weight of the elastic penalty, which holds weights that matter to other prompts.",
+        minimum=0,
+        maximum=1e6,
+        step=0.1,
+    )
+    ewc_scale: Literal["relative", "published"] = setting(
+        "relative",
+        "Unit of ewc_weight. relative: to the size of the weights. published: the plain sum over all weights.",
+        advanced=True,
+    )
+    fisher: Literal["exact", "halves", "pairs"] = setting(
+        "pairs",
+        "Estimator of the Fisher information. exact: over all time steps. halves, pairs: over random ones.",
+        advanced=True,
+        group="Fisher information",
+    )
+    fisher_samples: int = setting(
+        96,
+        "Images that the Fisher information is measured on.",
+        minimum=1,
+        maximum=100000,
+        group="Fisher information",
+        quick=1,
+    )
+    fisher_draws: int = setting(
+        4,
+        "Random time steps of each half of an image's estimate.",
+        minimum=1,
+        maximum=1000,
+        advanced=True,
+        group="Fisher information",
+        quick=1,
+    )
+    fisher_prompts: tuple[str, ...] = setting(
+        (),
+        "Prompts that the Fisher information is measured on, one per line; empty: everyday words.",
+        advanced=True,
+        group="Fisher information",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("replay_images", "fisher_samples", "fisher_draws"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"The setting '{name}' must be at least 1.")
         if self.latents != "generated":
             raise RequestError(
                 "Selective Amnesia replays pictures that the model makes, so 'latents' must be 'generated': which "

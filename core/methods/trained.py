@@ -30,6 +30,7 @@ from ..prompts.pairs import given_pairs, mentions, prompt_pairs
 from ..prompts.phrases import replace_phrase
 from ..request.concept import Concept, templates
 from ..request.request import ForgetRequest
+from ..request.settings import check_settings, setting
 from ..training.adapters import Deltas
 from ..training.batches import RETAIN_POOL, BatchSampler, GenerationSettings, TargetPrompt, target_prompt
 from ..training.frozen import frozen
@@ -44,64 +45,153 @@ __all__ = ["BaseObjective", "TrainedMethod", "TrainedSettings"]
 
 @dataclass(frozen=True)
 class TrainedSettings:
-    """Settings that all trained methods share.
+    """Settings that all trained methods share."""
 
-    ``steps``, ``lr``, ``weight_decay``, ``batch_size``, ``optimiser``: the optimiser's; ``clip_norm`` bounds the
-    gradient's norm (``None``: not). ``gradient``: how forgetting and keeping are reconciled, with weight ``alpha``
-    (:class:`TrainingSettings`). ``train``: which projections of every cross-attention. ``rank``: of the
-    trained LoRA; ``None`` trains dense deltas, which are factored at the end (``max_rank`` cuts them then).
-    ``latents``: the pictures that are noised: ``"zeros"`` (none), ``"generated"`` (``n_images`` of each concept by the
-    model itself, in ``sample_steps`` steps at ``guidance``, ``None`` for the model's usual one) or the person's own
-    ``"images"``. ``templates``: prompts with ``{}`` (default: the kind's; with ``one_template`` only the first);
-    ``contexts``: the kind's everyday contexts too, beside colours, styles and backgrounds. ``diverse``: that many
-    prompts of each concept from a written ``grammar`` instead, each with its pair without the concept to be kept;
-    ``forget_prompts`` and ``retain_prompts``: one's own. ``include_end``: the first end-of-text token counts as the
-    concept's too (never the padding, which in SD1 has the same id). ``preserve_weight``: of keeping the base model's
-    prediction on what is kept. ``earlier_weight``: of keeping forgotten what earlier requests of a sequence forgot.
-    """
-
-    steps: int = 35
-    lr: float = 2e-4
-    weight_decay: float = 0.01
-    batch_size: int = 4
-    clip_norm: float | None = None
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    gradient: Literal["sum", "restricted", "restricted_step"] = "sum"
-    alpha: float = 1.0
-    train: tuple[str, ...] = ("to_q", "to_k")
-    rank: int | None = 8
-    max_rank: int | None = None
-    latents: Literal["zeros", "generated", "images"] = "generated"
-    n_images: int = 8
-    sample_steps: int = 16
-    guidance: float | None = None
-    templates: tuple[str, ...] | None = None
-    one_template: bool = False
-    contexts: bool = False
-    diverse: int = 0
-    grammar: Literal["general", "embedded"] = "general"
-    forget_prompts: tuple[str, ...] = ()
-    retain_prompts: tuple[str, ...] = ()
-    include_end: bool = False
-    preserve_weight: float = 1.0
-    earlier_weight: float = 1.0
+    steps: int = setting(35, "Training steps.", minimum=1, maximum=100000, leading=True, group="training", quick=2)
+    lr: float = setting(2e-4, "Learning rate.", minimum=1e-7, maximum=1, step=1e-7, leading=True, group="training")
+    weight_decay: float = setting(
+        0.01,
+        "Weight decay of the trained change, which pulls it towards the unchanged model.",
+        minimum=0,
+        maximum=10,
+        step=0.001,
+        advanced=True,
+        group="training",
+    )
+    batch_size: int = setting(
+        4, "Images per training step. More need more memory.", minimum=1, maximum=256, group="training"
+    )
+    clip_norm: float | None = setting(
+        None,
+        "Maximum norm of the gradient; 0: not clipped.",
+        minimum=1e-6,
+        maximum=1000,
+        step=0.1,
+        none_value=0,
+        advanced=True,
+        group="training",
+    )
+    optimiser: Literal["adamw", "sgd"] = setting(
+        "adamw", "Optimizer that turns gradients into steps.", advanced=True, group="training"
+    )
+    gradient: Literal["sum", "restricted", "restricted_step"] = setting(
+        "sum",
+        "How the gradients of forgetting and of preserving are combined. sum: added up. restricted: neither may undo "
+        "the other. restricted_step: the optimizer's actual update may not either, and is halved where it would.",
+        group="training",
+    )
+    alpha: float = setting(
+        1.0,
+        "With a restricted gradient: the weight of forgetting against preserving.",
+        minimum=0.001,
+        maximum=1000,
+        step=0.05,
+        advanced=True,
+        group="training",
+    )
+    train: tuple[str, ...] = setting(
+        ("to_q", "to_k"),
+        "Projections of every cross-attention layer that are trained.",
+        choices=PROJECTIONS,
+        group="training",
+    )
+    rank: int | None = setting(
+        8,
+        "Rank of the trained LoRA; 0: full matrices, which need far more memory.",
+        minimum=1,
+        maximum=1024,
+        none_value=0,
+        leading=True,
+        group="training",
+    )
+    max_rank: int | None = setting(
+        None,
+        "Maximum rank of the finished patch; 0: no limit.",
+        minimum=1,
+        maximum=4096,
+        none_value=0,
+        advanced=True,
+        group="training",
+    )
+    latents: Literal["zeros", "generated", "images"] = setting(
+        "generated",
+        "Images to train on. generated: drawn by the model itself. images: your reference images. zeros: none.",
+        group="images",
+    )
+    n_images: int = setting(
+        8, "Images that the model draws of each concept.", minimum=1, maximum=1000, group="images", quick=1
+    )
+    sample_steps: int = setting(
+        16, "Sampling steps of the images that the model draws.", minimum=1, maximum=1000, group="images", quick=1
+    )
+    guidance: float | None = setting(
+        None,
+        "Guidance of the images that the model draws; 0: the model's usual one.",
+        minimum=0,
+        maximum=100,
+        step=0.1,
+        none_value=0,
+        advanced=True,
+        group="images",
+    )
+    templates: tuple[str, ...] | None = setting(
+        None,
+        "Prompts with {} in the concept's place, one per line; empty: those of the concept's kind.",
+        advanced=True,
+        group="prompts",
+    )
+    one_template: bool = setting(False, "Use only the first template.", advanced=True, group="prompts")
+    contexts: bool = setting(
+        False,
+        "Also use the concept in everyday contexts, next to colours, styles and backgrounds.",
+        group="prompts",
+    )
+    diverse: int = setting(
+        0,
+        "Number of varied prompts per concept, in place of the templates; 0: use the templates. Each is paired with a "
+        "prompt to preserve, the same without the concept.",
+        minimum=0,
+        maximum=10000,
+        group="prompts",
+    )
+    grammar: Literal["general", "embedded"] = setting(
+        "general",
+        "Vocabulary of the varied prompts: general, or that of the embedded model.",
+        advanced=True,
+        group="prompts",
+    )
+    forget_prompts: tuple[str, ...] = setting(
+        (),
+        "Your own prompts to forget, one per line. Each must contain the concept.",
+        advanced=True,
+        group="prompts",
+    )
+    retain_prompts: tuple[str, ...] = setting(
+        (), "Your own prompts to preserve, one per line.", advanced=True, group="prompts"
+    )
+    # the first end-of-text token only, never the padding, which has the same id in SD1
+    include_end: bool = setting(
+        False, "Treat the end-of-text token as part of the concept.", advanced=True, group="prompts"
+    )
+    preserve_weight: float = setting(
+        1.0,
+        "Weight of preserving the base model's predictions for the preserved prompts.",
+        minimum=0,
+        maximum=1000,
+        step=0.1,
+        group="weights",
+    )
+    earlier_weight: float = setting(
+        1.0,
+        "Weight of keeping forgotten what earlier requests of a sequence forgot.",
+        minimum=0,
+        maximum=1000,
+        step=0.1,
+        group="weights",
+    )
 
     def __post_init__(self) -> None:
-        if not self.train or set(self.train) - set(PROJECTIONS) or len(set(self.train)) != len(self.train):
-            raise RequestError(f"The setting 'train' must name some of {', '.join(PROJECTIONS)}, each once.")
-        for name in ("steps", "batch_size", "n_images", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"The setting '{name}' must be at least 1.")
-        for name in ("rank", "max_rank"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RequestError(f"The setting '{name}' must be at least 1, or null.")
-        if self.lr <= 0 or self.alpha <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
-            raise RequestError("'lr', 'alpha' and 'clip_norm' must be above 0.")
-        for field in dataclasses.fields(self):
-            if (field.name.endswith("_weight") or field.name in ("weight_decay", "diverse")) and (
-                getattr(self, field.name) < 0
-            ):
-                raise RequestError(f"The setting '{field.name}' must be at least 0.")
+        check_settings(self)
         for template in self.templates or ():
             check_template(template)
         if self.templates == ():

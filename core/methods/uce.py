@@ -31,6 +31,7 @@ from ..prompts.everyday import COMMON, CONTEXTS
 from ..prompts.pairs import mentions
 from ..request.concept import Concept, normalized_phrase, templates
 from ..request.request import ForgetRequest
+from ..request.settings import check_settings, setting
 from .base import Inputs, Method
 from .registry import register
 
@@ -45,51 +46,87 @@ __all__ = [
     "solve_context_map",
 ]
 
+# the projections that read the text
+TEXT_PROJECTIONS = ("to_k", "to_v")
+
 
 @dataclass(frozen=True)
 class UCESettings:
-    """Settings of :class:`UCE`.
+    """Settings of :class:`UCE`: ``erase_weight`` is ``s_e``, ``preserve_weight`` ``s_p`` and ``ridge`` ``λ``."""
 
-    ``columns``: ``"tail"``, every position from the concept's first token to the end (a causal encoder carries the
-    concept through all of them), or ``"last"``, its last sub-word only, as the authors. ``projections``: ``to_k``,
-    ``to_v`` or both. ``erase_weight``, ``preserve_weight``, ``ridge``: ``s_e``, ``s_p`` (each for one column) and
-    ``λ``. ``contexts``: say the concept in everyday contexts too (beside colours, styles, backgrounds), where a
-    causal encoder gives it other states than alone. ``keep_common``: keep everyday words too (:mod:`..common_words`),
-    since what is not kept may go with the concept. ``rank``: at most this rank (the best one of it in the change of
-    the projections' output); ``None`` keeps what is above ``tolerance``, relative to the greatest. ``templates``:
-    prompts with ``{}`` for the concepts (default: the kind's); the preserve list is put into the same ones.
-    ``preserve_prompts``: whole prompts to keep as well. ``no_replacement``: what a concept without one reads as: the
-    same prompt with the concept ``"dropped"``, or the ``"empty"`` prompt. ``neutral_object``, ``neutral_style``,
-    ``neutral_identity``: words to put in place instead of that, by kind.
-    """
-
-    columns: Literal["tail", "last"] = "tail"
-    projections: tuple[str, ...] = ("to_k", "to_v")
-    erase_weight: float = 1.0
-    preserve_weight: float = 1.0
-    ridge: float = 0.01
-    contexts: bool = False
-    keep_common: bool = False
-    rank: int | None = None
-    tolerance: float = 1e-6
-    templates: tuple[str, ...] | None = None
-    preserve_prompts: tuple[str, ...] = ()
-    no_replacement: Literal["dropped", "empty"] = "dropped"
-    neutral_object: str = ""
-    neutral_style: str = ""
-    neutral_identity: str = ""
+    # a causal encoder carries the concept through every later position
+    columns: Literal["tail", "last"] = setting(
+        "tail",
+        "Token positions that are edited. tail: every position from the concept's first token on. last: only its last "
+        "token, as published.",
+        group="prompts",
+    )
+    projections: tuple[str, ...] = setting(
+        TEXT_PROJECTIONS, "Projections that read the text and are edited.", choices=TEXT_PROJECTIONS, advanced=True
+    )
+    erase_weight: float = setting(1.0, "Weight of each text state to forget.", minimum=0.01, maximum=1000, step=0.05)
+    preserve_weight: float = setting(1.0, "Weight of each text state to preserve.", minimum=0, maximum=1000, step=0.05)
+    ridge: float = setting(
+        0.01, "Regularization towards the unchanged weights: more changes less.", minimum=0.0001, maximum=1000
+    )
+    contexts: bool = setting(
+        False,
+        "Also use the concept in everyday contexts, next to colours, styles and backgrounds.",
+        group="prompts",
+    )
+    # concepts outside the retain set may be affected
+    keep_common: bool = setting(
+        False, "Also preserve everyday words, in addition to the preserve list.", group="prompts"
+    )
+    rank: int | None = setting(
+        None,
+        "Maximum rank of the patch; 0: as many as the tolerance keeps.",
+        minimum=1,
+        maximum=1024,
+        none_value=0,
+        leading=True,
+    )
+    tolerance: float = setting(
+        1e-6,
+        "Singular values below this share of the largest are dropped.",
+        minimum=0,
+        maximum=0.999,
+        step=1e-6,
+    )
+    templates: tuple[str, ...] | None = setting(
+        None,
+        "Prompts with {} in the concept's place, one per line; empty: those of the concept's kind.",
+        advanced=True,
+        group="prompts",
+    )
+    preserve_prompts: tuple[str, ...] = setting((), "Whole prompts to preserve, one per line.", group="prompts")
+    no_replacement: Literal["dropped", "empty"] = setting(
+        "dropped",
+        "What a concept without a replacement is mapped to. dropped: the same prompt without it. empty: the empty "
+        "prompt.",
+        group="prompts",
+    )
+    neutral_object: str = setting(
+        "",
+        "What an object without a replacement is mapped to; empty: as no_replacement says.",
+        advanced=True,
+        group="prompts",
+    )
+    neutral_style: str = setting(
+        "",
+        "What a style without a replacement is mapped to; empty: as no_replacement says.",
+        advanced=True,
+        group="prompts",
+    )
+    neutral_identity: str = setting(
+        "",
+        "What a person without a replacement is mapped to; empty: as no_replacement says.",
+        advanced=True,
+        group="prompts",
+    )
 
     def __post_init__(self) -> None:
-        if not self.projections or set(self.projections) - {"to_k", "to_v"}:
-            raise RequestError("The setting 'projections' must be 'to_k', 'to_v' or both: only they read the text.")
-        if len(set(self.projections)) != len(self.projections):
-            raise RequestError("The setting 'projections' names a projection twice.")
-        if self.erase_weight <= 0 or self.ridge <= 0 or self.preserve_weight < 0:
-            raise RequestError("'erase_weight' and 'ridge' must be above 0, and 'preserve_weight' at least 0.")
-        if self.rank is not None and self.rank < 1:
-            raise RequestError("The setting 'rank' must be at least 1, or null for as many as it takes.")
-        if not 0 <= self.tolerance < 1:
-            raise RequestError("The setting 'tolerance' must be at least 0 and below 1.")
+        check_settings(self)
         for template in self.templates or ():
             check_template(template)
         if self.templates == ():

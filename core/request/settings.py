@@ -1,38 +1,280 @@
-"""Settings of a method: preset, overrides and type checks."""
+"""Settings of a method: how a field describes itself, and presets with overrides checked against that.
+
+A method's ``Settings`` is a frozen dataclass whose fields are declared with :func:`setting`. What a field says there
+(help, bounds, choices) is all that forms, the command line, the REST interface, locales and help pages are made of.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, Union
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, Union, cast
 
-from ..errors import RequestError
-from ..methods.base import Method
+from ..errors import ForgetConceptError, RequestError
 
-__all__ = ["resolve_settings"]
+__all__ = [
+    "HasSettings",
+    "Kind",
+    "SettingInfo",
+    "check_described",
+    "check_settings",
+    "describe_settings",
+    "quick_settings",
+    "resolve_settings",
+    "setting",
+]
+
+Kind = Literal["whole", "number", "choice", "switch", "line", "lines"]
+T = TypeVar("T")
+_KEY = "forget_concept"
+_KINDS: Mapping[Any, Kind] = {bool: "switch", int: "whole", float: "number", str: "line"}
 
 
-def resolve_settings(method: type[Method], preset: str, overrides: Mapping[str, Any]) -> Any:
+class HasSettings(Protocol):
+    """What is read here of a method's class: ``Settings`` is a dataclass, ``presets`` maps names to instances of it."""
+
+    # a mutable attribute of a protocol must have exactly the implementer's type, which differs by method
+    id: typing.ClassVar[str]
+    Settings: typing.ClassVar[Any]
+    presets: typing.ClassVar[Any]
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    step: float | None = None,
+    choices: Sequence[str] = (),
+    none_value: float | None = None,
+    advanced: bool = False,
+    leading: bool = False,
+    group: str = "method",
+    quick: Any = None,
+) -> T:
+    """A field of a method's ``Settings`` that describes itself.
+
+    Args:
+        default: The value where neither a preset nor a request gives another one.
+        help: What the setting does, in one or two sentences; shown by every host and the command line.
+        minimum: Smallest value allowed. Numbers need both bounds.
+        maximum: Largest value allowed.
+        step: Step of a form's number field; 1 for whole numbers, 0.01 for others.
+        choices: For a tuple of strings: the strings it may hold. A ``Literal`` type states its choices itself.
+        none_value: For a number that may be ``None``: the number that a form shows for ``None``.
+        advanced: Whether hosts show it only on request.
+        leading: Whether forms list it before the method's own settings.
+        group: Heading that listings put it under.
+        quick: Value for a run that is as short as possible, where the default takes long; the shared tests use it.
+
+    Returns:
+        A dataclass field, typed as its value.
+    """
+    known = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "step": step,
+        "choices": tuple(choices),
+        "none_value": none_value,
+        "advanced": advanced,
+        "leading": leading,
+        "group": group,
+        "quick": quick,
+    }
+    return dataclasses.field(default=default, metadata={_KEY: known})
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """What one field of a ``Settings`` class says of itself; :func:`setting` explains the attributes.
+
+    ``kind`` follows from the type: ``whole`` and ``number``, ``choice`` (a ``Literal``), ``switch``, ``line`` (text)
+    and ``lines`` (a tuple of strings, which ``choices`` may restrict). ``optional``: whether it may be ``None``.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    optional: bool
+    help: str
+    minimum: float | None
+    maximum: float | None
+    step: float
+    choices: tuple[str, ...]
+    none_value: float | None
+    advanced: bool
+    leading: bool
+    group: str
+    quick: Any
+
+    @property
+    def numeric(self) -> bool:
+        """Whether it is a number, and so has bounds."""
+        return self.kind in ("whole", "number")
+
+    @property
+    def selects(self) -> bool:
+        """Whether it is a selection of several ``choices``."""
+        return self.kind == "lines" and bool(self.choices)
+
+    @property
+    def low(self) -> float:
+        """Smallest number that a form accepts: ``minimum``, or below it the one that stands for ``None``."""
+        minimum = cast(float, self.minimum)
+        return minimum if self.none_value is None else min(minimum, self.none_value)
+
+    @property
+    def high(self) -> float:
+        """Largest number that a form accepts."""
+        return cast(float, self.maximum)
+
+    def values(self) -> str:
+        """The values it accepts, in words."""
+        if self.numeric:
+            words = f"{_KIND_WORDS[self.kind]} from {self.minimum:g} to {self.maximum:g}"
+        elif self.kind == "choice":
+            words = "one of " + ", ".join(self.choices)
+        elif self.selects:
+            words = "one or more of " + ", ".join(self.choices)
+        else:
+            words = _KIND_WORDS[self.kind]
+        return words + (" or null" if self.optional else "")
+
+    def check(self, value: Any) -> None:
+        """Raise :class:`RequestError` for a value that is out of bounds or not among the choices; its type is right."""
+        if value is None and self.optional:
+            return
+        if self.selects:
+            if not value or set(value) - set(self.choices) or len(set(value)) != len(value):
+                raise RequestError(
+                    f"The setting '{self.name}' must name one or more of {', '.join(self.choices)}, each once, "
+                    f"not {list(value)!r}."
+                )
+        elif self.numeric:
+            null = ", or null" if self.optional else ""
+            # written so that NaN fails too
+            if not value >= self.minimum:
+                raise RequestError(f"The setting '{self.name}' must be at least {self.minimum:g}{null}, not {value:g}.")
+            if not value <= self.maximum:
+                raise RequestError(f"The setting '{self.name}' must be at most {self.maximum:g}{null}, not {value:g}.")
+
+
+_KIND_WORDS: Mapping[Kind, str] = {
+    "whole": "whole number",
+    "number": "number",
+    "switch": "true or false",
+    "line": "text",
+    "lines": "list of texts",
+}
+
+
+@functools.cache
+def describe_settings(settings: type) -> tuple[SettingInfo, ...]:
+    """Every field of a ``Settings`` class as it describes itself, in the order of the fields.
+
+    Raises:
+        ForgetConceptError: A field was not declared with :func:`setting`, lacks its bounds, or has a type that no form
+            has a field for.
+    """
+    hints = typing.get_type_hints(settings)
+    return tuple(_info(settings.__name__, field, hints[field.name]) for field in dataclasses.fields(settings))
+
+
+def _info(owner: str, field: dataclasses.Field[Any], hint: Any) -> SettingInfo:
+    where = f"The setting '{field.name}' of {owner}"
+    known = field.metadata.get(_KEY)
+    if known is None or not known["help"].strip():
+        raise ForgetConceptError(
+            f"{where} does not describe itself: declare it as "
+            f"'{field.name}: ... = setting(default, \"what it does\", ...)', from core/request/settings.py."
+        )
+    optional = type(None) in typing.get_args(hint)
+    bare = _without_none(hint)
+    choices = known["choices"]
+    if typing.get_origin(bare) is Literal:
+        kind: Kind = "choice"
+        choices = tuple(str(option) for option in typing.get_args(bare))
+    elif typing.get_origin(bare) is tuple and typing.get_args(bare) == (str, ...):
+        kind = "lines"
+    elif bare in _KINDS:
+        kind = _KINDS[bare]
+    else:
+        raise ForgetConceptError(
+            f"{where} has the type {bare}, which no form has a field for: use int, float, bool, str, a Literal or "
+            "tuple[str, ...]."
+        )
+    numeric = kind in ("whole", "number")
+    if numeric and (known["minimum"] is None or known["maximum"] is None):
+        raise ForgetConceptError(f"{where} is a number without bounds: give setting(...) a minimum and a maximum.")
+    if numeric and optional and known["none_value"] is None:
+        raise ForgetConceptError(f"{where} may be None: give setting(...) the number that stands for it, none_value.")
+    step = known["step"] or (1 if kind == "whole" else 0.01)
+    return SettingInfo(field.name, kind, field.default, optional, **{**known, "choices": choices, "step": step})
+
+
+def _without_none(hint: Any) -> Any:
+    """The type without ``None``."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return parts[0] if len(parts) == 1 else hint
+    return hint
+
+
+def check_described(method: type[HasSettings]) -> None:
+    """Check what a method's class says of its settings, when it is registered.
+
+    Raises:
+        ForgetConceptError: As :func:`describe_settings`, or a preset is outside of the bounds.
+    """
+    infos = describe_settings(method.Settings)
+    for name, values in method.presets.items():
+        for info in infos:
+            try:
+                info.check(getattr(values, info.name))
+            except RequestError as error:
+                raise ForgetConceptError(f"In the preset '{name}' of the method '{method.id}': {error}") from error
+
+
+def check_settings(settings: Any) -> None:
+    """Check every field of a ``Settings`` instance against its bounds and choices. Raises :class:`RequestError`."""
+    owner: type = type(settings)
+    for info in describe_settings(owner):
+        info.check(getattr(settings, info.name))
+
+
+def quick_settings(method: type[HasSettings]) -> dict[str, Any]:
+    """Overrides under which the method runs as briefly as it can, as its fields say; for tests that it works at all."""
+    return {info.name: info.quick for info in describe_settings(method.Settings) if info.quick is not None}
+
+
+def resolve_settings(method: type[HasSettings], preset: str, overrides: Mapping[str, Any]) -> Any:
     """The preset's settings with ``overrides`` in place.
 
-    Raises :class:`RequestError` for an unknown preset or setting (with the known ones) and for a value of a wrong type.
+    Raises:
+        RequestError: The preset or a setting is unknown (the message lists the known ones), or a value has a wrong type
+            or is out of its field's bounds.
     """
     if preset not in method.presets:
         raise RequestError(
             f"The method '{method.id}' has no preset '{preset}': choose one of {', '.join(sorted(method.presets))}."
         )
     hints = typing.get_type_hints(method.Settings)
-    names = [f.name for f in dataclasses.fields(method.Settings)]
+    infos = {info.name: info for info in describe_settings(method.Settings)}
     values = {}
     for name, value in overrides.items():
-        if name not in names:
+        if name not in infos:
             raise RequestError(
-                f"The method '{method.id}' has no setting '{name}': its settings are {', '.join(names)}."
+                f"The method '{method.id}' has no setting '{name}': its settings are {', '.join(infos)}."
             )
         values[name] = _typed(name, value, hints[name])
+        infos[name].check(values[name])
     return dataclasses.replace(method.presets[preset], **values)
 
 

@@ -443,11 +443,11 @@ def test_a_sequence_keeps_its_parts_apart(model):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"unlearn_weight": 0}, "nothing would be forgotten"),
+        ({"unlearn_weight": 0}, "'unlearn_weight' must be at least 0.001"),
         ({"bank": 0}, "'bank' must be at least 1"),
         ({"compare": "maps", "train": ("to_v",)}, "no map depends"),
         ({"project": 0.5, "train": ("to_q",)}, "'project' is for to_k and to_v"),
-        ({"project": 1.5}, "above 0 and at most 1"),
+        ({"project": 1.5}, "'project' must be at most 1, or null"),
         ({"anchor_weight": -1}, "'anchor_weight' must be at least 0"),
         ({"preserve_weight": 0}, "preserves nothing, and there is a preserve list"),
         ({"prior_weight": 1, "latents": "zeros"}, "needs pictures"),

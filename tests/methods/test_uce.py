@@ -304,7 +304,7 @@ def test_the_published_preset_takes_the_last_token_of_the_bare_word():
         ({"settings": {"ridge": True}}, "a number"),
         ({"settings": {"rank": 1.5}}, "whole number"),
         ({"settings": {"rank": 0}}, "at least 1"),
-        ({"settings": {"ridge": 0}}, "above 0"),
+        ({"settings": {"ridge": 0}}, "at least 0.0001"),
         ({"settings": {"projections": ("to_q",)}}, "to_k"),
         ({"settings": {"templates": ("a photo",)}}, "exactly one"),
         ({"settings": {"templates": ()}}, "empty list"),

@@ -128,7 +128,7 @@ def test_every_node_has_its_texts_in_every_locale_and_a_page_of_help() -> None:
                 assert set(node[part]) == set(found["en"][name][part])
                 assert all(entry["name"] and entry["tooltip"] for entry in node[part].values()), name
     for method in all_methods().values():
-        fields = ["preset", *(widget.name for widget in form_fields(method))]
+        fields = ["preset", *(field.name for field in form_fields(method))]
         assert list(found["en"][node_id(method)]["inputs"]) == fields
     assert re.search("[\u4e00-\u9fff]", found["zh"]["ForgetConcept"]["display_name"])
 

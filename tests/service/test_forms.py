@@ -10,11 +10,11 @@ import pytest
 
 from forget_concept.core.errors import RequestError
 from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.models.unet import PROJECTIONS
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.request.settings import resolve_settings
 from forget_concept.core.service.forms import (
-    ABOUT,
     MethodSettings,
     form_fields,
     presets,
@@ -28,31 +28,31 @@ METHODS = [pytest.param(method, id=name) for name, method in all_methods().items
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_setting_has_a_field_in_words_and_within_bounds(method) -> None:
-    """A setting that is new, renamed or gone, or a preset outside of a field's bounds, is seen here."""
+def test_every_setting_has_a_field_within_its_bounds(method) -> None:
     found = form_fields(method)
-    assert {widget.setting for widget in found} == {field.name for field in dataclasses.fields(method.Settings)}
-    assert len({widget.name for widget in found}) == len(found)
+    assert {field.setting for field in found} == {field.name for field in dataclasses.fields(method.Settings)}
+    assert len({field.name for field in found}) == len(found)
     for name in method.presets:
-        for widget in form_fields(method, name):
-            about = widget.about
-            assert about is ABOUT.get(f"{method.id}.{widget.setting}") or about is ABOUT.get(widget.setting), (
-                f"'{widget.setting}' of {method.id} has no words in ABOUT"
-            )
-            if widget.kind in ("whole", "number"):
-                assert about.low <= widget.default <= about.high, (name, widget.name)
+        for field in form_fields(method, name):
+            info = field.info
+            assert info.help.endswith(".") and field.help.endswith(info.help)
+            if info.numeric:
+                assert info.low <= field.default <= info.high, (name, field.name)
                 # what the page shows of a value has to be the value
-                assert widget.kind == "whole" or math.isclose(
-                    round(widget.default / about.step) * about.step, widget.default, rel_tol=1e-6, abs_tol=1e-12
-                ), (name, widget.name, "is between two steps")
-            if widget.kind == "choice":
-                assert widget.default in widget.options
+                assert field.kind == "whole" or math.isclose(
+                    round(field.default / info.step) * info.step, field.default, rel_tol=1e-6, abs_tol=1e-12
+                ), (name, field.name, "is between two steps")
+            if field.kind == "choice":
+                assert field.default in field.options
 
 
-def test_no_words_are_left_of_a_setting_that_is_gone() -> None:
-    names = {field.name for method in all_methods().values() for field in dataclasses.fields(method.Settings)}
-    own = {f"{method.id}.{f.name}" for method in all_methods().values() for f in dataclasses.fields(method.Settings)}
-    assert set(ABOUT) <= names | own
+def test_leading_settings_come_first_and_a_methods_own_before_those_it_inherits() -> None:
+    """Saved workflows know a settings node's widgets by their order."""
+    names = [field.name for field in form_fields(all_methods()["selective_amnesia"])]
+    assert names[:5] == ["steps", "lr", "rank", "surrogate", "replay_images"]
+    # declared anew, for its help alone: it keeps its place among the inherited ones
+    assert names[-2:] == ["preserve_weight", "earlier_weight"]
+    assert [name for name in names if name.startswith("train_")] == [f"train_{one}" for one in PROJECTIONS]
 
 
 @pytest.mark.parametrize("method", METHODS)

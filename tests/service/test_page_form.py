@@ -64,7 +64,7 @@ def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
 def test_the_fields_are_filled_for_every_setting(method) -> None:
     for preset in method.presets:
         assert form_values(method, preset, {}) == presets(method)[preset]
-        assert list(form_values(method, preset, {})) == [widget.name for widget in form_fields(method)]
+        assert list(form_values(method, preset, {})) == [field.name for field in form_fields(method)]
 
 
 def test_lines_without_words_are_left_out_and_pictures_go_where_they_are_looked_at() -> None:
