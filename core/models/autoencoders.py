@@ -11,7 +11,7 @@ __all__ = ["Autoencoder", "DiffusersAutoencoder"]
 
 
 class Autoencoder(Protocol):
-    """Between pictures ``(n, 3, H, W)`` in [-1, 1] and latents ``(n, 4, h, w)`` at the scale the UNet works with."""
+    """Converts images ``(n, 3, H, W)`` in [-1, 1] to latents ``(n, 4, h, w)`` at the UNet's scale, and back."""
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -19,7 +19,7 @@ class Autoencoder(Protocol):
 
 
 class DiffusersAutoencoder:
-    """diffusers' ``AutoencoderKL`` as an :class:`Autoencoder`: the mean of the posterior, scaled and shifted."""
+    """diffusers' ``AutoencoderKL`` as an :class:`Autoencoder`; latents are the scaled and shifted posterior mean."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae

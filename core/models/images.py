@@ -1,4 +1,4 @@
-"""Pictures as tensors: read from files and folders, fitted to a model, and converted to and from 8 bits and Pillow."""
+"""Images as tensors: loading from files and folders, resizing for a model, conversion to and from uint8 and Pillow."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _MODES = ("L", "LA", "P", "RGB", "RGBA")
 
 
 def picture_size(model: LatentDiffusion) -> tuple[int, int]:
-    """Height and width, in pixels, of a model's pictures: eight times its latents', as in every Stable Diffusion."""
+    """Image size ``(H, W)`` of a model in pixels: 8 times its latents, as in every Stable Diffusion."""
     _, height, width = model.latent_shape
     return 8 * height, 8 * width
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1], of any shape, as uint8 on the CPU."""
+    """Convert images in [-1, 1], of any shape, to uint8 on the CPU."""
     return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -51,27 +51,37 @@ def from_bytes(images: Tensor) -> Tensor:
 
 
 def to_pil(picture: Tensor) -> Image:
-    """A uint8 picture ``(3, H, W)`` as a Pillow image."""
+    """Convert a uint8 image ``(3, H, W)`` to a Pillow image."""
     from PIL import Image
 
     return Image.fromarray(picture.cpu().movedim(0, -1).contiguous().numpy())
 
 
 def from_pil(image: Image) -> Tensor:
-    """A Pillow image as a uint8 picture ``(3, H, W)``; transparency is dropped."""
+    """Convert a Pillow image to a uint8 tensor ``(3, H, W)``; the alpha channel is dropped."""
     import numpy
 
     return torch.from_numpy(numpy.array(image.convert("RGB"))).movedim(-1, 0)
 
 
 def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) -> Tensor:
-    """Pictures ``(n, 3, H, W)``, fp32 in [-1, 1], from files and folders; ``size`` is ``(H, W)``.
+    """Load images from files and folders.
 
-    Of a folder every picture in it (by its ending, in the order of the names; hidden files and folders within are left
-    out), each file once. Turned as their EXIF orientation says, what is transparent put over white, cut to the size's
-    proportions about the centre, and resized with anti-aliasing. Raises :class:`RequestError` naming the file that is
-    missing, unreadable, no picture, animated, of a mode other than 8-bit grey, palette or RGB, or smaller than half
-    of ``size`` on a side, and :class:`ModelError` where Pillow is not installed.
+    The EXIF orientation is applied, transparency is composited over white, and images are cropped about the centre to
+    the aspect ratio of ``size`` and resized with anti-aliasing.
+
+    Args:
+        paths: Image files, and folders of which every image is taken (by its suffix, in order of names, without hidden
+            files and sub-folders). A file that is named twice is read once.
+        size: ``(H, W)`` in pixels.
+
+    Returns:
+        fp32 ``(n, 3, H, W)`` in [-1, 1].
+
+    Raises:
+        RequestError: If a file is missing, unreadable, not an image, animated, in a mode other than 8-bit grey, palette
+            or RGB, or smaller than half of ``size`` on a side. The message names the file.
+        ModelError: If Pillow is not installed.
     """
     files = _files(paths)
     _pillow()
@@ -79,9 +89,13 @@ def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) 
 
 
 def check_images(images: Tensor, n_min: int, size: tuple[int, int], name: str = "the concept") -> None:
-    """Raise :class:`RequestError`, in words, unless ``images`` is ``(n, 3, H, W)`` in [-1, 1] with ``n >= n_min``.
+    """Raise :class:`RequestError` unless ``images`` is ``(n, 3, H, W)`` in [-1, 1] with ``n >= n_min``.
 
-    ``size`` is ``(H, W)``; ``name`` says whose pictures they are.
+    Args:
+        images: The images to check.
+        n_min: Smallest number of images.
+        size: Required ``(H, W)``.
+        name: What the images show, for the message.
     """
     shape = " × ".join(map(str, images.shape)) or "a single number"
     if images.ndim != 4 or images.shape[1] != 3:
@@ -107,10 +121,10 @@ def check_images(images: Tensor, n_min: int, size: tuple[int, int], name: str = 
 
 
 def fit_images(images: Tensor, size: tuple[int, int], name: str = "the concept") -> Tensor:
-    """Pictures ``(n, 3, H, W)`` in [-1, 1] of any size, brought to ``size`` ``(H, W)`` as :func:`load_images` does.
+    """Crop and resize images ``(n, 3, H, W)`` in [-1, 1] to ``size`` ``(H, W)``, as :func:`load_images` does.
 
-    Those of that size stay as they are. Raises :class:`RequestError` where they are no such pictures, or smaller than
-    half of ``size`` on a side.
+    Images of that size are returned unchanged. Raises :class:`RequestError` for another shape or dtype, or if they are
+    smaller than half of ``size`` on a side.
     """
     shape = " × ".join(map(str, images.shape)) or "a single number"
     if images.ndim != 4 or images.shape[1] != 3 or not images.dtype.is_floating_point:
@@ -134,7 +148,7 @@ def fit_images(images: Tensor, size: tuple[int, int], name: str = "the concept")
 
 
 def _said(size: tuple[int, int]) -> str:
-    # as picture sizes are said everywhere: the width first
+    # image sizes are written width first
     return f"{size[1]} × {size[0]} pixels"
 
 
@@ -179,7 +193,7 @@ def _loaded(path: Path, size: tuple[int, int]) -> Tensor:
     pil = _pillow()
     try:
         with pil.Image.open(path, formats=_FORMATS) as image:
-            # MPO is a phone's JPEG with a preview beside the picture, which comes first
+            # MPO is a phone's JPEG with a preview behind the image itself
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise RequestError(f"The file '{path}' is animated: save one of its pictures as a file of its own.")
             if image.mode not in _MODES:
@@ -188,10 +202,10 @@ def _loaded(path: Path, size: tuple[int, int]) -> Tensor:
                 )
             picture = _fitted(_flat(pil, pil.ImageOps.exif_transpose(image)), path, size)
     except pil.UnidentifiedImageError as error:
-        raise RequestError(f"The file '{path}' is no picture that can be read ({listed(SUFFIXES)}).") from error
+        raise RequestError(f"The file '{path}' is not an image that can be read ({listed(SUFFIXES)}).") from error
     except pil.Image.DecompressionBombError as error:
         raise RequestError(f"The picture '{path}' is too large to be read safely: make it smaller.") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow's own, of files that are cut off or broken inside
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow raises these for truncated or corrupt files
         raise RequestError(
             f"The picture '{path}' cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from error
@@ -199,7 +213,7 @@ def _loaded(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _flat(pil: Any, image: Any) -> Any:
-    """RGB, whatever is transparent over white."""
+    """RGB with transparency composited over white."""
     if image.mode in ("LA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return pil.Image.alpha_composite(pil.Image.new("RGBA", image.size, "white"), image).convert("RGB")

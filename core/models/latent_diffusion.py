@@ -1,4 +1,4 @@
-"""The one object a method sees of a model: UNet, text encoder, noise schedule and, if there is one, the autoencoder."""
+"""The model object that methods work on: UNet, text encoder, noise schedule and, optionally, an autoencoder."""
 
 from __future__ import annotations
 
@@ -41,11 +41,7 @@ def hash_of_unet(found: UNetSurvey) -> str:
 
 
 class LatentDiffusion:
-    """A latent diffusion model as the methods, the evaluation and the hosts share it.
-
-    ``unet`` is the raw module in diffusers or LDM naming; ``alphas_cumprod`` is ``(T,)``; ``prediction_type`` is
-    ``"epsilon"`` or ``"v_prediction"``; ``latent_shape`` is ``(channels, h, w)``. Nothing here changes the model.
-    """
+    """A latent diffusion model, shared by methods, evaluation and hosts. Nothing here changes its weights."""
 
     def __init__(
         self,
@@ -60,9 +56,23 @@ class LatentDiffusion:
         eps_model: Callable[[Tensor, Tensor, TextStates], Tensor] | None = None,
         guidance: float = 7.5,
     ) -> None:
-        """``guidance`` is the scale its pictures are usually drawn at. ``model_hash`` spares working it out;
-        ``eps_model(x, t, states)`` replaces the call of the raw UNet where a host's own way to call it must be kept
-        (its raw prediction is returned, not yet converted)."""
+        """Wrap the parts of a model.
+
+        Args:
+            unet: The raw UNet module, in diffusers or LDM naming.
+            text: The text encoder.
+            alphas_cumprod: ``α̅_t``, shape ``(T,)``.
+            prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+            vae: The autoencoder, if images are to be encoded or decoded.
+            latent_shape: ``(channels, h, w)``.
+            name: Name of the model in messages and metadata.
+            model_hash: :attr:`model_hash`, if it is known already.
+            eps_model: ``(x, t, states) -> raw prediction``; replaces the call of the raw UNet where a host has its own.
+            guidance: Usual guidance scale of this model.
+
+        Raises:
+            ModelError: If the prediction type is not supported.
+        """
         if prediction_type not in PREDICTION_TYPES:
             raise ModelError(
                 f"This model predicts '{prediction_type}'; only {' and '.join(PREDICTION_TYPES)} models are supported."
@@ -76,7 +86,7 @@ class LatentDiffusion:
         self._call = eps_model
         self.guidance = guidance
 
-    # -- what it is ----------------------------------------------------------------------------------------------
+    # -- properties ----------------------------------------------------------------------------------------------
 
     @cached_property
     def survey(self) -> UNetSurvey:
@@ -93,32 +103,39 @@ class LatentDiffusion:
 
     @property
     def train_steps(self) -> int:
-        """Number of time steps of the noise schedule (1000 for every Stable Diffusion)."""
+        """Number of training time steps (1000 for every Stable Diffusion)."""
         return self.alphas_cumprod.shape[0]
 
     @cached_property
     def model_hash(self) -> str:
-        """Hash of the cross-attention weights, rounded to fp16: one for full and pruned copies and for both layouts."""
+        """Hash of the cross-attention weights rounded to fp16; equal for full and pruned copies and in both layouts."""
         if self._known_hash is not None:
             return self._known_hash
         return hash_of_unet(self.survey)
 
-    # -- the noise -----------------------------------------------------------------------------------------------
+    # -- noise ---------------------------------------------------------------------------------------------------
 
     def _alpha(self, timesteps: Tensor, like: Tensor) -> Tensor:
         alpha = self.alphas_cumprod[timesteps.long().cpu()].to(like.device)
         return alpha.view(-1, *([1] * (like.ndim - 1)))
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``x_t = √α̅_t x_0 + √(1-α̅_t) ε``; ``x0`` and ``noise`` are ``(n, 4, h, w)``, ``timesteps`` is ``(n,)``."""
+        """Return ``x_t = √α̅_t x_0 + √(1-α̅_t) ε``; ``x0`` and ``noise`` are ``(n, 4, h, w)``, ``timesteps`` ``(n,)``."""
         alpha = self._alpha(timesteps, x0)
         return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
 
     def predict_noise(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        """``ε_θ(x_t, t, c)``, fp32, like ``x``; a v-prediction is converted (``ε = √α̅ v + √(1-α̅) x_t``).
+        """Predict the noise ``ε_θ(x_t, t, c)``; a v-prediction is converted with ``ε = √α̅ v + √(1-α̅) x_t``.
 
-        Differentiable where gradients are on. ``x`` is ``(n, 4, h, w)``, ``timesteps`` ``(n,)``, ``states`` of ``n``
-        rows.
+        Differentiable if gradients are enabled.
+
+        Args:
+            x: ``x_t``, shape ``(n, 4, h, w)``.
+            timesteps: Shape ``(n,)`` or broadcastable to it.
+            states: Text states of ``n`` prompts.
+
+        Returns:
+            fp32, like ``x``.
         """
         timesteps = timesteps.to(self.device).expand(x.shape[0])
         x = x.to(self.device)
@@ -148,18 +165,21 @@ class LatentDiffusion:
         return out
 
     def _sizes(self, x: Tensor) -> Tensor:
-        # SDXL's size conditions: original size, no crop, target size, in pixels
+        # SDXL's size conditioning in pixels: original size, crop offset 0, target size
         height, width = x.shape[-2] * 8, x.shape[-1] * 8
         row = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device)
         return row.expand(x.shape[0], -1)
 
-    # -- pictures ------------------------------------------------------------------------------------------------
+    # -- images --------------------------------------------------------------------------------------------------
 
     def timesteps(self, steps: int, spacing: str = "leading") -> list[int]:
-        """The time steps a sampler of ``steps`` steps visits, falling.
+        """Return the time steps of a sampler, descending.
 
-        ``"leading"``: multiples of ``T // steps`` plus 1, as SD1's and SD2's own configuration (``steps_offset`` 1);
-        ``"trailing"``: from the last step on in even strides, for schedules that reach pure noise.
+        Args:
+            steps: Number of sampling steps.
+            spacing: ``"leading"``: multiples of ``T // steps`` plus 1, as in SD1's and SD2's own configuration
+                (``steps_offset`` 1). ``"trailing"``: even strides from the last step, for schedules that reach pure
+                noise.
         """
         if not 1 <= steps <= self.train_steps:
             raise RequestError(f"The number of steps must be 1 to {self.train_steps}, not {steps}.")
@@ -171,7 +191,7 @@ class LatentDiffusion:
         raise RequestError(f"The spacing '{spacing}' is not known: choose 'leading' or 'trailing'.")
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Fp32 noise ``(n, 4, h, w)``, each row from its own seed and drawn on the CPU: the same on every device."""
+        """Return fp32 noise ``(n, 4, h, w)``, one seed per row; drawn on the CPU, so equal on every device."""
         return torch.stack(
             [torch.randn(self.latent_shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
         )
@@ -191,17 +211,30 @@ class LatentDiffusion:
         sampler: str = "ddim",
         safety: SafetyGuidance | None = None,
     ) -> Tensor:
-        """Latents ``(n, 4, h, w)``, fp32, with classifier-free guidance.
+        """Sample latents with classifier-free guidance.
 
-        ``sampler``: ``"ddim"`` (η = 0; Song et al. 2021, arXiv 2010.02502, eq. 12) or ``"dpm++"`` (DPM-Solver++(2M); Lu
-        et al. 2022, arXiv 2211.01095, algorithm 2), which needs about half the steps.
+        Args:
+            prompts: One prompt per image.
+            seeds: One seed per prompt; an image depends on its prompt and seed alone.
+            steps: Number of sampling steps.
+            guidance: Guidance scale; at 1 the unconditional pass is skipped.
+            negative: One negative prompt for all images, or one for each.
+            until: Stop after this many steps; the latents are then at time ``timesteps(steps)[until]``.
+            progress: Progress callback.
+            batch: Images per batch.
+            spacing: As in :meth:`timesteps`. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
+            sampler: ``"ddim"`` (η = 0) or ``"dpm++"`` (DPM-Solver++(2M)), which needs about half as many steps.
+            safety: Steer away from a concept (:class:`SafetyGuidance`), at the cost of a third pass per step.
 
-        One seed a prompt; a picture depends on its prompt and seed alone, not on what is sampled beside it.
-        ``negative`` is one prompt for all or one for each. ``until`` stops after that many of the ``steps`` (for
-        methods that want an ``x_t`` on the way: it is then at time ``timesteps(steps)[until]``). At ``guidance`` 1 the
-        unconditional pass is left out. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
-        ``batch`` pictures are worked on together. ``safety`` steers away from a concept (:mod:`.guidance`), for a third
-        pass of each step. Raises :class:`RequestError` on counts that do not match.
+        Returns:
+            fp32 latents ``(n, 4, h, w)``.
+
+        Raises:
+            RequestError: If the numbers of prompts, seeds and negative prompts differ, or an argument is out of range.
+
+        Reference:
+            DDIM: Song et al. 2021 (arXiv 2010.02502), eq. 12. DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095),
+            algorithm 2.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = list(seeds)
@@ -227,7 +260,7 @@ class LatentDiffusion:
         wanted = list(dict.fromkeys(prompts + (negatives if guided else []) + ([safety.concept] if safety else [])))
         row = {prompt: i for i, prompt in enumerate(wanted)}
         states = self._encoded(wanted)
-        # from each visited step to the next one, in ᾱ
+        # α̅ at every visited step and at the end
         stride = self.train_steps // steps
         path = [float(self.alphas_cumprod[t]) for t in times]
         if spacing == "leading":
@@ -247,7 +280,7 @@ class LatentDiffusion:
                 rows += [row[safety.concept]] * len(chunk)
             context = states.index(rows)
             momentum = torch.zeros_like(x)  # of the safety guidance
-            earlier: Tensor | None = None  # the x_0 that the step before foresaw
+            earlier: Tensor | None = None  # the x_0 prediction of the previous step
             for k in range(stop):
                 if safety is None:
                     eps = self._guided(x, times[k], context, guidance if guided else None)
@@ -257,12 +290,12 @@ class LatentDiffusion:
                 alpha, after = path[k], path[k + 1]
                 x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
                 ahead = x0
-                # the last step is of first order, as is the first: at its end the extrapolation is not to be trusted
+                # the first and the last step are of first order: the extrapolation is unreliable at the end
                 if sampler == "dpm++" and earlier is not None and k < steps - 1:
                     width, before = _log_snr(after) - _log_snr(alpha), _log_snr(alpha) - _log_snr(path[k - 1])
                     ahead = x0 + (x0 - earlier) * (width / (2 * before))
                 earlier = x0
-                # with x_0 for the extrapolated one this is DDIM's step: the two differ in it alone
+                # with x_0 instead of the extrapolation this is DDIM's step
                 share = ((1 - after) / (1 - alpha)) ** 0.5
                 x = share * x + (after**0.5 - share * alpha**0.5) * ahead
                 done += 1
@@ -273,7 +306,7 @@ class LatentDiffusion:
     def _guided(self, x: Tensor, time: int, context: TextStates, guidance: float | None) -> Tensor:
         if guidance is None:
             return self.predict_noise(x, torch.full((x.shape[0],), time), context)
-        # both passes in one batch: on a small model and a CPU this is nearly the price of one
+        # both passes in one batch: on a small model on a CPU this costs little more than one
         both = self.predict_noise(torch.cat([x, x]), torch.full((2 * x.shape[0],), time), context)
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
@@ -288,7 +321,7 @@ class LatentDiffusion:
         momentum: Tensor,
         used: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The guided prediction, and the momentum after it."""
+        """The guided prediction and the next momentum."""
         every = self.predict_noise(torch.cat([x, x, x]), torch.full((3 * x.shape[0],), time), context)
         conditional, unconditional, unsafe = every.chunk(3)
         term, momentum = safety_term(conditional, unconditional, unsafe, safety.settings, momentum)
@@ -300,10 +333,10 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
-        """Pictures ``(n, 3, H, W)`` in [-1, 1]. Raises :class:`ModelError` where the model has no autoencoder."""
+        """Decode to images ``(n, 3, H, W)`` in [-1, 1]. Raises :class:`ModelError` if the model has no autoencoder."""
         if self.vae is None:
             raise ModelError(
-                f"The model '{self.name}' has no autoencoder here, so latents cannot be made into pictures."
+                f"The model '{self.name}' has no autoencoder here, so latents cannot be decoded to images."
             )
         if not len(latents):
             raise RequestError("There are no latents to decode.")
@@ -312,7 +345,7 @@ class LatentDiffusion:
 
 
 def _sinusoidal(values: Tensor, width: int) -> Tensor:
-    """Sines and cosines of ``values`` ``(n,)`` at ``width // 2`` falling frequencies, cosines first: ``(n, width)``."""
+    """Sinusoidal embedding ``(n, width)`` of ``values`` ``(n,)``, cosines first."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device) / half)
     angles = values.float()[:, None] * frequencies

@@ -1,7 +1,7 @@
-"""From a name or a path to a :class:`LatentDiffusion`: embedded model, diffusers folder or single file.
+"""Load a :class:`LatentDiffusion` from a diffusers folder, a single-file checkpoint or a pipeline.
 
-Reading is left to diffusers' and transformers' own loaders (extras, imported here and only when needed). Pickles can
-run code, so they are refused, in files and in folders alike.
+diffusers' and transformers' own loaders read the files; they are extras and are imported only here, when needed. Pickle
+files can run code and are refused, in folders too.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ def load_checkpoint(
     clip_skip: int = 1,
     config: str | os.PathLike[str] | None = None,
 ) -> LatentDiffusion:
-    """Load a model for forgetting and sampling.
+    """Load a Stable Diffusion 1.x, 2.x or XL model, or one of the same structure.
 
-    ``source`` is ``"mini"``, a diffusers folder (SD1, SD2, SDXL and models shaped like them) or a single-file
-    checkpoint. ``clip_skip`` counts as the webui does (not for SDXL). ``config`` is a diffusers folder with the
-    configuration and tokenizer of a single file; without it diffusers takes those of the model family from the Hugging
-    Face hub or its cache. Raises :class:`ModelError` in words.
+    Args:
+        source: A folder in diffusers' layout or a single-file ``.safetensors`` checkpoint.
+        device: Device of the modules.
+        dtype: Dtype of the weights.
+        clip_skip: Text encoder layer counted from the last one, as in the webui; not used for SDXL.
+        config: A diffusers folder with the configuration and tokenizer of a single-file checkpoint. Without it,
+            diffusers reads those of the model family from the Hugging Face hub or its local cache.
+
+    Raises:
+        ModelError: If the source is missing, a pickle, incomplete, or not a supported model.
     """
     path = Path(source)
     if path.suffix.lower() in _PICKLES:
@@ -69,7 +75,7 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
     missing = [n for n in ("unet", "text_encoder", "tokenizer", "scheduler") if not (folder / n).is_dir()]
     if missing:
         raise ModelError(
-            f"'{folder}' is no model in diffusers' layout: it has no folder '{missing[0]}'. Give {_CHOICES}."
+            f"'{folder}' is not a model in diffusers' layout: it has no folder '{missing[0]}'. Give {_CHOICES}."
         )
 
     def part(kind: Any, name: str) -> Any:
@@ -89,7 +95,7 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
                 torch_dtype=dtype,
                 **({"variant": "fp16"} if half else {}),
             )
-        except Exception as error:  # the loaders raise whatever their parts raise; said in words, with the cause kept
+        except Exception as error:  # third-party loaders raise arbitrary errors; the cause is chained
             raise ModelError(f"'{folder / name}' cannot be loaded: {_first_line(error)}") from error
         return loaded.to(device).eval()
 
@@ -126,7 +132,7 @@ def _from_single_file(
     except PatchError as error:
         raise ModelError(str(error)) from error
     if not any(name.startswith("model.diffusion_model.") for name in names):
-        raise ModelError(f"'{path}' is not a whole checkpoint: it has no UNet. Give {_CHOICES}.")
+        raise ModelError(f"'{path}' is not a complete checkpoint: it has no UNet. Give {_CHOICES}.")
     _need_diffusers()
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -137,7 +143,7 @@ def _from_single_file(
         extra |= {"config": str(config), "local_files_only": True}
     try:
         pipe = kind.from_single_file(str(path), torch_dtype=dtype, **extra)
-    except Exception as error:  # whatever the loaders' parts raise; said in words, with the cause kept
+    except Exception as error:  # third-party loaders raise arbitrary errors; the cause is chained
         help_ = (
             "diffusers needs the configuration of this model family from the Hugging Face hub once: connect, or give a "
             "diffusers folder of the same family as 'config'."
@@ -149,7 +155,16 @@ def _from_single_file(
 
 
 def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentDiffusion:
-    """The parts of a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, shared, not copied."""
+    """Wrap a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, sharing its modules.
+
+    Args:
+        pipe: The pipeline.
+        name: Name of the model in messages and metadata.
+        clip_skip: As in :func:`load_checkpoint`.
+
+    Raises:
+        ModelError: If the pipeline is an SDXL refiner, an inpainting model or has no cross-attention.
+    """
     if getattr(pipe, "text_encoder_2", None) is not None:
         if pipe.text_encoder is None:
             raise ModelError(
@@ -177,7 +192,7 @@ def _assembled(unet: Any, text: Any, scheduler: Any, vae: Any, name: str) -> Lat
         raise ModelError(
             f"'{name}' takes {unet.config.in_channels} channels (inpainting?): only plain models are supported."
         )
-    _ = model.survey  # raises now, not later, where there is no cross-attention
+    _ = model.survey  # raise early if there is no cross-attention
     return model
 
 

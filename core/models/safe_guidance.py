@@ -1,8 +1,8 @@
-"""Safe Latent Diffusion: guidance away from a concept while sampling, with no training and no patch.
+"""Safe Latent Diffusion: guidance away from a concept while sampling, without training or a patch.
 
-Schramowski et al. 2023 (arXiv 2211.05105). Beside the prompt and the unconditional pass a third one is made under the
-text of the concept, and where the prompt's prediction comes near it the picture is pushed off. It is a baseline: who
-has the weights can leave it out.
+Schramowski et al. 2023 (arXiv 2211.05105). A third pass under the concept's text accompanies the conditional and the
+unconditional one; where the conditional prediction is close to it, the image is pushed away. This is a baseline:
+anyone who has the weights can leave it out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ __all__ = ["SAFETY", "SafetyGuidance", "SafetySettings", "safety_term"]
 
 @dataclass(frozen=True)
 class SafetySettings:
-    """``scale`` is the paper's ``s_S``, ``threshold`` its ``λ``, ``momentum`` its ``s_m`` and ``beta`` its ``β_m``.
+    """Settings of the safety term.
 
-    ``warmup`` is ``δ`` as a share of all steps (the paper counts steps of 50): so long the term is built up and not
-    used.
+    Attributes:
+        scale: ``s_S`` in the paper.
+        threshold: ``λ`` in the paper.
+        warmup: ``δ`` as a fraction of all steps (the paper counts steps out of 50). During the warm-up the momentum is
+            accumulated but the term is not applied.
+        momentum: ``s_m`` in the paper.
+        beta: ``β_m`` in the paper.
     """
 
     scale: float
@@ -42,11 +47,11 @@ class SafetySettings:
                 raise RequestError(f"The safety guidance's '{name}' must be 0 to 1, not {getattr(self, name)}.")
 
     def first_step(self, steps: int) -> int:
-        """The first of ``steps`` steps, counted from 0, in which the term is used."""
+        """First of ``steps`` steps (from 0) in which the term is applied."""
         return round(self.warmup * steps)
 
 
-# the four configurations of the paper; its warm-ups are 15, 10, 7 and 0 of 50 steps. (diffusers' weak scale is 20.)
+# the paper's four configurations; its warm-ups are 15, 10, 7 and 0 of 50 steps (diffusers' weak scale is 20)
 SAFETY: dict[str, SafetySettings] = {
     "weak": SafetySettings(200.0, 0.0, 15 / 50, 0.0, 0.0),
     "medium": SafetySettings(1000.0, 0.01, 10 / 50, 0.3, 0.4),
@@ -57,7 +62,7 @@ SAFETY: dict[str, SafetySettings] = {
 
 @dataclass(frozen=True)
 class SafetyGuidance:
-    """Which concept is steered away from, in words of a prompt, and how strongly (default: the paper's "medium")."""
+    """The concept to steer away from, as prompt text, and how strongly (default: the paper's "medium")."""
 
     concept: str
     settings: SafetySettings = SAFETY["medium"]
@@ -68,7 +73,7 @@ class SafetyGuidance:
 
     @classmethod
     def named(cls, concept: str, configuration: str = "medium") -> SafetyGuidance:
-        """With one of the published configurations. Raises :class:`RequestError` for an unknown name."""
+        """Create guidance with a published configuration. Raises :class:`RequestError` for an unknown name."""
         if configuration not in SAFETY:
             raise RequestError(
                 f"The safety configuration '{configuration}' is not known: choose one of {', '.join(SAFETY)}."
@@ -79,12 +84,22 @@ class SafetyGuidance:
 def safety_term(
     conditional: Tensor, unconditional: Tensor, unsafe: Tensor, settings: SafetySettings, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``γ_t``, which is taken from ``ε_θ(x_t, c_p) - ε_θ(x_t)`` before it is scaled (eq. 3), and ``ν_{t+1}``.
+    """Return the safety term ``γ_t`` and the next momentum ``ν_{t+1}``.
 
-    With the predictions ``ε_p`` under the prompt, ``ε`` under none and ``ε_S`` under the concept, all like ``x_t``:
-    ``φ = s_S (ε_p - ε_S)``; ``μ = min(1, |φ|)`` where ``ε_p - ε_S < λ``, element by element, and 0 elsewhere (eq. 6);
-    ``γ_t = μ (ε_S - ε) + s_m ν_t`` (eq. 4, 7); ``ν_{t+1} = β_m ν_t + (1 - β_m) γ_t`` (eq. 8), from ``ν_0 = 0``. The
-    paper prints a maximum in eq. 6; its authors' code and diffusers' take the minimum, as a bounded weight needs it.
+    ``γ_t`` is subtracted from ``ε_p - ε`` before the guidance scale is applied (eq. 3). With ``φ = s_S (ε_p - ε_S)``,
+    ``μ = min(1, |φ|)`` where ``ε_p - ε_S < λ`` element by element, 0 elsewhere (eq. 6):
+    ``γ_t = μ (ε_S - ε) + s_m ν_t`` (eq. 4, 7) and ``ν_{t+1} = β_m ν_t + (1 - β_m) γ_t`` (eq. 8), ``ν_0 = 0``. The paper
+    prints a maximum in eq. 6; the authors' code and diffusers use the minimum, which a bounded weight requires.
+
+    Args:
+        conditional: Noise prediction ``ε_p`` under the prompt, like ``x_t``.
+        unconditional: Noise prediction ``ε`` without a prompt, like ``x_t``.
+        unsafe: Noise prediction ``ε_S`` under the concept, like ``x_t``.
+        settings: Settings of the term.
+        momentum: ``ν_t``, like ``x_t``.
+
+    Reference:
+        Schramowski et al., *Safe Latent Diffusion* (arXiv 2211.05105), eq. 3 to 8.
     """
     apart = conditional - unsafe
     near = (settings.scale * apart).abs().clamp(max=1.0)

@@ -1,8 +1,4 @@
-"""Text encoders as the methods see them, and where in a prompt a phrase stands.
-
-A CLIP text encoder is causal: the state at a position knows every token before it and none after, so the concept is
-in every state from its first token on, the padding included (:func:`tail_positions`), and in none before.
-"""
+"""Text encoders: from prompts to the text states that a UNet reads."""
 
 from __future__ import annotations
 
@@ -20,9 +16,11 @@ __all__ = ["CLIPText", "SDXLText", "TextEncoder", "TextStates"]
 
 @dataclass(frozen=True)
 class TextStates:
-    """What the UNet is given of some prompts.
+    """Text states of ``n`` prompts.
 
-    ``hidden`` is ``(n, tokens, d)``; ``pooled``, for models that take one (SDXL), is ``(n, d_pooled)``, else ``None``.
+    Attributes:
+        hidden: Hidden states ``(n, tokens, d)``.
+        pooled: Pooled vectors ``(n, d_pooled)`` for models that read one (SDXL), else ``None``.
     """
 
     hidden: Tensor
@@ -32,35 +30,35 @@ class TextStates:
         return self.hidden.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextStates:
-        """The same states on another device or in another dtype (``None``: as it is)."""
+        """Return the states on another device or in another dtype (``None``: unchanged)."""
         pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
         return TextStates(self.hidden.to(device=device, dtype=dtype), pooled)
 
     def index(self, rows: Sequence[int]) -> TextStates:
-        """The states of the given rows, in the given order; a row may come twice."""
+        """Return the given rows in the given order; rows may repeat."""
         chosen = torch.as_tensor(list(rows), dtype=torch.long, device=self.hidden.device)
         return TextStates(self.hidden[chosen], None if self.pooled is None else self.pooled[chosen])
 
     @staticmethod
     def cat(states: Sequence[TextStates]) -> TextStates:
-        """Several states one after the other."""
+        """Concatenate states along the first axis."""
         pooled = [s.pooled for s in states if s.pooled is not None]
         return TextStates(torch.cat([s.hidden for s in states]), torch.cat(pooled) if pooled else None)
 
 
 class TextEncoder(Protocol):
-    """A host's own way from words to states; an adapter implements these four."""
+    """The interface of a text encoder; a host's adapter implements it with the host's own encode path."""
 
     max_length: int
 
     def token_ids(self, prompt: str) -> list[int]:
-        """The whole sequence as encoded: start, words, end and padding (``max_length`` ids, cut off if need be)."""
+        """The whole encoded sequence: start, words, end and padding; ``max_length`` ids, truncated if needed."""
 
     def phrase_ids(self, phrase: str) -> list[int]:
-        """The ids of the words alone, as inside a prompt: no special tokens, never cut off."""
+        """The ids of the words alone, without special tokens and never truncated."""
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        """The states of the prompts, one row a prompt, without gradient."""
+        """Text states of the prompts, one row per prompt, without gradient."""
 
 
 def _tokens(tokenizer: Any, prompt: str, length: int) -> list[int]:
@@ -77,9 +75,9 @@ def _device(model: torch.nn.Module) -> torch.device:
 
 
 class CLIPText:
-    """SD1's and SD2's text encoder: ``transformers``' CLIPTextModel with its CLIPTokenizer.
+    """Text encoder of SD1 and SD2: transformers' ``CLIPTextModel`` with its ``CLIPTokenizer``.
 
-    ``clip_skip`` counts as the webui does: 1 is the last layer, 2 the one before, ... with the final norm on it.
+    ``clip_skip`` counts as in the webui: 1 is the last layer, 2 the one before it; the final norm is always applied.
     """
 
     def __init__(self, model: Any, tokenizer: Any, clip_skip: int = 1) -> None:
@@ -91,7 +89,7 @@ class CLIPText:
 
     @property
     def layer(self) -> str:
-        """Which states these are, for a patch's metadata: a closed form fitted on other states is another edit."""
+        """Which layer the states come from, for a patch's metadata: an edit fits only the states it was fitted on."""
         return f"clip_skip={self.clip_skip},final_norm"
 
     def token_ids(self, prompt: str) -> list[int]:
@@ -105,7 +103,7 @@ class CLIPText:
         return self.states(torch.tensor([self.token_ids(p) for p in prompts], device=_device(self.model)))
 
     def states(self, ids: Tensor) -> TextStates:
-        """The states of token ids ``(n, max_length)``, with whatever gradients are on."""
+        """Text states of token ids ``(n, max_length)``; differentiable if gradients are enabled."""
         if self.clip_skip == 1:
             return TextStates(self.model(ids)[0])
         hidden = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
@@ -113,9 +111,9 @@ class CLIPText:
 
 
 class SDXLText:
-    """SDXL's two text encoders: the last layer but one of each side by side (768 + 1280), and the second's pooled text.
+    """SDXL's two text encoders: the concatenated penultimate layers (768 + 1280), and the second one's pooled vector.
 
-    Positions are the first tokenizer's; the two differ only in the padding token.
+    Token positions are the first tokenizer's; the two tokenizers differ only in the padding token.
     """
 
     layer = "sdxl:penultimate,no_final_norm"

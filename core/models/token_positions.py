@@ -1,4 +1,8 @@
-"""Token positions of a phrase in an encoded prompt."""
+"""Token positions of a phrase in an encoded prompt.
+
+A CLIP text encoder is causal: the state at a position depends on that token and the ones before it. So the concept is
+in every state from its first token on, padding included (:func:`tail_positions`), and in none before.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from .text_encoders import TextEncoder
 __all__ = ["end_position", "phrase_span", "tail_positions", "token_positions"]
 
 
-# letters and digits make words; everything else separates them, as in CLIP's own splitting
+# words are runs of letters and digits, as in CLIP's own pre-tokenizer
 _BEFORE, _AFTER = r"(?<![^\W_])", r"(?![^\W_])"
 
 
 def _places(phrase: str, prompt: str) -> list[tuple[int, int]]:
-    """Where the phrase stands in the prompt as words of its own: first character and the one after the last."""
+    """Character spans ``(start, end)`` of the phrase in the prompt, as whole words."""
     words = phrase.split()
     pattern = r"\s+".join(re.escape(word) for word in words)
     pattern = (_BEFORE if words[0][0].isalnum() else "") + pattern + (_AFTER if words[-1][-1].isalnum() else "")
@@ -24,19 +28,19 @@ def _places(phrase: str, prompt: str) -> list[tuple[int, int]]:
 
 
 def _tokens_before(encoder: TextEncoder, prompt: str, end: int, ids: list[int]) -> int | None:
-    """How many of the prompt's tokens its first characters make; ``None`` where one token reaches over their end."""
+    """Number of tokens of ``prompt[:end]``, or ``None`` if a token of the prompt crosses ``end``."""
     before = list(encoder.phrase_ids(prompt[:end]))
     return len(before) if ids[: len(before)] == before else None
 
 
 def _found(encoder: TextEncoder, phrase: str, prompt: str) -> list[tuple[int, int]]:
-    """First position and number of sub-words of every occurrence; the errors of the public functions.
+    """First position and number of sub-word tokens of every occurrence. Raises as the public functions do.
 
-    Looked for in the words, not in the sub-words: a longer word may end in the very sub-words of the phrase. Where a
-    tokenizer merges punctuation at the phrase's ends with what touches it, that is taken in.
+    Whole words are matched, not sub-word sequences, because a longer word may end in the phrase's sub-words.
+    Punctuation that the tokenizer merges with the phrase's ends is included.
     """
     if not encoder.phrase_ids(phrase):
-        raise TokenError(f"The phrase '{phrase}' has no tokens in this text encoder: use other words for it.")
+        raise TokenError(f"The phrase '{phrase}' has no tokens in this text encoder: use other words.")
     phrase, prompt = unicodedata.normalize("NFC", phrase), unicodedata.normalize("NFC", prompt)
     meant, encoded = list(encoder.phrase_ids(prompt)), encoder.token_ids(prompt)
     spans = []
@@ -46,8 +50,8 @@ def _found(encoder: TextEncoder, phrase: str, prompt: str) -> list[tuple[int, in
         while (end := _tokens_before(encoder, prompt, after, meant)) is None and not prompt[after - 1].isalnum():
             after += 1
         if start is None or end is None:
-            continue  # the inside of what is one word to this tokenizer
-        # an encoder cuts a prompt off silently; what is there before the cut and not after it was lost
+            continue  # inside a single token of this tokenizer
+        # encoders truncate silently; tokens that are missing after encoding were cut off
         if list(encoded[1 + start : 1 + end]) != meant[start:end]:
             raise TokenError(
                 f"'{phrase}' is cut off in the prompt '{_short(prompt)}': the text encoder reads {encoder.max_length} "
@@ -65,34 +69,33 @@ def _short(prompt: str, limit: int = 80) -> str:
 
 
 def token_positions(encoder: TextEncoder, phrase: str, prompt: str) -> list[int]:
-    """Positions, in the encoded sequence, of every sub-word of every occurrence of ``phrase`` in ``prompt``.
+    """Return the positions, in the encoded sequence, of every sub-word token of every occurrence of a phrase.
 
-    Raises :class:`TokenError` where the phrase does not occur or an occurrence is cut off at the encoder's length.
+    Raises :class:`TokenError` if the phrase does not occur in ``prompt``, or an occurrence is truncated.
     """
     positions = [start + offset for start, width in _found(encoder, phrase, prompt) for offset in range(width)]
     return list(dict.fromkeys(positions))
 
 
 def phrase_span(encoder: TextEncoder, phrase: str, prompt: str) -> tuple[int, int]:
-    """First position and number of sub-words of the first occurrence. Raises as :func:`token_positions`."""
+    """Return first position and token count of the first occurrence. Raises as :func:`token_positions`."""
     return _found(encoder, phrase, prompt)[0]
 
 
 def tail_positions(encoder: TextEncoder, phrase: str, prompt: str) -> list[int]:
-    """Every position from the phrase's first token to the end of the sequence, padding included.
+    """Return every position from the phrase's first token to the end of the sequence, padding included.
 
-    In a causal encoder these are all the positions whose state the phrase has touched. Raises as
-    :func:`token_positions`.
+    In a causal encoder these are all positions whose state depends on the phrase. Raises as :func:`token_positions`.
     """
     start, _ = phrase_span(encoder, phrase, prompt)
     return list(range(start, len(encoder.token_ids(prompt))))
 
 
 def end_position(encoder: TextEncoder, prompt: str) -> int:
-    """Position of the *first* end-of-text token of ``prompt``.
+    """Return the position of the *first* end-of-text token of ``prompt``.
 
-    Counted, not searched by id: SD1's end-of-text is also its padding, so the id alone flags every pad. Raises
-    :class:`TokenError` where the prompt is cut off, since the end is then not the prompt's own.
+    It is counted, not searched by id, because SD1 pads with the end-of-text token. Raises :class:`TokenError` if the
+    prompt is truncated.
     """
     words = len(encoder.phrase_ids(prompt))
     if words + 2 > encoder.max_length:

@@ -1,9 +1,8 @@
-"""The cross-attention sites of a raw UNet, and all linear layers of the transformer blocks they stand in, under one
-name whatever the library that built it.
+"""Cross-attention sites and transformer linear layers of a raw UNet, under one canonical name in every library.
 
-A canonical name is the dotted path in diffusers' ``UNet2DConditionModel``; for a UNet in LDM naming (``input_blocks`` /
-``middle_block`` / ``output_blocks``: the original code, ComfyUI, the webui) it is worked out from the model's own
-blocks, with however many layers each has. Weights are looked at for their shapes only.
+A canonical name is the dotted path in diffusers' ``UNet2DConditionModel``. For a UNet in LDM naming (``input_blocks`` /
+``middle_block`` / ``output_blocks``: the original code, ComfyUI, the webui) it is derived from the model's own blocks,
+whatever their number of layers. Only the shapes of weights are read.
 """
 
 from __future__ import annotations
@@ -40,10 +39,15 @@ _LAYER = re.compile(
 
 @dataclass(frozen=True)
 class CrossAttentionSite:
-    """One place where the UNet reads the text.
+    """One cross-attention module of a UNet.
 
-    ``name`` is canonical (diffusers), ``ldm_name`` the same place in LDM naming, ``path`` where it is in *this* UNet.
-    ``context_dim`` is the width of the text states that K and V take in.
+    Attributes:
+        name: Canonical (diffusers) name.
+        ldm_name: The same site in LDM naming.
+        path: The module's path in this UNet.
+        module: The attention module.
+        heads: Number of attention heads.
+        context_dim: Width of the text states that K and V read.
     """
 
     name: str
@@ -72,8 +76,11 @@ class CrossAttentionSite:
 class Layer:
     """One linear layer of a transformer block: self-attention, cross-attention or feed-forward.
 
-    ``key`` is canonical (``….attn1.to_q``, ``….attn2.to_out``, ``….ff.net.0.proj``), ``ldm_key`` the same in LDM
-    naming, ``path`` where the ``nn.Linear`` is in *this* UNet.
+    Attributes:
+        key: Canonical key, such as ``….attn1.to_q``, ``….attn2.to_out`` or ``….ff.net.0.proj``.
+        ldm_key: The same layer in LDM naming.
+        path: The module's path in this UNet.
+        module: The linear layer.
     """
 
     key: str
@@ -84,7 +91,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class UNetSurvey:
-    """All cross-attention sites of one UNet, in the order data meets them (down, middle, up)."""
+    """All cross-attention sites of one UNet, in forward order (down, middle, up)."""
 
     unet: nn.Module = field(repr=False, compare=False)
     sites: tuple[CrossAttentionSite, ...]
@@ -103,24 +110,24 @@ class UNetSurvey:
         return {site.name: site for site in self.sites}
 
     def by_name(self, name: str) -> CrossAttentionSite:
-        """The site with this canonical name; :class:`ModelError` where there is none."""
+        """Return the site with this canonical name. Raises :class:`ModelError` if there is none."""
         try:
             return self._sites_by_name[name]
         except KeyError:
             raise ModelError(f"This model has no cross-attention site '{name}'.") from None
 
     def split(self, key: str) -> tuple[CrossAttentionSite, str] | None:
-        """The site and projection a canonical key names, or ``None`` where this UNet has it not."""
+        """Return the site and projection of a canonical key, or ``None`` if this UNet lacks it."""
         name, _, which = key.rpartition(".")
         site = self._sites_by_name.get(name)
         return None if site is None or which not in PROJECTIONS else (site, which)
 
     @cached_property
     def layers(self) -> Mapping[str, Layer]:
-        """Every linear layer of the transformer blocks by its canonical key, those of the sites among them.
+        """Every linear layer of the transformer blocks by canonical key, including those of the sites.
 
-        LoRA trainers take these when they take the whole UNet. Raises :class:`ModelError` where one of them is no plain
-        linear layer.
+        These are the layers that LoRA trainers target when they train the whole UNet. Raises :class:`ModelError` if one
+        of them is not a plain linear layer.
         """
         places = _ldm_places(self.unet) if self.layout == "ldm" else _diffusers_places(self.unet)
         found: list[Layer] = []
@@ -130,29 +137,29 @@ class UNetSurvey:
                 continue
             canonical, ldm = places[match["place"]]
             found.append(Layer(f"{canonical}.{match['inner']}", f"{ldm}.{match['inner']}", path, _plain(module, path)))
-        # within a block as the module has them
+        # the sort is stable: within a block, layers keep the module's order
         found.sort(key=lambda layer: _order(layer.key.split(".transformer_blocks.")[0]))
         return {layer.key: layer for layer in found}
 
     def find(self, key: str) -> Layer | None:
-        """The layer under a canonical key, of a site or another one, or ``None`` where this UNet has it not."""
+        """Return the layer with a canonical key, or ``None`` if this UNet lacks it."""
         if (found := self.split(key)) is not None:
             site, which = found
             return Layer(key, f"{site.ldm_name}.{which}", site.weight_path(which), site.projection(which))
         return self.layers.get(key) if _LAYER.match(key) else None
 
     def layer(self, key: str) -> Layer:
-        """As :meth:`find`; :class:`ModelError` where there is none."""
+        """Like :meth:`find`, but raises :class:`ModelError` if the layer is missing."""
         if (found := self.find(key)) is None:
             raise ModelError(f"This model has no projection '{key}'.")
         return found
 
     def linear(self, key: str) -> nn.Linear:
-        """The ``nn.Linear`` under a canonical key; :class:`ModelError` where there is none."""
+        """Return the ``nn.Linear`` with a canonical key. Raises :class:`ModelError` if it is missing."""
         return self.layer(key).module
 
     def fingerprint(self) -> str:
-        """A hash of the architecture (names and shapes of the sites), the same in both layouts; not of the weights."""
+        """Hash of the architecture: names and shapes of the sites, not weights. Equal in both layouts."""
         lines = [
             f"{site.key(which)}:{tuple(site.projection(which).weight.shape)}:{site.heads}"
             for site in self.sites
@@ -162,10 +169,17 @@ class UNetSurvey:
 
 
 def survey(unet: nn.Module) -> UNetSurvey:
-    """Find every cross-attention site of a raw UNet (no host's wrapper, no pipeline), in either naming.
+    """Find every cross-attention site of a raw UNet, in diffusers' or LDM naming.
 
-    Works on the meta device. Raises :class:`ModelError` where there is none, or where a projection is no plain linear
-    layer (a quantised one, or one with another library's adapter still in it).
+    Args:
+        unet: The UNet module itself, not a host's wrapper or a pipeline. The meta device works too.
+
+    Returns:
+        The sites in forward order, with the layout and the model family.
+
+    Raises:
+        ModelError: If there is no cross-attention, or a projection is not a plain linear layer (quantised, or wrapped
+            by another library's adapter).
     """
     children = dict(unet.named_children())
     if "input_blocks" in children and "output_blocks" in children:
@@ -174,15 +188,15 @@ def survey(unet: nn.Module) -> UNetSurvey:
         layout, places = "diffusers", _diffusers_places(unet)
     else:
         raise ModelError(
-            f"This model ({type(unet).__name__}) has no cross-attention UNet that is known here: neither diffusers' "
-            "down_blocks and up_blocks nor the original input_blocks and output_blocks were found."
+            f"This model ({type(unet).__name__}) has no cross-attention UNet of a supported structure: neither "
+            "diffusers' down_blocks and up_blocks nor the original input_blocks and output_blocks."
         )
     found: list[tuple[tuple[int, ...], CrossAttentionSite]] = []
     for path, module in unet.named_modules():
         if (match := _TRANSFORMER.match(path)) is None or not _is_cross_attention(unet, path, module):
             continue
         if (names := places.get(match["place"])) is None:
-            raise ModelError(f"The cross-attention at '{path}' stands where none was expected in a UNet of this kind.")
+            raise ModelError(f"Unexpected cross-attention at '{path}': this UNet's structure is not supported.")
         canonical, ldm = names
         inner = match["inner"]
         site = CrossAttentionSite(
@@ -198,14 +212,16 @@ def survey(unet: nn.Module) -> UNetSurvey:
         found.append((_order(site.name), site))
     if not found:
         raise ModelError(
-            f"This model has no cross-attention ({type(unet).__name__}): nothing in it reads the text through "
-            "attention, so there is nothing that these methods could edit."
+            f"This model ({type(unet).__name__}) has no cross-attention, so there is nothing that these methods could "
+            "edit."
         )
     found.sort(key=lambda item: item[0])
     sites = tuple(site for _, site in found)
     widths = sorted({site.context_dim for site in sites})
     if len(widths) > 1:
-        raise ModelError(f"This model's cross-attention takes text states of several widths ({widths}): not supported.")
+        raise ModelError(
+            f"This model's cross-attention reads text states of several widths ({widths}), which is not supported."
+        )
     return UNetSurvey(unet, sites, layout, _family(unet, len(sites), widths[0]), widths[0])
 
 
@@ -222,11 +238,11 @@ def _plain(module: Any, path: str) -> nn.Linear:
             f"'{path}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
             "linear layer: unload adapters and quantisation from the model first."
         )
-    return cast(nn.Linear, module)  # a host's own class counts as one: it has the same weight and call
+    return cast(nn.Linear, module)  # a host's own class has the same weight and call
 
 
 def _is_bare_linear(module: Any) -> bool:
-    """A host's own class (Forge's) that is no child of torch's, with the same weight and nothing around it."""
+    """Whether this is a host's own linear class (Forge's) that does not derive from torch's."""
     if not isinstance(module, nn.Module) or any(True for _ in module.children()):
         return False
     weight = module._parameters.get("weight")
@@ -252,14 +268,14 @@ def _order(name: str) -> tuple[int, ...]:
 
 
 def _family(unet: nn.Module, sites: int, context_dim: int) -> str:
-    # pooled text comes in beside the time: `add_embedding` in diffusers, `label_emb` in LDM
+    # the pooled text is added to the time embedding: `add_embedding` in diffusers, `label_emb` in LDM
     pooled = getattr(unet, "add_embedding", None) is not None or getattr(unet, "label_emb", None) is not None
     if pooled:
         return "sdxl" if context_dim == 2048 else "other"
     return {(768, 16): "sd1", (1024, 16): "sd2"}.get((context_dim, sites), "other")
 
 
-# -- where a transformer stands: this UNet's path -> (canonical, LDM) ---------------------------------------------
+# -- paths of transformers in this UNet -> (canonical name, LDM name) ---------------------------------------------
 
 
 def _diffusers_places(unet: nn.Module) -> dict[str, tuple[str, str]]:
@@ -287,7 +303,7 @@ def _has_transformer(module: nn.Module) -> bool:
 
 
 def _resamples(module: nn.Module) -> bool:
-    # a resampling layer by its name, or a residual block that resamples (`resblock_updown`)
+    # a resampling layer (by class name), or a residual block that resamples (`resblock_updown`)
     return type(module).__name__ in ("Downsample", "Upsample") or bool(getattr(module, "updown", False))
 
 
@@ -314,7 +330,7 @@ def _ldm_places(unet: nn.Module) -> dict[str, tuple[str, str]]:
     return places
 
 
-# -- names alone, for files without a model -----------------------------------------------------------------------
+# -- conversion of names without a model, for files ---------------------------------------------------------------
 
 _CANONICAL = re.compile(
     r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)$|^(mid_block)\.attentions\.(\d+)\.(.+)$"
@@ -323,9 +339,16 @@ _LDM = re.compile(r"^(input_blocks|output_blocks|middle_block)\.(\d+)\.(\d+\.)?(
 
 
 def ldm_from_canonical(name: str, layers: int = 2) -> str:
-    """LDM name of a canonical site name or key in a UNet with ``layers`` residual layers a block (SD1, SD2, SDXL: 2).
+    """Convert a canonical site name or key to LDM naming.
 
-    Raises :class:`ModelError` where it is no such name. Where a survey is at hand, its ``ldm_name`` is the surer way.
+    Prefer a survey's ``ldm_name`` where the model is at hand: it does not depend on ``layers``.
+
+    Args:
+        name: Canonical name or key.
+        layers: Residual layers per block (2 in SD1, SD2 and SDXL).
+
+    Raises:
+        ModelError: If ``name`` is not the name of a cross-attention site.
     """
     if (match := _CANONICAL.match(name)) is None:
         raise ModelError(f"'{name}' is not the name of a cross-attention site.")

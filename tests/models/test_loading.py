@@ -116,7 +116,7 @@ def test_refusals_in_words(folder, tmp_path):
     with pytest.raises(ModelError, match="pickle"):
         load_checkpoint(tmp_path / "hidden.safetensors")
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ModelError, match="not a whole checkpoint"):
+    with pytest.raises(ModelError, match="not a complete checkpoint"):
         load_checkpoint(tmp_path / "lora.safetensors")
 
 
