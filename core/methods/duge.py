@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ForgetConceptError, RequestError
+from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextEncoder
 from ..models.unet import PROJECTIONS
@@ -45,13 +45,13 @@ from ..training.attention import AttentionCapture
 from ..training.batches import BatchSampler, Noised, TargetPrompt
 from ..training.gradients import retain_basis
 from ..training.loop import Term, Terms
-from ..training.losses import noise_matching
+from ..training.losses import attention_output_matching, drift_from_base, prior_preservation
 from .base import Inputs
 from .registry import register
 from .trained import BaseObjective, TrainedMethod, TrainedSettings
 from .uce import UCESettings, common_prompts
 
-__all__ = ["DUGE", "DugeObjective", "DugeSettings", "drift_from_base", "site_matching"]
+__all__ = ["DUGE", "DugeObjective", "DugeSettings"]
 
 MEMORY = "\0memory"  # a pool's name that no concept has
 
@@ -118,39 +118,6 @@ class DugeSettings(TrainedSettings):
             )
         if self.project is not None and not {"to_k", "to_v"} & set(self.train):
             raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
-
-
-def site_matching(now: Sequence[Tensor], wanted: Sequence[Tensor], relative: bool = False) -> Tensor:
-    """``mean_l mean (A_l − A*_l)²`` in fp32 or wider; ``relative`` divides each site's by ``mean A*_l²``.
-
-    No gradient goes to ``wanted``. Raises :class:`ForgetConceptError` for no sites or other shapes.
-    """
-    if not now or [a.shape for a in now] != [b.shape for b in wanted]:
-        raise ForgetConceptError("The sites' outputs cannot be compared: they are none, or of different shapes.")
-    found = []
-    for a, b in zip(now, wanted, strict=True):
-        a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b.detach()))
-        error = torch.mean((a - b) ** 2)
-        found.append(error / torch.mean(b**2).clamp(min=1e-12) if relative else error)
-    return torch.stack(found).mean()
-
-
-def drift_from_base(deltas: Deltas, model: LatentDiffusion, earlier: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """``‖θ − φ_0‖² / ‖φ_0‖²`` over the trained projections; ``θ − φ_0`` is ``earlier`` (up, down) and the trained part.
-
-    The part of it that nothing can change, ``‖earlier‖²``, is in it too.
-    """
-    moved, size = [], 0.0
-    for key in deltas.keys:
-        change = deltas.delta(key)
-        square = (change**2).sum()
-        if key in earlier:
-            up, down = earlier[key]
-            # ‖E + D‖² = ‖E‖² + 2⟨E, D⟩ + ‖D‖², and E is never made
-            square = square + 2 * (up * (change @ down.T)).sum() + ((up.T @ up) * (down @ down.T)).sum()
-        moved.append(square)
-        size += float(model.survey.linear(key).weight.detach().float().square().sum())
-    return torch.stack([square.to(moved[0].device) for square in moved]).sum() / max(size, 1e-12)
 
 
 @register
@@ -301,7 +268,7 @@ class DugeObjective(BaseObjective):
         batch = self.batches.noised([prompt.concept for prompt in prompts])
         with torch.no_grad(), self.deltas.showing("earlier"):
             wanted = self.sites(batch, [self.instead(prompt) for prompt in prompts])
-        return site_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
+        return attention_output_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
 
     def _prior(self) -> Tensor:
         batches, count = self.batches, self.settings.batch_size
@@ -309,7 +276,7 @@ class DugeObjective(BaseObjective):
         times = torch.randint(self.model.train_steps, (count,), generator=batches.generator)
         noise = torch.randn((count, *self.model.latent_shape), generator=batches.generator).to(self.model.device)
         x = self.model.add_noise(batches.pools[MEMORY][rows.to(self.model.device)], noise, times)
-        return noise_matching(self.predicted(x, times, [self.memory[i] for i in rows.tolist()]), noise)
+        return prior_preservation(self.predicted(x, times, [self.memory[i] for i in rows.tolist()]), noise)
 
     # -- site by site --------------------------------------------------------------------------------------------
 
@@ -356,7 +323,7 @@ class DugeObjective(BaseObjective):
             with torch.no_grad(), self.deltas.showing(shown):
                 wanted.append(at(site, x, there))
             now.append(at(site, x, here))
-        return site_matching(now, wanted, self.settings.relative)
+        return attention_output_matching(now, wanted, self.settings.relative)
 
     def _as_earlier(self, texts: Sequence[str]) -> Tensor:
         return self._matched("kept", texts, "earlier") if self.settings.local else super()._as_earlier(texts)
@@ -380,7 +347,8 @@ class DugeObjective(BaseObjective):
         if s.prior_weight:
             terms["prior"] = Term(self._prior(), s.prior_weight, "retain")
         if s.anchor_weight:
-            drift = drift_from_base(self.deltas, self.model, self.frozen)
+            weights = {key: self.model.survey.linear(key).weight for key in self.deltas.keys}
+            drift = drift_from_base(self.deltas.changes(), weights, self.frozen)
             terms["anchor"] = Term(drift, s.anchor_weight, "retain")
         if s.preserve_weight:
             if s.local:

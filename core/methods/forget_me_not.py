@@ -53,7 +53,7 @@ from ..training.adapters import Deltas
 from ..training.attention import AttentionCapture, token_mask
 from ..training.batches import RETAIN_POOL, BatchSampler, TargetPrompt
 from ..training.loop import Side, Term, Terms
-from ..training.losses import attention_resteering, noise_matching
+from ..training.losses import attention_resteering, contrast_target, noise_matching
 from ..training.textual_inversion import InversionSettings, invert, with_vectors
 from .base import Inputs
 from .registry import register
@@ -386,7 +386,7 @@ class ForgetMeNotObjective(BaseObjective):
         if all(row.against is None for row in rows):
             return wanted
         against = self.base(x, times, [row.against or row.instead or "" for row in rows])
-        return wanted + self.settings.contrast * (wanted - against)
+        return contrast_target(wanted, against, self.settings.contrast)
 
     def __call__(self, step: int) -> Terms:
         s, model = self.settings, self.model

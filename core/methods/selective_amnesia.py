@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ForgetConceptError, RequestError
+from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextEncoder
 from ..models.unet import PROJECTIONS
@@ -39,7 +39,7 @@ from ..training.adapters import Deltas
 from ..training.batches import BatchSampler, TargetPrompt
 from ..training.fisher import FisherSettings, fisher_information
 from ..training.loop import Term, Terms
-from ..training.losses import noise_matching
+from ..training.losses import elastic_penalty, relative_fisher, replay_matching, surrogate_matching
 from .base import Inputs
 from .registry import register
 from .trained import BaseObjective, TrainedMethod, TrainedSettings
@@ -49,7 +49,6 @@ __all__ = [
     "SelectiveAmnesiaObjective",
     "SelectiveAmnesiaSettings",
     "asked_fisher",
-    "elastic_penalty",
     "fisher_prompts",
 ]
 
@@ -129,17 +128,6 @@ class SelectiveAmnesiaSettings(TrainedSettings):
             raise RequestError("With 'templates' of your own 'contexts' has no use: leave one of the two out.")
         if self.include_end:
             raise RequestError("Selective Amnesia looks at no single tokens: leave 'include_end' out.")
-
-
-def elastic_penalty(changes: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> Tensor:
-    """``Σ F⊙Δ²`` over all projections, a scalar: elastic weight consolidation's penalty (arXiv 1612.00796, eq. 3).
-
-    Raises :class:`ForgetConceptError` where the two are not of the same projections and shapes.
-    """
-    shapes = {key: change.shape for key, change in changes.items()}
-    if not shapes or shapes != {key: value.shape for key, value in fisher.items()}:
-        raise ForgetConceptError("The Fisher information is not of the projections that are trained.")
-    return torch.stack([(fisher[key] * change.square()).sum() for key, change in changes.items()]).sum()
 
 
 def fisher_prompts() -> list[str]:
@@ -300,15 +288,11 @@ def scaled_fisher(
     model: LatentDiffusion, fisher: Mapping[str, Tensor], scale: Literal["relative", "published"]
 ) -> dict[str, Tensor]:
     """``F`` in the unit of ``λ``, on the weights' devices: divided by ``Σ F θ*²``, or times ``T²`` as published."""
-    linears = {key: model.survey.linear(key) for key in fisher}
-    found = {key: value.to(linears[key].weight.device) for key, value in fisher.items()}
+    weights = {key: model.survey.linear(key).weight.detach() for key in fisher}
+    found = {key: value.to(weights[key].device) for key, value in fisher.items()}
     if scale == "published":
         return {key: value * float(model.train_steps) ** 2 for key, value in found.items()}
-    size = sum(
-        float((value * linears[key].weight.detach().float().square()).sum(dtype=torch.float32))
-        for key, value in found.items()
-    )
-    return {key: value / size for key, value in found.items()}
+    return relative_fisher(found, weights)
 
 
 class SelectiveAmnesiaObjective(BaseObjective):
@@ -329,18 +313,18 @@ class SelectiveAmnesiaObjective(BaseObjective):
         s = self.settings
         targets = self.batches.next_targets()
         pools = [target.text if s.surrogate == "prompt" else target.concept for target in targets]
-        terms = {"surrogate": Term(self._denoising(pools, [target.text for target in targets]))}
+        terms = {"surrogate": Term(surrogate_matching(*self._denoised(pools, [target.text for target in targets])))}
         if self.batches.kept:
             texts = self.batches.next_retain()
-            terms["replay"] = Term(self._denoising(texts, texts), s.preserve_weight, "retain")
+            terms["replay"] = Term(replay_matching(*self._denoised(texts, texts)), s.preserve_weight, "retain")
         if self.fisher:
-            changes = {key: self.deltas.delta(key) for key in self.deltas.keys}
-            terms["elastic"] = Term(elastic_penalty(changes, self.fisher), s.ewc_weight, "retain")
+            terms["elastic"] = Term(elastic_penalty(self.deltas.changes(), self.fisher), s.ewc_weight, "retain")
         return terms | self.preserve_earlier(s.earlier_weight, s.batch_size)
 
-    def _denoising(self, pools: Sequence[str], texts: Sequence[str]) -> Tensor:
+    def _denoised(self, pools: Sequence[str], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The predicted and the true noise of a batch of these pools' samples under these prompts."""
         batch = self.batches.noised(pools)
-        return noise_matching(self.predicted(batch.x, batch.times, texts), batch.noise)
+        return self.predicted(batch.x, batch.times, texts), batch.noise
 
 
 def _noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Tensor:

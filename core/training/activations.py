@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -22,7 +23,9 @@ __all__ = [
     "attention_map",
     "cross_attention_map",
     "cross_attention_output",
+    "merge_heads",
     "sampled",
+    "split_heads",
 ]
 
 R = TypeVar("R", bound="ActivationCapture")
@@ -30,8 +33,12 @@ R = TypeVar("R", bound="ActivationCapture")
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``; the batch stays in front, so a row's mask stays its own."""
-    split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return split
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``(batch, heads, n, d)`` → ``(batch, n, heads · d)``, the inverse of :func:`split_heads`."""
+    return rearrange(x, "b h n d -> b n (h d)")
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def cross_attention_output(site: CrossAttentionSite, x: Tensor, context: Tensor)
         for part in (site.projection("to_q")(x), site.projection("to_k")(context), site.projection("to_v")(context))
     )
     mixed = F.scaled_dot_product_attention(q, k, v)
-    output: Tensor = site.projection("to_out")(mixed.transpose(1, 2).flatten(2))
+    output: Tensor = site.projection("to_out")(merge_heads(mixed))
     return output
 
 
@@ -136,11 +143,11 @@ def cross_attention_map(site: CrossAttentionSite, x: Tensor, context: Tensor) ->
 def attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``, of recorded queries and keys."""
     q, k = split_heads(q, heads), split_heads(k, heads)
-    return torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
+    scores = (q @ rearrange(k, "b h t d -> b h d t")).float()
+    return torch.softmax(scores * q.shape[-1] ** -0.5, dim=-1)
 
 
 def sampled(x: Tensor, positions: Tensor) -> Tensor:
     """The given pixels of each row: ``x`` ``(batch, pixels, width)`` and ``positions`` ``(batch, n)`` to ``(batch, n,
     width)``."""
-    rows = positions.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
-    return torch.gather(x, 1, rows)
+    return torch.gather(x, 1, repeat(positions.to(x.device), "b n -> b n d", d=x.shape[-1]))

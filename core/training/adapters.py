@@ -17,6 +17,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..patch.low_rank import LowRank
 from ..patch.patch import Patch
 from .gradients import null_space_projection
+from .losses import Change, dense_change
 
 __all__ = ["Deltas", "Trainable"]
 Shown = Literal["base", "earlier", "now"]
@@ -118,11 +119,22 @@ class Deltas:
     def parameters(self) -> list[nn.Parameter]:
         return [part for parts in self._parts.values() for part in parts]
 
-    def delta(self, key: str) -> Tensor:
-        """The trained change of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
+    def change(self, key: str) -> Change:
+        """The trained change of one projection as losses take it, differentiable in its parameters.
+
+        ``(up, down)``, or one dense ``(d_out, d_in)``.
+        """
         parts, null_space = self._parts[key], self._blind.get(key)
         seeing = parts[-1] if null_space is None else null_space_projection(parts[-1], null_space)
-        return seeing if len(parts) == 1 else parts[0] @ seeing
+        return seeing if len(parts) == 1 else (parts[0], seeing)
+
+    def changes(self) -> dict[str, Change]:
+        """Every projection's :meth:`change` by key."""
+        return {key: self.change(key) for key in self.keys}
+
+    def delta(self, key: str) -> Tensor:
+        """The trained change of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
+        return dense_change(self.change(key), key)
 
     def factors(self, max_rank: int | None = None) -> dict[str, LowRank]:
         """The trained changes as they are, on the CPU: a LoRA's own factors, a dense delta's exact ones (full rank).

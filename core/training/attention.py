@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,8 +52,8 @@ def attention_mass_reference(q: Tensor, k: Tensor, mask: Tensor, heads: int) -> 
     """The mass as its definition says it, with the whole map in memory; see :func:`attention_mass`."""
     _checked(q, k, mask, heads)
     q, k = split_heads(q, heads), split_heads(k, heads)
-    attention = torch.softmax((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5, dim=-1)
-    return attention @ mask.to(attention.dtype)[:, None]
+    attention = torch.softmax((q @ rearrange(k, "b h t d -> b h d t")) * q.shape[-1] ** -0.5, dim=-1)
+    return attention @ rearrange(mask.to(attention.dtype), "b t n -> b 1 t n")
 
 
 def attention_mass(
@@ -77,7 +78,7 @@ def attention_mass(
     # a multiple of 8: the fast kernels want aligned rows
     width = -(-max(q.shape[-1], columns) // 8) * 8
     q, k = F.pad(q, (0, width - q.shape[-1])), F.pad(k, (0, width - k.shape[-1]))
-    v = F.pad(mask.to(q.dtype), (0, width - columns))[:, None].expand(-1, heads, -1, -1)
+    v = repeat(F.pad(mask.to(q.dtype), (0, width - columns)), "b t n -> b h t n", h=heads)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :columns]
 
 
