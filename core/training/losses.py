@@ -84,7 +84,8 @@ def attention_resteering(masses: Sequence[Tensor]) -> Tensor:
                 f"{_shape(masses[0])}: all sites must have the same batch and the same tokens."
             )
     norms = [torch.linalg.vector_norm(_wide(mass)) for mass in masses]
-    return torch.linalg.vector_norm(_stacked(norms))
+    norm: Tensor = torch.linalg.vector_norm(_stacked(norms))
+    return norm
 
 
 def attention_output_matching(outputs: Sequence[Tensor], targets: Sequence[Tensor], relative: bool = False) -> Tensor:
