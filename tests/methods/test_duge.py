@@ -69,7 +69,7 @@ def built(model, request, earlier=None):
     """The objective, its deltas and material, as `fit` makes them."""
     method, settings = DUGE(), resolve_settings(DUGE, request.preset, request.settings)
     inputs = Inputs(earlier=earlier)
-    material = method.material(model, request, settings, inputs)
+    material = method.batches(model, request, settings, inputs)
     method.picture(material, settings, inputs, None)
     null_space = method.null_space(model, material, settings)
     deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier, null_space)

@@ -158,7 +158,7 @@ def test_the_terms_are_the_published_sums():
     with deltas.attached(), torch.no_grad():
         terms = made(1)
         made.restore(state)
-        material = made.material
+        material = made.batches
         for name in ("surrogate", "replay"):
             texts = (
                 [target.text for target in material.next_targets()] if name == "surrogate" else material.next_retain()
