@@ -35,7 +35,7 @@ from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Sampli
 from forget_concept.core.evaluation.weight_drift import weight_drift
 from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.formats import kohya
-from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.methods.registry import all_methods, plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -135,7 +135,7 @@ class Course:
             seed=self.seed,
         )
         with costing(self.model) as cost:
-            self.history = self.history.forget(self.model, request, watch)
+            self.history = self.history.forget(self.model, plan_request(request), watch)
         self.step, self.seconds = self.step + 1, cost.seconds
         path = self._path(self.step)
         if path is not None:

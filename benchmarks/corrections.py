@@ -22,6 +22,7 @@ from forget_concept.core import mini
 from forget_concept.core.evaluation import Drawings, Picture, SamplingSettings, Score, Seen, Variant
 from forget_concept.core.evaluation.attributes import shows
 from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.mini import vocabulary as v
 from forget_concept.core.mini.world import prompts
 from forget_concept.core.models.images import from_bytes
@@ -204,7 +205,7 @@ def main() -> None:
         others = tuple(w.name for w in v.CATEGORIES[case.kept] if w.name not in (*case.without, case.word))
         request = ForgetRequest(case.concepts, others, "forget_me_not", case.preset, settings, seed=options.seed)
         began = time.perf_counter()
-        patch = fit(model, request)
+        patch = fit(model, plan_request(request))
         seconds = time.perf_counter() - began
         console.print(f"{case.word}: fitted in {seconds:.0f} s")
         variants = {"before": Variant(), "after": Variant(((patch, 1.0),))}

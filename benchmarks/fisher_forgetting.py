@@ -17,6 +17,7 @@ from methods import CONCEPTS, Fitted, Run, asked, embedded, measured
 from forget_concept.core.evaluation import PATCHED, SamplingSettings
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import plan_request
 
 METHOD = "selective_amnesia"
 # settings beside the preset's, and the time steps that a sample goes through
@@ -57,7 +58,7 @@ def main() -> None:
                 wanted = asked(model, run)
                 request = dataclasses.replace(wanted.request, settings=dict(wanted.request.settings) | settings)
                 with costing(model) as cost:
-                    patch = fit(model, request, watch, wanted.inputs)
+                    patch = fit(model, plan_request(request), watch, wanted.inputs)
                 samples = settings.get("fisher_samples", 96) if steps else 0
                 made = Fitted(PATCHED, ((patch, 1.0),), cost)
                 row = measured(model, probe, run, made, options.count, drawings, watch)

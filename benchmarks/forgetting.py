@@ -18,6 +18,7 @@ from rich.progress import Progress, TimeRemainingColumn
 from forget_concept.core import mini
 from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
 from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.progress import ProgressEvent
 from forget_concept.core.request.concept import Concept
@@ -63,7 +64,7 @@ def main() -> None:
             seed=options.seed,
         )
         began = time.perf_counter()
-        patch = fit(model, request)
+        patch = fit(model, plan_request(request))
         seconds.append(time.perf_counter() - began)
         sizes.append(patch.nbytes)
         chosen.append((concept, instead))

@@ -35,6 +35,7 @@ from harness import Table
 from torch import Tensor
 
 from forget_concept.core import mini
+from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -195,7 +196,8 @@ def watched(
     others = tuple(word.name for word in CATEGORIES[concept.kind] if word.name != concept.name)
     method = WatchedForgetMeNot({} if pictures is None else pictures)
     with projecting(margin, backtracks):
-        method.fit(model, ForgetRequest((concept,), preserve=others, method=method.id, seed=seed), settings)
+        request = ForgetRequest((concept,), preserve=others, method=method.id, seed=seed)
+        method.train_patch(model, request, settings, None, Inputs())
     watch = method.watch
     assert watch is not None
     with frozen(model.unet), watch.inner.deltas.attached():

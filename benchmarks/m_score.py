@@ -32,6 +32,7 @@ from forget_concept.core.evaluation import Drawings, Probe, SamplingSettings, Va
 from forget_concept.core.evaluation.m_score import RESTARTS, SPACES, concept_latents, m_score
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.patch.patch import Patch
@@ -68,7 +69,7 @@ def dealt() -> list[list[Concept]]:
 def patch_of(model: LatentDiffusion, concepts: Sequence[Concept]) -> Patch:
     names = {concept.name for concept in concepts}
     kept = tuple(word.name for words in CATEGORIES.values() for word in words if word.name not in names)
-    return fit(model, ForgetRequest(tuple(concepts), preserve=kept, method="uce"))
+    return fit(model, plan_request(ForgetRequest(tuple(concepts), preserve=kept, method="uce")))
 
 
 def plans() -> list[tuple[Concept, str, int]]:

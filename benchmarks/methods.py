@@ -58,7 +58,7 @@ from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge,
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit
-from forget_concept.core.methods.registry import all_methods, get
+from forget_concept.core.methods.registry import all_methods, get, plan_request
 from forget_concept.core.mini import world
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -172,7 +172,7 @@ def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = Non
         for replaced, preserved in ((True, True), (False, True), (True, False), (False, False)):
             found = _asked(run, replaced, preserved, images, preserve)
             try:
-                fit(model, found.request, _stop, found.inputs)
+                fit(model, plan_request(found.request), _stop, found.inputs)
             except RequestError as error:
                 first = first or error
                 continue
@@ -245,7 +245,7 @@ def fitted(model: LatentDiffusion, run: Run, progress: Progress | None) -> Fitte
         return Fitted(run.method if run.method in (NEGATIVE, SAFE) else PATCHED, (), Cost())
     wanted = asked(model, run)
     with costing(model) as cost:
-        patch: Patch = fit(model, wanted.request, progress, wanted.inputs)
+        patch: Patch = fit(model, plan_request(wanted.request), progress, wanted.inputs)
     return Fitted(PATCHED, ((patch, 1.0),), cost)
 
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from ..core.errors import RequestError
 from ..core.files.workspace import Workspace
 from ..core.methods.base import Inputs
-from ..core.methods.registry import all_methods, get
+from ..core.methods.registry import all_methods, plan_request
 from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
 from ..core.models.images import fit_images, picture_size
 from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.progress import Progress
 from ..core.request.concept import KINDS, canonical_phrase, templates
 from ..core.request.parsing import request_from_words
+from ..core.request.plan import Plan
 from ..core.request.request import MAX_SEED, MAX_STRENGTH, ForgetRequest
-from ..core.request.settings import resolve_settings
 from ..core.service.forms import MethodSettings, with_settings
 from ..core.training.fisher import fisher_key
 from . import host
@@ -203,13 +203,17 @@ def patch_outputs(what: str = "The patch itself") -> list[Any]:
 class RequestInputs:
     """A request as a node's boxes and wires have it."""
 
-    request: ForgetRequest
+    plan: Plan
     notes: tuple[str, ...]
     settings: MethodSettings | None
     images: Pictures
     fisher: Measured | None
     preview_every: int
     vae: Any
+
+    @property
+    def request(self) -> ForgetRequest:
+        return self.plan.request
 
     @classmethod
     def read(
@@ -250,7 +254,7 @@ class RequestInputs:
         fisher: Measured | None = None,
     ) -> RequestInputs:
         """A request with what is wired to a node beside it; refused in words as by :meth:`read`."""
-        resolve_settings(get(request.method), request.preset, request.settings)
+        plan = plan_request(request)
         if images and vae is None:
             raise RequestError("Reference images are read through the VAE: connect the checkpoint's VAE too.")
         if fisher is not None and request.method != SelectiveAmnesia.id:
@@ -258,7 +262,7 @@ class RequestInputs:
                 f"Fisher information is for Selective Amnesia ('{SelectiveAmnesia.id}'), and the method is "
                 f"'{request.method}': disconnect it, or choose that method."
             )
-        return cls(request, tuple(notes), settings, tuple(images or ()), fisher, preview_every, vae)
+        return cls(plan, tuple(notes), settings, tuple(images or ()), fisher, preview_every, vae)
 
     def inputs(self, diffusion: LatentDiffusion) -> Inputs:
         """The pictures at the model's size, and the work folder of what was measured for it."""
@@ -286,7 +290,7 @@ class RequestInputs:
         return {name: cat(pictures) for name, pictures in found.items()}
 
     def _check_measured(self, fisher: Measured, diffusion: LatentDiffusion) -> None:
-        settings = resolve_settings(SelectiveAmnesia, self.request.preset, self.request.settings)
+        settings = self.plan.settings
         prompts, asked = asked_fisher(settings)
         if fisher_key(diffusion, SelectiveAmnesia().keys(diffusion, settings), prompts, asked) != fisher.key:
             raise RequestError(

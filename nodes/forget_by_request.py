@@ -46,7 +46,6 @@ class ForgetByRequest(io.ComfyNode):
         if not request.strip():
             raise RequestError("There is no request: put the content of a request file into the box, as JSON.")
         read = ForgetRequest.from_json(request)
-        read.check()
         if pictures := [concept.name for concept in read.concepts if concept.images]:
             raise RequestError(
                 f"The request names picture files of '{pictures[0]}', and this node reads no files: take them out of "

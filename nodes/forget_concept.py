@@ -8,7 +8,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.methods.fit import fit
-from ..core.methods.registry import get
 from ..core.service.summaries import fit_summary, surviving_share_summary
 from . import host
 from .common import RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
@@ -47,7 +46,7 @@ def forgotten(node: str | None, model: Any, clip: Any, asked: RequestInputs) -> 
     """What the node gives: the patched MODEL, the patch, and words."""
     start = time.monotonic()
     with at_work(node, model, clip, asked) as (diffusion, told, inputs):
-        patch = fit(diffusion, asked.request, told, inputs)
+        patch = fit(diffusion, asked.plan, told, inputs)
         lora = state_of(patch, diffusion.survey)
     patched = host.with_lora(model, lora)
     notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]
@@ -56,6 +55,6 @@ def forgotten(node: str | None, model: Any, clip: Any, asked: RequestInputs) -> 
             f"the MODEL that came in carries patches on {count} weights (LoRAs, an earlier Forget Concept). The "
             "edit was worked out on top of them: the LoRA belongs on top of the same ones."
         )
-    words = fit_summary(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
+    words = fit_summary(asked.request, patch, time.monotonic() - start, asked.plan.method.title, notes)
     host.show_text(node, words)
     return io.NodeOutput(patched, lora, words)

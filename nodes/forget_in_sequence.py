@@ -8,9 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
-from ..core.methods.registry import get
 from ..core.methods.sequence import History
-from ..core.methods.sequence_rules import next_request
+from ..core.methods.sequence_rules import next_record
 from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.patch.history import read_history
 from ..core.service.summaries import fit_summary, history_summary, surviving_share_summary
@@ -77,7 +76,7 @@ class ForgetInSequence(io.ComfyNode):
         asked = RequestInputs.read(**given)
         if earlier is not None:
             # what can be refused without a model
-            next_request(read_history(getattr(earlier, "metadata", {})).parts, asked.request)
+            next_record(read_history(getattr(earlier, "metadata", {})).parts, asked.plan)
         start = time.monotonic()
         with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, told, inputs):
             history = History()
@@ -85,12 +84,12 @@ class ForgetInSequence(io.ComfyNode):
                 history = History.from_patch(patch_of(earlier, diffusion.survey))
                 check_base(history, diffusion, model)
             history = history.bounded(max_rank or history.max_rank)
-            history = history.forget(diffusion, asked.request, told, inputs)
+            history = history.forget(diffusion, asked.plan, told, inputs)
             patch = history.patch
             lora = state_of(patch, diffusion.survey)
         patched = host.with_lora(model, lora)
         notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]
-        words = fit_summary(asked.request, patch, time.monotonic() - start, get(asked.request.method).title, notes)
+        words = fit_summary(asked.request, patch, time.monotonic() - start, asked.plan.method.title, notes)
         words += "\nall requests:\n" + "\n".join(history_summary(read_history(patch.metadata)))
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(patched, lora, words)

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
+from ..core.request.settings import resolve_settings
 from ..core.service.forms import FormField, form_fields, presets, settings_of, settings_summary
 from . import host
 from .common import ForgetSettings, schema
@@ -66,6 +67,8 @@ class _SettingsNode(io.ComfyNode):
     @classmethod
     def execute(cls, preset: str, **given: Any) -> io.NodeOutput:
         settings = settings_of(cls.METHOD, preset, given)
+        # a wrong value is refused at the node that holds it, not at the one that forgets
+        resolve_settings(cls.METHOD, settings.preset, settings.values)
         host.show_text(cls.hidden.unique_id, settings_summary(settings, cls.METHOD))
         return io.NodeOutput(settings)
 

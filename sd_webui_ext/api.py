@@ -19,7 +19,7 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ..core.errors import ForgetConceptError, RequestError
 from ..core.methods.base import Method
-from ..core.methods.registry import all_methods
+from ..core.methods.registry import all_methods, plan_request
 from ..core.request.request import ForgetRequest
 from ..core.service.errors import BusyError, NotFoundError
 from ..core.service.evaluate_job import EvaluateJob
@@ -183,7 +183,7 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
         uploads = Uploads({number: one.images for number, one in enumerate(body.concepts) if one.images})
         try:
             asked = ForgetJob(
-                ForgetRequest.from_json(json.dumps(request_of(body, uploads.places))),
+                plan_request(ForgetRequest.from_json(json.dumps(request_of(body, uploads.places)))),
                 body.name,
                 settings.folder,
                 settings.precision,

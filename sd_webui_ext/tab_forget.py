@@ -11,7 +11,7 @@ import gradio as gr
 
 from ..core.errors import ForgetConceptError
 from ..core.methods.base import Method
-from ..core.methods.registry import all_methods
+from ..core.methods.registry import all_methods, plan_request
 from ..core.request.concept import KINDS
 from ..core.request.request import MAX_STRENGTH, ForgetRequest
 from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, ForgetJob
@@ -297,9 +297,9 @@ class ForgetPart:
 
     def _begin(self, values: Sequence[Any], name: str, apply: bool, strength: float, pairs: float) -> None:
         settings = self.store.settings
-        request = self._read(values).request()
+        plan = self._read(values).plan()
         asked = ForgetJob(
-            request,
+            plan,
             name or "",
             settings.folder,
             settings.precision,
@@ -310,13 +310,13 @@ class ForgetPart:
         self.store.forget(asked)
         if settings.remember:
             more = {"name": name or "", "apply": bool(apply), "apply_strength": float(strength), "pairs": int(pairs)}
-            remember(self.store.host.data_folder(), request, more)
+            remember(self.store.host.data_folder(), plan.request, more)
 
     # -- a request as a file -------------------------------------------------------------------------------------
 
     def _export(self, *values: Any) -> list[Any]:
         try:
-            request = self._read(values).request()
+            request = self._read(values).plan().request
         except ForgetConceptError as error:
             return [gr.update(value=None), page.problem(str(error))]
         file = Path(tempfile.mkdtemp(dir=self._copies.name), "forget-request.json")
@@ -330,8 +330,7 @@ class ForgetPart:
             if file.stat().st_size > _LONGEST_FILE:
                 raise ForgetConceptError("This file is too large to be a request.")
             request = ForgetRequest.from_json(file.read_text(encoding="utf-8-sig"))
-            request.check()
-            form_values = self._form_of(Form.of(request), {})
+            form_values = self._form_of(Form.of(plan_request(request)), {})
         except UnicodeDecodeError:
             return [page.problem("This file is no text: a request is a JSON file."), *keep]
         except (ForgetConceptError, OSError) as error:

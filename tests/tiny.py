@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.fit import fit as fit_plan
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
 from forget_concept.core.models.text_encoders import TextStates
 from forget_concept.core.models.unet import PROJECTIONS, UNetSurvey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
+from forget_concept.core.progress import Progress
+from forget_concept.core.request.request import ForgetRequest
 
 WIDTH = 32
 
@@ -92,6 +97,13 @@ def tiny_model(seed: int = 0, prediction_type: str = "epsilon", **changes: Any) 
         latent_shape=(4, 8, 8),
         name="tiny",
     )
+
+
+def fit(
+    model: LatentDiffusion, request: ForgetRequest, progress: Progress | None = None, inputs: Inputs | None = None
+) -> Patch:
+    """Plan a request and fit the plan."""
+    return fit_plan(model, plan_request(request), progress, inputs)
 
 
 def state_hash(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..request.concept import KINDS, canonical_phrase
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from . import options
 from .console import Console
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if bool(args.patch) == bool(args.method):
         raise RequestError("Say what is to be measured: either --patch FILE or --method NAME.")
     bench = load_bench(args.bench or ("embedded" if args.model == "mini" else "checkpoints"))
-    requests = {one.name: request_for(one, args) for one in bench.concepts} if args.method else {}
+    plans = {one.name: plan_for(one, args) for one in bench.concepts} if args.method else {}
     listed = read_lists(args.prompts or (), bench)
     chosen = choose(bench, args.concept, args.category)
     if args.out is not None:
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         known = len(results.rows)
 
         def patches_of(concept: BenchConcept, progress: Progress) -> Patches:
-            return tuple(patches) if args.patch else forgotten(model, requests[concept.name], spread, progress)
+            return tuple(patches) if args.patch else forgotten(model, plans[concept.name], spread, progress)
 
         with console.progress(f"measuring {len(chosen)} concepts") as progress:
             for row in run_bench(
@@ -187,13 +188,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 # -- what is asked ------------------------------------------------------------------------------------------------
 
 
-def request_for(concept: BenchConcept, args: argparse.Namespace) -> ForgetRequest:
-    """The request to forget one concept of a benchmark: its replacement, its neighbours kept.
+def plan_for(concept: BenchConcept, args: argparse.Namespace) -> Plan:
+    """The plan to forget one concept of a benchmark: its replacement, its neighbours kept.
 
     Raises :class:`RequestError` where it cannot be meant.
     """
-    from ..methods.registry import get
-    from ..request.settings import resolve_settings
+    from ..methods.registry import plan_request
 
     request = ForgetRequest(
         (concept.concept,),
@@ -203,9 +203,7 @@ def request_for(concept: BenchConcept, args: argparse.Namespace) -> ForgetReques
         settings=dict(map(setting, args.set or ())),
         seed=args.seed,
     )
-    request.check()
-    resolve_settings(get(request.method), request.preset, request.settings)
-    return request
+    return plan_request(request)
 
 
 def read_lists(given: Sequence[str], bench: ConceptBench) -> dict[str, tuple[ListedPrompt, ...]]:
@@ -271,11 +269,11 @@ def what_is_measured(args: argparse.Namespace, patches: Sequence[tuple[Patch, fl
     }
 
 
-def forgotten(model: LatentDiffusion, request: ForgetRequest, spread: Spread, progress: Progress) -> Patches:
-    """What the method makes of the request: worked out by one process, for all of them."""
+def forgotten(model: LatentDiffusion, plan: Plan, spread: Spread, progress: Progress) -> Patches:
+    """What the method makes of the plan: worked out by one process, for all of them."""
     from ..methods.fit import fit
 
-    return ((spread.from_main(lambda: fit(model, request, progress)), 1.0),)
+    return ((spread.from_main(lambda: fit(model, plan, progress)), 1.0),)
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------

@@ -66,25 +66,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.report import PatchFacts, Provenance, Report, grids, write_report
     from ..formats import kohya
     from ..methods.fit import fit
-    from ..methods.registry import get
-    from ..request.settings import resolve_settings
+    from ..methods.registry import plan_request
 
-    asked = requests(args.method, args.preset)
-    for request in asked:
-        request.check()
-        resolve_settings(get(request.method), request.preset, request.settings)
+    plans = [plan_request(request) for request in requests(args.method, args.preset)]
     check_folder(args.out)
     began = time.perf_counter()
     model, probe = options.load_embedded(args, console)
     folder = make_folder(args.out)
     subjects, files = [], []
-    for request in asked:
-        with console.progress(f"forgetting {spoken(request)}") as progress:
-            patch = fit(model, request, progress)
-        file = folder / f"forget-{slug(request)}.safetensors"
+    for plan in plans:
+        with console.progress(f"forgetting {spoken(plan.request)}") as progress:
+            patch = fit(model, plan, progress)
+        file = folder / f"forget-{slug(plan.request)}.safetensors"
         kohya.save(patch, file, model.survey)
         files.append(file)
-        subjects.append(Subject(request.concepts[0].name, ((patch, 1.0),)))
+        subjects.append(Subject(plan.request.concepts[0].name, ((patch, 1.0),)))
     with console.progress("measuring") as progress:
         found = evaluate(
             model,
@@ -98,7 +94,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
     report = {
         "schema": 1,
-        "concepts": [entry(one, request, file.name) for one, request, file in zip(found, asked, files, strict=True)],
+        "concepts": [entry(one, plan.request, file.name) for one, plan, file in zip(found, plans, files, strict=True)],
     }
     facts = [
         PatchFacts.of(patch, strength, file.name)

@@ -90,20 +90,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..formats import context_map, kohya, load_patch
     from ..methods.base import Inputs
     from ..methods.fit import fit
-    from ..methods.registry import get
+    from ..methods.registry import plan_request
     from ..methods.sequence import History
-    from ..methods.sequence_rules import next_request
+    from ..methods.sequence_rules import next_record
     from ..patch.history import read_history
-    from ..request.settings import resolve_settings
 
     request = read_request(args)
     # what can be refused is refused before a model is loaded
-    request.check()
-    resolve_settings(get(request.method), request.preset, request.settings)
+    plan = plan_request(request)
     together = request.concepts
     if args.onto is not None:
         record = read_history(read_metadata(args.onto))
-        next_request(record.parts, request)
+        next_record(record.parts, plan)
         together = record.concepts + together
     elif args.max_rank is not None:
         raise RequestError("--max-rank bounds a patch of several requests: give --onto, or set the method's own rank.")
@@ -115,11 +113,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.progress(f"forgetting {spoken(request)}") as progress:
         inputs = Inputs(workspace=None if args.work is None else Workspace(args.work))
         if args.onto is None:
-            asked, patch = None, fit(model, request, progress, inputs)
+            asked, patch = None, fit(model, plan, progress, inputs)
         else:
             history = History.from_patch(load_patch(args.onto, model.survey))
             bound = history.max_rank if args.max_rank is None else args.max_rank
-            history = history.bounded(bound).forget(model, request, progress, inputs)
+            history = history.bounded(bound).forget(model, plan, progress, inputs)
             asked, patch = history.asked, history.patch
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]

@@ -13,7 +13,7 @@ from ..files.workspace import Workspace
 from ..models.latent_diffusion import LatentDiffusion
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..request.request import ForgetRequest
+from ..request.plan import Plan
 
 __all__ = ["Inputs", "Method"]
 
@@ -56,9 +56,8 @@ class Method(ABC):
     def fit(
         self,
         model: LatentDiffusion,
-        request: ForgetRequest,
-        settings: Any,
+        plan: Plan,
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> Patch:
-        """The patch, at strength 1. The request has been checked and ``settings`` resolved."""
+        """The patch at strength 1 for ``plan.request`` with ``plan.settings``."""

@@ -14,8 +14,8 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.token_positions import end_position
 from ..patch.patch import Patch
 from ..progress import Progress
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
-from ..request.settings import resolve_settings
 from ..version import VERSION
 from .base import Inputs
 from .registry import get
@@ -45,7 +45,7 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
 
 def fit(
     model: LatentDiffusion,
-    request: ForgetRequest,
+    plan: Plan,
     progress: Progress | None = None,
     inputs: Inputs | None = None,
 ) -> Patch:
@@ -56,9 +56,7 @@ def fit(
     Raises :class:`ForgetConceptError` in words (a bad request, tokens cut off, an edit that came out empty or
     not finite) and :class:`Cancelled` where ``progress`` does.
     """
-    request.check()
-    method = get(request.method)
-    settings = resolve_settings(method, request.preset, request.settings)
+    request, method = plan.request, get(plan.request.method)
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises where even the bare words are cut off
@@ -68,7 +66,7 @@ def fit(
             f"The method '{method.id}' works from words alone, and pictures of '{next(iter(inputs.images))}' were "
             "given: leave them out, or use another method."
         )
-    patch = method().fit(model, request, settings, progress, inputs)
+    patch = method().fit(model, plan, progress, inputs)
     patch.check_finite()
     if patch.max_abs() == 0:
         raise PatchError(
@@ -79,7 +77,7 @@ def fit(
         version=VERSION,
         method=request.method,
         preset=request.preset,
-        settings=dataclasses.asdict(settings),
+        settings=dataclasses.asdict(plan.settings),
         request=request.without_images(),
         concepts=tuple(concept.name for concept in request.concepts),
         strength=request.strength,

@@ -236,16 +236,15 @@ class ForgetMeNot(TrainedMethod):
             return super().keys(model, settings)
         return [key for key in model.survey.layers if ".ff." in key or key.rpartition(".")[2] in settings.train]
 
-    def fit(
+    def train_patch(
         self,
         model: LatentDiffusion,
         request: ForgetRequest,
         settings: ForgetMeNotSettings,
-        progress: Progress | None = None,
-        inputs: Inputs | None = None,
+        progress: Progress | None,
+        inputs: Inputs,
     ) -> Patch:
         """As every trained method; with ``concept_source`` ``"inversion"`` the concepts' vectors are learned first."""
-        inputs = inputs or Inputs()
         if settings.concept_source == "inversion":
             self._refuse_without_use(request, settings, inputs)
             self.refuse(request, settings, inputs)
@@ -259,7 +258,7 @@ class ForgetMeNot(TrainedMethod):
             )
             images = {_slot(name): images for name, images in inputs.images.items()}
             inputs = dataclasses.replace(inputs, images=images)
-        return super().fit(model, request, settings, progress, inputs)
+        return super().train_patch(model, request, settings, progress, inputs)
 
     def prompts(
         self, encoder: TextEncoder, request: ForgetRequest, settings: ForgetMeNotSettings

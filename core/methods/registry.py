@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ForgetConceptError, RequestError
+from ..request.plan import Plan
+from ..request.request import ForgetRequest
 from ..request.settings import check_described
 from .base import Method
 
-__all__ = ["all_methods", "get", "register"]
+__all__ = ["all_methods", "get", "plan_request", "register"]
 
 _METHODS: dict[str, type[Method]] = {}
 C = TypeVar("C", bound=type[Method])
@@ -49,3 +51,12 @@ def get(method_id: str) -> type[Method]:
     if method_id not in methods:
         raise RequestError(f"The method '{method_id}' is not known: choose one of {', '.join(methods)}.")
     return methods[method_id]
+
+
+def plan_request(request: ForgetRequest) -> Plan:
+    """Look up the request's method and check the request, once, on its way from a front end to ``fit``.
+
+    Raises:
+        RequestError: As :class:`Plan`, or the method does not exist.
+    """
+    return Plan(request, get(request.method))

@@ -36,11 +36,13 @@ from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..request.concept import Concept, canonical_phrase
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from ..version import VERSION
 from .base import Inputs
 from .fit import fit
-from .sequence_rules import is_closed_form, is_joint, joint_request, next_request, solved_with
+from .registry import plan_request
+from .sequence_rules import is_closed_form, is_joint, joint_request, next_record, solved_with
 
 __all__ = ["History", "Part"]
 
@@ -145,30 +147,30 @@ class History:
 
     # -- forgetting ----------------------------------------------------------------------------------------------
 
-    def check(self, request: ForgetRequest) -> None:
-        """Raise :class:`RequestError`, in words, where ``request`` cannot follow the ones before it."""
-        next_request(self.parts, request)
+    def check(self, plan: Plan) -> None:
+        """Raise :class:`RequestError` where ``plan`` cannot follow the requests before it."""
+        next_record(self.parts, plan)
 
     def forget(
         self,
         model: LatentDiffusion,
-        request: ForgetRequest,
+        plan: Plan,
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> History:
-        """The history with ``request`` forgotten too, on the same base model.
+        """The history with ``plan.request`` forgotten too, on the same base model.
 
         Raises :class:`RequestError` as :meth:`check`, :class:`PatchError` for another base model, and as
         :func:`fit`.
         """
-        new = next_request(self.parts, request)
+        new = next_record(self.parts, plan)
         self.check_base(model)
         inputs = _without_earlier(inputs)
-        if is_closed_form(request.method):
-            together = (*solved_with(self.parts, request.method), new)
+        if not plan.method.trained:
+            together = (*solved_with(self.parts, plan.request.method), new)
             return self._with(_solved(model, together, progress, inputs))
         earlier = self.patch if self.parts else None
-        patch = fit(model, request, progress, replace(inputs, earlier=earlier))
+        patch = fit(model, plan, progress, replace(inputs, earlier=earlier))
         return self._with(Part(patch, (_recorded(new),)))
 
     def check_base(self, model: LatentDiffusion) -> None:
@@ -289,7 +291,7 @@ def _names(request: ForgetRequest, name: str) -> bool:
 def _solved(
     model: LatentDiffusion, asked: tuple[RequestRecord, ...], progress: Progress | None, inputs: Inputs
 ) -> Part:
-    return Part(fit(model, joint_request(asked), progress, inputs), tuple(map(_recorded, asked)))
+    return Part(fit(model, plan_request(joint_request(asked)), progress, inputs), tuple(map(_recorded, asked)))
 
 
 def _recorded(asked: RequestRecord) -> RequestRecord:

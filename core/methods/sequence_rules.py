@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from ..errors import RequestError
 from ..patch.history import JointRequests, RequestRecord, requests_in_order
 from ..request.concept import KINDS, Concept, canonical_phrase, normalized_phrase, templates
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
-from ..request.settings import resolve_settings
 from .registry import get
 
-__all__ = ["is_closed_form", "is_joint", "joint_request", "next_request", "solved_with"]
+__all__ = ["is_closed_form", "is_joint", "joint_request", "next_record", "solved_with"]
 
 
 def is_closed_form(method_id: str) -> bool:
@@ -24,15 +24,18 @@ def is_closed_form(method_id: str) -> bool:
     return not get(method_id).trained
 
 
-def next_request(parts: Sequence[JointRequests], request: ForgetRequest) -> RequestRecord:
-    """The request as the next one, with its number and settings. Raises :class:`RequestError` where it cannot be."""
-    request.check()
+def next_record(parts: Sequence[JointRequests], plan: Plan) -> RequestRecord:
+    """The plan's request as the next one of a sequence, with its number and settings.
+
+    Raises:
+        RequestError: The request contradicts an earlier one, or cannot be solved together with those of its method.
+    """
     before = requests_in_order(parts)
-    resolved = dataclasses.asdict(resolve_settings(get(request.method), request.preset, request.settings))
-    _refuse_contradictions(before, request)
-    new = RequestRecord(before[-1].number + 1 if before else 1, request, json.loads(json.dumps(resolved)))
-    if is_closed_form(request.method):
-        joint_request([*solved_with(parts, request.method), new])
+    _refuse_contradictions(before, plan.request)
+    settings = json.loads(json.dumps(dataclasses.asdict(plan.settings)))
+    new = RequestRecord(before[-1].number + 1 if before else 1, plan.request, settings)
+    if not plan.method.trained:
+        joint_request([*solved_with(parts, plan.request.method), new])
     return new
 
 

@@ -29,6 +29,7 @@ from ..prompts.everyday import CONTEXTS
 from ..prompts.pairs import given_pairs, mentions, prompt_pairs
 from ..prompts.phrases import replace_phrase
 from ..request.concept import Concept, templates
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from ..request.settings import check_settings, setting
 from ..training.adapters import Deltas
@@ -379,16 +380,25 @@ class TrainedMethod(Method):
     def fit(
         self,
         model: LatentDiffusion,
-        request: ForgetRequest,
-        settings: Any,
+        plan: Plan,
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> Patch:
         """Train the deltas and return them; deterministic under the request's seed on one device.
 
-        With a workspace a training that was cut short goes on where it was.
+        With a workspace, an interrupted training continues where it was.
         """
-        inputs = inputs or Inputs()
+        return self.train_patch(model, plan.request, plan.settings, progress, inputs or Inputs())
+
+    def train_patch(
+        self,
+        model: LatentDiffusion,
+        request: ForgetRequest,
+        settings: Any,
+        progress: Progress | None,
+        inputs: Inputs,
+    ) -> Patch:
+        """Train on a checked request with its resolved settings; see :meth:`fit`."""
         self._refuse_without_use(request, settings, inputs)
         self.refuse(request, settings, inputs)
         # what is made here must not be made in a host's inference mode, or it could not take part in a gradient

@@ -30,6 +30,7 @@ from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import COMMON, CONTEXTS
 from ..prompts.pairs import mentions
 from ..request.concept import Concept, normalized_phrase, templates
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from ..request.settings import check_settings, setting
 from .base import Inputs, Method
@@ -176,8 +177,7 @@ class UCE(Method):
     def fit(
         self,
         model: LatentDiffusion,
-        request: ForgetRequest,
-        settings: UCESettings,
+        plan: Plan,
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> Patch:
@@ -186,8 +186,9 @@ class UCE(Method):
             raise RequestError(
                 "The closed form does not start from an earlier patch: it solves for all requests at once."
             )
+        settings: UCESettings = plan.settings
         report_progress(progress, ProgressEvent(0, 3, message="reading the text states"))
-        columns = collect_columns(model.text, request, settings)
+        columns = collect_columns(model.text, plan.request, settings)
         report_progress(progress, ProgressEvent(1, 3, message="solving"))
         outputs = _output_gram(model, settings.projections)
         context_map = solve_context_map(columns, settings, outputs)

@@ -84,15 +84,13 @@ def request_from_words(
     seed: int = 0,
     settings: str = "",
 ) -> ForgetRequest:
-    """The checked request that a node's boxes ask for.
+    """The request that a node's boxes ask for; a :class:`Plan` checks it.
 
     ``concept``, ``replacement`` and ``preserve`` are lists by commas or lines; ``settings`` is a JSON object. A concept
     may say its own kind and replacement, ``neon (style) -> sketch``; ``kind`` and ``replacement`` are for those that do
     not. Raises :class:`RequestError` in words.
     """
     concepts = _concepts(concept, kind, replacement)
-    request = ForgetRequest(
+    return ForgetRequest(
         concepts, tuple(split_list(preserve)), method, preset, _settings(settings), float(strength), int(seed)
     )
-    request.check()
-    return request

@@ -16,13 +16,12 @@ from ..files.workspace import Workspace
 from ..files.writing import make_folder
 from ..methods.base import Inputs
 from ..methods.fit import fit
-from ..methods.registry import get
 from ..models.latent_diffusion import LatentDiffusion
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..request.concept import templates
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
-from ..request.settings import resolve_settings
 from .host_interface import Host
 from .jobs import Outcome, Pair
 from .patch_library import PatchLibrary
@@ -41,16 +40,20 @@ _SMALL, _AT_ONCE, _FEW = 32, 4, 2
 
 @dataclass(frozen=True)
 class ForgetJob:
-    """What is asked for: the ``request``, the patch's ``name`` (see :meth:`PatchLibrary.place`), the strength to put
+    """What is asked for: the ``plan``, the patch's ``name`` (see :meth:`PatchLibrary.place`), the strength to put
     it on with at once (``None``: not), and how many ``pairs`` of pictures to draw in how many ``steps``."""
 
-    request: ForgetRequest
+    plan: Plan
     name: str = ""
     folder: str = ""
     precision: str = "float32"
     apply: float | None = None
     pairs: int = 4
     steps: int = 20
+
+    @property
+    def request(self) -> ForgetRequest:
+        return self.plan.request
 
     @property
     def title(self) -> str:
@@ -60,15 +63,6 @@ class ForgetJob:
 
     def check(self, host: Host, library: PatchLibrary) -> None:
         """Refuse, in words, what can be refused before anything is begun."""
-        self.request.check()
-        method = get(self.request.method)
-        resolve_settings(method, self.request.preset, self.request.settings)
-        named = next((concept.name for concept in self.request.concepts if concept.images), None)
-        if named is not None and not method.takes_images:
-            raise RequestError(
-                f"The method '{method.id}' works from words alone, and pictures of '{named}' were given: leave them "
-                "out, or use another method."
-            )
         if not 0 <= self.pairs <= MOST_PAIRS:
             raise RequestError(f"The number of picture pairs must be 0 to {MOST_PAIRS}, not {self.pairs}.")
         if self.apply is not None:
@@ -87,7 +81,7 @@ class ForgetJob:
             before = drawn(model, asked, Variant(), sampling, progress, "before")
             start = time.monotonic()
             inputs = Inputs(workspace=Workspace(make_folder(host.data_folder()) / "work"))
-            patch = fit(model, self.request, progress, inputs)
+            patch = fit(model, self.plan, progress, inputs)
             seconds = time.monotonic() - start
             notes = surviving_share_summary(
                 (patch.surviving_share(model.survey), str(model.dtype).removeprefix("torch."))
@@ -120,7 +114,7 @@ class ForgetJob:
                 lines.append(f"it is in the loaded model now, at strength {self.apply:g}{beside}")
             except ForgetConceptError as error:
                 lines.append(f"it could not be put into the loaded model: {error}")
-        words = fit_summary(self.request, made.patch, made.fit_seconds, get(self.request.method).title, made.notes)
+        words = fit_summary(self.request, made.patch, made.fit_seconds, self.plan.method.title, made.notes)
         data: dict[str, Any] = entry.as_dict() | {
             "request": json.loads(self.request.without_images().to_json()),
             "layers": len(made.patch),

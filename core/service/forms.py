@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import RequestError, listed
 from ..methods.base import Method
 from ..request.request import ForgetRequest
-from ..request.settings import Kind, SettingInfo, describe_settings, resolve_settings
+from ..request.settings import Kind, SettingInfo, describe_settings
 
 __all__ = [
     "FormField",
@@ -83,13 +83,9 @@ def form_fields(method: type[Method], preset: str = "tuned") -> list[FormField]:
     return _fields(method, method.presets[preset])
 
 
-def form_values(method: type[Method], preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the fields, by name, for a preset with ``overrides``.
-
-    Raises:
-        RequestError: As :func:`~forget_concept.core.request.settings.resolve_settings`.
-    """
-    return {field.name: field.default for field in _fields(method, resolve_settings(method, preset, overrides))}
+def form_values(method: type[Method], settings: Any) -> dict[str, Any]:
+    """Values of the fields, by name, for resolved settings of the method."""
+    return {field.name: field.default for field in _fields(method, settings)}
 
 
 def _fields(method: type[Method], values: Any) -> list[FormField]:
@@ -145,17 +141,16 @@ def settings_from_fields(method: type[Method], values: Mapping[str, Any]) -> dic
 
 
 def settings_of(method: type[Method], preset: str, values: Mapping[str, Any]) -> MethodSettings:
-    """The checked settings of a filled-in form.
+    """The settings of a filled-in form. Their values are not checked: a plan does that.
 
     Raises:
-        RequestError: The preset is unknown, or a value is not allowed; the message names the setting.
+        RequestError: The preset is unknown.
     """
     if preset not in method.presets:
         raise RequestError(
             f"The method '{method.id}' has no preset '{preset}': choose one of {', '.join(sorted(method.presets))}."
         )
     settings = settings_from_fields(method, values)
-    resolve_settings(method, preset, settings)
     base = method.presets[preset]
     infos = {info.name: info for info in describe_settings(method.Settings)}
     changed = {name: value for name, value in settings.items() if not _same(infos[name], value, getattr(base, name))}

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..errors import RequestError
 from ..files.writing import make_folder, write_json
-from ..methods.registry import get
+from ..methods.registry import get, plan_request
 from ..request.concept import Concept
 from ..request.parsing import split_list
+from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from .forms import form_values, settings_of
 
@@ -46,7 +47,7 @@ class Form:
     seed: str
 
     def request(self) -> ForgetRequest:
-        """The request that is meant, checked. Raises :class:`RequestError` in words."""
+        """The request that is meant; a plan checks it. Raises :class:`RequestError` in words."""
         method = get(self.method)
         concepts = []
         for line in self.lines:
@@ -59,7 +60,7 @@ class Form:
         if not concepts:
             raise RequestError("Nothing to forget: write a concept in the first line.")
         settings = settings_of(method, self.preset, self.fields)
-        request = ForgetRequest(
+        return ForgetRequest(
             tuple(concepts),
             tuple(split_list(self.preserve)),
             settings.method,
@@ -68,16 +69,19 @@ class Form:
             _number(self.strength, "strength"),
             _seed(self.seed),
         )
-        request.check()
-        return request
+
+    def plan(self) -> Plan:
+        """The plan of :meth:`request`. Raises :class:`RequestError` in words."""
+        return plan_request(self.request())
 
     @classmethod
-    def of(cls, request: ForgetRequest) -> Form:
-        """The form that means ``request``, without its pictures: their places are another machine's, or nobody's.
+    def of(cls, plan: Plan) -> Form:
+        """The form that means ``plan.request``, without its pictures: their places are another machine's, or nobody's.
 
-        Raises :class:`RequestError` for a method that is not known, and for what the page cannot hold: more concepts
+        Raises :class:`RequestError` for what the page cannot hold: more concepts
         than it has lines, words to keep with a comma in them.
         """
+        request = plan.request
         preserve = ", ".join(request.preserve)
         if split_list(preserve) != list(request.preserve):
             raise RequestError(
@@ -95,7 +99,7 @@ class Form:
             preserve,
             request.method,
             request.preset,
-            form_values(get(request.method), request.preset, request.settings),
+            form_values(get(request.method), plan.settings),
             request.strength,
             str(request.seed),
         )
@@ -128,6 +132,6 @@ def recall(folder: Path) -> tuple[Form, dict[str, Any]] | None:
     try:
         kept = json.loads((folder / _LAST).read_text(encoding="utf-8"))
         request = ForgetRequest.from_json(json.dumps(kept.pop("request")))
-        return Form.of(request), kept
+        return Form.of(plan_request(request)), kept
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

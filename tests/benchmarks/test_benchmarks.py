@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import continual
 import harness
 import methods as bench
+from tiny import fit
 
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import UNEDITED, Picture, SamplingSettings, Subject, Variant, evaluate, wilson
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE, find
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.models.latent_diffusion import LatentDiffusion

@@ -37,9 +37,9 @@ def world(drawn, monkeypatch):
     drawn.guidance = 2.5
     fitted = []
 
-    def forgotten(model, request, spread, progress):
-        (concept,) = request.concepts
-        fitted.append(request)
+    def forgotten(model, plan, spread, progress):
+        (concept,) = plan.request.concepts
+        fitted.append(plan.request)
         patch = forgets(concept.name, concept.kind, lambda seed: seed % 4 == 0)
         return ((patch, 1.0),)
 

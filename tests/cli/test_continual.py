@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import torch
-from tiny import flags, random_patch, state_hash, tiny_model
+from tiny import fit, flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core.cli import build_parser, options
 from forget_concept.core.cli.forget import read_request
 from forget_concept.core.formats import context_map, kohya, load_patch
-from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
 
 FEW = ("--set", "contexts=false", "--set", "keep_common=false")
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     folder, model, found = tmp_path_factory.mktemp("made"), tiny_model(), History()
     for name, words in (("a", A), ("b", B), ("c", C)):
         args = build_parser().parse_args(words)
-        found = found.forget(model, read_request(args))
+        found = found.forget(model, plan_request(read_request(args)))
         kohya.save(found.patch, folder / f"{name}.safetensors")
     return folder
 

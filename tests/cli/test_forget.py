@@ -11,10 +11,9 @@ import torch
 from console import LONG
 from safetensors.torch import load_file
 from test_methods import QUICK
-from tiny import flags, state_hash
+from tiny import fit, flags, state_hash
 
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from comfyhost import ComfyUI, ExecutionError
 from graphs import base, forget, node
+from tiny import fit
 
 from forget_concept.core import mini
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest

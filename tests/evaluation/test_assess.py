@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tiny import flags, random_patch, state_hash, tiny_model
+from tiny import fit, flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core import mini
 from forget_concept.core.errors import PatchError, RequestError
@@ -15,7 +15,6 @@ from forget_concept.core.evaluation.attacks import BUDGETS
 from forget_concept.core.evaluation.bench.concept_bench import PROMPT_KINDS, load_bench
 from forget_concept.core.evaluation.report import report_dict, write_report
 from forget_concept.core.evaluation.weight_drift import weight_drift
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest

@@ -17,6 +17,7 @@ from forget_concept.core.errors import Cancelled, ForgetConceptError, PatchError
 from forget_concept.core.evaluation import PATCHED, Drawings, SamplingSettings, Subject, evaluate, kept_questions
 from forget_concept.core.evaluation.erosion import erosion
 from forget_concept.core.evaluation.weight_drift import change_norm, weight_drift
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -227,7 +228,7 @@ def test_a_history_is_a_step_and_nothing_lost_is_no_erosion():
     model = TinyDrawn()
     names = [word.name for word in CATEGORIES["object"]]
     request = ForgetRequest((Concept("star", "object", "circle"),), preserve=tuple(names[1:4]), method="uce")
-    history = History().forget(model, request)
+    history = History().forget(model, plan_request(request))
     (found,) = erosion(model, DrawnProbe(), [history], 12, 0, QUICK)
     assert found.forgotten == ("star",)
     assert (found.erosion.value, found.distance) == (0, 0)

@@ -329,8 +329,9 @@ def test_the_measured_table_separates_forgotten_from_kept():
 
 @pytest.mark.long
 def test_a_forgotten_concepts_score_drops_and_a_kept_ones_does_not(tmp_path):
+    from tiny import fit
+
     from forget_concept.core import mini
-    from forget_concept.core.methods.fit import fit
 
     model, workspace = mini.load(), Workspace(tmp_path)
     heartbeat, tree = Concept("heart", "object", "circle"), Concept("tree", "object")

@@ -563,7 +563,8 @@ def test_nothing_known_is_said_where_a_judge_finds_nothing():
 
 
 def test_a_patch_tells_where_it_comes_from():
-    from forget_concept.core.methods.fit import fit
+    from tiny import fit
+
     from forget_concept.core.request.concept import Concept
     from forget_concept.core.request.request import ForgetRequest
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from configs import SDXL
 from safetensors.torch import load_file, save_file
-from tiny import forward, rand, random_patch, tiny_unet
+from tiny import fit, forward, rand, random_patch, tiny_unet
 
 from forget_concept.core.errors import PatchError
 from forget_concept.core.files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from forget_concept.core.formats import context_map, kohya, load_patch
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.models.unet import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import flags, rand, state_hash
+from tiny import fit, flags, rand, state_hash
 
 from forget_concept.core.errors import RequestError, TokenError
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest

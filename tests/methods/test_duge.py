@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from ldm_unet import ldm_unet
-from tiny import TinyText, flags, rand, random_patch, state_hash, tiny_model
+from tiny import TinyText, fit, flags, rand, random_patch, state_hash, tiny_model
 
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.duge import DUGE, MEMORY, DugeSettings
-from forget_concept.core.methods.fit import fit
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
@@ -417,7 +417,7 @@ def test_a_blind_change_does_not_move_what_is_kept(model):
 def test_a_sequence_keeps_its_parts_apart(model):
     found = History()
     for name in ("fish", "star"):
-        found = found.forget(model, asked(Concept(name), preserve=()))
+        found = found.forget(model, plan_request(asked(Concept(name), preserve=())))
     assert [part.patch.rank for part in found.parts] == [2, 2] and found.patch.rank == 4
     assert found.without("fish").patch.rank == 2
     assert "earlier" in found.parts[1].patch.metadata["forget_concept.terms"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TinyText, clip_parts, flags, rand, state_hash, tiny_model, tiny_unet
+from tiny import TinyText, clip_parts, fit, flags, rand, state_hash, tiny_model, tiny_unet
 from torch import Tensor
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.formats import kohya
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod

@@ -9,13 +9,12 @@ import sys
 
 import pytest
 import torch
-from tiny import flags, state_hash
+from tiny import fit, flags, state_hash
 
 from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
 from forget_concept.core.formats import kohya
 from forget_concept.core.methods import registry as methods
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods, get, register
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
@@ -171,7 +170,7 @@ def test_settings_are_resolved_and_typed():
 def test_an_edit_of_nothing_or_of_nan_is_never_a_success(registry, model, value, words):
     key = model.survey.sites[0].key("to_k")
 
-    def run(self, model, request, settings, progress=None, inputs=None):
+    def run(self, model, plan, progress=None, inputs=None):
         return Patch({key: LowRank(torch.full((32, 1), value), torch.ones(1, 32))})
 
     register(make("mine", fit=run))

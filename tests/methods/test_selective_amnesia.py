@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from tiny import flags, rand, state_hash, tiny_model
+from tiny import fit, flags, rand, state_hash, tiny_model
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.selective_amnesia import (
     SelectiveAmnesia,
     SelectiveAmnesiaObjective,

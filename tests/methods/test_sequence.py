@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import WIDTH, TinyText, flags, rand, random_patch, state_hash, tiny_model
+from tiny import WIDTH, TinyText, fit, flags, rand, random_patch, state_hash, tiny_model
 
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.formats import context_map, kohya
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
-from forget_concept.core.methods.registry import all_methods, get
+from forget_concept.core.methods.registry import all_methods, get, plan_request
 from forget_concept.core.methods.sequence import History, Part
 from forget_concept.core.methods.sequence_rules import is_closed_form
 from forget_concept.core.patch.history import RequestRecord, read_history
@@ -48,7 +47,7 @@ def trained(name, rank=2, **more):
 def history(model, *requests, **more):
     found = History(**more)
     for request in requests:
-        found = found.forget(model, request)
+        found = found.forget(model, plan_request(request))
     return found
 
 
@@ -94,7 +93,7 @@ def test_kept_words_are_not_said_beside_what_another_request_forgot(model):
     found = history(model, requests[0])
     assert any("mosaic" in text and "moon" in text for text in model.text.encoded)
     model.text.encoded.clear()
-    found.forget(model, requests[1])
+    found.forget(model, plan_request(requests[1]))
     said = model.text.encoded
     assert not any("moon" in text and "mosaic" in text for text in said)
     assert not any("tree" in text and "mosaic" in text for text in said)
@@ -128,11 +127,11 @@ def test_closed_forms_that_are_solved_together_share_settings_and_strength(model
     first = history(model, STAR)
     other = ForgetRequest((Concept("fish"),), settings={**FEW, "ridge": 0.5})
     with pytest.raises(RequestError, match=r"'ridge' is 1\.0 in request 1 and 0\.5"):
-        first.forget(model, other)
+        first.forget(model, plan_request(other))
     with pytest.raises(RequestError, match=r"strength: it is 1 in request 1 and 0\.5"):
-        first.forget(model, ForgetRequest((Concept("fish"),), settings=FEW, strength=0.5))
+        first.forget(model, plan_request(ForgetRequest((Concept("fish"),), settings=FEW, strength=0.5)))
     # written otherwise, and the same
-    first.check(ForgetRequest((Concept("fish"),), settings={**FEW, "ridge": 1, "columns": "tail"}))
+    first.check(plan_request(ForgetRequest((Concept("fish"),), settings={**FEW, "ridge": 1, "columns": "tail"})))
 
 
 def test_strength_is_in_the_parts(model):
@@ -148,7 +147,7 @@ def test_a_joint_solve_still_has_its_context_map(model, tmp_path):
     loaded, metadata = context_map.load(tmp_path / "m.safetensors")
     again = History.from_patch(context_map.expand(loaded, model.survey, metadata))
     assert again.requests == (STAR, WASH)
-    assert same(again.forget(model, KEY).patch, found.forget(model, KEY).patch)
+    assert same(again.forget(model, plan_request(KEY)).patch, found.forget(model, plan_request(KEY)).patch)
 
 
 # -- trained methods ----------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def test_each_trained_request_is_trained_on_what_the_earlier_ones_left(device):
     one, two = trained("star"), trained("fish", rank=3)
     first = history(model, one)
     assert same(first.patch, fit(model, one))
-    both = first.forget(model, two)
+    both = first.forget(model, plan_request(two))
     on_top = fit(model, two, inputs=Inputs(earlier=first.patch))
     assert same(both.parts[0].patch, first.patch) and same(both.parts[1].patch, on_top)
     assert not same(on_top, fit(model, two))  # the earlier part was on while it was trained
@@ -188,7 +187,7 @@ def test_a_trained_request_is_taken_back_by_leaving_its_part_away(model):
         torch.testing.assert_close(factor.delta(), wanted)
     assert not found.solves_anew(2)
     # the number is free again only where nothing came after it
-    assert less.forget(model, trained("fish")).asked[-1].number == 4
+    assert less.forget(model, plan_request(trained("fish"))).asked[-1].number == 4
     pair = history(model, ForgetRequest((Concept("star"), Concept("cup")), (), "forget_me_not", settings=QUICK))
     with pytest.raises(RequestError, match=r"'cup' was forgotten together.*number, 1,"):
         pair.without("cup")
@@ -214,9 +213,9 @@ def test_a_file_can_be_read_back_and_continued(model, tmp_path, dtype):
     assert same(again.without("star").patch, again.patch) is False
     assert same(again.without("star").without("boat").patch, history(model, WASH).patch.to(dtype))
     if dtype == torch.float32:
-        assert same(again.forget(model, KEY).patch, found.forget(model, KEY).patch)
+        assert same(again.forget(model, plan_request(KEY)).patch, found.forget(model, plan_request(KEY)).patch)
         last = trained("fish")
-        assert same(again.forget(model, last).patch, found.forget(model, last).patch)
+        assert same(again.forget(model, plan_request(last)).patch, found.forget(model, plan_request(last)).patch)
         assert json.loads(again.patch.metadata["forget_concept.history"]) == json.loads(
             found.patch.metadata["forget_concept.history"]
         )
@@ -229,7 +228,7 @@ def test_a_plain_patch_is_a_history_of_one(model, tmp_path):
     said = found.patch.metadata
     assert ForgetRequest.from_json(said["forget_concept.request"]) == STAR
     assert said["forget_concept.method"] == "uce" and said["forget_concept.preset"] == "tuned"
-    assert same(found.forget(model, WASH).patch, history(model, STAR, WASH).patch)
+    assert same(found.forget(model, plan_request(WASH)).patch, history(model, STAR, WASH).patch)
 
 
 def test_the_record_says_what_was_asked(model):
@@ -284,7 +283,7 @@ def test_a_bound_cuts_to_the_nearest_change_and_says_what_is_lost(model, tmp_pat
         with pytest.raises(RequestError, match="cannot be taken back: the patch was cut to rank 4, and its 2 requests"):
             again.without(which)
     # where the bound is lifted, what comes after can be taken back; what came before still cannot
-    more = again.bounded(None).forget(model, three)
+    more = again.bounded(None).forget(model, plan_request(three))
     assert more.patch.rank == 6 and same(more.without("boat").patch, found.patch)
     with pytest.raises(RequestError, match="'star' cannot be taken back"):
         more.without("star")
@@ -322,7 +321,7 @@ def test_a_bounded_closed_form_is_still_solved_again(model):
 def test_a_request_that_cannot_follow_is_refused_before_any_work(model, request_, words):
     found = history(model, STAR, WASH)
     encoded = len(model.text.encoded)
-    for refuse in (lambda: found.check(request_), lambda: found.forget(model, request_)):
+    for refuse in (lambda: found.check(plan_request(request_)), lambda: found.forget(model, plan_request(request_))):
         with pytest.raises(RequestError, match=words):
             refuse()
     assert len(model.text.encoded) == encoded
@@ -340,16 +339,16 @@ def test_what_is_not_there_cannot_be_taken_back(model):
 def test_another_base_model_is_refused(model):
     found = history(model, STAR, WASH)
     other = tiny_model(seed=1)
-    for act in (lambda: found.forget(other, KEY), lambda: found.without("star", other)):
+    for act in (lambda: found.forget(other, plan_request(KEY)), lambda: found.without("star", other)):
         with pytest.raises(PatchError, match="another base model"):
             act()
     skipped = tiny_model()
     skipped.text = TinyText(WIDTH)
     skipped.text.layer = "clip_skip=2"
     with pytest.raises(PatchError, match=r"other text states.*clip skip"):
-        found.forget(skipped, KEY)
+        found.forget(skipped, plan_request(KEY))
     with pytest.raises(RequestError, match="leave 'earlier' out"):
-        found.forget(model, KEY, inputs=Inputs(earlier=found.patch))
+        found.forget(model, plan_request(KEY), inputs=Inputs(earlier=found.patch))
 
 
 def test_a_patch_without_a_readable_record_is_refused(model):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import TinyText, flags, rand, state_hash, tiny_model
+from tiny import TinyText, fit, flags, rand, state_hash, tiny_model
 
 from forget_concept.core.errors import RequestError, TokenError
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.uce import (
     UCE,
     Columns,

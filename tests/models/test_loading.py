@@ -8,10 +8,9 @@ import pytest
 import torch
 from ldm_unet import ldm_unet
 from safetensors.torch import save_file
-from tiny import clip_parts, rand, tiny_unet
+from tiny import clip_parts, fit, rand, tiny_unet
 
 from forget_concept.core.errors import ModelError
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini.ldm import autoencoder_to_ldm
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.loading import from_pipeline, load_checkpoint

@@ -18,7 +18,7 @@ from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Exampl
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
-from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.methods.registry import all_methods, plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.patch.history import read_history
@@ -137,8 +137,8 @@ def test_every_node_has_its_texts_in_every_locale_and_a_page_of_help() -> None:
 
 
 def test_a_patch_on_a_wire_is_a_plain_state_dict_and_comes_back_bit_for_bit(model) -> None:
-    history = History().forget(model, ForgetRequest((Concept("star", "object", "circle"),)))
-    history = history.forget(model, ForgetRequest((Concept("moon", "object", "heart"),)))
+    history = History().forget(model, plan_request(ForgetRequest((Concept("star", "object", "circle"),))))
+    history = history.forget(model, plan_request(ForgetRequest((Concept("moon", "object", "heart"),))))
     patch = history.patch
     state = state_of(patch, model.survey)
     assert isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tiny import fit
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.mini import vocabulary
 from forget_concept.core.prompts.themes import THEMES, theme
 from forget_concept.core.request.request import ForgetRequest

@@ -18,11 +18,11 @@ pytest.importorskip("httpx", reason="calling the routes needs httpx: pip install
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from tiny import fit
 
 from forget_concept.core import mini
 from forget_concept.core.errors import RequestError
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.patch.patch import Patch

@@ -105,4 +105,5 @@ def test_what_differs_from_the_preset_is_what_a_request_gets() -> None:
 def test_fields_that_cannot_be_say_why(name: str, changes: dict, words: str) -> None:
     method = all_methods()[name]
     with pytest.raises(RequestError, match=words):
-        settings_of(method, "tuned", presets(method)["tuned"] | changes)
+        found = settings_of(method, "tuned", presets(method)["tuned"] | changes)
+        resolve_settings(method, found.preset, found.values)

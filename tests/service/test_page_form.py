@@ -13,7 +13,7 @@ import torch
 from fakewebui import FakeWebui
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.methods.registry import all_methods, plan_request
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.service.forms import form_fields, form_values, presets
@@ -45,7 +45,7 @@ def test_a_request_of_every_method_and_preset_comes_back_from_the_form(method) -
             strength=0.5,
             seed=2**64 - 1,
         )
-        assert Form.of(request).request() == request
+        assert Form.of(plan_request(request)).request() == request
 
 
 def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
@@ -54,17 +54,17 @@ def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
         method="forget_me_not",
         settings={"rank": 6, "train": ["to_k"], "templates": ["a {} there", "{} here"], "guidance": 3.5},
     )
-    form = Form.of(request)
+    form = Form.of(plan_request(request))
     assert form.request() == request
-    assert Form.of(dataclasses.replace(request, settings={"rank": 8})).request().settings == {}
+    assert Form.of(plan_request(dataclasses.replace(request, settings={"rank": 8}))).request().settings == {}
     assert ForgetRequest.from_json(form.request().to_json()) == request
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fields_are_filled_for_every_setting(method) -> None:
     for preset in method.presets:
-        assert form_values(method, preset, {}) == presets(method)[preset]
-        assert list(form_values(method, preset, {})) == [field.name for field in form_fields(method)]
+        assert form_values(method, method.presets[preset]) == presets(method)[preset]
+        assert list(form_values(method, method.presets[preset])) == [field.name for field in form_fields(method)]
 
 
 def test_lines_without_words_are_left_out_and_pictures_go_where_they_are_looked_at() -> None:
@@ -92,27 +92,27 @@ def test_lines_without_words_are_left_out_and_pictures_go_where_they_are_looked_
 )
 def test_a_form_that_means_nothing_says_why(change: dict, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        blank(**change).request()
+        blank(**change).plan()
 
 
 def test_a_number_that_was_emptied_is_named() -> None:
     fields = presets(all_methods()["uce"])["tuned"] | {"ridge": None}
     with pytest.raises(RequestError, match="'ridge' must be a number"):
-        blank(fields=fields).request()
+        blank(fields=fields).plan()
 
 
 def test_more_concepts_than_lines_are_told() -> None:
     request = ForgetRequest(tuple(Concept(f"thing {i}") for i in range(ROWS + 1)))
     with pytest.raises(RequestError, match=f"{ROWS + 1} concepts, and this page has {ROWS} lines"):
-        Form.of(request)
+        Form.of(plan_request(request))
 
 
 def test_words_with_a_comma_are_not_taken_apart_in_silence() -> None:
     request = ForgetRequest((Concept("star"),), preserve=("moon", "heart, broken"))
     with pytest.raises(RequestError, match="have a comma in them"):
-        Form.of(request)
+        Form.of(plan_request(request))
     kept = dataclasses.replace(request, preserve=("moon", "van Gogh"))
-    assert Form.of(kept).request().preserve == ("moon", "van Gogh")
+    assert Form.of(plan_request(kept)).request().preserve == ("moon", "van Gogh")
 
 
 def test_what_was_asked_for_last_is_remembered_without_pictures(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_was_asked_for_last_is_remembered_without_pictures(tmp_path: Path) 
     request = ForgetRequest((Concept("star", images=("/home/me/star.png",)),), method="forget_me_not")
     remember(tmp_path / "data", request, {"name": "mine", "pairs": 2})
     found = recall(tmp_path / "data")
-    assert found is not None and found[0] == Form.of(request) and found[1] == {"name": "mine", "pairs": 2}
+    assert found is not None and found[0] == Form.of(plan_request(request)) and found[1] == {"name": "mine", "pairs": 2}
     (file,) = (tmp_path / "data").iterdir()
     assert "/home/me" not in file.read_text()
     for broken in ("{", "[]", json.dumps({"request": {"schema": 1, "concepts": []}}), json.dumps({})):

@@ -6,12 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import TinyText, rand, tiny_model
+from tiny import TinyText, fit, rand, tiny_model
 
 from forget_concept.core.errors import Cancelled, RequestError, TokenError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
 from forget_concept.core.prompts.phrases import replace_phrase
 from forget_concept.core.request.concept import Concept

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import rand, tiny_model
 
 from forget_concept.core.errors import ForgetConceptError
+from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
 from forget_concept.core.mini.vocabulary import CATEGORIES
 from forget_concept.core.request.concept import Concept
@@ -540,7 +541,8 @@ def test_a_training_that_is_watched_is_the_one_that_is_not(brief):
     settings = replace(QUICK, gradient="restricted_step")
     watch = bench.watched(tiny_model(), STAR, settings, seed=3, margin=MARGIN)
     others = tuple(word.name for word in CATEGORIES["object"] if word.name != "star")
-    plain = ForgetMeNot().fit(tiny_model(), ForgetRequest((STAR,), others, "forget_me_not", seed=3), settings)
+    request = ForgetRequest((STAR,), others, "forget_me_not", seed=3)
+    plain = ForgetMeNot().train_patch(tiny_model(), request, settings, None, Inputs())
     seen = watch.inner.deltas.factors()
     assert seen.keys() == plain.factors.keys()
     for key, factor in plain.factors.items():

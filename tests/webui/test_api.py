@@ -10,11 +10,11 @@ import urllib.request
 from typing import Any
 
 import pytest
+from tiny import fit
 from webuihost import WebUI
 
 from forget_concept.core import mini
 from forget_concept.core.formats import load_patch
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.request.request import ForgetRequest
 
 PREFIX = "/forget-concept/v1"

@@ -76,9 +76,10 @@ def test_it_is_the_embedded_model_bit_for_bit_but_for_the_arithmetic(webui: WebU
 
 
 def test_a_closed_form_gives_the_patch_that_the_command_line_gives(webui: WebUI, untouched: None) -> None:
+    from tiny import fit
+
     from forget_concept.core import mini
     from forget_concept.core.formats import kohya
-    from forget_concept.core.methods.fit import fit
     from forget_concept.core.request.concept import Concept
     from forget_concept.core.request.request import ForgetRequest
 

@@ -298,7 +298,8 @@ class Cost(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept, preserve, runs, threads, nonce):
-        host, words, methods = _part("nodes.host"), _part("core.entries"), _part("core.methods")
+        host, words = _part("nodes.host"), _part("core.request.parsing")
+        methods, registry = _part("core.methods.fit"), _part("core.methods.registry")
         lora_state = _part("nodes.lora_state")
         comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
         encoder, before, found = host.text.HostText, torch.get_num_threads(), []
@@ -324,7 +325,7 @@ class Cost(io.ComfyNode):
                 start, spent = time.perf_counter(), time.process_time()
                 request = words.request_from_words(concept, "object", "", preserve, "uce", "tuned", 1.0, 0, "")
                 with host.latent_diffusion(model, clip) as diffusion:
-                    patch = methods.fit(diffusion, request)
+                    patch = methods.fit(diffusion, registry.plan_request(request))
                     lora = lora_state.state_of(patch, diffusion.survey)
                 host.with_lora(model, lora)
                 seconds, core = time.perf_counter() - start - apart[0], time.process_time() - spent - apart[1]

@@ -158,6 +158,7 @@ def request_of(arguments):
 def forget(arguments):
     """Train in place and save the patch, as the tab does; what it gave as figures."""
     fit, kohya = core("methods.fit").fit, core("formats.kohya")
+    plan = core("methods.registry").plan_request(request_of(arguments))
     began = time.perf_counter()
     steps = []
     with host().job("probe") as progress:
@@ -176,7 +177,7 @@ def forget(arguments):
             facts = {"hash": model.model_hash, "layer": model.text.layer, "shape": model.latent_shape}
             facts |= {"guidance": model.guidance, "prediction": model.prediction_type}
             facts |= {"requires_grad": any(p.requires_grad for p in model.unet.parameters())}
-            patch = fit(model, request_of(arguments), told)
+            patch = fit(model, plan, told)
     if arguments.get("name"):
         kohya.save(patch, host().lora_folder() / (arguments["name"] + ".safetensors"))
         host().refresh_patches()
