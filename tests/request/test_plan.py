@@ -50,7 +50,7 @@ def test_there_is_no_plan_of_a_request_that_cannot_be_fitted(request_, words):
 
 
 def test_a_plan_of_another_method_than_the_request_names_is_refused():
-    with pytest.raises(RequestError, match="'uce'.*'duge'"):
+    with pytest.raises(RequestError, match=r"'uce'.*'duge'"):
         Plan(STAR, get("duge"))
 
 
