@@ -51,7 +51,7 @@ class TakeBack(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, lora: Any, which: str) -> io.NodeOutput:
         record = read_history(getattr(lora, "metadata", {}))
-        wanted = requests_to_restore(which, record.asked)
+        wanted = requests_to_restore(which, record.records)
         with host.latent_diffusion(model, clip) as diffusion:
             history = History.from_patch(patch_of(lora, diffusion.survey))
             check_base(history, diffusion, model)
@@ -68,7 +68,7 @@ class TakeBack(io.ComfyNode):
             left = state_of(patch, diffusion.survey)
         back = [concept.name for concept in before if concept not in history.concepts]
         lines = [f"taken back: {listed(back, 12)}", *surviving_share_summary(host.surviving_share(model, patch))]
-        later = [one.names for one in history.asked if one.number in on_it]
+        later = [one.names for one in history.records if one.number in on_it]
         if later:
             lines.append(f"note: {listed(later)} were trained with it on, and stay as they were trained")
         lines += ["still forgotten:", *history_summary(read_history(patch.metadata))]

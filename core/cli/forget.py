@@ -113,12 +113,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.progress(f"forgetting {spoken(request)}") as progress:
         inputs = Inputs(workspace=None if args.work is None else Workspace(args.work))
         if args.onto is None:
-            asked, patch = None, fit(model, plan, progress, inputs)
+            records, patch = None, fit(model, plan, progress, inputs)
         else:
             history = History.from_patch(load_patch(args.onto, model.survey))
             bound = history.max_rank if args.max_rank is None else args.max_rank
             history = history.bounded(bound).forget(model, plan, progress, inputs)
-            asked, patch = history.asked, history.patch
+            records, patch = history.records, history.patch
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
     if args.context_map is not None and patch.context_map is None:
@@ -130,12 +130,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.say(f"{out}: {len(patch)} layers, rank {patch.rank}, {out.stat().st_size:,} bytes")
     if args.context_map is not None:
         console.say(f"{args.context_map}: context map, {args.context_map.stat().st_size:,} bytes")
-    if asked is not None:
-        console.say(f"It holds {len(asked)} requests: {', '.join(one.names for one in asked)}.")
+    if records is not None:
+        console.say(f"It holds {len(records)} requests: {', '.join(record.names for record in records)}.")
     return (
         summary(request, patch, out, seconds)
         | {"context_map": None if args.context_map is None else str(args.context_map)}
-        | ({} if asked is None else {"requests": told_requests(asked)})
+        | ({} if records is None else {"requests": requests_to_dict(records)})
     )
 
 
@@ -152,9 +152,9 @@ def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> 
     }
 
 
-def told_requests(asked: Sequence[RequestRecord]) -> list[dict[str, Any]]:
-    """What ``--json`` says of the requests of a patch."""
-    return [{"number": one.number, "request": json.loads(one.request.to_json())} for one in asked]
+def requests_to_dict(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
+    """What ``--json`` prints about the requests of a patch."""
+    return [{"number": record.number, "request": json.loads(record.request.to_json())} for record in records]
 
 
 def read_request(args: argparse.Namespace) -> ForgetRequest:

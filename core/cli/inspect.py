@@ -84,14 +84,16 @@ def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
         console.say(f"  {error}")
         return
     console.say("It was made by these requests, one after the other:")
-    for one in record.asked:
-        part = next(part for part in record.parts if one in part.asked)
+    for entry in record.records:
+        part = next(part for part in record.parts if entry in part.records)
         how = f"rank up to {max(part.ranks.values(), default=0)}"
         if part.merged:
             how = "cut together with others, so it cannot be taken back"
-        elif is_closed_form(one.request.method) and len(part.asked) > 1:
+        elif is_closed_form(entry.request.method) and len(part.records) > 1:
             how = "solved together with the others of its method"
-        console.say(f"  {one.number}. {spoken(one.request)}: {one.request.method} ({one.request.preset}), {how}")
+        console.say(
+            f"  {entry.number}. {spoken(entry.request)}: {entry.request.method} ({entry.request.preset}), {how}"
+        )
 
 
 def _fit(patch: Patch, model: Any, about: dict[str, Any], name: str, console: Console) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from . import options
 from .console import Console
 from .files import check_writable
-from .forget import told_requests
+from .forget import requests_to_dict
 
 HELP = "take a concept back out of a patch that forgets several"
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     kohya.save(patch, out, None if model is None else model.survey, dtype)
     names = " and ".join(f"'{name}'" for name in back)
     console.say(f"Took {names} back in {seconds:.2f} s.")
-    left = [one.names for one in history.asked if one.number in on_it]
+    left = [record.names for record in history.records if record.number in on_it]
     if left:
         console.say(f"{' and '.join(left)} were trained with it on, and stay as they were trained.")
     console.say(f"{out}: {len(patch)} layers, rank {patch.rank}, {out.stat().st_size:,} bytes")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "schema": 1,
         "patch": str(out),
         "restored": back,
-        "requests": told_requests(history.asked),
+        "requests": requests_to_dict(history.records),
         "layers": len(patch),
         "rank": patch.rank,
         "bytes": out.stat().st_size,

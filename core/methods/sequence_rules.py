@@ -1,4 +1,4 @@
-"""Requests one after the other: which can follow which, and which of them are solved together."""
+"""Rules of a sequence: which request can follow which, and which requests are solved together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["is_closed_form", "is_joint", "joint_request", "next_record", "solved
 
 
 def is_closed_form(method_id: str) -> bool:
-    """Whether requests of this method are solved together: every method that is not trained.
+    """Whether requests of this method are solved together; true for every method that is not trained.
 
-    Raises :class:`RequestError` for an unknown one.
+    Raises:
+        RequestError: There is no such method.
     """
     return not get(method_id).trained
 
@@ -30,55 +31,60 @@ def next_record(parts: Sequence[JointRequests], plan: Plan) -> RequestRecord:
     Raises:
         RequestError: The request contradicts an earlier one, or cannot be solved together with those of its method.
     """
-    before = requests_in_order(parts)
-    _refuse_contradictions(before, plan.request)
+    earlier = requests_in_order(parts)
+    _refuse_contradictions(earlier, plan.request)
     settings = json.loads(json.dumps(dataclasses.asdict(plan.settings)))
-    new = RequestRecord(before[-1].number + 1 if before else 1, plan.request, settings)
+    new = RequestRecord(earlier[-1].number + 1 if earlier else 1, plan.request, settings)
     if not plan.method.trained:
         joint_request([*solved_with(parts, plan.request.method), new])
     return new
 
 
-def _said(concepts: Iterable[Concept]) -> dict[str, str]:
-    """Every way to say the concepts in the templates, and the concept."""
-    return {canonical_phrase(t.format(c.name)): c.name for c in concepts for t in ("{}", *templates(c.kind))}
+def _phrases(concepts: Iterable[Concept]) -> dict[str, str]:
+    """Every phrase that names one of the concepts, bare or in a template of its kind, and the concept's name."""
+    return {
+        canonical_phrase(template.format(concept.name)): concept.name
+        for concept in concepts
+        for template in ("{}", *templates(concept.kind))
+    }
 
 
-def _refuse_contradictions(before: Sequence[RequestRecord], request: ForgetRequest) -> None:
-    wanted, forgotten = _said(request.concepts), {}
-    for one in before:
-        for concept in one.request.concepts:
-            forgotten[canonical_phrase(concept.name)] = (concept, one.number)
+def _refuse_contradictions(earlier: Sequence[RequestRecord], request: ForgetRequest) -> None:
+    """Raise where one request forgets what another one preserves, shows as a replacement, or already forgot."""
+    forgotten = {
+        canonical_phrase(concept.name): record.number for record in earlier for concept in record.request.concepts
+    }
     for concept in request.concepts:
-        if (found := forgotten.get(canonical_phrase(concept.name))) is not None:
+        if (number := forgotten.get(canonical_phrase(concept.name))) is not None:
             raise RequestError(
-                f"'{concept.name}' is already forgotten, by request {found[1]}: leave it out, or take that one back "
+                f"'{concept.name}' is already forgotten, by request {number}: leave it out, or take that request back "
                 "first."
             )
-        if concept.replacement and (found := forgotten.get(canonical_phrase(concept.replacement))) is not None:
+        if concept.replacement and (number := forgotten.get(canonical_phrase(concept.replacement))) is not None:
             raise RequestError(
-                f"'{concept.replacement}' shall be shown instead of '{concept.name}', and request {found[1]} forgot "
-                "it: name something else."
+                f"'{concept.replacement}' cannot replace '{concept.name}', because request {number} forgot it: name "
+                "another replacement."
             )
-    for one in before:
-        for phrase in one.request.preserve:
-            if (name := wanted.get(canonical_phrase(phrase))) is not None:
+    new = _phrases(request.concepts)
+    for record in earlier:
+        for phrase in record.request.preserve:
+            if (name := new.get(canonical_phrase(phrase))) is not None:
                 raise RequestError(
-                    f"'{name}' shall be forgotten, and request {one.number} ({one.names}) preserves '{phrase}': take "
-                    "that request back first, and ask for it again without."
+                    f"'{name}' cannot be forgotten, because request {record.number} ({record.names}) preserves "
+                    f"'{phrase}': take that request back, and make it again without '{phrase}'."
                 )
-        for concept in one.request.concepts:
-            if concept.replacement and (name := wanted.get(canonical_phrase(concept.replacement))) is not None:
+        for concept in record.request.concepts:
+            if concept.replacement and (name := new.get(canonical_phrase(concept.replacement))) is not None:
                 raise RequestError(
-                    f"'{name}' shall be forgotten, and request {one.number} shows it instead of '{concept.name}': take "
-                    "that request back first, and ask for it again with something else."
+                    f"'{name}' cannot be forgotten, because request {record.number} shows it instead of "
+                    f"'{concept.name}': take that request back, and make it again with another replacement."
                 )
-        said = _said(one.request.concepts)
+        old = _phrases(record.request.concepts)
         for phrase in request.preserve:
-            if (name := said.get(canonical_phrase(phrase))) is not None:
+            if (name := old.get(canonical_phrase(phrase))) is not None:
                 raise RequestError(
-                    f"The preserve list contains '{phrase}', and request {one.number} forgot '{name}': leave it out, "
-                    "or take that request back first."
+                    f"The preserve list contains '{phrase}', and request {record.number} forgot '{name}': leave it "
+                    "out, or take that request back first."
                 )
 
 
@@ -86,35 +92,39 @@ def _refuse_contradictions(before: Sequence[RequestRecord], request: ForgetReque
 
 
 def is_joint(part: JointRequests, method_id: str) -> bool:
-    """Whether a further request of this method is solved together with this part's."""
-    return not part.merged and part.asked[0].request.method == method_id and is_closed_form(method_id)
+    """Whether another request of this method is solved together with the requests of ``part``."""
+    return not part.merged and part.records[0].request.method == method_id and is_closed_form(method_id)
 
 
 def solved_with(parts: Sequence[JointRequests], method_id: str) -> tuple[RequestRecord, ...]:
-    """The requests that a further one of this closed form is solved together with."""
-    return next((part.asked for part in parts if is_joint(part, method_id)), ())
+    """The requests that another request of this closed form is solved together with."""
+    return next((part.records for part in parts if is_joint(part, method_id)), ())
 
 
-def joint_request(asked: Sequence[RequestRecord]) -> ForgetRequest:
-    """One request for all of them, the same whatever their order; raises where they cannot be one."""
-    first = min(asked, key=lambda one: one.number)
-    for one in asked:
+def joint_request(records: Sequence[RequestRecord]) -> ForgetRequest:
+    """One request for all of them, the same in whatever order they are given.
+
+    Raises:
+        RequestError: They differ in strength or in a setting.
+    """
+    first = min(records, key=lambda record: record.number)
+    for record in records:
         for name, value in first.settings.items():
-            if one.settings.get(name, value) != value:
+            if record.settings.get(name, value) != value:
                 raise RequestError(
                     f"The requests of '{first.request.method}' are solved together and need the same settings: "
-                    f"'{name}' is {value!r} in request {first.number} and {one.settings.get(name)!r} in this one."
+                    f"'{name}' is {value!r} in request {first.number} and {record.settings.get(name)!r} in this one."
                 )
-        if one.request.strength != first.request.strength:
+        if record.request.strength != first.request.strength:
             raise RequestError(
                 f"The requests of '{first.request.method}' are solved together and need the same strength: it is "
-                f"{first.request.strength:g} in request {first.number} and {one.request.strength:g} in this one."
+                f"{first.request.strength:g} in request {first.number} and {record.request.strength:g} in this one."
             )
     concepts = sorted(
-        (concept for one in asked for concept in one.request.concepts),
+        (concept for record in records for concept in record.request.concepts),
         key=lambda concept: (KINDS.index(concept.kind), canonical_phrase(concept.name)),
     )
-    preserve = {normalized_phrase(phrase): phrase for one in asked for phrase in sorted(one.request.preserve)}
+    preserve = {normalized_phrase(phrase): phrase for record in records for phrase in sorted(record.request.preserve)}
     return ForgetRequest(
         tuple(concepts),
         tuple(preserve[key] for key in sorted(preserve)),
@@ -122,5 +132,5 @@ def joint_request(asked: Sequence[RequestRecord]) -> ForgetRequest:
         first.request.preset,
         first.settings,
         first.request.strength,
-        min(one.request.seed for one in asked),
+        min(record.request.seed for record in records),
     )

@@ -1,4 +1,8 @@
-"""The record that travels in a patch's metadata: which requests made it, in which order, and which rank is whose."""
+"""The record in a patch's metadata of the requests that made it: their order, and which ranks belong to which.
+
+The record is one JSON document in the metadata. It is read without a model and without the methods; solving and
+training a sequence is in :mod:`..methods.sequence`.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,19 @@ __all__ = [
     "requests_to_restore",
 ]
 
+_SCHEMA = 1
+
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """A request of a history: its ``number`` (from 1, in the order asked; it stays when others are taken back), the
-    request, the settings its preset and overrides came to, and the version that took it in."""
+    """One request of a sequence.
+
+    Args:
+        number: Position in the sequence, from 1; it does not change when other requests are taken back.
+        request: The request.
+        settings: All settings of its method, resolved, as JSON values.
+        version: Version of this package that fitted it.
+    """
 
     number: int
     request: ForgetRequest
@@ -41,127 +53,137 @@ class RequestRecord:
 
     @property
     def names(self) -> str:
+        """The names of its concepts, quoted, for a sentence."""
         return " and ".join(f"'{concept.name}'" for concept in self.request.concepts)
 
 
 class JointRequests(Protocol):
-    """Requests that made one change; ``merged`` where changes can no longer be told apart."""
+    """Requests that made one change together; ``merged`` if the changes can no longer be separated."""
 
     @property
-    def asked(self) -> tuple[RequestRecord, ...]: ...
+    def records(self) -> tuple[RequestRecord, ...]: ...
 
     @property
     def merged(self) -> bool: ...
 
 
 def requests_in_order(parts: Sequence[JointRequests]) -> tuple[RequestRecord, ...]:
-    """Every request in the order asked."""
-    return tuple(sorted((one for part in parts for one in part.asked), key=lambda one: one.number))
-
-
-_SCHEMA = 1
+    """The records of all parts, by number."""
+    return tuple(sorted((record for part in parts for record in part.records), key=lambda record: record.number))
 
 
 @dataclass(frozen=True)
 class HistoryRecordPart:
-    """A part as the record has it: its requests, and its rank by projection or, before that, by layer."""
+    """One part of a sequence as its record describes it.
+
+    Args:
+        merged: Whether the part was truncated to a rank, so that its requests cannot be separated.
+        ranks: Rank of the part by projection (``"to_k"``); by full layer key where a layer differs.
+        about: What the method states about the part.
+        records: Its requests.
+    """
 
     merged: bool
     ranks: Mapping[str, int]
     about: PatchMetadata
-    asked: tuple[RequestRecord, ...]
+    records: tuple[RequestRecord, ...]
 
     def rank_at(self, key: str) -> int:
+        """Rank of the part at one layer; 0 where it changes nothing there."""
         return self.ranks.get(key, self.ranks.get(key.rpartition(".")[2], 0))
 
 
 @dataclass(frozen=True)
 class HistoryRecord:
-    """What a patch's metadata say of the requests that made it: a :class:`History` without its factors."""
+    """The whole record: a sequence without its factors.
+
+    Args:
+        parts: Its parts, in the order in which their factors are concatenated.
+        max_rank: Bound of the rank of the whole patch, if one is set.
+    """
 
     parts: tuple[HistoryRecordPart, ...]
     max_rank: int | None
 
     @property
-    def asked(self) -> tuple[RequestRecord, ...]:
-        """Every request in the order asked."""
+    def records(self) -> tuple[RequestRecord, ...]:
+        """Every request, by number."""
         return requests_in_order(self.parts)
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """Everything that is forgotten, in the order asked."""
-        return tuple(concept for one in self.asked for concept in one.request.concepts)
+        """Every forgotten concept, in the order of the requests."""
+        return tuple(concept for record in self.records for concept in record.request.concepts)
 
 
 def read_history(metadata: Mapping[str, str]) -> HistoryRecord:
-    """The record in a patch's metadata; that of a patch of one request is made up from what it says of itself.
+    """Read the record in a patch's metadata. For a patch of a single request, it is derived from the other entries.
 
-    Raises :class:`PatchError` where there is none.
+    Raises:
+        PatchError: The metadata have no record, or it cannot be read.
     """
     about = PatchMetadata.from_strings(metadata)
     try:
         about.check("history", "request", "settings")
         if about.history is not None:
-            return _parsed(about.history)
+            return _record_of(about.history)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PatchError(f"The record of this patch's requests cannot be read: {error}") from error
     if about.request is not None:
-        asked = RequestRecord(1, about.request, about.settings or {}, about.version or VERSION)
-        return HistoryRecord((HistoryRecordPart(False, {}, about.of_method(), (asked,)),), None)
+        record = RequestRecord(1, about.request, about.settings or {}, about.version or VERSION)
+        return HistoryRecord((HistoryRecordPart(False, {}, about.of_method(), (record,)),), None)
     if about.parts is not None or "parts" in about.malformed:
         raise PatchError(
-            "This patch was put together from several ones, and nothing says which part of it is whose: it cannot be "
-            "continued, nor anything taken back."
+            "This patch was put together from several patches without a record of which ranks belong to which: it "
+            "cannot be continued, and no request can be taken back. Use the single patches instead."
         )
     raise PatchError(
-        "This patch does not say which requests made it, so it cannot be continued, nor anything taken back."
+        "This patch does not say which requests made it: it cannot be continued, and no request can be taken back."
     )
 
 
-def _parsed(data: Any) -> HistoryRecord:
-    if data["schema"] != _SCHEMA:
-        raise PatchError(f"it has schema {data['schema']!r}, and this version reads schema {_SCHEMA}.")
+def _record_of(document: Mapping[str, Any]) -> HistoryRecord:
+    """The record in a JSON document; raises what indexing and conversion raise where it is malformed."""
+    if document["schema"] != _SCHEMA:
+        raise PatchError(f"it has schema {document['schema']!r}, and this version reads schema {_SCHEMA}.")
     parts = []
-    for part in data["parts"]:
-        asked = tuple(
+    for part in document["parts"]:
+        records = tuple(
             RequestRecord(
-                int(one["number"]),
-                ForgetRequest.from_json(json.dumps(one["request"])),
-                dict(one["settings"]),
-                str(one["version"]),
+                int(entry["number"]),
+                ForgetRequest.from_json(json.dumps(entry["request"])),
+                dict(entry["settings"]),
+                str(entry["version"]),
             )
-            for one in part["requests"]
+            for entry in part["requests"]
         )
-        if not asked:
+        if not records:
             raise PatchError("it has a part without a request.")
         ranks = {str(key): int(rank) for key, rank in part["ranks"].items()}
         about = PatchMetadata.from_entries({str(key): str(text) for key, text in part["about"].items()})
-        parts.append(HistoryRecordPart(bool(part["merged"]), ranks, about, asked))
+        parts.append(HistoryRecordPart(bool(part["merged"]), ranks, about, records))
     if not parts:
         raise PatchError("it has no request.")
-    numbers = [one.number for part in parts for one in part.asked]
+    numbers = [record.number for part in parts for record in part.records]
     if len(set(numbers)) < len(numbers):
         raise PatchError("it has a request number twice.")
-    return HistoryRecord(tuple(parts), None if data["max_rank"] is None else int(data["max_rank"]))
+    max_rank = document["max_rank"]
+    return HistoryRecord(tuple(parts), None if max_rank is None else int(max_rank))
 
 
-def _ranks_of(whole: Patch, part: Patch) -> dict[str, int]:
-    """The part's rank at every layer of the whole patch: by projection, and by layer where one differs from most."""
-    ranks = {key: part.factors[key].rank if key in part.factors else 0 for key in whole.factors}
-    usual: dict[str, int] = {}
-    for which in dict.fromkeys(key.rpartition(".")[2] for key in ranks):
-        found = Counter(rank for key, rank in ranks.items() if key.rpartition(".")[2] == which)
-        usual[which] = found.most_common(1)[0][0]
-    return usual | {key: rank for key, rank in ranks.items() if rank != usual[key.rpartition(".")[2]]}
-
-
-class _Patched(JointRequests, Protocol):
+class _PatchPart(JointRequests, Protocol):
     @property
     def patch(self) -> Patch: ...
 
 
-def history_to_dict(parts: Sequence[_Patched], whole: Patch, max_rank: int | None) -> dict[str, Any]:
-    """The record of these parts, whose sum is ``whole``, as :func:`read_history` finds it."""
+def history_to_dict(parts: Sequence[_PatchPart], whole: Patch, max_rank: int | None) -> dict[str, Any]:
+    """The record of ``parts`` as the JSON document that :func:`read_history` reads.
+
+    Args:
+        parts: The parts with their patches.
+        whole: Their sum.
+        max_rank: Bound of the rank of ``whole``, if one is set.
+    """
     return {
         "schema": _SCHEMA,
         "max_rank": max_rank,
@@ -172,12 +194,12 @@ def history_to_dict(parts: Sequence[_Patched], whole: Patch, max_rank: int | Non
                 "about": own_entries(part.patch.about.of_method().to_strings()),
                 "requests": [
                     {
-                        "number": one.number,
-                        "request": json.loads(one.request.to_json()),
-                        "settings": dict(one.settings),
-                        "version": one.version,
+                        "number": record.number,
+                        "request": json.loads(record.request.to_json()),
+                        "settings": dict(record.settings),
+                        "version": record.version,
                     }
-                    for one in part.asked
+                    for record in part.records
                 ],
             }
             for part in parts
@@ -185,16 +207,31 @@ def history_to_dict(parts: Sequence[_Patched], whole: Patch, max_rank: int | Non
     }
 
 
-def requests_to_restore(text: str, asked: Sequence[RequestRecord]) -> list[int | str]:
-    """What a person wants taken back: names of concepts, or numbers of requests (``2`` or ``#2``).
+def _ranks_of(whole: Patch, part: Patch) -> dict[str, int]:
+    """Rank of a part at every layer of the whole patch: the most common one by projection, and the exceptions."""
+    ranks = {key: part.factors[key].rank if key in part.factors else 0 for key in whole.factors}
+    usual: dict[str, int] = {}
+    for projection in dict.fromkeys(key.rpartition(".")[2] for key in ranks):
+        counts = Counter(rank for key, rank in ranks.items() if key.rpartition(".")[2] == projection)
+        usual[projection] = counts.most_common(1)[0][0]
+    return usual | {key: rank for key, rank in ranks.items() if rank != usual[key.rpartition(".")[2]]}
 
-    Raises :class:`RequestError` where nothing is said.
+
+def requests_to_restore(text: str, records: Sequence[RequestRecord]) -> list[int | str]:
+    """Parse which requests to take back: names of concepts, or numbers of requests (``2`` or ``#2``).
+
+    Args:
+        text: A list, separated by commas or lines.
+        records: The requests of the patch; a concept whose name is a number is found by its name.
+
+    Raises:
+        RequestError: The list is empty.
     """
-    names = {concept.name.casefold() for one in asked for concept in one.request.concepts}
-    found: list[int | str] = []
+    names = {concept.name.casefold() for record in records for concept in record.request.concepts}
+    wanted: list[int | str] = []
     for entry in split_list(text):
         number = re.fullmatch(r"#?\s*(\d{1,6})", entry)
-        found.append(int(number[1]) if number and entry.casefold() not in names else entry)
-    if not found:
+        wanted.append(int(number[1]) if number and entry.casefold() not in names else entry)
+    if not wanted:
         raise RequestError("Nothing is named to be taken back: write a concept, or the number of its request.")
-    return found
+    return wanted

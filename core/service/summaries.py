@@ -120,7 +120,7 @@ def _requests(patch: Patch) -> list[str]:
 def last_request(patch: Patch) -> str:
     """The request that made a patch, the last of several, as JSON; empty where the patch does not say."""
     try:
-        return read_history(patch.metadata).asked[-1].request.to_json(indent=2)
+        return read_history(patch.metadata).records[-1].request.to_json(indent=2)
     except PatchError:
         return ""
 
@@ -137,13 +137,13 @@ def _combined(parts: Sequence[CombinedPart]) -> list[str]:
 
 
 def history_summary(record: HistoryRecord) -> list[str]:
-    """A line a request, in the order asked."""
+    """One line for each request, in order."""
     lines = []
-    for one in record.asked:
-        request = one.request
+    for entry in record.records:
+        request = entry.request
         concepts = listed([_concept(concept) for concept in request.concepts], _MANY)
         lines.append(
-            f"{one.number}. forgotten: {concepts}; {request.method}, preset {request.preset}, strength "
+            f"{entry.number}. forgotten: {concepts}; {request.method}, preset {request.preset}, strength "
             f"{request.strength:g}, seed {request.seed}"
         )
         if changed := dict(request.settings):

@@ -146,7 +146,7 @@ def test_a_patch_on_a_wire_is_a_plain_state_dict_and_comes_back_bit_for_bit(mode
     assert again.metadata == patch.metadata
     for key, factor in patch.factors.items():
         assert torch.equal(again.factors[key].up, factor.up) and torch.equal(again.factors[key].down, factor.down)
-    assert [one.names for one in History.from_patch(again).asked] == ["'star'", "'moon'"]
+    assert [one.names for one in History.from_patch(again).records] == ["'star'", "'moon'"]
     plain = patch_of(dict(state), model.survey)
     assert plain.metadata == {}
     with pytest.raises(PatchError, match="does not say which requests"):

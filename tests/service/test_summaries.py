@@ -135,7 +135,7 @@ def test_what_is_taken_back_is_named_or_numbered(model) -> None:
         History()
         .forget(model, plan_request(request()))
         .forget(model, plan_request(ForgetRequest((Concept("7"),))))
-        .asked
+        .records
     )
     assert requests_to_restore("star, 1, #2,7", asked) == ["star", 1, 2, "7"]
     with pytest.raises(RequestError, match="Nothing is named"):
