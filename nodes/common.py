@@ -20,7 +20,7 @@ from ..core.models.images import fit_images, picture_size
 from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.progress import Progress
 from ..core.request.concept import KINDS, canonical_phrase, templates
-from ..core.request.parsing import request_from_words
+from ..core.request.parsing import parse_request
 from ..core.request.plan import Plan
 from ..core.request.request import MAX_SEED, MAX_STRENGTH, ForgetRequest
 from ..core.service.forms import MethodSettings, with_settings
@@ -234,7 +234,7 @@ class RequestInputs:
         fisher: Measured | None = None,
     ) -> RequestInputs:
         """Everything that can be refused before a model is loaded is refused here, in words."""
-        request = request_from_words(concept, kind, replacement, preserve, method, preset, strength, seed, settings)
+        request = parse_request(concept, kind, replacement, preserve, method, preset, strength, seed, settings)
         notes = []
         if method_settings is not None:
             request = with_settings(request, method_settings)

@@ -1,4 +1,4 @@
-"""Patches as files: kohya LoRA (what hosts load), and the context map (the smallest form of a closed-form edit)."""
+"""Patches as files: kohya LoRA, which hosts load, and the context map, the smallest form of a closed-form edit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ __all__ = ["context_map", "kohya", "load_patch"]
 
 
 def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
-    """Read a patch file of any kind that is written here.
+    """Read a patch from a file of any format.
 
-    A context map needs ``survey``, the base it is expanded for. Raises :class:`PatchError` in words.
+    Args:
+        path: The file.
+        survey: The base model's survey; a context map is expanded for it.
+
+    Raises:
+        PatchError: The file cannot be read, or is a context map and ``survey`` is missing.
     """
     if PatchMetadata.from_strings(read_metadata(path)).format != context_map.FORMAT:
         return kohya.load(path, survey)
     if survey is None:
-        raise PatchError(f"'{path}' is a context map: it needs a model to be expanded for.")
+        raise PatchError(f"'{path}' is a context map, which needs a model to be expanded for: give the base model.")
     loaded, metadata = context_map.load(path)
     return context_map.expand(loaded, survey, metadata)

@@ -1,7 +1,7 @@
-"""The context map as a file, and its expansion into a LoRA for one base model.
+"""The context map as a file, and its expansion into a patch for one base model.
 
-A closed form over all K and V with one solve gives ``ΔW = W M`` at every site (METHODS §5): the edit *is* the linear
-map ``c ↦ (I + M) c`` of the text states. ``M``'s two factors fit every checkpoint that shares the text encoder.
+A closed form with one solve for all K and V gives ``ΔW = W M`` at every site, so the edit is the linear map
+``c ↦ (I + M) c`` of the text states. The two factors of ``M`` fit every checkpoint with the same text encoder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ FORMAT = "context_map"
 
 
 def save(patch: Patch, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-    """Write a patch's context map. Raises :class:`PatchError` where it has none or the place cannot be written."""
+    """Write the context map of a patch.
+
+    Raises:
+        PatchError: The patch has no context map, or the file cannot be written.
+    """
     if patch.context_map is None:
         raise PatchError("This patch has no context map: only a closed form with one solve for all sites has one.")
     tensors = {_UP: patch.context_map.up.to(dtype), _DOWN: patch.context_map.down.to(dtype)}
@@ -34,7 +38,11 @@ def save(patch: Patch, path: str | os.PathLike[str], dtype: torch.dtype = torch.
 
 
 def load(path: str | os.PathLike[str]) -> tuple[LowRank, dict[str, str]]:
-    """The map and its metadata. Raises :class:`PatchError` where the file is no context map."""
+    """Read a context map and its metadata.
+
+    Raises:
+        PatchError: The file cannot be read, or is not a context map.
+    """
     tensors, metadata = read_safetensors(path)
     if set(tensors) != {_UP, _DOWN}:
         raise PatchError(f"'{path}' is not a context map.")
@@ -52,15 +60,24 @@ def expand(
     metadata: Mapping[str, str] | None = None,
     projections: tuple[str, ...] | None = None,
 ) -> Patch:
-    """The patch for one base: at every site ``up = W · M.up``, ``down = M.down`` (fp32, on the CPU).
+    """Expand a context map for one base model: ``up = W · M.up`` and ``down = M.down`` at every site.
 
-    ``projections`` default to those in ``metadata``, else K and V. Raises :class:`PatchError` where the model's text
-    states have another width than the map.
+    Args:
+        context_map: ``M``, ``(d, d)``.
+        survey: Survey of the base model; its text states have width ``d``.
+        metadata: Metadata of the file, which the patch takes over.
+        projections: Projections to change; default: those in ``metadata``, else ``to_k`` and ``to_v``.
+
+    Returns:
+        The patch, in fp32 on the CPU.
+
+    Raises:
+        PatchError: The model's text states have another width, or a projection is neither ``to_k`` nor ``to_v``.
     """
     if context_map.shape[1] != survey.context_dim:
         raise PatchError(
             f"This edit is for text states of width {context_map.shape[1]}; this model (family {survey.family}) takes "
-            f"{survey.context_dim}: it has another text encoder."
+            f"{survey.context_dim}. Load a model with the text encoder that the edit was made for."
         )
     about = PatchMetadata.from_strings(metadata or {})
     if projections is None:

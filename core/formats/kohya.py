@@ -1,8 +1,8 @@
-"""Patches as kohya LoRA files: what ComfyUI, the webui, Forge and diffusers load without this plugin.
+"""Patches as kohya LoRA files, which ComfyUI, the webui, Forge and diffusers load without this plugin.
 
-Written: ``lora_unet_<layer>.lora_up.weight`` / ``.lora_down.weight`` / ``.alpha`` with ``alpha = rank`` (so that a
-host's ``alpha / rank`` is 1), the layer in diffusers naming, or in LDM naming for SDXL, as kohya's own trainer does.
-Read: both namings, flattened or dotted, with ``lora_up``/``lora_down`` or ``lora_A``/``lora_B``.
+Written: ``lora_unet_<layer>.lora_up.weight``, ``.lora_down.weight`` and ``.alpha`` with ``alpha = rank``, so that the
+factor ``alpha / rank`` of hosts is 1. Layers have their diffusers names; for SDXL their LDM names, as kohya's trainer
+writes them. Read: both namings, flattened or dotted, with ``lora_up``/``lora_down`` or ``lora_A``/``lora_B``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ def to_state(
 ) -> dict[str, Tensor]:
     """The patch as a LoRA state dict.
 
-    ``survey`` gives LDM names where they are needed (SDXL); without it two layers a block are assumed, as SDXL has.
-    ``dotted`` gives ComfyUI's native ``diffusion_model.<ldm path>`` keys instead of kohya's flattened ones.
-    Raises :class:`PatchError` where a value does not fit into ``dtype``.
+    Args:
+        patch: The patch.
+        survey: Survey of the base model, for LDM names (SDXL); without it two layers per block are assumed, as in SDXL.
+        dtype: Dtype of the factors.
+        dotted: Use ComfyUI's native keys, ``diffusion_model.<ldm path>``, instead of kohya's flattened ones.
+
+    Raises:
+        PatchError: A value overflows ``dtype``.
     """
     ldm = dotted or patch.about.family == "sdxl" or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
@@ -56,7 +61,7 @@ def to_state(
         up, down = factor.up.detach().cpu().to(dtype), factor.down.detach().cpu().to(dtype)
         if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
             raise PatchError(
-                f"The patch does not fit into {str(dtype).removeprefix('torch.')} at {key}: save it wider."
+                f"The patch overflows {str(dtype).removeprefix('torch.')} at {key}: save it in a wider dtype."
             )
         state[f"{name}.lora_up.weight"] = up.contiguous()
         state[f"{name}.lora_down.weight"] = down.contiguous()
@@ -70,9 +75,10 @@ def save(
     survey: UNetSurvey | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write ``patch`` as a kohya LoRA, whole or not at all; the metadata tells hosts the model family.
+    """Write a patch atomically as a kohya LoRA, with the metadata by which hosts recognize the model family.
 
-    Raises :class:`PatchError` where the place cannot be written.
+    Raises:
+        PatchError: A factor is not finite or overflows ``dtype``, or the file cannot be written.
     """
     patch.check_finite()
     family = patch.about.family or (survey.family if survey else "other")
@@ -83,9 +89,13 @@ def save(
 def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
     """Read a LoRA file as a patch.
 
-    ``survey`` gives the LDM names of a UNet that has not two layers a block. Raises :class:`PatchError`, in words, for
-    a file that cannot be read (see :func:`read_safetensors`) or that changes anything but the linear layers of
-    the UNet's transformer blocks.
+    Args:
+        path: The file.
+        survey: Survey of the base model; needed for LDM names of a UNet without two layers per block.
+
+    Raises:
+        PatchError: The file cannot be read, or changes other layers than the linear ones of the UNet's transformer
+            blocks.
     """
     tensors, metadata = read_safetensors(path)
     return from_state(tensors, metadata, survey, str(path))
@@ -97,7 +107,14 @@ def from_state(
     survey: UNetSurvey | None = None,
     source: str = "the patch",
 ) -> Patch:
-    """A LoRA state dict as a patch; see :func:`load`."""
+    """Read a LoRA state dict as a patch; see :func:`load`.
+
+    Args:
+        tensors: The state dict.
+        metadata: Metadata of its file.
+        survey: As for :func:`load`.
+        source: What error messages call it.
+    """
     ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
     ups: dict[str, Tensor] = {}
     downs: dict[str, Tensor] = {}
@@ -132,7 +149,7 @@ def from_state(
     factors = {}
     for key, up in ups.items():
         down = downs[key]
-        if up.ndim == 4 and down.ndim == 4:  # a 1×1 convolution's LoRA is the same map
+        if up.ndim == 4 and down.ndim == 4:  # the LoRA of a 1×1 convolution
             up, down = up.flatten(1), down.flatten(1)
         rank = down.shape[0]
         scale = alphas.get(key, float(rank)) / max(rank, 1)
@@ -141,7 +158,7 @@ def from_state(
 
 
 def _canonical(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
-    """Canonical key of a file's layer, whatever its prefix and naming; ``None`` where it is none that a patch has."""
+    """Canonical key of a layer in a file, for any prefix and naming; ``None`` if a patch cannot change it."""
     while prefix := next((p for p in _PREFIXES if layer.startswith(p)), None):
         layer = layer[len(prefix) :]
     parts, at = [], 0

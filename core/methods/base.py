@@ -1,4 +1,4 @@
-"""Base class of the forgetting methods and their inputs."""
+"""Base class of the methods, and what they take besides a plan."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ __all__ = ["Inputs", "Method"]
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a person gives besides words.
+    """What a method takes besides a plan.
 
-    ``images``: pictures by the concept's name, each ``(n, 3, H, W)`` in [-1, 1]. ``workspace``: a folder for what takes
-    long. ``earlier``: what earlier requests left, to start from.
+    Args:
+        images: Images of a concept by its name, each ``(n, 3, H, W)`` in [-1, 1].
+        workspace: Folder for results that take long to compute, and for checkpoints.
+        earlier: Patch of the earlier requests of a sequence, which stays applied during training.
     """
 
     images: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -31,17 +33,22 @@ class Inputs:
     earlier: Patch | None = None
 
     def earlier_factors(self) -> dict[str, list[Tensor]]:
-        """The tensors of what earlier requests left, by key."""
+        """The factors of ``earlier``, up and down, by key."""
         return {} if self.earlier is None else {k: [f.up, f.down] for k, f in self.earlier.factors.items()}
 
 
 class Method(ABC):
-    """Base of the methods of forgetting.
+    """Base class of the methods.
 
-    ``id`` names it in requests, ``title`` and ``paper`` in interfaces. ``Settings`` is a frozen dataclass of plain
-    values; ``presets`` has at least ``"published"`` (the authors') and ``"tuned"`` (ours). ``takes_images``: whether it
-    can look at a person's own pictures. ``trained``: whether it starts from what earlier requests left; the others, the
-    closed forms, are solved for all requests at once.
+    Attributes:
+        id: Name in requests.
+        title: Name in user interfaces.
+        paper: Address of the paper.
+        Settings: Frozen dataclass of plain values.
+        presets: Settings by name; at least ``"published"`` (the authors') and ``"tuned"`` (ours).
+        takes_images: Whether it can use images of the concept.
+        trained: Whether it trains each request of a sequence on top of the earlier ones; the other methods are closed
+            forms, which are solved for all requests together.
     """
 
     id: ClassVar[str]
@@ -60,4 +67,14 @@ class Method(ABC):
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> Patch:
-        """The patch at strength 1 for ``plan.request`` with ``plan.settings``."""
+        """Fit ``plan.request`` with ``plan.settings``.
+
+        Args:
+            model: The base model; it is restored bit-exactly.
+            plan: The checked request.
+            progress: Called with every step; may raise :class:`Cancelled`.
+            inputs: Images, a work folder, and the patch of earlier requests.
+
+        Returns:
+            The patch at strength 1.
+        """

@@ -1,8 +1,4 @@
-"""The methods' registry and the front door :func:`fit`.
-
-To add a method, write one file here with a class under :func:`register`; it then appears in every host, the command
-line and the shared tests. Nothing else is edited.
-"""
+"""Fitting a plan on a model: the step that every front end shares."""
 
 from __future__ import annotations
 
@@ -23,12 +19,12 @@ from .registry import get
 __all__ = ["fit"]
 
 
-# Forget-Me-Not's authors worked with as few; with fewer a method learns the pictures, not what they show
+# the authors of Forget-Me-Not used as few; with fewer, a method learns the images instead of the concept
 MIN_IMAGES = 3
 
 
 def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs) -> Inputs:
-    """The inputs with the request's own pictures read in, and all of them looked through."""
+    """The inputs with the images of the request loaded, and all images checked."""
     size = picture_size(model)
     images = {
         concept.name: load_images(concept.images, size)
@@ -38,7 +34,10 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
     names = [concept.name for concept in request.concepts]
     for name, pictures in images.items():
         if name not in names:
-            raise RequestError(f"There are pictures of '{name}', which is not to be forgotten: {', '.join(names)} are.")
+            raise RequestError(
+                f"There are pictures of '{name}', which is not to be forgotten: leave them out, or name one of "
+                f"{', '.join(names)}."
+            )
         check_images(pictures, MIN_IMAGES, size, f"'{name}'")
     return dataclasses.replace(inputs, images=images)
 
@@ -49,17 +48,27 @@ def fit(
     progress: Progress | None = None,
     inputs: Inputs | None = None,
 ) -> Patch:
-    """Do what the request asks, on a borrowed model that is given back as it was: the front door of every host.
+    """Fit a plan on a model.
 
-    ``inputs`` are a person's pictures, a work folder and what to start from. The patch has the request's ``strength``
-    in it already (apply it at 1), and says in its metadata what made it.
-    Raises :class:`ForgetConceptError` in words (a bad request, tokens cut off, an edit that came out empty or
-    not finite) and :class:`Cancelled` where ``progress`` does.
+    Args:
+        model: The base model; it is restored bit-exactly.
+        plan: The checked request with its method and settings.
+        progress: Called with every step; may raise :class:`Cancelled`.
+        inputs: Images, a work folder, and the patch of earlier requests.
+
+    Returns:
+        The patch. The request's strength is already multiplied in, so it is applied at strength 1; its metadata state
+        what made it.
+
+    Raises:
+        ForgetConceptError: A prompt is too long for the text encoder, the images do not fit, or the edit is zero or not
+            finite.
+        Cancelled: ``progress`` raised it.
     """
     request, method = plan.request, get(plan.request.method)
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
-            end_position(model.text, phrase)  # raises where even the bare words are cut off
+            end_position(model.text, phrase)  # raises if the phrase alone is too long for the text encoder
     inputs = _with_images(model, request, inputs or Inputs())
     if inputs.images and not method.takes_images:
         raise RequestError(
@@ -71,7 +80,8 @@ def fit(
     if patch.max_abs() == 0:
         raise PatchError(
             f"The edit changes nothing: for {' and '.join(repr(c.name) for c in request.concepts)} the method "
-            f"'{request.method}' came out empty. If there is a replacement, it may mean the same to this model."
+            f"'{request.method}' gave a zero patch. Name another replacement if there is one: this one may mean the "
+            "same to the model."
         )
     return patch.scaled(request.strength).with_metadata(
         version=VERSION,

@@ -198,7 +198,7 @@ class ForgetMeNot(TrainedMethod):
     }
 
     def refuse(self, request: ForgetRequest, settings: ForgetMeNotSettings, inputs: Inputs) -> None:
-        replaced = [concept.name for concept in request.concepts if concept.instead]
+        replaced = [concept.name for concept in request.concepts if concept.replacement_text]
         lacking = [concept.name for concept in request.concepts if concept.name not in inputs.images]
         if settings.concept_source == "inversion" and lacking:
             raise RequestError(
@@ -219,7 +219,7 @@ class ForgetMeNot(TrainedMethod):
                 "set 'steer_weight' above 0, or use another preset or method."
             )
         if settings.attention_weight == 0 and len(replaced) < len(request.concepts):
-            unreplaced = next(concept.name for concept in request.concepts if not concept.instead)
+            unreplaced = next(concept.name for concept in request.concepts if not concept.replacement_text)
             raise RequestError(
                 f"With 'attention_weight' 0 nothing would make the model forget '{unreplaced}': give a replacement, or "
                 "say what is 'wanted' in its place."

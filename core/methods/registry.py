@@ -1,4 +1,8 @@
-"""Registry of the forgetting methods."""
+"""Registry of the methods.
+
+To add a method, write one file in this folder with a class under :func:`register`. It then appears in every host, in
+the command line and in the shared tests; nothing else is edited.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,16 @@ C = TypeVar("C", bound=type[Method])
 
 
 def register(method: C) -> C:
-    """Class decorator that makes a method known.
+    """Class decorator that registers a method.
 
     Raises:
-        ForgetConceptError: The id is taken, one of the presets ``published`` and ``tuned`` is missing, or a setting
-            does not describe itself.
+        ForgetConceptError: Another method has its id, one of the presets ``published`` and ``tuned`` is missing, or a
+            setting does not describe itself.
     """
     known = _METHODS.get(method.id)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ForgetConceptError(
-            f"Two methods are called '{method.id}': {known.__qualname__} and {method.__qualname__}."
+            f"Two methods are called '{method.id}': {known.__qualname__} and {method.__qualname__}. Rename one of them."
         )
     if not {"published", "tuned"} <= set(method.presets):
         raise ForgetConceptError(f"The method '{method.id}' lacks one of the presets 'published' and 'tuned'.")
@@ -39,14 +43,18 @@ def register(method: C) -> C:
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """Every method by its id, in the order of the ids; every module in this folder is one, or their base."""
+    """Every method by its id, sorted; imports all modules of this folder."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f".{module.name}", __package__)
     return dict(sorted(_METHODS.items()))
 
 
 def get(method_id: str) -> type[Method]:
-    """The method with this id. Raises :class:`RequestError` listing the known ones."""
+    """The method with this id.
+
+    Raises:
+        RequestError: There is no such method; the message lists the methods.
+    """
     methods = all_methods()
     if method_id not in methods:
         raise RequestError(f"The method '{method_id}' is not known: choose one of {', '.join(methods)}.")
@@ -54,9 +62,9 @@ def get(method_id: str) -> type[Method]:
 
 
 def plan_request(request: ForgetRequest) -> Plan:
-    """Look up the request's method and check the request, once, on its way from a front end to ``fit``.
+    """Look up the method of a request and plan it, which checks it.
 
     Raises:
-        RequestError: As :class:`Plan`, or the method does not exist.
+        RequestError: The method does not exist, or as :class:`Plan`.
     """
     return Plan(request, get(request.method))

@@ -204,7 +204,7 @@ class SelectiveAmnesia(TrainedMethod):
     def refuse(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
         if settings.surrogate == "prompt":
             return
-        replaced = [concept.name for concept in request.concepts if concept.instead]
+        replaced = [concept.name for concept in request.concepts if concept.replacement_text]
         if replaced:
             raise RequestError(
                 f"With 'surrogate' set to '{settings.surrogate}' a replacement is not looked at, and '{replaced[0]}' "
@@ -222,7 +222,7 @@ class SelectiveAmnesia(TrainedMethod):
     ) -> tuple[list[TargetPrompt], list[str]]:
         """As for every trained method, each target with its surrogate's prompt."""
         for concept in request.concepts:
-            _refuse_the_same(encoder, concept.name, concept.instead)
+            _refuse_the_same(encoder, concept.name, concept.replacement_text)
         targets, kept = super().prompts(encoder, request, settings)
         names = [concept.name for concept in request.concepts]
         # a context that names another of the concepts would teach that one again

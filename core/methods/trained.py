@@ -342,11 +342,11 @@ class TrainedMethod(Method):
             kept += retain
             for template, text in forget:
                 instead = None
-                if concept.instead:
+                if concept.replacement_text:
                     instead = (
-                        template.format(concept.instead)
+                        template.format(concept.replacement_text)
                         if template is not None
-                        else replace_phrase(text, concept.name, concept.instead)
+                        else replace_phrase(text, concept.name, concept.replacement_text)
                     )
                 elif self.drops(settings):
                     instead = replace_phrase(text, concept.name, "")

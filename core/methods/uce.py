@@ -271,8 +271,8 @@ def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
 
 
 def _instead(concept: Concept, settings: UCESettings) -> str:
-    if concept.instead:
-        return concept.instead
+    if concept.replacement_text:
+        return concept.replacement_text
     return {
         "object": settings.neutral_object,
         "style": settings.neutral_style,

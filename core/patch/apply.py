@@ -1,4 +1,4 @@
-"""Forward hooks that apply a patch to a model without changing its weights."""
+"""Applying a patch by forward hooks, which leave the weights unchanged."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ __all__ = ["PatchHandle"]
 
 
 class PatchHandle:
-    """A patch that is on; ``remove()`` takes it off (twice does no harm), and so does leaving a ``with`` block."""
+    """An applied patch; :meth:`remove` or leaving a ``with`` block removes it."""
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
 
     def add(self, hook: RemovableHandle) -> None:
+        """Register one more hook to remove."""
         self._hooks.append(hook)
 
     def remove(self) -> None:
+        """Remove the patch from the model; further calls do nothing."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -37,17 +39,17 @@ class PatchHandle:
 
 
 class _Delta:
-    """Forward hook: adds ``strength · up(down(x))`` to a linear layer's output."""
+    """Forward hook that adds ``strength · up(down(x))`` to the output of a linear layer."""
 
     def __init__(self, factor: LowRank, strength: float, device: torch.device) -> None:
-        # fp32 whatever the layer's own dtype: the edit is small beside the output, and of low rank, so it costs little
+        # fp32 for any dtype of the layer: the change is small compared to the output, and low rank makes it cheap
         up, down = factor.up.to(device), factor.down.to(device)
         wide = torch.float64 if up.dtype == torch.float64 else torch.float32
         self.up, self.down = up.to(wide) * strength, down.to(wide)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
-        if self.up.device != x.device:  # a host has moved the model since
+        if self.up.device != x.device:  # the host has moved the model
             self.up, self.down = self.up.to(x.device), self.down.to(x.device)
         change = F.linear(F.linear(x.to(self.up.dtype), self.down), self.up)
         return output + change.to(output.dtype)

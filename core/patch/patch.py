@@ -1,7 +1,6 @@
-"""The result of forgetting: per-projection low-rank factors against the base weights, frozen and composable.
+"""The result of every method: low-rank factors per layer against the base weights, frozen and composable.
 
-A :class:`Patch` is applied through forward hooks, so the weights it is applied to are not touched: what is removed
-leaves the model exactly as it was.
+A :class:`Patch` is applied by forward hooks, not by changing weights, so removing it restores the model bit-exactly.
 """
 
 from __future__ import annotations
@@ -26,16 +25,22 @@ __all__ = ["Patch", "survey_of"]
 
 
 def survey_of(unet: nn.Module | UNetSurvey) -> UNetSurvey:
-    """The survey of a UNet, or the survey itself."""
+    """The survey of a UNet; a survey is returned as it is."""
     return unet if isinstance(unet, UNetSurvey) else survey(unet)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """An edit of a model: canonical key (``<site>.to_k`` …) → :class:`LowRank`, with what made it as metadata.
+    """An edit of a model; it changes nothing until it is applied or merged.
 
-    ``context_map``, where a closed form gives one, is ``M`` in ``ΔW = W M``: the whole edit as one linear map of the
-    text states, good for every checkpoint that shares the text encoder. A patch changes nothing until applied.
+    Args:
+        factors: Weight changes by canonical key of the layer, such as ``<site>.to_k``; at least one.
+        metadata: Metadata as a file holds it; :attr:`about` is the typed view.
+        context_map: ``M`` in ``ΔW = W M``, where a closed form has one: the whole edit as a linear map of the text
+            states, valid for every checkpoint with the same text encoder.
+
+    Raises:
+        PatchError: There are no factors.
     """
 
     factors: Mapping[str, LowRank]
@@ -53,12 +58,12 @@ class Patch:
 
     @property
     def rank(self) -> int:
-        """The highest rank of its factors."""
+        """The highest rank of the factors."""
         return max(factor.rank for factor in self.factors.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors (without the context map)."""
+        """Bytes of all factors, without the context map."""
         return sum(factor.nbytes for factor in self.factors.values())
 
     @cached_property
@@ -67,7 +72,7 @@ class Patch:
         return PatchMetadata.from_strings(self.metadata)
 
     def with_metadata(self, **fields: Any) -> Patch:
-        """The same patch with fields of :class:`PatchMetadata` added or replaced; other entries stay as they are."""
+        """The same patch with fields of :class:`PatchMetadata` added or replaced; other entries stay unchanged."""
         return replace(self, metadata={**self.metadata, **PatchMetadata(**fields).to_strings()})
 
     def _each(self, change: Any) -> Patch:
@@ -75,7 +80,11 @@ class Patch:
         return replace(self, factors={k: change(f) for k, f in self.factors.items()}, context_map=context_map)
 
     def scaled(self, strength: float) -> Patch:
-        """The same edit ``strength`` times as strong (0 is none, negative ones the opposite)."""
+        """The edit multiplied by ``strength``; negative values reverse it.
+
+        Raises:
+            PatchError: ``strength`` is not finite.
+        """
         if not math.isfinite(strength):
             raise PatchError(f"The strength of a patch must be a finite number, not {strength}.")
         return self._each(lambda factor: factor.scaled(strength))
@@ -85,15 +94,16 @@ class Patch:
         return self._each(lambda factor: factor.to(device, dtype))
 
     def truncated(self, rank: int | None = None, energy: float = 1.0) -> Patch:
-        """Each factor cut as by :meth:`LowRank.truncated`.
+        """Every factor truncated by :meth:`LowRank.truncated`.
 
-        A context map would no longer say the same edit, so it is dropped unless nothing but noise is cut.
+        The context map describes the edit before truncation, so it is dropped unless ``rank`` and ``energy`` have their
+        defaults.
         """
         cut = {key: factor.truncated(rank, energy) for key, factor in self.factors.items()}
         return replace(self, factors=cut, context_map=self.context_map if rank is None and energy == 1 else None)
 
     def max_abs(self) -> float:
-        """An upper bound of the largest change of any weight; 0 exactly for a patch that changes nothing."""
+        """An upper bound of the largest absolute change of any weight; 0 only if the patch changes nothing."""
         return max(
             float((factor.up.float().norm(dim=1).max() * factor.down.float().norm(dim=0).max()).item())
             if factor.rank
@@ -103,9 +113,10 @@ class Patch:
 
     @staticmethod
     def combined(patches: Sequence[tuple[Patch, float]]) -> Patch:
-        """Several patches at their strengths as one, exactly: the factors side by side.
+        """The exact sum of several patches, each with its strength; their factors are concatenated.
 
-        Raises :class:`PatchError` where there are none, or where they are of different model families.
+        Raises:
+            PatchError: There are no patches, or they are for different model families.
         """
         if not patches:
             raise PatchError("There are no patches to combine.")
@@ -134,13 +145,18 @@ class Patch:
     # -- on a model ----------------------------------------------------------------------------------------------
 
     def check_fits(self, unet: nn.Module | UNetSurvey) -> None:
-        """Raise :class:`PatchError`, in words, unless every factor has its layer in this UNet and finite values."""
+        """Check that the patch can be applied to a UNet.
+
+        Raises:
+            PatchError: A layer is missing or has another shape, or a factor is not finite.
+        """
         found = survey_of(unet)
         absent = [key for key in self.factors if found.find(key) is None]
         if len(absent) == len(self.factors):
             raise PatchError(
                 f"No layer of this model matches the patch: it changes {listed(absent, 2)}, and the model "
-                f"(family {found.family}, {len(found)} cross-attention sites) has none of them."
+                f"(family {found.family}, {len(found)} cross-attention sites) has none of them. Load a model of the "
+                "architecture that the patch was made for."
             )
         if absent:
             raise PatchError(
@@ -157,15 +173,27 @@ class Patch:
         self.check_finite()
 
     def check_finite(self) -> None:
-        """Raise :class:`PatchError` where a factor holds NaN or infinity."""
+        """Check the values of the factors.
+
+        Raises:
+            PatchError: A factor has NaN or infinite values.
+        """
         for key, factor in self.factors.items():
             if not (torch.isfinite(factor.up).all() and torch.isfinite(factor.down).all()):
                 raise PatchError(f"This patch is damaged: it holds NaN or infinite values at {key}.")
 
     def apply(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> PatchHandle:
-        """Put the patch on, until ``.remove()`` of the handle; raises as :meth:`check_fits`, with nothing put on.
+        """Apply the patch by forward hooks; several applied patches add up.
 
-        Several patches add up. The weights stay untouched.
+        Args:
+            unet: The UNet, or its survey.
+            strength: Factor of the edit.
+
+        Returns:
+            A handle whose ``remove()`` removes the patch.
+
+        Raises:
+            PatchError: As :meth:`check_fits`, or ``strength`` is not finite; nothing is applied then.
         """
         found = survey_of(unet)
         self.check_fits(found)
@@ -183,7 +211,7 @@ class Patch:
 
     @contextmanager
     def applied(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> Iterator[None]:
-        """:meth:`apply` for the length of a ``with`` block."""
+        """:meth:`apply` within a ``with`` block."""
         handle = self.apply(unet, strength)
         try:
             yield
@@ -191,9 +219,15 @@ class Patch:
             handle.remove()
 
     def merged_state(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> dict[str, Tensor]:
-        """The edited weights, ``<path in this UNet>.weight`` → new tensor in the weight's own dtype; nothing is set.
+        """The edited weights as new tensors; the UNet is not changed.
 
         A narrow dtype rounds part of the edit away: see :meth:`surviving_share`.
+
+        Returns:
+            New weights in their own dtype, by their name in ``unet.state_dict()``.
+
+        Raises:
+            PatchError: As :meth:`check_fits`.
         """
         found = survey_of(unet)
         self.check_fits(found)
@@ -206,10 +240,17 @@ class Patch:
         return state
 
     def surviving_share(self, unet: nn.Module | UNetSurvey, dtype: torch.dtype | None = None) -> float:
-        """Share of ΔW left when merged into weights of ``dtype`` (default: theirs): ``⟨Δ', Δ⟩ / ‖Δ‖²``, about 0 to 1.
+        """Share of the edit that is left after merging into weights of ``dtype``: ``⟨Δ', Δ⟩ / ‖Δ‖²``, about 0 to 1.
 
-        An edit much smaller than the weights' spacing is rounded away: Forget-Me-Not moves weights by some 7e-5, where
-        bf16 near 0.02 has steps of 1.2e-4.
+        An edit much smaller than the spacing of the dtype is rounded away: Forget-Me-Not changes weights by about 7e-5,
+        and bf16 values near 0.02 are 1.2e-4 apart.
+
+        Args:
+            unet: The UNet, or its survey.
+            dtype: Dtype of the merged weights; default: their own.
+
+        Raises:
+            PatchError: As :meth:`check_fits`, or the patch changes nothing.
         """
         found = survey_of(unet)
         self.check_fits(found)

@@ -1,8 +1,8 @@
-"""Everyday words, kept by default where a method asks for things to keep, and everyday contexts a concept stands in.
+"""A default retain set of everyday words, and everyday contexts in which a concept appears.
 
 A closed form changes every prompt that shares a direction with the concept, and all prompts share some ("a photo of a
-…", the padding). What is not named as kept may go. Nobody lists the whole language, so these stand for it: plain
-things, styles and people, none of them a brand or a living person.
+…", the padding). Concepts outside the retain set may be affected. These words stand for the rest of the vocabulary:
+objects, styles and people, none of them a brand or a living person.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# The concept beside a colour, a background, a style: there its state in the text encoder is another one than alone.
+# A concept beside a colour, a background or a style has another state in the text encoder than alone.
 CONTEXTS: dict[str, tuple[str, ...]] = {
     "object": (
         "a red {}",

@@ -1,14 +1,14 @@
-"""Diverse prompts, in pairs: one that asks for the concept, and the same one without the concept's words.
+"""Diverse prompts in pairs: a forget prompt that names the concept, and the same prompt without the concept.
 
-*Boosting Alignment for Post-Unlearning Text-to-Image Generative Models* (arXiv 2412.07808) makes forget and retain sets
-of many prompts over mood × concept × activity × place × time, so that a model neither forgets a concept in one sentence
-only nor, with it, the sentence. Its authors had a language model write them; here a grammar does
-(``grammar.json``), without a network and the same for a seed everywhere.
+*Boosting Alignment for Post-Unlearning Text-to-Image Generative Models* (arXiv 2412.07808) builds forget and retain
+sets of many prompts over mood × concept × activity × place × time, so that a model forgets the concept in every
+sentence, and no sentence with it. Its authors generate the prompts with a language model; here a grammar
+(``grammar.json``) does, without a network and reproducibly for a seed.
 
-A pattern of the grammar holds ``{dimension}`` and ``{concept}``; ``[…]`` is what only the forget prompt says, ``[…|…]``
-what the forget prompt says and what the retain prompt says instead; ``a(n)`` becomes the article of the word after it.
-Each dimension has two lists without a word in common: prompts of ``split="test"`` say nothing those of ``"train"`` say
-but the frame around it.
+A pattern of the grammar contains ``{dimension}`` and ``{concept}``; ``[…]`` is in the forget prompt only; of ``[…|…]``
+the first part is in the forget prompt, the second in the retain prompt; ``a(n)`` becomes the article of the next word.
+Each dimension has two disjoint lists, so that prompts of ``split="test"`` share only the pattern with those of
+``"train"``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _FIELD = re.compile(r"\{(\w+)\}")
 _OPTION = re.compile(r"\[([^][|]*)(?:\|([^][|]*))?\]")
 _ARTICLE = re.compile(r"\ba\(n\) +(\S+)")
 _ARTICLES = ("a", "an", "the")
-# a name that brings one of these along takes no article from the grammar
+# a name that begins with one of these takes no article from the grammar
 _DETERMINERS = frozenset({*_ARTICLES, "some", "my", "your", "his", "her", "its", "our", "their", "this", "that"})
-# vowel letters that begin with a consonant's sound, silent h, and capitals that are spelled out
+# vowel letters that are pronounced as consonants, silent h, and capitals that are spelled out
 _AS_CONSONANT = re.compile(r"uni(?!n|m)|us[aeiu]|ut[ei]|ufo|eu|ew|one\b|once\b", re.IGNORECASE)
 _SILENT_H = re.compile(r"hour|honest|honou?r|heir", re.IGNORECASE)
 _SPELLED = re.compile(r"[A-Z]{1,3}(?![A-Za-z])")
@@ -47,7 +47,7 @@ _SPELLED = re.compile(r"[A-Z]{1,3}(?![A-Za-z])")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """``forget`` asks for the concept; ``retain`` is the same prompt without it, and stays as it is."""
+    """``forget`` names the concept; ``retain`` is the same prompt without it, which must not change."""
 
     forget: str
     retain: str
@@ -61,15 +61,22 @@ def prompt_pairs(
     grammar: str = "general",
     without: Sequence[str] = (),
 ) -> list[PromptPair]:
-    """``count`` different pairs about a concept, its patterns in turn, each word of a dimension as likely as another.
+    """Different prompt pairs about a concept; patterns take turns, and the words of a dimension are equally likely.
 
-    ``grammar="general"`` is everyday English, for models of any size; ``"embedded"`` speaks only words that the
-    embedded model was trained on. No retain prompt names the concept, and no prompt names anything in ``without`` (the
-    other targets of a request, say): what the grammar would say of it is left out. The same pairs come first whatever
-    the count. A singular name takes "a" or "an"; write "the Eiffel Tower" or "some snow" for one that does not.
+    A larger ``count`` gives the same pairs first. A singular name takes "a" or "an"; write "the Eiffel Tower" or "some
+    snow" for one that does not.
 
-    Raises :class:`RequestError` for an unknown kind, split or grammar, a name without words, and where the grammar has
-    fewer pairs than are asked for, saying how many.
+    Args:
+        concept: The concept that the forget prompts name; no retain prompt names it.
+        count: Number of pairs, at least 1.
+        seed: Seed of the order.
+        split: ``"train"`` or ``"test"``; their words are disjoint.
+        grammar: ``"general"``: everyday English; ``"embedded"``: only words that the embedded models know.
+        without: Names that no prompt contains, such as the other concepts of a request.
+
+    Raises:
+        RequestError: The kind, split or grammar is unknown, the concept has no name, or the grammar has fewer pairs
+            than ``count`` (the message says how many).
     """
     templates(concept.kind)  # raises for an unknown kind
     _choice("split", split, SPLITS)
@@ -82,16 +89,22 @@ def prompt_pairs(
     if len(found) < count:
         raise RequestError(
             f"The grammar '{grammar}' has {len(found)} {split} prompt pairs about '{concept.name}', fewer than the "
-            f"{count} asked for: ask for fewer, or give your own prompts."
+            f"{count} needed: set a lower number, or give your own prompts."
         )
     return found
 
 
 def given_pairs(forget: Sequence[str], retain: Sequence[str], concept: Concept | Sequence[Concept]) -> list[PromptPair]:
-    """A person's own prompts as pairs, the first with the first and so on, after a check that they can be meant.
+    """Pair a user's own forget and retain prompts, in their order, after checking them.
 
-    Raises :class:`RequestError`, in a sentence, for empty lists or prompts, lists of different length, a forget prompt
-    that is given twice or names no concept, a retain prompt that names one, and a prompt on both lists.
+    Args:
+        forget: Prompts that name a concept.
+        retain: As many prompts that name none.
+        concept: The concept or concepts.
+
+    Raises:
+        RequestError: A list or prompt is empty, the lists differ in length, a forget prompt is given twice or names no
+            concept, a retain prompt names one, or a prompt is on both lists.
     """
     concepts = (concept,) if isinstance(concept, Concept) else tuple(concept)
     lists = {"forget": forget, "retain": retain}
@@ -100,9 +113,9 @@ def given_pairs(forget: Sequence[str], retain: Sequence[str], concept: Concept |
             raise RequestError(f"The {name} prompts must be a list, not a single text.")
         for number, prompt in enumerate(prompts, 1):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise RequestError(f"The {name} prompt number {number} is empty: write it, or take it out.")
+                raise RequestError(f"The {name} prompt number {number} is empty: write it, or remove it.")
     if not concepts:
-        raise RequestError("There is no concept that the prompts could be about: name at least one.")
+        raise RequestError("There is no concept for the prompts: name at least one.")
     if not len(forget) and not len(retain):
         raise RequestError("There are no forget and no retain prompts: give at least one of each.")
     if len(forget) != len(retain):
@@ -111,13 +124,13 @@ def given_pairs(forget: Sequence[str], retain: Sequence[str], concept: Concept |
             "each forget prompt."
         )
     seen: set[str] = set()
-    kept = {normalized_phrase(prompt) for prompt in retain}
+    retained = {normalized_phrase(prompt) for prompt in retain}
     names = " or ".join(f"'{c.name}'" for c in concepts)
     for prompt in forget:
-        if (key := normalized_phrase(prompt)) in kept:
-            raise RequestError(f"The prompt '{prompt}' is both to be forgotten and retained: take it from one list.")
+        if (key := normalized_phrase(prompt)) in retained:
+            raise RequestError(f"The prompt '{prompt}' is on both lists: remove it from one of them.")
         if not any(mentions(c.name, prompt) for c in concepts):
-            raise RequestError(f"The forget prompt '{prompt}' does not name {names}: name it there, or take it out.")
+            raise RequestError(f"The forget prompt '{prompt}' does not name {names}: name it there, or remove it.")
         if key in seen:
             raise RequestError(f"The forget prompt '{prompt}' is given twice: leave one of them out.")
         seen.add(key)
@@ -125,14 +138,14 @@ def given_pairs(forget: Sequence[str], retain: Sequence[str], concept: Concept |
         for c in concepts:
             if mentions(c.name, prompt):
                 raise RequestError(
-                    f"The retain prompt '{prompt}' names '{c.name}', which is to be forgotten: take the name out, or "
-                    "the prompt."
+                    f"The retain prompt '{prompt}' names '{c.name}', which is to be forgotten: remove the name or the "
+                    "prompt."
                 )
     return [PromptPair(a, b) for a, b in zip(forget, retain, strict=True)]
 
 
 def mentions(name: str, prompt: str) -> bool:
-    """Whether ``prompt`` says ``name``: its words in a row, in any case, without a leading article, or their plural."""
+    """Whether ``prompt`` contains the words of ``name`` in a row, in any case, without its article, or in plural."""
     return _finder(name).search(prompt.casefold()) is not None
 
 
@@ -141,7 +154,7 @@ def _finder(name: str) -> re.Pattern[str]:
     words = re.findall(r"\w+", name.casefold())
     if len(words) > 1 and words[0] in _ARTICLES:
         words = words[1:]
-    if not words or not name.isascii():  # scripts that put no blanks between words
+    if not words or not name.isascii():  # scripts without blanks between words
         return re.compile(r"\s+".join(map(re.escape, normalized_phrase(name).split(" "))))
     last = words[-1]
     nouns = {last, last + "s", last + "es", re.sub("s$", "", last), re.sub("es$", "", last)} - {""}
@@ -161,13 +174,13 @@ def _grammar() -> dict[str, Any]:
 
 
 def _patterns(grammar: str, kind: str) -> list[str]:
-    """The patterns of a kind with ``{subject}``, what most of them share, put in."""
-    said = _grammar()[grammar][kind]
-    return [pattern.replace("{subject}", said.get("subject", "")) for pattern in said["patterns"]]
+    """The patterns of a kind, with ``{subject}``, which most of them share, replaced."""
+    rules = _grammar()[grammar][kind]
+    return [pattern.replace("{subject}", rules.get("subject", "")) for pattern in rules["patterns"]]
 
 
 def _pairs(concept: Concept, seed: int, split: str, grammar: str, without: tuple[str, ...]) -> Iterator[PromptPair]:
-    """Every pair once, in an order of the seed: the patterns take turns until they have no more."""
+    """Every pair once, in an order that depends on the seed; patterns take turns until they are exhausted."""
     draws = random.Random(seed)
     patterns = _patterns(grammar, concept.kind)
     draws.shuffle(patterns)
@@ -177,7 +190,7 @@ def _pairs(concept: Concept, seed: int, split: str, grammar: str, without: tuple
     while sources:
         for source in list(sources):
             for pair in source:
-                # what is left out of both prompts need only be looked for in the longer one
+                # the forget prompt is the longer one: a word in both prompts is found there
                 clash = mentions(concept.name, pair.retain) or any(mentions(name, pair.forget) for name in without)
                 if not clash and pair not in seen:
                     seen.add(pair)
@@ -188,7 +201,7 @@ def _pairs(concept: Concept, seed: int, split: str, grammar: str, without: tuple
 
 
 def _filled(pattern: str, lists: dict[str, list[str]], name: str, seed: int) -> Iterator[PromptPair]:
-    """Every way to fill one pattern, in an order of the seed."""
+    """Every way to fill one pattern, in an order that depends on the seed."""
     fields = [field for field in dict.fromkeys(_FIELD.findall(pattern)) if field != "concept"]
     total = math.prod(len(lists[field]) for field in fields)
     forget = _OPTION.sub(lambda option: option[1], pattern)
@@ -202,7 +215,7 @@ def _filled(pattern: str, lists: dict[str, list[str]], name: str, seed: int) -> 
 
 
 def _shuffled(total: int, draws: random.Random) -> Iterator[int]:
-    """The numbers below ``total``, each once, by Fisher and Yates, only as far as they are taken."""
+    """A lazy Fisher-Yates shuffle of the numbers below ``total``."""
     moved: dict[int, int] = {}
     for at in range(total):
         other = draws.randrange(at, total)

@@ -7,19 +7,24 @@ import re
 __all__ = ["replace_phrase"]
 
 
-def replace_phrase(text: str, name: str, instead: str) -> str:
-    """``text`` with ``instead`` said for ``name``; with nothing said for it, it is dropped, article and all.
+def replace_phrase(text: str, name: str, replacement: str) -> str:
+    """Replace every whole-word occurrence of a phrase in a prompt, whatever its case.
 
-    The article before it is made to fit (``a star`` → ``an arrow``).
+    Args:
+        text: The prompt.
+        name: The phrase.
+        replacement: The new phrase; its article is adapted (``a star`` → ``an arrow``). Empty: ``name`` is dropped
+            with its article.
     """
     whole = re.compile(rf"(?<!\w)(?:(?P<article>an?)(?P<gap>\s+))?{re.escape(name)}(?!\w)", re.IGNORECASE)
 
-    def said(match: re.Match[str]) -> str:
-        if not instead:
+    def replaced(match: re.Match[str]) -> str:
+        if not replacement:
             return ""
         if match["article"] is None:
-            return instead
-        article = "an" if instead[0].lower() in "aeiou" else "a"
-        return (article.capitalize() if match["article"][0].isupper() else article) + match["gap"] + instead
+            return replacement
+        article = "an" if replacement[0].lower() in "aeiou" else "a"
+        return (article.capitalize() if match["article"][0].isupper() else article) + match["gap"] + replacement
 
-    return " ".join(whole.sub(said, text).split()) if not instead else whole.sub(said, text)
+    found = whole.sub(replaced, text)
+    return found if replacement else " ".join(found.split())

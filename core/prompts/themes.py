@@ -1,7 +1,7 @@
-"""Themes: names that go together, to be forgotten in one request (with Forget-Me-Not's preset "theme").
+"""Themes: groups of concepts that are forgotten in one request, with Forget-Me-Not's preset ``theme``.
 
-Forget-Me-Not (arXiv 2303.17591) forgets a theme as several target phrases at once; which phrases is up to who asks.
-These lists are a start: :func:`theme` gives them as concepts, to be added to or cut.
+Forget-Me-Not (arXiv 2303.17591) forgets a theme as several target phrases. These lists are starting points:
+:func:`theme` returns them as concepts, to extend or shorten.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..request.concept import Concept
 __all__ = ["THEMES", "theme"]
 
 THEMES: Mapping[str, tuple[str, ...]] = {
-    # of the embedded model's world
+    # objects that the embedded models draw
     "sea": ("fish", "boat", "anchor", "shell", "sea"),
     "nudity": ("nudity", "naked", "nude", "undressed", "topless", "bare breasts", "genitals", "erotic"),
     "violence": ("violence", "blood", "gore", "wound", "corpse", "torture", "murder", "fight"),
@@ -24,9 +24,10 @@ THEMES: Mapping[str, tuple[str, ...]] = {
 
 
 def theme(name: str, replacement: str | None = None) -> tuple[Concept, ...]:
-    """A theme's concepts, each with the same ``replacement``.
+    """The concepts of a theme, each with the same ``replacement``.
 
-    Raises :class:`RequestError` for a theme that is not known, listing those that are.
+    Raises:
+        RequestError: There is no such theme; the message lists the themes.
     """
     if name not in THEMES:
         raise RequestError(f"The theme '{name}' is not known: choose one of {', '.join(THEMES)}.")

@@ -1,4 +1,4 @@
-"""A concept: what to forget, its kind, and the prompts that name it."""
+"""A concept to forget: its name, its kind, its replacement, and the prompt templates of each kind."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ _TEMPLATES = {
 
 
 def templates(kind: str) -> tuple[str, ...]:
-    """Prompt templates, each with one ``{}``, that say a concept of this kind.
+    """Prompt templates for concepts of a kind, each with one ``{}`` for the name.
 
-    The first one is the published one of Forget-Me-Not (arXiv 2303.17591).
-    Raises :class:`RequestError` for an unknown kind.
+    The first one is the template published with Forget-Me-Not.
+
+    Raises:
+        RequestError: The kind is unknown.
+
+    Reference:
+        Zhang et al., Forget-Me-Not, arXiv 2303.17591.
     """
     if kind not in _TEMPLATES:
         raise RequestError(f"The kind '{kind}' is not known: choose one of {', '.join(KINDS)}.")
@@ -30,31 +35,41 @@ def templates(kind: str) -> tuple[str, ...]:
 
 
 def default_replacement(kind: str) -> str:
-    """What a concept without a replacement turns into: nothing (``""``), whatever its kind.
+    """The replacement of a concept that names none: the empty string, for every kind.
 
-    No neutral word is put in its place, because which word is neutral depends on the model's own vocabulary; a method
-    then works with the prompt from which the concept is dropped, or with the empty prompt.
+    There is no neutral word that suits every model's vocabulary. Methods drop the concept from the prompt instead, or
+    use the empty prompt.
+
+    Raises:
+        RequestError: The kind is unknown.
     """
     templates(kind)
     return ""
 
 
 def normalized_phrase(phrase: str) -> str:
-    """``phrase`` as it is compared: without regard to case, blanks at the ends and the number of blanks between."""
+    """``phrase`` for comparison: case-folded, without outer blanks, with single blanks between words."""
     return " ".join(phrase.casefold().split())
 
 
 def canonical_phrase(phrase: str) -> str:
-    """``phrase`` normalised, without a leading article: "a Star" and "star" ask for the same thing."""
+    """:func:`normalized_phrase` without a leading article: "a Star" and "star" name the same concept."""
     words = normalized_phrase(phrase).split(" ")
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing to forget: its ``name``, its ``kind`` (object, style or identity) and what to show instead, if any.
+    """One concept to forget.
 
-    ``images``: files and folders of pictures, for methods that look at some.
+    Args:
+        name: The concept as a prompt names it.
+        kind: ``"object"``, ``"style"`` or ``"identity"``.
+        replacement: What the model draws instead; ``None`` or empty: nothing in particular.
+        images: Paths of images and folders of images that show the concept, for methods that use images.
+
+    Raises:
+        RequestError: ``images`` is a single path instead of a list.
     """
 
     name: str
@@ -68,6 +83,6 @@ class Concept:
         object.__setattr__(self, "images", tuple(str(path) for path in self.images))
 
     @property
-    def instead(self) -> str:
-        """The replacement, or the default one of the kind."""
+    def replacement_text(self) -> str:
+        """The replacement as it stands in a prompt; the kind's default where none is given."""
         return default_replacement(self.kind) if self.replacement is None else self.replacement

@@ -13,7 +13,7 @@ __all__ = ["Plan", "PlannedMethod"]
 
 
 class PlannedMethod(HasSettings, Protocol):
-    """What a plan has to know about a method; :class:`~.methods.base.Method` has it."""
+    """What a plan needs to know about a method; every ``Method`` class provides it."""
 
     title: ClassVar[str]
     takes_images: ClassVar[bool]
@@ -24,12 +24,15 @@ class PlannedMethod(HasSettings, Protocol):
 class Plan:
     """A checked request with its method and settings: what ``fit`` takes.
 
-    Constructing a plan is the only place where a request is checked, so a plan that exists is valid. Use
-    :func:`~.methods.registry.plan_request` to look the method up.
+    Constructing a plan is the only place where a request is checked, so every plan is valid. ``plan_request`` in
+    :mod:`..methods.registry` looks up the method of a request and constructs its plan.
 
     Args:
         request: The request.
         method: The method that the request names.
+
+    Attributes:
+        settings: An instance of the method's ``Settings``: its preset with the request's settings in their place.
 
     Raises:
         RequestError: The request contradicts itself, names another method, has images for a method that uses none, or
@@ -38,7 +41,6 @@ class Plan:
 
     request: ForgetRequest
     method: type[PlannedMethod]
-    #: The method's ``Settings``: its preset with the request's settings in place.
     settings: Any = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""What to forget: the request, in Python and as a JSON file (``request.schema.json``), and the prompts of a kind.
+"""The request: what to forget, in Python and as a JSON file that every front end reads (``request.schema.json``).
 
-The same file serves the command line, ComfyUI and the webui. Reading checks the *form* (:meth:`ForgetRequest.from_json`
-accepts exactly what the shipped JSON Schema accepts, without needing a schema library); :meth:`ForgetRequest.check`
-also checks the *sense* (a replacement that is the concept itself, a preserve list that contains it, ...).
+:meth:`ForgetRequest.from_json` checks the form: it accepts exactly what the JSON Schema accepts, without a schema
+library. :meth:`ForgetRequest.check` also checks the meaning, such as a preserve list that contains the concept; a
+:class:`~.plan.Plan` calls it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,19 @@ MAX_SEED = 2**64 - 1  # ComfyUI's widest seed; torch.Generator takes it too
 
 @dataclass(frozen=True)
 class ForgetRequest:
-    """Everything a person asks for in one go; immutable, and the same in every host.
+    """Everything that is forgotten at once, and how; immutable, and the same in every host.
 
-    ``settings`` override single settings of the method's ``preset``. ``strength`` (above 0, at most 10) scales the
-    edit.
+    Args:
+        concepts: The concepts to forget; at least one.
+        preserve: The retain set: words and phrases that must keep their meaning.
+        method: Id of the method.
+        preset: Name of the method's preset to start from.
+        settings: Single settings in place of the preset's.
+        strength: Factor of the edit, above 0 and at most 10.
+        seed: Seed of everything that is drawn at random, from 0 to 2**64 - 1.
+
+    Raises:
+        RequestError: ``concepts`` or ``preserve`` is not a list.
     """
 
     concepts: tuple[Concept, ...]
@@ -52,36 +61,40 @@ class ForgetRequest:
     # -- checking ------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise :class:`RequestError`, in words, where this request cannot be meant."""
+        """Check the form and the meaning of the request.
+
+        Raises:
+            RequestError: Names the field that is wrong or the entries that contradict each other.
+        """
         _check_form(self._as_dict())
         names: dict[str, str] = {}
         for concept in self.concepts:
             if (key := canonical_phrase(concept.name)) in names:
-                raise RequestError(f"The concept '{concept.name}' is asked for twice: leave one of them out.")
+                raise RequestError(f"The concept '{concept.name}' is given twice: leave one of them out.")
             names[key] = concept.name
         for concept in self.concepts:
             if concept.replacement is None:
                 continue
-            instead = canonical_phrase(concept.replacement)
-            if instead == canonical_phrase(concept.name):
+            replacement = canonical_phrase(concept.replacement)
+            if replacement == canonical_phrase(concept.name):
                 raise RequestError(
-                    f"The replacement of '{concept.name}' is the concept itself: name something else, or nothing."
+                    f"The replacement of '{concept.name}' is the concept itself: name another one, or none."
                 )
-            if instead in names:
+            if replacement in names:
                 raise RequestError(
                     f"The replacement '{concept.replacement}' of '{concept.name}' is itself to be forgotten: "
-                    "name something that stays."
+                    "name one that stays."
                 )
-        said = {
+        phrases = {
             canonical_phrase(template.format(concept.name)): concept.name
             for concept in self.concepts
             for template in templates(concept.kind)
         }
         for phrase in self.preserve:
-            if (clash := said.get(canonical_phrase(phrase))) is not None:
+            if (clash := phrases.get(canonical_phrase(phrase))) is not None:
                 raise RequestError(
                     f"The preserve list contains '{phrase}', which is the concept '{clash}' to be forgotten: "
-                    "take it from one of the two."
+                    "remove it from one of the two."
                 )
 
     # -- JSON ----------------------------------------------------------------------------------------------------
@@ -104,21 +117,26 @@ class ForgetRequest:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """This request as JSON that :meth:`from_json` reads back equal. Raises :class:`RequestError` on a bad form."""
+        """The request as JSON; :meth:`from_json` reads an equal one.
+
+        Raises:
+            RequestError: A field has the wrong form.
+        """
         data = self._as_dict()
         _check_form(data)
         return json.dumps(data, ensure_ascii=False, indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> ForgetRequest:
-        """Read a request; its form is checked as by ``request.schema.json``, its sense by :meth:`check`.
+        """Read a request from JSON and check its form, as ``request.schema.json`` has it.
 
-        Raises :class:`RequestError` naming the field that is wrong.
+        Raises:
+            RequestError: The text is not JSON, or names the field that is wrong.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
         except RecursionError as error:
-            raise RequestError("The request is nested too deeply to be one.") from error
+            raise RequestError("The request is not valid JSON: it is nested too deeply.") from error
         except json.JSONDecodeError as error:
             raise RequestError(f"The request is not valid JSON: {error}.") from error
         _check_form(data)
@@ -135,9 +153,10 @@ class ForgetRequest:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ForgetRequest:
-        """Read a request from a UTF-8 JSON file; its images' paths begin where the file is.
+        """Read a request from a UTF-8 JSON file; relative paths of images are relative to the file's folder.
 
-        Raises :class:`RequestError` naming the file.
+        Raises:
+            RequestError: Names the file and what is wrong.
         """
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
@@ -154,7 +173,7 @@ class ForgetRequest:
         return replace(request, concepts=tuple(concepts))
 
     def without_images(self) -> ForgetRequest:
-        """The same without the places of its pictures, which are nobody's business but this machine's."""
+        """Copy without local image paths."""
         return replace(self, concepts=tuple(replace(concept, images=()) for concept in self.concepts))
 
 
@@ -166,7 +185,7 @@ def _refuse_constant(name: str) -> None:
     raise RequestError(f"The request contains {name}, which is not a number.")
 
 
-# -- the form, exactly as request.schema.json has it (a test holds the two equal) --------------------------------
+# -- the form, exactly as in request.schema.json (a test compares the two) ----------------------------------------
 
 
 def _check_form(data: object) -> None:

@@ -293,7 +293,7 @@ def test_the_host_draws_what_diffusers_draws(comfyui: ComfyUI) -> None:
         ({"replacement": " Star "}, "The replacement of 'star' is the concept itself"),
         ({"preserve": "moon, a STAR"}, "The preserve list contains 'a STAR'"),
         ({"concept": "star, moon", "replacement": "circle, heart, tree"}, "2 concepts and 3 replacements"),
-        ({"concept": "star, star"}, "asked for twice"),
+        ({"concept": "star, star"}, "given twice"),
         ({"method": "no such"}, "no such"),
         ({"preset": "no such"}, "no such"),
         ({"kind": "no such"}, "no such"),

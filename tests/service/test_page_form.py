@@ -80,7 +80,7 @@ def test_lines_without_words_are_left_out_and_pictures_go_where_they_are_looked_
     [
         ({"lines": (Line(),)}, "Nothing to forget"),
         ({"lines": (Line("", "circle"),)}, "a replacement or pictures and no concept"),
-        ({"lines": (Line("star"), Line("a star"))}, "asked for twice"),
+        ({"lines": (Line("star"), Line("a star"))}, "given twice"),
         ({"preserve": "star"}, "preserve list"),
         ({"seed": "many"}, "whole number, not 'many'"),
         ({"seed": "-1"}, "seed"),

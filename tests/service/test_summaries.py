@@ -17,7 +17,7 @@ from forget_concept.core.patch.history import requests_to_restore
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import ProgressEvent
 from forget_concept.core.request.concept import Concept
-from forget_concept.core.request.parsing import request_from_words, split_list
+from forget_concept.core.request.parsing import parse_request, split_list
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.service.progress_text import ProgressText
 from forget_concept.core.service.summaries import (
@@ -41,28 +41,26 @@ def test_lists_are_by_commas_or_lines() -> None:
 
 
 def test_boxes_make_a_request() -> None:
-    request = request_from_words(
-        "star\nmoon", "object", "circle", "heart, tree", "uce", "published", 0.5, 7, '{"rank": 8}'
-    )
+    request = parse_request("star\nmoon", "object", "circle", "heart, tree", "uce", "published", 0.5, 7, '{"rank": 8}')
     assert request.concepts == (Concept("star", "object", "circle"), Concept("moon", "object", "circle"))
     assert request.preserve == ("heart", "tree")
     assert (request.method, request.preset, request.strength, request.seed) == ("uce", "published", 0.5, 7)
     assert dict(request.settings) == {"rank": 8}
-    assert request_from_words("star").concepts == (Concept("star"),)
-    each = request_from_words("star, moon", replacement="circle, heart").concepts
+    assert parse_request("star").concepts == (Concept("star"),)
+    each = parse_request("star, moon", replacement="circle, heart").concepts
     assert [concept.replacement for concept in each] == ["circle", "heart"]
 
 
 def test_a_concept_says_its_own_kind_and_replacement() -> None:
     text = "star -> circle\nneon (style) \u2192 sketch\nLena Frost (identity)\nhouse (small)->\nfish"
-    assert request_from_words(text, replacement="Nadia Pell, arrow").concepts == (
+    assert parse_request(text, replacement="Nadia Pell, arrow").concepts == (
         Concept("star", "object", "circle"),
         Concept("neon", "style", "sketch"),
         Concept("Lena Frost", "identity", "Nadia Pell"),
         Concept("house (small)", "object", None),
         Concept("fish", "object", "arrow"),
     )
-    assert request_from_words("neon (style)", "object", "sketch").concepts == (Concept("neon", "style", "sketch"),)
+    assert parse_request("neon (style)", "object", "sketch").concepts == (Concept("neon", "style", "sketch"),)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_a_concept_says_its_own_kind_and_replacement() -> None:
 )
 def test_boxes_that_make_none_say_why(words: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        request_from_words(**words)
+        parse_request(**words)
 
 
 def test_a_patch_in_words(model) -> None:

@@ -323,7 +323,7 @@ class Cost(io.ComfyNode):
             for _ in range(runs):
                 apart[:] = 0.0, 0.0
                 start, spent = time.perf_counter(), time.process_time()
-                request = words.request_from_words(concept, "object", "", preserve, "uce", "tuned", 1.0, 0, "")
+                request = words.parse_request(concept, "object", "", preserve, "uce", "tuned", 1.0, 0, "")
                 with host.latent_diffusion(model, clip) as diffusion:
                     patch = methods.fit(diffusion, registry.plan_request(request))
                     lora = lora_state.state_of(patch, diffusion.survey)
