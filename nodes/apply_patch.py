@@ -6,10 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.formats.lora_state import patch_of, state_of
 from ..core.service.summaries import base_model_summary, surviving_share_summary
 from . import host
 from .common import LORA, schema
-from .lora_state import patch_of, state_of
 
 __all__ = ["ApplyForgetPatch"]
 

@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import RequestError
+from ..core.formats.lora_state import patch_of
 from ..core.request.request import MAX_SEED
 from ..core.service.summaries import concept_names
 from . import host
 from .common import LORA, schema
-from .lora_state import patch_of
 
 __all__ = ["ConceptAttentionMap"]
 
@@ -115,12 +115,12 @@ class ConceptAttentionMap(io.ComfyNode):
         pictures = [Picture(prompt, seed)]
         with host.latent_diffusion(model, clip, vae) as diffusion:
             sampling = SamplingSettings(steps, guidance or diffusion.guidance, 1, "float32")
-            told = host.progress(cls.hidden.unique_id)
+            progress = host.progress(cls.hidden.unique_id)
             if patch is None:
-                (found,) = attention_maps(diffusion, pictures, [said], (), sampling, told)
+                (found,) = attention_maps(diffusion, pictures, [said], (), sampling, progress)
                 picture, words = measuring.attention_sheet(found), measuring.attention_summary(found, said)
             else:
-                (pair,) = attention_pairs(diffusion, pictures, [said], [(patch, strength)], sampling, told)
+                (pair,) = attention_pairs(diffusion, pictures, [said], [(patch, strength)], sampling, progress)
                 picture, words = measuring.attention_sheet(pair), measuring.attention_summary(pair, said)
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(picture, words)

@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
+from ..core.formats.lora_state import patch_of, state_of
 from ..core.patch.patch import Patch
 from ..core.service.summaries import patch_summary
 from . import host
 from .common import LORA, schema
-from .lora_state import patch_of, state_of
 
 __all__ = ["CombineForgetPatches"]
 

@@ -303,7 +303,7 @@ class RequestInputs:
 def at_work(
     node: str | None, model: Any, clip: Any, asked: RequestInputs
 ) -> Iterator[tuple[LatentDiffusion, Progress, Inputs]]:
-    """The borrowed model, the progress to tell, and what the request has besides words."""
+    """The host's model, a progress callback, and the request's inputs besides its text."""
     with host.latent_diffusion(model, clip, asked.vae) as diffusion:
         concept, request = asked.request.concepts[0], asked.request
         prompt = templates(concept.kind)[0].format(concept.name)

@@ -9,12 +9,12 @@ from comfy_api.latest import io, ui
 from ..core.errors import RequestError
 from ..core.files.names import fresh_file, patch_name
 from ..core.files.writing import check_folder, check_writable, make_folder
+from ..core.formats.lora_state import patch_of
 from ..core.request.parsing import split_list
 from ..core.request.request import MAX_SEED
 from ..core.service.summaries import concept_names
 from . import host
 from .common import LORA, schema
-from .lora_state import patch_of
 
 __all__ = ["EvaluateForgetting"]
 
@@ -156,7 +156,7 @@ class EvaluateForgetting(io.ComfyNode):
         root = host.output_folder()
         folder = check_folder(root.joinpath(*folders))
         embedded = host.is_embedded(model)
-        bench = measuring.questions(benchmark, embedded, names)
+        bench = measuring.chosen_benchmark(benchmark, embedded, names)
         with host.latent_diffusion(model, clip, vae, differentiable_text=m_score or attacks != "none") as diffusion:
             looking = measuring.evaluators(embedded, clip_judge, bench)
             small = max(diffusion.latent_shape[1:]) <= _SMALL

@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.formats.lora_state import state_of
 from ..core.methods.fit import fit
 from ..core.service.summaries import fit_summary, surviving_share_summary
 from . import host
 from .common import RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
-from .lora_state import state_of
 
 __all__ = ["ForgetConcept", "forgotten"]
 
@@ -45,8 +45,8 @@ class ForgetConcept(io.ComfyNode):
 def forgotten(node: str | None, model: Any, clip: Any, asked: RequestInputs) -> io.NodeOutput:
     """What the node gives: the patched MODEL, the patch, and words."""
     start = time.monotonic()
-    with at_work(node, model, clip, asked) as (diffusion, told, inputs):
-        patch = fit(diffusion, asked.plan, told, inputs)
+    with at_work(node, model, clip, asked) as (diffusion, progress, inputs):
+        patch = fit(diffusion, asked.plan, progress, inputs)
         lora = state_of(patch, diffusion.survey)
     patched = host.with_lora(model, lora)
     notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]

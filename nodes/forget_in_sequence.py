@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
+from ..core.formats.lora_state import patch_of, state_of
 from ..core.methods.sequence import History
 from ..core.methods.sequence_rules import next_record
 from ..core.models.latent_diffusion import LatentDiffusion
@@ -15,7 +16,6 @@ from ..core.patch.history import read_history
 from ..core.service.summaries import fit_summary, history_summary, surviving_share_summary
 from . import host
 from .common import LORA, RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
-from .lora_state import patch_of, state_of
 
 __all__ = ["ForgetInSequence", "check_base"]
 
@@ -78,13 +78,13 @@ class ForgetInSequence(io.ComfyNode):
             # what can be refused without a model
             next_record(read_history(getattr(earlier, "metadata", {})).parts, asked.plan)
         start = time.monotonic()
-        with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, told, inputs):
+        with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, progress, inputs):
             history = History()
             if earlier is not None:
                 history = History.from_patch(patch_of(earlier, diffusion.survey))
                 check_base(history, diffusion, model)
             history = history.bounded(max_rank or history.max_rank)
-            history = history.forget(diffusion, asked.plan, told, inputs)
+            history = history.forget(diffusion, asked.plan, progress, inputs)
             patch = history.patch
             lora = state_of(patch, diffusion.survey)
         patched = host.with_lora(model, lora)

@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import PatchError
+from ..core.formats.lora_state import patch_of
 from ..core.service.summaries import base_model_summary, last_request, patch_summary, surviving_share_summary
 from . import host
 from .common import LORA, schema
-from .lora_state import patch_of
 
 __all__ = ["InspectForgetPatch"]
 

@@ -8,11 +8,11 @@ from comfy_api.latest import io
 
 from ..core.files.safetensors_io import read_metadata, read_safetensors
 from ..core.formats import context_map, kohya
+from ..core.formats.lora_state import LoraState
 from ..core.patch.metadata import PatchMetadata
 from ..core.service.summaries import patch_summary
 from . import host
 from .common import LORA, schema
-from .lora_state import LoraState
 
 __all__ = ["LoadForgetPatch"]
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..core.files.names import fresh_file, patch_name
 from ..core.files.writing import check_folder, make_folder, write_bytes
 from ..core.formats import kohya
+from ..core.formats.lora_state import patch_of
 from ..core.service.preview import bars, png, row
 from ..core.service.summaries import concept_names
 from . import host
 from .common import LORA, schema
-from .lora_state import patch_of
 
 __all__ = ["SaveForgetPatch"]
 

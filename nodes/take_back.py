@@ -7,13 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import RequestError, listed
+from ..core.formats.lora_state import patch_of, state_of
 from ..core.methods.sequence import History
 from ..core.patch.history import read_history, requests_to_restore
 from ..core.service.summaries import history_summary, surviving_share_summary
 from . import host
 from .common import LORA, patch_outputs, schema
 from .forget_in_sequence import check_base
-from .lora_state import patch_of, state_of
 
 __all__ = ["TakeBack"]
 
@@ -56,10 +56,10 @@ class TakeBack(io.ComfyNode):
             history = History.from_patch(patch_of(lora, diffusion.survey))
             check_base(history, diffusion, model)
             before, on_it = history.concepts, set()
-            told = host.progress(cls.hidden.unique_id)
+            progress = host.progress(cls.hidden.unique_id)
             for one in wanted:
                 on_it |= {later.number for later in history.trained_on(one)}
-                history = history.without(one, diffusion, told)
+                history = history.without(one, diffusion, progress)
             if not history.parts:
                 raise RequestError(
                     "Nothing would be left of this patch: for the model as it was, use it without the patch."

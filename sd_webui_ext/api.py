@@ -59,7 +59,7 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
         400: "It cannot be done as asked.",
         401: "The name or the password is not one of --api-auth.",
         404: "There is none of this name.",
-        409: "Another job is under way.",
+        409: "Another job is running.",
         413: "The body is too large.",
         422: "The body is not of this form.",
     }.items()

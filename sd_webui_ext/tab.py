@@ -1,7 +1,7 @@
 """The tab *Forget Concept*: its three parts, and the heartbeat that keeps them up to date while a job runs.
 
 Written to what gradio 3.41 and 4.40 share. The page's script (``javascript/forget_concept.js``) presses a hidden button
-as long as a job is under way, so that the state comes over gradio's own way, with its login, behind any proxy.
+as long as a job is running, so that the state comes over gradio's own way, with its login, behind any proxy.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError
+from ..core.service import html
 from ..core.service.host_interface import Host
 from ..core.service.patch_store import PatchStore, patch_store_of
-from . import page
 from .tab_evaluate import EvaluatePart
 from .tab_forget import ForgetPart
 from .tab_patches import PatchesPart
@@ -90,7 +90,7 @@ class _JobHeartbeat:
         found: list[Any] = []
         for kind, words in zip(("forget", "evaluate"), problems, strict=True):
             job = self.store.jobs.latest(kind)
-            text = page.state(job, beat) + (page.problem(words) if words else "")
+            text = html.state(job, beat) + (html.problem(words) if words else "")
             running = job is not None and not job.over
             found += [text, gr.update(interactive=not busy), gr.update(interactive=running)]
         return found
@@ -125,7 +125,7 @@ class _JobHeartbeat:
         return [
             now,
             *status,
-            page.outcome(forget),
+            html.outcome(forget),
             *self.evaluate.outcome(evaluate),
             *self.patches.refreshed(name or chosen),
             self.evaluate.listed(name or evaluated),

@@ -11,11 +11,11 @@ import gradio as gr
 
 from ..core.errors import ForgetConceptError, RequestError
 from ..core.request.parsing import split_list
+from ..core.service import html
 from ..core.service.evaluate_job import ATTACKS, BENCHMARKS, FEWEST, EvaluateJob
 from ..core.service.forget_job import MOST_STRENGTH
 from ..core.service.jobs import Job
 from ..core.service.patch_store import PatchStore
-from . import page
 
 __all__ = ["EvaluatePart"]
 
@@ -44,7 +44,7 @@ class EvaluatePart:
                     self.stop = gr.Button(
                         "Interrupt", variant="stop", interactive=False, elem_id=f"{_ID}evaluate_stop", scale=1
                     )
-                self.state = gr.HTML(page.state(None, 0), elem_id=f"{_ID}evaluate_state")
+                self.state = gr.HTML(html.state(None, 0), elem_id=f"{_ID}evaluate_state")
                 self.words = gr.HTML("", elem_id=f"{_ID}evaluate_words")
                 self.report = gr.Dropdown([], value=None, label="Report", elem_id=f"{_ID}report")
         self.frame = gr.HTML("", elem_id=f"{_ID}report_frame")
@@ -149,11 +149,11 @@ class EvaluatePart:
         try:
             names = self.store.reports.names()
         except ForgetConceptError as error:
-            return [page.problem(str(error)), gr.update(), "", gr.update(visible=False)]
+            return [html.problem(str(error)), gr.update(), "", gr.update(visible=False)]
         name = names[0] if names else None
         if job is not None and job.outcome is not None:
             name = job.outcome.data["report"]
-        return [page.outcome(job), gr.update(choices=names, value=name), *self._shown(name)]
+        return [html.outcome(job), gr.update(choices=names, value=name), *self._shown(name)]
 
     def _shown(self, name: str | None) -> list[Any]:
         if not name:
@@ -163,9 +163,9 @@ class EvaluatePart:
             text = files[0].read_text(encoding="utf-8")
             copies = [shutil.copy(file, self._copies.name) for file in files]
         except (ForgetConceptError, OSError) as error:
-            return [page.problem(str(error)), gr.update(value=None, visible=False)]
+            return [html.problem(str(error)), gr.update(value=None, visible=False)]
         return [
-            page.report_frame(text, f"Report {name}"),
+            html.report_frame(text, f"Report {name}"),
             gr.update(value=copies, visible=True),
         ]
 

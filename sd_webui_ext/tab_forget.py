@@ -14,11 +14,11 @@ from ..core.methods.base import Method
 from ..core.methods.registry import all_methods, plan_request
 from ..core.request.concept import KINDS
 from ..core.request.request import MAX_STRENGTH, ForgetRequest
+from ..core.service import html
 from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, ForgetJob
 from ..core.service.forms import FormField, form_fields, presets
 from ..core.service.page_form import ROWS, Form, Line, recall, remember
 from ..core.service.patch_store import PatchStore
-from . import page
 
 __all__ = ["ForgetPart"]
 
@@ -202,7 +202,7 @@ class ForgetPart:
         with gr.Row():
             self.start = gr.Button("Forget", variant="primary", elem_id=f"{_ID}start", scale=3)
             self.stop = gr.Button("Interrupt", variant="stop", interactive=False, elem_id=f"{_ID}stop", scale=1)
-        self.state = gr.HTML(page.state(None, 0), elem_id=f"{_ID}state")
+        self.state = gr.HTML(html.state(None, 0), elem_id=f"{_ID}state")
         self.result = gr.HTML("", elem_id=f"{_ID}result")
         self.status = [self.state, self.start, self.stop]
 
@@ -318,10 +318,10 @@ class ForgetPart:
         try:
             request = self._read(values).plan().request
         except ForgetConceptError as error:
-            return [gr.update(value=None), page.problem(str(error))]
+            return [gr.update(value=None), html.problem(str(error))]
         file = Path(tempfile.mkdtemp(dir=self._copies.name), "forget-request.json")
         file.write_text(request.without_images().to_json(indent=2) + "\n", encoding="utf-8")
-        return [str(file), page.notice("The file is written: click its size to fetch it.")]
+        return [str(file), html.notice("The file is written: click its size to fetch it.")]
 
     def _import(self, given: Any) -> list[Any]:
         keep = [gr.update() for _ in self.form]
@@ -332,13 +332,13 @@ class ForgetPart:
             request = ForgetRequest.from_json(file.read_text(encoding="utf-8-sig"))
             form_values = self._form_of(Form.of(plan_request(request)), {})
         except UnicodeDecodeError:
-            return [page.problem("This file is no text: a request is a JSON file."), *keep]
+            return [html.problem("This file is no text: a request is a JSON file."), *keep]
         except (ForgetConceptError, OSError) as error:
-            return [page.problem(str(error)), *keep]
+            return [html.problem(str(error)), *keep]
         words = "The form is filled in."
         if any(concept.images for concept in request.concepts):
             words += " The request names pictures: drop them on the page again."
-        return [page.notice(words), *form_values]
+        return [html.notice(words), *form_values]
 
     def recalled(self) -> list[Any]:
         """The form as it was last used; where nothing is kept, as it is."""

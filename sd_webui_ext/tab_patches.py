@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError
+from ..core.service import html
 from ..core.service.forget_job import MOST_STRENGTH
 from ..core.service.patch_store import PatchStore
-from . import page
 
 __all__ = ["PatchesPart"]
 
@@ -131,13 +131,13 @@ class PatchesPart:
         try:
             entries = self.store.library.entries()
         except ForgetConceptError as error:
-            return [table, page.problem(str(error)), *[gr.update()] * (len(self.live) - 2)]
+            return [table, html.problem(str(error)), *[gr.update()] * (len(self.live) - 2)]
         names = [entry.name for entry in entries]
         chosen = chosen if chosen in names else names[0] if names else None
         entry = next((entry for entry in entries if entry.name == chosen), None)
         return [
             table,
-            page.cards(entries, chosen, active),
+            html.cards(entries, chosen, active),
             gr.update(choices=names, value=chosen),
             entry.tag if entry else "",
             self._details(chosen),
@@ -148,25 +148,25 @@ class PatchesPart:
         try:
             model, active = self.store.host.model(), self.store.active()
         except ForgetConceptError as error:
-            return page.problem(str(error)), []
-        return page.active_table(active, model.title), [one.name for one in active]
+            return html.problem(str(error)), []
+        return html.active_table(active, model.title), [one.name for one in active]
 
     def _details(self, name: str | None) -> str:
         if name is None:
             return ""
         try:
-            return page.details(self.store.library.inspect(name))
+            return html.details(self.store.library.inspect(name))
         except ForgetConceptError as error:
-            return page.problem(str(error))
+            return html.problem(str(error))
 
     def _done(self, chosen: str | None, work: Callable[[], str]) -> list[Any]:
         """Do something with the chosen patch and show what came of it."""
         try:
             if not chosen:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
-            message = page.notice(work())
+            message = html.notice(work())
         except ForgetConceptError as error:
-            message = page.problem(str(error))
+            message = html.problem(str(error))
         return [message, *self.refreshed(chosen)]
 
     def _applied(self, chosen: str | None, strength: float) -> list[Any]:
@@ -188,9 +188,9 @@ class PatchesPart:
             names = [one.name for one in self.store.active()]
             for name in names:
                 self.store.remove(name)
-            message = page.notice("The loaded model is as it was." if names else "No patch is in the loaded model.")
+            message = html.notice("The loaded model is as it was." if names else "No patch is in the loaded model.")
         except ForgetConceptError as error:
-            message = page.problem(str(error))
+            message = html.problem(str(error))
         return [message, *self.refreshed(chosen)]
 
     def _renamed(self, chosen: str | None, new: str) -> list[Any]:
@@ -199,26 +199,26 @@ class PatchesPart:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
             entry = self.store.rename(chosen, new or "")
         except ForgetConceptError as error:
-            return [page.problem(str(error)), gr.update(), *self.refreshed(chosen)]
-        return [page.notice(f"'{chosen}' is called '{entry.name}' now."), "", *self.refreshed(entry.name)]
+            return [html.problem(str(error)), gr.update(), *self.refreshed(chosen)]
+        return [html.notice(f"'{chosen}' is called '{entry.name}' now."), "", *self.refreshed(entry.name)]
 
     def _opened(self, chosen: str | None) -> str:
         try:
             folder = self.store.library.find(chosen).path.parent if chosen else self.store.host.lora_folder()
             self.store.host.open_folder(folder)
         except ForgetConceptError as error:
-            return page.problem(str(error))
-        return page.notice(f"The folder is open on the machine that the webui runs on: {folder}")
+            return html.problem(str(error))
+        return html.notice(f"The folder is open on the machine that the webui runs on: {folder}")
 
     def _asked(self, chosen: str | None) -> list[Any]:
         try:
             if not chosen:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
-            self.store.check_out(chosen, "deleted")
+            self.store.check_not_applied(chosen, "delete")
         except ForgetConceptError as error:
-            return [gr.update(visible=False), "", "", page.problem(str(error))]
+            return [gr.update(visible=False), "", "", html.problem(str(error))]
         words = f"Delete '{chosen}', its picture and its card from the disk? This cannot be undone."
-        return [gr.update(visible=True), page.question(words), chosen, ""]
+        return [gr.update(visible=True), html.question(words), chosen, ""]
 
     def _deleted(self, doomed: str, chosen: str | None) -> list[Any]:
         def work() -> str:
@@ -237,5 +237,5 @@ class PatchesPart:
         try:
             entry, words = self.store.combine(parts, name or "", int(max_rank) if max_rank else None)
         except ForgetConceptError as error:
-            return [page.problem(str(error)), *self.refreshed(chosen)]
-        return [page.notice(f"saved: {entry.place}\n{words}"), *self.refreshed(entry.name)]
+            return [html.problem(str(error)), *self.refreshed(chosen)]
+        return [html.notice(f"saved: {entry.place}\n{words}"), *self.refreshed(entry.name)]

@@ -87,14 +87,14 @@ class WebUI:
             state.begin(job=title)
             state.job_count, state.textinfo = 1, title
 
-            def told(event: ProgressEvent) -> None:
+            def report(event: ProgressEvent) -> None:
                 if state.interrupted or state.stopping_generation:
                     raise Cancelled(f"'{title}' was interrupted.")
                 state.sampling_step, state.sampling_steps = event.step, event.total
                 state.textinfo = event.message or title
 
             try:
-                yield told
+                yield report
             finally:
                 state.end()
                 # else what was meant for this job would stop the next one

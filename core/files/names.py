@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import ForgetConceptError, RequestError
@@ -44,16 +45,22 @@ def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folde
     return tuple(parts)
 
 
-def fresh_file(folder: Path, stem: str, suffix: str) -> Path:
-    """The file with the first number behind ``stem`` that no file has there, whatever its ending.
+def fresh_file(folder: Path, stem: str, suffix: str, taken: Collection[str] = ()) -> Path:
+    """``<stem>_<number><suffix>`` with the first number that is free in the folder, whatever the extension.
 
-    Raises :class:`ForgetConceptError` where the folder cannot be read.
+    Args:
+        taken: Stems that are not free either, case-folded: files elsewhere that a host would confuse with this one.
+
+    Raises:
+        ForgetConceptError: Where the folder cannot be read.
     """
     try:
-        taken = {path.name.casefold() for path in folder.iterdir()}
+        present = {path.name.casefold() for path in folder.iterdir()}
     except OSError as error:
         raise ForgetConceptError(f"The folder '{folder}' cannot be read: {error.strerror or error}.") from error
-    number = 1
-    while any(name.startswith(f"{stem}_{number:05}.".casefold()) for name in taken):
-        number += 1
-    return folder / f"{stem}_{number:05}{suffix}"
+    for number in itertools.count(1):
+        numbered = f"{stem}_{number:05}"
+        folded = numbered.casefold()
+        if folded not in taken and not any(name.startswith(f"{folded}.") for name in present):
+            break
+    return folder / f"{numbered}{suffix}"

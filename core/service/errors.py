@@ -1,4 +1,4 @@
-"""Errors that REST answers with codes of their own."""
+"""Errors that a front answers differently from others, such as REST with a status code of its own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["BusyError", "NotFoundError"]
 
 
 class BusyError(ForgetConceptError):
-    """Something else is under way."""
+    """Another job is running."""
 
 
 class NotFoundError(RequestError):
-    """There is none of the name that was given."""
+    """No job, patch or report has the given name."""

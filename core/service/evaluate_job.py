@@ -1,4 +1,4 @@
-"""The job that measures a patch on the loaded model, and its reports."""
+"""The job that evaluates a patch on the loaded model, and the reports of such jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .patch_library import PLACEHOLDER, PatchLibrary
 if TYPE_CHECKING:
     from ..evaluation.report import Report
 
-# the evaluation is imported where it is needed: the webui's start does not wait for it
+# the evaluation is imported where it is used, so that the host starts without waiting for it
 
 __all__ = ["ATTACKS", "BENCHMARKS", "EvaluateJob", "Reports"]
 
@@ -33,7 +33,7 @@ FEWEST, MOST = 4, 1000
 
 
 class Reports:
-    """The reports of evaluations, in this extension's own folder; each goes by the stem of its files."""
+    """Evaluation reports in the host's data folder; a report's name is the stem of its files."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -43,7 +43,7 @@ class Reports:
         return self._host.data_folder() / "reports"
 
     def names(self) -> list[str]:
-        """The newest first. Raises where the folder cannot be read."""
+        """The names of all reports, the newest first. Raises where the folder cannot be read."""
         if not self.folder.is_dir():
             return []
         try:
@@ -53,7 +53,7 @@ class Reports:
         return [stem for _, stem in sorted(found, reverse=True)]
 
     def find(self, name: str, end: str = ".html") -> Path:
-        """A report's page (``.html``) or figures (``.json``), looked up among those that are there."""
+        """A report's page (``.html``) or figures (``.json``); a name is looked up and never made into a path."""
         if name not in self.names() or not (file := self.folder / f"{name}{end}").is_file():
             raise NotFoundError(f"There is no report '{name[:120]}'.")
         return file
@@ -61,10 +61,13 @@ class Reports:
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """What is asked for: a patch by its name, at a ``strength``, and how it is measured (see :class:`Measures`).
+    """A request to evaluate a patch on the loaded model; see :class:`Measures` for what is not listed here.
 
-    Without ``concepts`` what the patch itself names is measured. ``clip_judge`` is who looks at the pictures of a
-    checkpoint; the embedded model has a judge of its own.
+    Attributes:
+        patch: The patch's name in the library.
+        strength: The strength to evaluate it at.
+        concepts: What to evaluate; empty: the concepts that the patch names.
+        clip_judge: A CLIP model that labels the pictures of a checkpoint. The embedded model has its own judge.
     """
 
     patch: str
@@ -84,7 +87,7 @@ class EvaluateJob:
         return f"evaluating '{self.patch}'"
 
     def check(self, host: Host, library: PatchLibrary, reports: Reports) -> None:
-        """Refuse, in words, what can be refused before anything is begun."""
+        """Raise :class:`ForgetConceptError` for what can be refused before the job starts."""
         entry = library.find(self.patch)
         if not self.concepts and not entry.concepts:
             raise RequestError("The patch does not say what it forgets: write the concept.")
@@ -104,10 +107,10 @@ class EvaluateJob:
         host.model()
 
     def work(self, host: Host, library: PatchLibrary, progress: Progress) -> Report:
-        """Draw with and without the patch, and have the pictures judged."""
+        """Draw with and without the patch, and judge the pictures."""
         from ..evaluation import BASELINES, UNEDITED
         from ..evaluation.assess import Measures, assess
-        from . import evaluation_text as measuring
+        from .evaluation_text import chosen_benchmark, evaluators, known_only
 
         entry = library.find(self.patch)
         patch = library.load(self.patch)
@@ -115,8 +118,8 @@ class EvaluateJob:
         with host.latent_diffusion() as model:
             patch.check_fits(model.survey)
             embedded = is_embedded(model.survey, model.model_hash)
-            bench = measuring.questions(self.benchmark, embedded, names)
-            looking = measuring.evaluators(embedded, self.clip_judge, bench)
+            bench = chosen_benchmark(self.benchmark, embedded, names)
+            judges = evaluators(embedded, self.clip_judge, bench)
             measures = Measures(
                 self.count,
                 self.seed,
@@ -127,20 +130,20 @@ class EvaluateJob:
             )
             return assess(
                 model,
-                looking,
+                judges,
                 [(patch, self.strength)],
                 names,
                 measures,
                 bench=bench,
-                # another concept that the same patch forgets is not to be kept either
-                without=measuring.known_only(entry.concepts, bench),
+                # other concepts of the same patch are not part of the retain set
+                without=known_only(entry.concepts, bench),
                 files=[entry.path.name],
                 progress=progress,
                 workspace=Workspace(make_folder(host.data_folder()) / "work"),
             )
 
     def finish(self, reports: Reports, report: Report) -> Outcome:
-        """Write the report under a name that was never used before."""
+        """Write the report under a fresh name."""
         from ..evaluation.report import report_dict, write_report
         from .evaluation_text import evaluation_summary
 
@@ -154,4 +157,4 @@ class EvaluateJob:
             "attacks": [one.as_dict() for one in report.attacks],
             "left_out": dict(report.left_out),
         }
-        return Outcome(evaluation_summary(report, Path(file.name)), data, (), file)
+        return Outcome(evaluation_summary(report, Path(file.name)), data)

@@ -1,4 +1,4 @@
-"""What a node asks of the evaluation, and what it says of the answer: no host in it."""
+"""From a front's fields to an evaluation's benchmark and judges, and from its report to text and pictures."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from ..models.images import from_pil
 __all__ = [
     "attention_sheet",
     "attention_summary",
+    "chosen_benchmark",
     "evaluation_summary",
     "evaluators",
     "known_only",
     "pairs",
-    "questions",
     "sheet",
 ]
 
 AUTOMATIC, WORLD = "automatic", "world"
 
 
-def questions(chosen: str, embedded: bool, names: Sequence[str]) -> ConceptBench | None:
-    """The benchmark that a person chose, ``None`` for the embedded model's own world.
+def chosen_benchmark(chosen: str, embedded: bool, names: Sequence[str]) -> ConceptBench | None:
+    """The benchmark with the user's name for it; ``None`` for the embedded model's own world.
 
-    Raises :class:`RequestError` for one that does not suit the model, and for concepts that it does not know.
+    Raises:
+        RequestError: For a benchmark that does not suit the model, and for concepts that it does not contain.
     """
     if chosen == AUTOMATIC:
         chosen = WORLD if embedded else "checkpoints"
@@ -60,9 +61,11 @@ def questions(chosen: str, embedded: bool, names: Sequence[str]) -> ConceptBench
 
 
 def evaluators(embedded: bool, clip: str, bench: ConceptBench | None) -> Evaluators:
-    """Who looks at the pictures: the embedded model's probe, for any other model a CLIP that is on this machine.
+    """The judges of the pictures: the embedded model's probe, or for any other model a CLIP that is on this machine.
 
-    Raises :class:`RequestError` where none is named, :class:`ModelError` where it cannot be read.
+    Raises:
+        RequestError: Where no CLIP is named.
+        ModelError: Where it cannot be read.
     """
     if embedded or bench is None:
         with _own_random_numbers():
@@ -75,30 +78,30 @@ def evaluators(embedded: bool, clip: str, bench: ConceptBench | None) -> Evaluat
         )
     # on the CPU: the card's memory is the host's
     with _own_random_numbers():
-        words = TransformersClip(clip.strip(), local_only=True)
-    missing = {"FID, KID, LPIPS": "the networks that measure them are not looked for in this host"}
-    return Evaluators(ClipJudge(words, bench.names()), words=words, missing=missing)
+        encoder = TransformersClip(clip.strip(), local_only=True)
+    missing = {"FID, KID, LPIPS": "the networks that measure them are not loaded in a host"}
+    return Evaluators(ClipJudge(encoder, bench.names()), words=encoder, missing=missing)
 
 
 def _own_random_numbers() -> AbstractContextManager[None]:
-    """A network that is built draws its first weights, which are overwritten: the host's random numbers stay."""
+    """Building a network draws initial weights, which are overwritten: leave the host's random state alone."""
     return torch.random.fork_rng(devices=[])
 
 
 def known_only(names: Sequence[str], bench: ConceptBench | None) -> list[str]:
-    """Those of ``names`` that can be left out of what is to be kept: with a benchmark any, in the world its own."""
+    """The ``names`` that the benchmark (``None``: the embedded model's world) can leave out of its retain set."""
     if bench is not None:
         return list(names)
     found = []
     for name in names:
         try:
             found.append(known_concept(name)[0])
-        except RequestError:  # nothing of the world asks for it
+        except RequestError:  # not part of the world
             continue
     return found
 
 
-# -- in words -------------------------------------------------------------------------------------------------------
+# -- text -----------------------------------------------------------------------------------------------------------
 
 _PARTS = {
     "ua": "forgotten",
@@ -109,14 +112,14 @@ _PARTS = {
 
 
 def evaluation_summary(report: Report, file: Path) -> str:
-    """The verdict, the figures behind it, what could not be had, and where the whole report is."""
+    """The verdict, the figures behind it, what was left out and why, and where the whole report is."""
     lines = [verdict(report).text]
     for one in report.evaluations:
         lines.append(f"{one.concept} ({one.category}), with 95 % intervals")
         for variant, scores in one.scores.items():
-            figures = [(words, getattr(scores, part)) for part, words in _PARTS.items()]
-            said = "; ".join(f"{words} {percent(s.value)} ({span(s)}, n {s.n})" for words, s in figures)
-            lines.append(f"  {VARIANTS[variant]}: {said}")
+            figures = [(label, getattr(scores, part)) for part, label in _PARTS.items()]
+            line = "; ".join(f"{label} {percent(s.value)} ({span(s)}, n {s.n})" for label, s in figures)
+            lines.append(f"  {VARIANTS[variant]}: {line}")
     for attack in report.attacks:
         before = "" if attack.before is None else f"{percent(attack.before.value)} before, "
         lines.append(
@@ -159,7 +162,8 @@ def sheet(report: Report) -> Tensor:
 def pairs(report: Report) -> tuple[list[dict[str, str]], Tensor]:
     """The pictures of :func:`sheet` one by one, ``(2 n, h, w, 3)`` in [0, 1]: before, after, before, ...
 
-    To each pair belong its ``prompt``, the ``concept`` measured, and whether it is ``asked`` for ("yes", "no").
+    Each pair has its ``prompt``, the ``concept`` that was measured, and whether the prompt names it (``asked``: "yes"
+    or "no").
     """
     found = [
         ({"prompt": example.prompt, "concept": one.concept, "asked": asked}, (example.before, example.after))

@@ -1,4 +1,4 @@
-"""The job that makes the loaded model forget: pictures before, the patch, pictures after, and the patch's file."""
+"""The job that fits a patch on the loaded model: pictures before, the patch, pictures after, and the patch's file."""
 
 from __future__ import annotations
 
@@ -34,14 +34,23 @@ if TYPE_CHECKING:
 __all__ = ["ForgetJob", "check_strength", "comparison_pictures", "drawn", "sampling_of"]
 
 MOST_PAIRS, MOST_STRENGTH = 16, 10.0
-# pictures at a time, of small latents and of any other: between two of these an interruption waits
+# pictures in a batch, of small latents and of any other; an interruption takes effect between two batches
 _SMALL, _AT_ONCE, _FEW = 32, 4, 2
 
 
 @dataclass(frozen=True)
 class ForgetJob:
-    """What is asked for: the ``plan``, the patch's ``name`` (see :meth:`PatchLibrary.place`), the strength to put
-    it on with at once (``None``: not), and how many ``pairs`` of pictures to draw in how many ``steps``."""
+    """A request to fit a patch on the loaded model, save it and, if wanted, apply it.
+
+    Attributes:
+        plan: The validated request.
+        name: Of the new patch, see :meth:`PatchLibrary.place`.
+        folder: Where a name without folders goes, within the LoRA folder.
+        precision: One of :data:`PRECISIONS`.
+        apply: The strength to apply the patch with as soon as it is saved; ``None``: not at all.
+        pairs: Number of prompts to draw before and after.
+        steps: Sampling steps of these pictures.
+    """
 
     plan: Plan
     name: str = ""
@@ -62,7 +71,7 @@ class ForgetJob:
         return "forgetting " + ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
     def check(self, host: Host, library: PatchLibrary) -> None:
-        """Refuse, in words, what can be refused before anything is begun."""
+        """Raise :class:`ForgetConceptError` for what can be refused before the job starts."""
         if not 0 <= self.pairs <= MOST_PAIRS:
             raise RequestError(f"The number of picture pairs must be 0 to {MOST_PAIRS}, not {self.pairs}.")
         if self.apply is not None:
@@ -71,14 +80,14 @@ class ForgetJob:
         host.model()
 
     def work(self, host: Host, progress: Progress) -> ForgetResult:
-        """Draw, fit and draw again on the borrowed model."""
+        """Draw, fit the patch, and draw again with it; the host's model is restored afterwards."""
         from ..evaluation.drawing import Variant
 
-        began = time.monotonic()
+        started = time.monotonic()
         with host.latent_diffusion() as model:
-            asked = comparison_pictures(self.request, self.pairs if model.vae is not None else 0)
+            pictures = comparison_pictures(self.request, self.pairs if model.vae is not None else 0)
             sampling = sampling_of(model, self.steps)
-            before = drawn(model, asked, Variant(), sampling, progress, "before")
+            before = drawn(model, pictures, Variant(), sampling, progress, "before")
             start = time.monotonic()
             inputs = Inputs(workspace=Workspace(make_folder(host.data_folder()) / "work"))
             patch = fit(model, self.plan, progress, inputs)
@@ -88,47 +97,49 @@ class ForgetJob:
             )
             if self.pairs and model.vae is None:
                 notes.append("no pictures were drawn: the model has no VAE here")
-            after = drawn(model, asked, Variant(((patch, 1.0),)), sampling, progress, "after")
+            after = drawn(model, pictures, Variant(((patch, 1.0),)), sampling, progress, "after")
             patch = patch.to(device="cpu")
         pairs = tuple(
-            Pair(picture.prompt, picture.seed, was, now) for picture, was, now in zip(asked, before, after, strict=True)
+            Pair(picture.prompt, picture.seed, old, new)
+            for picture, old, new in zip(pictures, before, after, strict=True)
         )
-        return ForgetResult(patch, pairs, tuple(notes), seconds, time.monotonic() - began)
+        return ForgetResult(patch, pairs, tuple(notes), seconds, time.monotonic() - started)
 
-    def finish(self, host: Host, library: PatchLibrary, made: ForgetResult) -> Outcome:
-        """Save the patch, have the webui see it, and put it on where that was asked for."""
+    def finish(self, host: Host, library: PatchLibrary, result: ForgetResult) -> Outcome:
+        """Save the patch, make the host list it, and apply it where wanted."""
         picture = None
-        if made.pairs:
-            first = made.pairs[0]
+        if result.pairs:
+            first = result.pairs[0]
             picture = row(torch.stack([first.before, first.after]).movedim(1, -1).float() / 255)
-        entry = library.save(made.patch, self.name, self.folder, self.precision, picture)
+        entry = library.save(result.patch, self.name, self.folder, self.precision, picture)
         host.refresh_patches()
         lines = [f"saved: {entry.place}, in a prompt {entry.tag}"]
         applied = False
         if self.apply is not None:
             try:
-                host.apply(entry.name, made.patch, self.apply)
+                host.apply(entry.name, result.patch, self.apply)
                 applied = True
                 others = [f"'{one.name}'" for one in host.active() if one.name != entry.name]
                 beside = f", beside {listed(others)}" if others else ""
-                lines.append(f"it is in the loaded model now, at strength {self.apply:g}{beside}")
+                lines.append(f"applied to the loaded model at strength {self.apply:g}{beside}")
             except ForgetConceptError as error:
-                lines.append(f"it could not be put into the loaded model: {error}")
-        words = fit_summary(self.request, made.patch, made.fit_seconds, self.plan.method.title, made.notes)
+                lines.append(f"it could not be applied to the loaded model: {error}")
+        title = self.plan.method.title
+        summary = fit_summary(self.request, result.patch, result.fit_seconds, title, result.notes)
         data: dict[str, Any] = entry.as_dict() | {
             "request": json.loads(self.request.without_images().to_json()),
-            "layers": len(made.patch),
-            "rank": made.patch.rank,
-            "fit_seconds": made.fit_seconds,
-            "all_seconds": made.all_seconds,
+            "layers": len(result.patch),
+            "rank": result.patch.rank,
+            "fit_seconds": result.fit_seconds,
+            "all_seconds": result.all_seconds,
             "applied": applied,
         }
-        return Outcome("\n".join([*lines, words]), data, made.pairs, entry.path)
+        return Outcome("\n".join([*lines, summary]), data, result.pairs)
 
 
 @dataclass(frozen=True)
 class ForgetResult:
-    """A patch before it is saved; times in seconds."""
+    """A fitted patch before it is saved; times in seconds."""
 
     patch: Patch
     pairs: tuple[Pair, ...]
@@ -138,13 +149,13 @@ class ForgetResult:
 
 
 def check_strength(strength: float) -> None:
-    """Raise :class:`RequestError` for a strength that no patch is put on with."""
+    """Raise :class:`RequestError` unless a patch can be applied with this strength: from -10 to 10, other than 0."""
     if not -MOST_STRENGTH <= strength <= MOST_STRENGTH or strength == 0:
         raise RequestError(f"The strength must be a number from -10 to 10 other than 0, not {strength:g}.")
 
 
 def comparison_pictures(request: ForgetRequest, count: int) -> list[Picture]:
-    """``count`` pictures to be drawn with and without a patch: of what is forgotten, then of what is kept."""
+    """``count`` pictures to draw without and with a patch: of the concepts first, then of the retain set."""
     from ..evaluation.drawing import Picture
 
     kept = count // 2 if request.preserve else 0
@@ -161,7 +172,7 @@ def comparison_pictures(request: ForgetRequest, count: int) -> list[Picture]:
 
 
 def sampling_of(model: LatentDiffusion, steps: int) -> SamplingSettings:
-    """How pictures of a model are drawn in a webui."""
+    """Sampling settings for pictures in a host: few at a time, so that an interruption takes effect soon."""
     from ..evaluation.drawing import SamplingSettings
 
     small = max(model.latent_shape[1:]) <= _SMALL
@@ -176,7 +187,7 @@ def drawn(
     progress: Progress | None,
     stage: str,
 ) -> list[torch.Tensor]:
-    """The pictures, ``(3, H, W)`` uint8 each, told as the ``stage`` before or after."""
+    """The pictures, uint8 ``(3, H, W)`` each; ``stage`` (before or after) is named in the progress messages."""
     from ..evaluation.drawing import draw
 
     total, done = len(pictures) * sampling.steps, 0

@@ -1,7 +1,6 @@
-"""What the tab, the REST routes and the jobs ask of a webui: given by ``host.py`` and by ``host_forge.py``.
+"""What jobs and fronts need from a host with a loaded model, such as a webui; each host implements :class:`Host`.
 
-Nothing here, and nothing that is written against it, names the webui's own modules, so all of it can be tested without
-one.
+Nothing here names a host's own modules, so that everything written against it can be tested without one.
 """
 
 from __future__ import annotations
@@ -20,8 +19,13 @@ __all__ = ["ActivePatch", "Host", "LoadedModel"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The checkpoint that is loaded: ``title`` as the webui's menu has it, ``family`` as :class:`UNetSurvey` does, and
-    ``key``, which is another one as soon as another model object is in use."""
+    """The checkpoint that is loaded.
+
+    Attributes:
+        title: Its name in the host's menu.
+        family: Its family, as :class:`UNetSurvey` names it.
+        key: Identifies the model object; changes as soon as another one is in use.
+    """
 
     title: str
     family: str
@@ -30,7 +34,13 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ActivePatch:
-    """A patch put into the loaded model's weights: its name, its strength and whether the weights hold it now."""
+    """A patch that was applied to the loaded model.
+
+    Attributes:
+        name: The patch's name in the library.
+        strength: The strength it was applied with.
+        in_force: Whether the weights contain it now; something else may have overwritten them.
+    """
 
     name: str
     strength: float
@@ -38,46 +48,46 @@ class ActivePatch:
 
 
 class Host(Protocol):
-    """A running webui. Every error is a :class:`ForgetConceptError` in words."""
+    """A running host with one loaded model; every error is a :class:`ForgetConceptError` for the user."""
 
     name: str
 
     @property
     def version(self) -> str:
-        """As the webui gives it."""
+        """The host's own version string."""
 
     def model(self) -> LoadedModel:
-        """The loaded model. Raises where there is none or none that this extension can work on."""
+        """The loaded model. Raises :class:`ModelError` where there is none or it is not supported."""
 
     def job(self, title: str) -> AbstractContextManager[Progress]:
-        """Take the webui's queue lock (generation waits) and show a job in its state.
+        """Hold the host's queue, so that image generation waits, and show a job in its state.
 
-        The :data:`Progress` given moves the webui's progress, and raises :class:`Cancelled` once it is interrupted.
+        The callback reports progress to the host and raises :class:`Cancelled` once the user interrupts.
         """
 
     def latent_diffusion(self) -> AbstractContextManager[LatentDiffusion]:
-        """The loaded model without any patch, to train or draw with; given back bit for bit. Only within a job."""
+        """The loaded model without any patch, for training and drawing; restored bit-exactly. Only within a job."""
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:
-        """Put a patch into the loaded model's weights at once, in place of one of the same name."""
+        """Write a patch into the loaded model's weights; replaces an active patch of the same name."""
 
     def remove(self, name: str) -> None:
-        """Take a patch out again; the weights are then what they were, bit for bit."""
+        """Remove an active patch; the weights are bit-identical to what they would be without it."""
 
     def active(self) -> list[ActivePatch]:
-        """What was applied to the model object in use, in that order."""
+        """The patches applied to the loaded model, in the order of their application."""
 
     def lora_folder(self) -> Path:
-        """Where patches are saved, so that ``<lora:name:1>`` finds them."""
+        """Where patches are saved, so that the host's own LoRA loader finds them."""
 
     def data_folder(self) -> Path:
-        """This extension's own folder for settings, reports and what takes long to make."""
+        """This package's own folder in the host: remembered forms, reports and cached work."""
 
     def refresh_patches(self) -> None:
-        """Have the webui look at its Lora folder again."""
+        """Make the host read its LoRA folder again."""
 
     def option(self, key: str) -> Any:
-        """What a person chose on the settings page, by the key of one of ``settings.options()``."""
+        """The value of an option on the host's settings page, by the key of one of :func:`options.options`."""
 
     def open_folder(self, folder: Path) -> None:
-        """Show a folder in the file manager of the webui's own machine; raises where that is switched off."""
+        """Show a folder in the file manager of the host's machine. Raises where the host disables that."""

@@ -1,6 +1,6 @@
-"""Long work, one piece at a time, in a thread of its own; what is known of it can be asked for at any time.
+"""Jobs: long work in a background thread, one at a time, whose state can be read at any time.
 
-A job belongs to the webui, not to the page that started it: a page that is loaded again finds it where it is.
+A job belongs to the host, not to the page that started it: a page that is reloaded finds the job still running.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from ..errors import Cancelled, ForgetConceptError, ModelError
 from ..progress import Progress, ProgressEvent
 from .errors import BusyError, NotFoundError
 from .host_interface import Host, LoadedModel
+from .progress_text import TimeLeft
 
 __all__ = ["Job", "Jobs", "Outcome", "Pair"]
 
@@ -33,31 +33,40 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The same prompt and seed without and with a patch: two pictures ``(3, H, W)`` uint8."""
+    """The same prompt and seed without and with a patch: two uint8 pictures ``(3, H, W)``."""
 
     prompt: str
     seed: int
     before: Tensor
     after: Tensor
-    about: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job came to: ``words`` to read, ``data`` as JSON, pictures, and a file to open."""
+    """The result of a job.
 
-    words: str
+    Attributes:
+        summary: For the user to read.
+        data: As JSON values.
+        pairs: Pictures before and after.
+    """
+
+    summary: str
     data: Mapping[str, Any]
     pairs: tuple[Pair, ...] = ()
-    file: Path | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stands: ``step`` of ``total`` of the part that ``message`` names, and times in seconds.
+    """A snapshot of a job.
 
-    ``left`` is the time that this part will still take, ``None`` while nothing is known of it. ``error`` says in words
-    why it failed.
+    Attributes:
+        step: Steps done, of ``total``, of the part of the work that ``message`` names.
+        loss: Of the last training step; ``None`` while nothing is trained.
+        seconds: How long the job has been running.
+        left: Estimated seconds until this part is done; ``None`` while unknown.
+        stopping: Whether the job was cancelled and has not ended yet.
+        error: Why the job failed, in one sentence.
     """
 
     id: str
@@ -83,169 +92,166 @@ class Job:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("outcome", "left")}
         return plain | {
             "seconds_left": self.left,
-            "words": "" if self.outcome is None else self.outcome.words,
+            "words": "" if self.outcome is None else self.outcome.summary,
             "pictures": 0 if self.outcome is None else len(self.outcome.pairs),
             "result": None if self.outcome is None else dict(self.outcome.data),
         }
 
 
 @dataclass
-class _Kept:
-    """A job and what it is timed by."""
+class _JobRecord:
+    """A job's last snapshot, and what its thread and its callers share."""
 
     job: Job
+    time_left: TimeLeft
     stop: threading.Event = field(default_factory=threading.Event)
     began: float | None = None
-    part: tuple[str, int, float] = ("", 0, 0.0)  # its message, and the step and time that it began with
 
 
 class Jobs:
-    """The jobs of one webui; the last few stay to be asked about."""
+    """The jobs of one host: at most one is running, and the last :data:`MAX_FINISHED` can still be read."""
 
     def __init__(self, host: Host, clock: Callable[[], float] = time.monotonic) -> None:
         self._host, self._clock = host, clock
         self._lock = threading.Lock()
-        self._kept: dict[str, _Kept] = {}
+        self._records: dict[str, _JobRecord] = {}
 
-    # -- asking --------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------
 
     def all(self) -> list[Job]:
-        """Every job that is still known, the newest last."""
+        """Every job that can still be read, the newest last."""
         with self._lock:
-            return [self._timed(kept) for kept in self._kept.values()]
+            return [self._timed(record) for record in self._records.values()]
 
     def latest(self, kind: str | None = None) -> Job | None:
-        """The newest job (of a kind)."""
+        """The newest job, of ``kind`` where one is given."""
         found = [job for job in self.all() if kind is None or job.kind == kind]
         return found[-1] if found else None
 
     def get(self, job_id: str) -> Job:
-        """Raises :class:`NotFoundError` where there is none of this id."""
+        """The job with this id. Raises :class:`NotFoundError` where there is none."""
         with self._lock:
-            if job_id not in self._kept:
+            if job_id not in self._records:
                 raise NotFoundError(
-                    f"There is no job '{job_id[:40]}': the last {MAX_FINISHED} are kept until the webui ends."
+                    f"There is no job '{job_id[:40]}': the last {MAX_FINISHED} can be read until the host is restarted."
                 )
-            return self._timed(self._kept[job_id])
+            return self._timed(self._records[job_id])
 
     def check_free(self) -> None:
-        """Raise :class:`BusyError`, in words, while a job is under way."""
+        """Raise :class:`BusyError` while a job is running."""
         with self._lock:
             self._check_free()
 
-    # -- doing ---------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------------
 
     def start(self, kind: str, title: str, work: Callable[[Progress], T], finish: Callable[[T], Outcome]) -> Job:
-        """Begin a job: ``work`` while the webui's queue is held, then ``finish`` with what came of it.
+        """Start a job: ``work`` while the host's queue is held, then ``finish`` with its result.
 
-        Nothing is to be written before ``finish``: it is not called where the job was cancelled or failed, or where
-        another checkpoint was loaded meanwhile. Raises :class:`BusyError`.
+        Only ``finish`` may write files: it is not called where the job was cancelled or failed, or where another
+        checkpoint was loaded meanwhile.
+
+        Raises:
+            BusyError: While another job is running.
         """
         with self._lock:
             self._check_free()
-            kept = _Kept(Job(secrets.token_hex(8), kind, title, message="waiting for the webui"))
-            begun = kept.job
-            self._kept[begun.id] = kept
-            for old in list(self._kept)[:-MAX_FINISHED]:
-                del self._kept[old]
+            record = _JobRecord(
+                Job(secrets.token_hex(8), kind, title, message="waiting for the queue"), TimeLeft(self._clock)
+            )
+            started = record.job
+            self._records[started.id] = record
+            for old in list(self._records)[:-MAX_FINISHED]:
+                del self._records[old]
         threading.Thread(
-            target=self._run, args=(kept, work, finish), name=f"forget-concept {kind}", daemon=True
+            target=self._run, args=(record, work, finish), name=f"forget-concept {kind}", daemon=True
         ).start()
-        return begun
+        return started
 
     def cancel(self, job_id: str) -> Job:
-        """Ask a job to end at its next step; one that is over stays as it is. Raises as :meth:`get`."""
+        """Cancel a job at its next step; one that is over stays as it is. Raises as :meth:`get`."""
         job = self.get(job_id)
         if not job.over:
             with self._lock:
-                kept = self._kept[job_id]
-                kept.stop.set()
-                if not kept.job.over:
-                    kept.job = dataclasses.replace(kept.job, stopping=True)
+                record = self._records[job_id]
+                record.stop.set()
+                if not record.job.over:
+                    record.job = dataclasses.replace(record.job, stopping=True)
         return self.get(job_id)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _check_free(self) -> None:
-        for kept in self._kept.values():
-            if not kept.job.over:
+        for record in self._records.values():
+            if not record.job.over:
                 raise BusyError(
-                    f"Another job is under way ({kept.job.title}): wait until it is done, or interrupt it first."
+                    f"Another job is running ({record.job.title}): wait until it is done, or interrupt it first."
                 )
 
-    def _timed(self, kept: _Kept) -> Job:
-        """With the lock held: the job with its times as of now."""
-        job = kept.job
-        if job.over or kept.began is None:
+    def _timed(self, record: _JobRecord) -> Job:
+        """The job with its times as of now; the lock is held."""
+        job = record.job
+        if job.over or record.began is None:
             return job
-        now = self._clock()
-        message, first, since = kept.part
-        done = job.step - first
-        left = None
-        if message == job.message and done > 0 and job.step < job.total:
-            left = max((now - since) / done * (job.total - job.step), 0.0)
-        return dataclasses.replace(job, seconds=now - kept.began, left=left)
+        return dataclasses.replace(job, seconds=self._clock() - record.began, left=record.time_left.seconds())
 
-    def _change(self, kept: _Kept, **changes: Any) -> None:
+    def _change(self, record: _JobRecord, **changes: Any) -> None:
         with self._lock:
-            kept.job = dataclasses.replace(self._timed(kept), **changes)
+            record.job = dataclasses.replace(self._timed(record), **changes)
 
-    def _end(self, kept: _Kept, state: State, **changes: Any) -> None:
-        self._change(kept, state=state, message="", left=None, stopping=False, **changes)
+    def _end(self, record: _JobRecord, state: State, **changes: Any) -> None:
+        self._change(record, state=state, message="", left=None, stopping=False, **changes)
 
-    def _run(self, kept: _Kept, work: Callable[[Progress], T], finish: Callable[[T], Outcome]) -> None:
+    def _run(self, record: _JobRecord, work: Callable[[Progress], T], finish: Callable[[T], Outcome]) -> None:
         try:
-            with self._host.job(kept.job.title) as shown:
+            with self._host.job(record.job.title) as host_progress:
                 model = self._host.model()
                 with self._lock:
-                    kept.began = self._clock()
-                    kept.job = dataclasses.replace(kept.job, state="running", message="starting")
-                made = work(self._told(kept, shown, model))
+                    record.began = self._clock()
+                    record.job = dataclasses.replace(record.job, state="running", message="starting")
+                made = work(self._progress(record, host_progress, model))
                 self._check_same(model)
-            self._change(kept, message="saving")
+            record.time_left = TimeLeft(self._clock)
+            self._change(record, message="saving")
             outcome = finish(made)
-            self._end(kept, "done", outcome=outcome)
+            self._end(record, "done", outcome=outcome)
         except Cancelled:
-            self._end(kept, "cancelled")
+            self._end(record, "cancelled")
         except ForgetConceptError as error:
-            self._end(kept, "failed", error=str(error))
+            self._end(record, "failed", error=str(error))
         except torch.cuda.OutOfMemoryError:
-            words = "The graphics card has too little memory for this: close other programs, or choose a smaller batch."
-            self._end(kept, "failed", error=words)
-        except Exception as error:  # a fault of this program: the person is told, the log has the rest
-            log.exception("The job '%s' broke off.", kept.job.title)
-            words = (
-                f"This broke off by a fault of the program ({type(error).__name__}: {error}). The console says more."
-            )
-            self._end(kept, "failed", error=words)
+            message = "The graphics card has too little memory: close other programs, or choose a smaller batch."
+            self._end(record, "failed", error=message)
+        except Exception as error:  # a fault of this program: the user gets one sentence, the log the traceback
+            log.exception("The job '%s' failed.", record.job.title)
+            message = f"The job failed by a fault of the program ({type(error).__name__}: {error}): see the console."
+            self._end(record, "failed", error=message)
 
-    def _told(self, kept: _Kept, shown: Progress, model: LoadedModel) -> Progress:
-        looked = self._clock()
+    def _progress(self, record: _JobRecord, host_progress: Progress, model: LoadedModel) -> Progress:
+        """Progress to the job's record and to the host; cancels, and notices another checkpoint within a second."""
+        checked = self._clock()
 
-        def told(event: ProgressEvent) -> None:
-            nonlocal looked
-            if kept.stop.is_set():
+        def progress(event: ProgressEvent) -> None:
+            nonlocal checked
+            if record.stop.is_set():
                 raise Cancelled
-            shown(event)
-            now = self._clock()
+            host_progress(event)
             with self._lock:
-                if event.message != kept.part[0] or event.step < kept.part[1]:
-                    kept.part = (event.message, event.step, now)
-                kept.job = dataclasses.replace(
-                    kept.job, step=event.step, total=event.total, loss=event.loss, message=event.message
+                record.time_left.update(event)
+                record.job = dataclasses.replace(
+                    record.job, step=event.step, total=event.total, loss=event.loss, message=event.message
                 )
-            if now - looked > 1:
-                looked = now
+            if (now := self._clock()) - checked > 1:
+                checked = now
                 self._check_same(model)
 
-        if kept.stop.is_set():
+        if record.stop.is_set():
             raise Cancelled
-        return told
+        return progress
 
     def _check_same(self, model: LoadedModel) -> None:
         now = self._host.model()
         if now.key != model.key:
             raise ModelError(
-                f"The checkpoint was changed from '{model.title}' to '{now.title}' while this ran, so that nothing was "
-                "saved: load the one that is meant, and start again."
+                f"The checkpoint was changed from '{model.title}' to '{now.title}' during the job, so nothing was "
+                "saved: load the right checkpoint and start again."
             )

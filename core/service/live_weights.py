@@ -1,7 +1,7 @@
-"""Patches in the very weights of a loaded model: exact copies are kept, so that what is taken out leaves no trace.
+"""Patches written into a loaded model's weights, with exact copies of the originals, so that removal leaves no trace.
 
-The host has hands on the same weights (its ``<lora:…>`` writes into them too), so a layer is always *settled* before it
-is written: brought to what it is without the host's own changes, which the host then makes anew on top.
+The host writes into the same weights (its ``<lora:…>`` syntax does), so a layer is always *settled* before it is
+written: reset to its weight without the host's own changes, which the host then repeats on top.
 """
 
 from __future__ import annotations
@@ -22,35 +22,40 @@ __all__ = ["LiveWeights"]
 
 
 class LiveWeights:
-    """The patches in one UNet. ``settle`` takes the host's changes out of a layer for good; ``settled`` reads, without
-    a change, the weight that this would give.
+    """The patches in one UNet.
 
-    :meth:`state` may be asked for in any thread; to change anything is for the one in which no picture is drawn.
+    :meth:`state` may be called from any thread; the other methods only while the host draws nothing.
     """
 
     def __init__(
         self, survey: UNetSurvey, settle: Callable[[nn.Module], None], settled: Callable[[nn.Module], Tensor]
     ) -> None:
+        """Start without any patch.
+
+        Args:
+            settle: Removes the host's own changes from a layer.
+            settled: Reads the weight that ``settle`` would give, without changing anything.
+        """
         self.survey = survey
         self.patches: dict[str, tuple[Patch, float]] = {}
         self._settle, self._settled = settle, settled
-        self._own: dict[str, Tensor] = {}  # by canonical key, exactly as they were before the first patch
+        self._own: dict[str, Tensor] = {}  # by canonical key: exact copies from before the first patch
         self._written: dict[str, Tensor] = {}
-        self._lent = False
-        self._lock = threading.RLock()  # while weights are written, none are compared
+        self._set_aside = False  # the patches are out of the weights for the length of a job
+        self._lock = threading.RLock()  # weights are not compared while they are written
 
     def state(self) -> Literal["in force", "gone", "mixed"]:
-        """Whether the weights are those that were written: all of them, none, or only some.
+        """Whether the weights still are those that were written: all of them, none, or only some.
 
-        What is put aside for a while is in force: no picture is drawn meanwhile.
+        Patches that are set aside for a job count as in force: nothing is drawn meanwhile.
         """
         with self._lock:
-            if self._lent:
+            if self._set_aside:
                 return "in force"
             held = lost = 0
             for key, written in self._written.items():
                 module = self.survey.linear(key)
-                # the host may be writing just now: what was read in between is read again
+                # the host may be writing at this moment: read a second time before concluding that the weight changed
                 if any(torch.equal(self._settled(module).detach().cpu(), written) for _ in range(2)):
                     held += not torch.equal(written, self._own[key])
                 else:
@@ -60,13 +65,18 @@ class LiveWeights:
         return "mixed" if held else "gone"
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:
-        """Put a patch in, in place of one of the same name; raises :class:`PatchError` with nothing changed."""
+        """Write a patch into the weights, in place of one of the same name.
+
+        Raises:
+            PatchError: Where it does not fit or changes nothing, or something else overwrote the weights. Nothing is
+                changed then.
+        """
         patch.check_fits(self.survey)
         patch.scaled(strength)
         if self.state() != "in force":
             raise PatchError(
-                f"Something else has changed the model's weights since {self._names()} went in: take that off the list "
-                "of applied patches first, or load the checkpoint anew."
+                f"Something else has changed the model's weights since {self._names()} was applied: remove that first, "
+                "or reload the checkpoint."
             )
         wanted = {key: value for key, value in self.patches.items() if key != name}
         wanted[name] = (patch, strength)
@@ -77,14 +87,16 @@ class LiveWeights:
             self._write(patches)
             raise PatchError(
                 f"The patch '{name}' changes nothing here: at strength {strength:g} all of it is lost in the rounding "
-                "of this model's weights."
+                "of this model's weights. Use a higher strength."
             )
 
     def remove(self, name: str) -> None:
-        """Take a patch out; the weights are then exactly what they would be had it never been in.
+        """Remove a patch; the weights are then bit-identical to what they would be without it.
 
-        Where the weights were loaded anew since, it is only struck off. Raises :class:`PatchError` for a name that is
-        not there, and where something else has written over a part of it.
+        Where the weights were reloaded since, only the record of it is removed.
+
+        Raises:
+            PatchError: Where no patch of this name is applied, or something else overwrote a part of the weights.
         """
         if name not in self.patches:
             raise PatchError(f"No patch '{name}' was applied to the loaded model.")
@@ -92,8 +104,8 @@ class LiveWeights:
         state = self.state()
         if state == "mixed":
             raise PatchError(
-                f"Something else has changed a part of the weights since {self._names()} went in, so that the patch "
-                f"'{name}' cannot be taken out exactly: load the checkpoint anew."
+                f"Something else has changed a part of the weights since {self._names()} was applied, so the patch "
+                f"'{name}' cannot be removed exactly: reload the checkpoint."
             )
         if state == "in force":
             self._write(wanted)
@@ -104,25 +116,25 @@ class LiveWeights:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside a ``with`` block: the weights without any patch; afterwards, those with them again."""
+        """Inside a ``with`` block, the weights are without any patch; they are written again when it ends."""
         state = self.state()
         if state == "mixed":
             raise PatchError(
-                f"Something else has changed a part of the weights since {self._names()} went in: load the checkpoint "
-                "anew."
+                f"Something else has changed a part of the weights since {self._names()} was applied: reload the "
+                "checkpoint."
             )
         if state == "gone" or not self._own:
             yield
             return
         try:
             with self._lock:
-                self._lent = True
+                self._set_aside = True
                 self._put(self._own)
             yield
         finally:
             with self._lock:
                 self._put(self._written)
-                self._lent = False
+                self._set_aside = False
 
     def _names(self) -> str:
         return ", ".join(f"'{name}'" for name in self.patches)

@@ -1,4 +1,4 @@
-"""What the webui's settings page offers, as data: the host makes its own controls of it."""
+"""The options on a host's settings page, as data; the host builds its own controls from them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ _PREFIX = "forget_concept_"
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: its ``key``, what it is called and explained as, and what it may be; ``low``, ``high``, ``step`` are
-    for numbers."""
+    """One option; ``low``, ``high`` and ``step`` are for numbers, ``choices`` for a choice."""
 
     key: str
     kind: Literal["choice", "switch", "whole", "text"]
@@ -33,7 +32,7 @@ class Option:
 
 
 def options() -> tuple[Option, ...]:
-    """Every setting, in the order of the page."""
+    """Every option, in the order of the page."""
     methods = all_methods()
     return (
         Option(
@@ -82,7 +81,7 @@ def options() -> tuple[Option, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings as a person has them now."""
+    """The values of the options, as the user has set them now."""
 
     method: str
     preset: str
@@ -94,7 +93,7 @@ class Settings:
 
     @property
     def folder(self) -> str:
-        """Where new patches go. Raises :class:`RequestError` where that is none within the Lora folder."""
+        """Where new patches go. Raises :class:`RequestError` where that is not within the LoRA folder."""
         folder = self.place.strip().replace("\\", "/").strip("/")
         if ".." in PurePath(folder).parts or ":" in folder:
             raise RequestError(
@@ -104,6 +103,7 @@ class Settings:
 
     @classmethod
     def of(cls, host: Host) -> Settings:
+        """Read every option from the host."""
         found = {option.key.removeprefix(_PREFIX): host.option(option.key) for option in options()}
         return cls(
             str(found["method"]),

@@ -1,4 +1,4 @@
-"""The tab's form as a request, and a request as the form: no gradio in it."""
+"""A page's form as a request, and a request as the form; independent of the page's framework."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .forms import form_values, settings_of
 
 __all__ = ["ROWS", "Form", "Line", "recall", "remember"]
 
-# as many concepts as the page has lines for; a request file may have more
+# the number of lines for concepts on the page; a request file may have more concepts
 ROWS = 12
 _LAST = "last.json"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the form: a concept as it was typed."""
+    """One line of the form: a concept as the user typed it."""
 
     name: str = ""
     replacement: str = ""
@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Form:
-    """Everything on the page that makes a request; ``fields`` are those of the chosen method."""
+    """The values on the page that make up a request; ``fields`` are those of the selected method, by name."""
 
     lines: tuple[Line, ...]
     preserve: str
@@ -47,7 +47,7 @@ class Form:
     seed: str
 
     def request(self) -> ForgetRequest:
-        """The request that is meant; a plan checks it. Raises :class:`RequestError` in words."""
+        """The request; a plan validates it. Raises :class:`RequestError` for what is missing or no number."""
         method = get(self.method)
         concepts = []
         for line in self.lines:
@@ -76,22 +76,23 @@ class Form:
 
     @classmethod
     def of(cls, plan: Plan) -> Form:
-        """The form that means ``plan.request``, without its pictures: their places are another machine's, or nobody's.
+        """The form of a plan's request, without its images: their paths may belong to another machine.
 
-        Raises :class:`RequestError` for what the page cannot hold: more concepts
-        than it has lines, words to keep with a comma in them.
+        Raises:
+            RequestError: For what the page cannot show: more concepts than it has lines, and phrases to preserve that
+                contain a comma.
         """
         request = plan.request
         preserve = ", ".join(request.preserve)
         if split_list(preserve) != list(request.preserve):
             raise RequestError(
-                "Words to keep that have a comma in them cannot be written on this page: use the request through REST, "
-                "or in the command line."
+                "Phrases to preserve that contain a comma cannot be written on this page: use the request through REST "
+                "or on the command line."
             )
         if len(request.concepts) > ROWS:
             raise RequestError(
                 f"The request has {len(request.concepts)} concepts, and this page has {ROWS} lines: use it through "
-                "REST, or in the command line."
+                "REST or on the command line."
             )
         lines = [Line(one.name, one.replacement or "", one.kind) for one in request.concepts]
         return cls(
@@ -118,17 +119,17 @@ def _seed(text: str) -> int:
         raise RequestError(f"The seed must be a whole number, not '{str(text)[:40]}'.") from None
 
 
-# -- what was last asked for --------------------------------------------------------------------------------------
+# -- the last form, remembered -------------------------------------------------------------------------------------
 
 
 def remember(folder: Path, request: ForgetRequest, more: Mapping[str, Any]) -> None:
-    """Keep a request, without its pictures, and what else the page had, for the next time it is opened."""
+    """Save a request without its image paths, and further fields of the page, for the next time it is opened."""
     plain = json.loads(request.without_images().to_json())
     write_json(make_folder(folder) / _LAST, {"request": plain, **more})
 
 
 def recall(folder: Path) -> tuple[Form, dict[str, Any]] | None:
-    """What was kept, if that still can be meant: a method may be gone since."""
+    """The form and further fields that were saved; ``None`` where they are missing or no longer valid."""
     try:
         kept = json.loads((folder / _LAST).read_text(encoding="utf-8"))
         request = ForgetRequest.from_json(json.dumps(kept.pop("request")))

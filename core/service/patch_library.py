@@ -1,7 +1,7 @@
-"""The patches in the webui's Lora folder that were made here: found by what they say of themselves.
+"""The library: the patches in a host's LoRA folder that this package wrote, recognised by their metadata.
 
-A patch goes by the stem of its file, as ``<lora:stem:1>`` does, and by nothing else: a name from outside is looked up
-among the files that are there, and never made into a path.
+A patch's name is the stem of its file, as in ``<lora:stem:1>``. A name from outside is looked up among the files there
+are, and never made into a path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ForgetConceptError, PatchError, RequestError, listed
-from ..files.names import patch_name
+from ..files.names import fresh_file, patch_name
 from ..files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from ..files.writing import check_folder, make_folder, write_bytes, write_json
 from ..formats import kohya
@@ -38,8 +38,7 @@ _BESIDE = (*_PREVIEWS, ".json", ".txt", ".description.txt")
 
 @dataclass(frozen=True)
 class Entry:
-    """A patch's file: its ``name``, its place, its size in bytes, when it was written (seconds since 1970), and what it
-    says of itself."""
+    """A patch's file: ``place`` within the LoRA folder, ``size`` in bytes, ``written`` in seconds since 1970."""
 
     name: str
     path: Path
@@ -55,7 +54,7 @@ class Entry:
 
     @property
     def concepts(self) -> list[str]:
-        """What it forgets; for one that was put together, what its parts forget."""
+        """The concepts it forgets; for a combined patch, those of its parts."""
         found = concept_names(self.metadata)
         if not found:
             found = [name for part in self.about.parts or () for name in concept_names(part.metadata)]
@@ -71,7 +70,7 @@ class Entry:
 
     @property
     def tag(self) -> str:
-        """What puts it on in a prompt."""
+        """The syntax that applies it in a prompt."""
         return f"<lora:{self.name}:1>"
 
     @property
@@ -80,7 +79,7 @@ class Entry:
         return next((file for end in _PREVIEWS if (file := _beside(self.path, end)).is_file()), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values; nothing of this machine beyond the place in the Lora folder."""
+        """As JSON values, without paths of this machine beyond the place in the LoRA folder."""
         return {
             "name": self.name,
             "file": self.place,
@@ -99,7 +98,7 @@ def _beside(path: Path, end: str) -> Path:
 
 
 class PatchLibrary:
-    """The patches below ``folder()``, which is asked for each time: a webui may change it."""
+    """The patches below ``folder()``, which is called each time: a host may change its LoRA folder."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:
         self._folder = folder
@@ -108,7 +107,7 @@ class PatchLibrary:
     # -- looking -------------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Every patch that was made here, the newest first. Raises where the folder cannot be read."""
+        """Every patch that this package wrote, the newest first. Raises where the folder cannot be read."""
         root = self._folder()
         found = [entry for file in self._files() if (entry := self._entry(root, file)) is not None]
         return sorted(found, key=lambda entry: (-entry.written, entry.place))
@@ -122,8 +121,8 @@ class PatchLibrary:
         found = [entry for entry in self.entries() if entry.name == name]
         if not found:
             raise NotFoundError(
-                f"There is no patch '{name[:120]}' in the Lora folder: its name is that of its file, without "
-                "folder and ending."
+                f"There is no patch '{name[:120]}' in the Lora folder: a patch's name is that of its file without "
+                "folder and extension."
             )
         if len(found) > 1:
             raise RequestError(
@@ -133,11 +132,11 @@ class PatchLibrary:
         return found[0]
 
     def load(self, name: str) -> Patch:
-        """The patch itself. Raises as :meth:`find`, and :class:`PatchError` for a file that is damaged."""
+        """Read a patch. Raises as :meth:`find`, and :class:`PatchError` for a damaged file."""
         return kohya.load(self.find(name).path)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """What a patch is and what made it: :meth:`Entry.as_dict`, its size in layers and ranks, and words to read."""
+        """:meth:`Entry.as_dict` with the number of layers, rank, precision, metadata and a summary (``words``)."""
         entry, patch = self.find(name), self.load(name)
         return entry.as_dict() | {
             "layers": len(patch),
@@ -150,10 +149,14 @@ class PatchLibrary:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def place(self, name: str, folder: str, concepts: Sequence[str]) -> tuple[Path, str]:
-        """Folder and stem that a new patch asks for by ``name``, looked through; nothing is made yet.
+        """Folder and stem of a new patch, validated; nothing is created.
 
-        ``%concept%`` in the name (which an empty one is) stands for ``concepts``; a name without folders goes into
-        ``folder``, itself within the Lora folder. Raises :class:`ForgetConceptError` in words.
+        Args:
+            name: As the user wrote it; ``%concept%`` stands for ``concepts``, and an empty name means ``%concept%``.
+            folder: Where a name without folders goes, within the LoRA folder.
+
+        Raises:
+            ForgetConceptError: For a place outside of the LoRA folder, and one that cannot be written to.
         """
         wanted = name.strip() or PLACEHOLDER
         if folder and not any(slash in wanted for slash in "/\\"):
@@ -164,16 +167,20 @@ class PatchLibrary:
     def save(
         self, patch: Patch, name: str, folder: str, precision: str = "float32", picture: torch.Tensor | None = None
     ) -> Entry:
-        """Write a patch under a name that no LoRA has, with its preview picture and its card.
+        """Write a patch under a fresh name, with its preview picture and its card.
 
-        ``picture`` is ``(h, w, 3)`` in [0, 1]; without one the patch itself is drawn. Raises
-        :class:`ForgetConceptError` in words; nothing is left behind then.
+        Args:
+            picture: The preview ``(h, w, 3)`` in [0, 1]; ``None``: a bar chart of the patch's layers.
+
+        Raises:
+            ForgetConceptError: Where it cannot be written; no file is left behind.
         """
         if precision not in PRECISIONS:
             raise RequestError(f"The precision '{precision}' is not known: choose one of {', '.join(PRECISIONS)}.")
         concepts = Entry("", Path(), "", 0, 0, patch.metadata).concepts
         target, stem = self.place(name, folder, concepts)
-        path = self._fresh(make_folder(target), stem)
+        # the webui identifies a LoRA by its name alone, wherever it lies in the LoRA folder
+        path = fresh_file(make_folder(target), stem, ".safetensors", taken=self._stems())
         kohya.save(patch, path, dtype=PRECISIONS[precision])
         try:
             write_bytes(_beside(path, ".preview.png"), png(bars(patch) if picture is None else picture))
@@ -184,14 +191,15 @@ class PatchLibrary:
         return self.find(path.stem)
 
     def rename(self, name: str, new: str) -> Entry:
-        """Give a patch, its picture and its card another name, in the same folder, bit for bit.
+        """Rename a patch, its picture and its card within their folder; the weights stay bit-identical.
 
-        The name within the file changes too: it is what a prompt may call the LoRA by. Raises
-        :class:`ForgetConceptError` in words.
+        The name within the file changes too, since a prompt may refer to it. Raises :class:`ForgetConceptError`.
         """
         entry = self.find(name)
         if any(slash in new for slash in "/\\"):
-            raise RequestError(f"'{new}' is no name: a patch stays in its folder, so write a name without slashes.")
+            raise RequestError(
+                f"'{new}' is not a valid name: a patch stays in its folder, so write a name without slashes."
+            )
         (stem,) = _checked(new, entry.concepts)
         if stem == entry.name:
             return entry
@@ -214,7 +222,7 @@ class PatchLibrary:
         return self.find(stem)
 
     def delete(self, name: str) -> None:
-        """Remove a patch, its picture and its card for good. Raises :class:`ForgetConceptError` in words."""
+        """Delete a patch, its picture and its card. Raises :class:`ForgetConceptError` where that is not possible."""
         _remove(self.find(name).path)
 
     def combine(
@@ -225,9 +233,9 @@ class PatchLibrary:
         max_rank: int | None = None,
         precision: str = "float32",
     ) -> tuple[Entry, str]:
-        """Several patches at their strengths as a new one: exactly, unless its rank is bounded; and words about it.
+        """Write the sum of several patches at their strengths as a new one; returns its entry and a summary.
 
-        Raises :class:`ForgetConceptError` in words.
+        The sum is exact unless ``max_rank`` bounds it. Raises :class:`ForgetConceptError`.
         """
         wanted = [(part, strength) for part, strength in parts if strength != 0]
         if len(wanted) < 2:
@@ -238,21 +246,22 @@ class PatchLibrary:
             )
         if max_rank is not None and max_rank < 1:
             raise RequestError(f"The rank of a patch must be at least 1, not {max_rank}.")
-        whole = Patch.combined([(self.load(part), strength) for part, strength in wanted])
-        if whole.max_abs() == 0:
+        combined = Patch.combined([(self.load(part), strength) for part, strength in wanted])
+        if combined.max_abs() == 0:
             raise PatchError("The sum of these patches changes nothing: choose other strengths.")
         lines = []
-        if max_rank is not None and whole.rank > max_rank:
-            cut = whole.truncated(max_rank)
-            lines.append(f"cut from rank {whole.rank} to {cut.rank}: {_held(whole, cut):.1%} of the edit is held")
-            whole = cut
-        entry = self.save(whole, name, folder, precision)
-        return entry, "\n".join([patch_summary(whole), *lines])
+        if max_rank is not None and combined.rank > max_rank:
+            cut = combined.truncated(max_rank)
+            share = _retained_share(combined, cut)
+            lines.append(f"truncated from rank {combined.rank} to {cut.rank}, which retains {share:.1%} of the edit")
+            combined = cut
+        entry = self.save(combined, name, folder, precision)
+        return entry, "\n".join([patch_summary(combined), *lines])
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _files(self) -> list[Path]:
-        """Every LoRA file, through linked folders too, as the webui goes; a folder that leads to itself only once."""
+        """Every LoRA file, following links as the webui does; a link back to a parent folder is followed only once."""
         root = self._folder()
         found, seen = [], set()
         for folder, folders, files in os.walk(root, followlinks=True):
@@ -274,19 +283,12 @@ class PatchLibrary:
             known = self._read.get(file)
             if known is None or known[:2] != (stat.st_mtime_ns, stat.st_size):
                 known = self._read[file] = (stat.st_mtime_ns, stat.st_size, read_metadata(file))
-        except (PatchError, OSError):  # another program's file, or one that is gone by now: none of ours
+        except (PatchError, OSError):  # another program's file, or one that was deleted meanwhile
             return None
         metadata = known[2]
         # a context map is no LoRA: the webui cannot load it
         entry = Entry(file.stem, file, file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime, metadata)
         return None if entry.about.method is None or entry.about.format is not None else entry
-
-    def _fresh(self, folder: Path, stem: str) -> Path:
-        """A file that no LoRA anywhere in the Lora folder shares its name with: the webui goes by names alone."""
-        taken, number = self._stems(), 1
-        while f"{stem}_{number:05}".casefold() in taken:
-            number += 1
-        return folder / f"{stem}_{number:05}.safetensors"
 
 
 def _checked(name: str, concepts: Sequence[str]) -> tuple[str, ...]:
@@ -307,7 +309,7 @@ def _remove(path: Path) -> None:
 
 
 def _card(patch: Patch, concepts: Sequence[str]) -> dict[str, Any]:
-    """What the webui shows of a LoRA and puts into the prompt with it."""
+    """The card that the webui shows for a LoRA."""
     family = patch.about.family or ""
     return {
         "description": f"Makes the model forget {listed(list(concepts) or ['what its parts say'])}. It needs no word "
@@ -319,7 +321,7 @@ def _card(patch: Patch, concepts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _held(whole: Patch, cut: Patch) -> float:
-    """The share of ``‖Δ‖²`` that is in the cut one, which is its projection."""
+def _retained_share(whole: Patch, cut: Patch) -> float:
+    """The share of ``‖Δ‖²`` that is in the truncated patch, a projection of the whole one."""
     squares = [sum(float(f.delta().square().sum()) for f in patch.factors.values()) for patch in (cut, whole)]
     return squares[0] / squares[1]

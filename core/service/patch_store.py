@@ -1,15 +1,15 @@
-"""One webui's jobs, patches and reports in one place, which the tab and the REST routes share."""
+"""The jobs, patches and reports of one host in one place, which a page and a REST interface share."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..errors import ForgetConceptError, PatchError, RequestError
+from ..progress import Progress
 from .errors import NotFoundError
 from .evaluate_job import EvaluateJob, Reports
-from .forget_job import ForgetJob, check_strength
+from .forget_job import ForgetJob, ForgetResult, check_strength
 from .host_interface import ActivePatch, Host
 from .jobs import Job, Jobs
 from .options import Settings
@@ -19,7 +19,10 @@ __all__ = ["PatchStore", "patch_store_of"]
 
 
 class PatchStore:
-    """What can be asked of this extension; every error is a :class:`ForgetConceptError` in words."""
+    """The operations of a front: start jobs, and apply, remove, rename, delete and combine patches.
+
+    Every error is a :class:`ForgetConceptError` with a message for the user. Nothing here knows the front.
+    """
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -29,100 +32,103 @@ class PatchStore:
 
     @property
     def settings(self) -> Settings:
+        """The options on the host's settings page, as they are now."""
         return Settings.of(self.host)
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def forget(self, asked: ForgetJob, done: Callable[[], None] = lambda: None) -> Job:
-        """Begin to forget. ``done`` is called once the job no longer needs its pictures. Raises in words."""
+    def forget(self, job: ForgetJob, done: Callable[[], None] = lambda: None) -> Job:
+        """Check and start a job that fits a patch; ``done`` is called once it no longer needs its reference images."""
         self.jobs.check_free()
-        asked.check(self.host, self.library)
+        job.check(self.host, self.library)
 
-        def work(told: Any) -> Any:
+        def work(progress: Progress) -> ForgetResult:
             try:
-                return asked.work(self.host, told)
+                return job.work(self.host, progress)
             finally:
                 done()
 
-        return self.jobs.start("forget", asked.title, work, lambda made: asked.finish(self.host, self.library, made))
+        return self.jobs.start("forget", job.title, work, lambda result: job.finish(self.host, self.library, result))
 
-    def evaluate(self, asked: EvaluateJob) -> Job:
-        """Begin to measure a patch. Raises in words."""
+    def evaluate(self, job: EvaluateJob) -> Job:
+        """Check and start a job that evaluates a patch."""
         self.jobs.check_free()
-        asked.check(self.host, self.library, self.reports)
+        job.check(self.host, self.library, self.reports)
         return self.jobs.start(
             "evaluate",
-            asked.title,
-            lambda told: asked.work(self.host, self.library, told),
-            lambda report: asked.finish(self.reports, report),
+            job.title,
+            lambda progress: job.work(self.host, self.library, progress),
+            lambda report: job.finish(self.reports, report),
         )
 
     # -- patches -------------------------------------------------------------------------------------------------
 
     def active(self) -> list[ActivePatch]:
-        """What is in the loaded model's weights."""
+        """The patches applied to the loaded model."""
         return self.host.active()
 
     def apply(self, name: str, strength: float) -> None:
-        """Put a patch into the loaded model, in place of itself at another strength."""
+        """Apply a patch to the loaded model, or change its strength there."""
         check_strength(strength)
-        self.jobs.check_free()  # else this would wait, without a word, for as long as the job takes
-        self._fitting(name)
+        self.jobs.check_free()  # else this would wait silently for as long as the job takes
+        self._check_family(name)
         self.host.apply(name, self.library.load(name), strength)
 
     def remove(self, name: str) -> None:
-        """Take a patch out of the loaded model."""
+        """Remove a patch from the loaded model."""
         if name not in [one.name for one in self.active()]:
             raise NotFoundError(f"The patch '{name[:120]}' is not in the loaded model.")
         self.jobs.check_free()
         self.host.remove(name)
 
     def rename(self, name: str, new: str) -> Entry:
-        self.check_out(name, "renamed")
+        """Rename a patch in the library; refused while it is applied."""
+        self.check_not_applied(name, "rename")
         entry = self.library.rename(name, new)
         self.host.refresh_patches()
         return entry
 
     def delete(self, name: str) -> None:
-        self.check_out(name, "deleted")
+        """Delete a patch from the library; refused while it is applied."""
+        self.check_not_applied(name, "delete")
         self.library.delete(name)
         self.host.refresh_patches()
 
     def combine(self, parts: Sequence[tuple[str, float]], name: str, max_rank: int | None) -> tuple[Entry, str]:
-        """Make one patch of several; the entry and words about it."""
+        """Combine several patches, each at a strength, into a new one; returns its entry and a summary."""
         settings = self.settings
-        found = self.library.combine(parts, name, settings.folder, max_rank, settings.precision)
+        combined = self.library.combine(parts, name, settings.folder, max_rank, settings.precision)
         self.host.refresh_patches()
-        return found
+        return combined
 
-    def _fitting(self, name: str) -> None:
+    def _check_family(self, name: str) -> None:
         entry, model = self.library.find(name), self.host.model()
         if "other" not in (entry.family, model.family) and entry.family != model.family:
             raise PatchError(
                 f"The patch '{name}' is for {entry.family.upper()} models, and '{model.title}' is of the family "
-                f"{model.family.upper()}: load a checkpoint of its kind."
+                f"{model.family.upper()}: load a checkpoint of the same family."
             )
 
-    def check_out(self, name: str, done: str) -> None:
-        """Raise in words, while a patch is in the loaded model, that it cannot be ``done`` with so."""
+    def check_not_applied(self, name: str, action: str) -> None:
+        """Raise :class:`RequestError`, naming the ``action``, where the patch is applied to the loaded model."""
         self.library.find(name)
-        if name in self._names_in_use():
-            raise RequestError(f"'{name}' is in the loaded model: remove it there before it is {done}.")
+        if name in self._active_names():
+            raise RequestError(f"'{name}' is in the loaded model: remove it there first, then {action} it.")
 
-    def _names_in_use(self) -> list[str]:
+    def _active_names(self) -> list[str]:
         try:
             return [one.name for one in self.active()]
-        except ForgetConceptError:  # there is no model, so nothing is in one
+        except ForgetConceptError:  # no model is loaded, so no patch is applied
             return []
 
 
-_DESKS: dict[Host, PatchStore] = {}
+_STORES: dict[Host, PatchStore] = {}
 _LOCK = threading.Lock()
 
 
 def patch_store_of(host: Host) -> PatchStore:
-    """The one desk of a webui: the tab and the routes see the same jobs."""
+    """The one patch store of a host: its page and its REST interface see the same jobs."""
     with _LOCK:
-        if host not in _DESKS:
-            _DESKS[host] = PatchStore(host)
-        return _DESKS[host]
+        if host not in _STORES:
+            _STORES[host] = PatchStore(host)
+        return _STORES[host]

@@ -1,4 +1,4 @@
-"""What was done, and what a patch is, as words to read."""
+"""Summaries for the user: of a fit, of a patch, of its history."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _concept(concept: Concept) -> str:
 
 
 def fit_summary(request: ForgetRequest, patch: Patch, seconds: float, title: str, notes: Sequence[str] = ()) -> str:
-    """What was done, in lines to read."""
+    """The summary of a fit, as lines."""
     lines = [f"forgotten: {_concept(concept)}" for concept in request.concepts[:_MANY]]
     if (more := len(request.concepts) - _MANY) > 0:
         lines.append(f"forgotten: {more} more")

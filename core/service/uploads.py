@@ -1,4 +1,4 @@
-"""Pictures that come in as base64: checked and put into files for as long as a job needs them."""
+"""Pictures that are uploaded as base64: validated, and written to files for as long as a job needs them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 class Uploads:
-    """The files of a request's pictures, by the number of their concept; :meth:`remove` takes them away again."""
+    """Temporary files of a request's pictures; :meth:`remove` deletes them.
+
+    ``places`` lists the files by the index of their concept.
+    """
 
     def __init__(self, given: Mapping[int, Sequence[str]]) -> None:
-        """Raises :class:`RequestError`, naming the picture, for what is no PNG, JPEG or WebP or too large."""
+        """Write the pictures ``given`` by concept.
+
+        Raises:
+            RequestError: Naming the picture that is not a PNG, JPEG or WebP, or is too large.
+        """
         count = sum(len(texts) for texts in given.values())
         if count > MAX_IMAGES:
             raise RequestError(f"There are {count} pictures, and at most {MAX_IMAGES} are taken.")
@@ -44,7 +51,7 @@ class Uploads:
             raise
 
     def remove(self) -> None:
-        """Twice does no harm."""
+        """Delete the files; calling it again does nothing."""
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -66,4 +73,4 @@ def _picture(text: str, name: str) -> tuple[bytes, str]:
             image.load()
             return data, _FORMATS[image.format or "PNG"]
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{name} is no PNG, JPEG or WebP that can be read.") from error
+        raise RequestError(f"{name} is not a readable PNG, JPEG or WebP.") from error

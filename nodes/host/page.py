@@ -31,13 +31,13 @@ def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
     """A core progress callback: bar, picture and text on the node; it raises the host's own exception once Cancel is
     pressed."""
     bar = comfy.utils.ProgressBar(1)
-    story = ProgressText()
+    text = ProgressText()
     shown = 0.0
 
-    def told(event: ProgressEvent) -> None:
+    def report(event: ProgressEvent) -> None:
         nonlocal shown
         management.throw_exception_if_processing_interrupted()
-        line = story.line(event)
+        line = text.line(event)
         picture = fading.picture() if fading is not None and fading.due(event) else None
         bar.update_absolute(event.step, max(event.total, 1), picture)
         now = time.monotonic()
@@ -45,7 +45,7 @@ def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
             shown = now
             show_text(node_id, line)
 
-    return told
+    return report
 
 
 class Fading:

@@ -18,6 +18,7 @@ from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Exampl
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
+from forget_concept.core.formats.lora_state import LoraState, patch_of, state_of
 from forget_concept.core.methods.registry import all_methods, plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.world import Labels
@@ -27,16 +28,15 @@ from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.service.evaluation_text import (
     attention_sheet,
     attention_summary,
+    chosen_benchmark,
     evaluation_summary,
     evaluators,
     known_only,
-    questions,
     sheet,
 )
 from forget_concept.core.service.forms import form_fields
 from forget_concept.nodes import help_pages
 from forget_concept.nodes.fields import node_id
-from forget_concept.nodes.lora_state import LoraState, patch_of, state_of
 
 ROOT = Path(forget_concept.__file__).parent
 METHODS = [pytest.param(method, id=name) for name, method in all_methods().items()]
@@ -250,9 +250,9 @@ def test_maps_of_a_pair_share_one_scale() -> None:
 
 
 def test_each_model_is_asked_what_it_can_know() -> None:
-    assert questions("automatic", True, ["star", "Mira Vale"]) is None
-    assert questions("automatic", False, ["cat"]).name == load_bench("checkpoints").name
-    assert questions("embedded", True, ["star"]).has("star")
+    assert chosen_benchmark("automatic", True, ["star", "Mira Vale"]) is None
+    assert chosen_benchmark("automatic", False, ["cat"]).name == load_bench("checkpoints").name
+    assert chosen_benchmark("embedded", True, ["star"]).has("star")
     for chosen, embedded, names, said in (
         ("automatic", True, ["church"], "church"),
         ("automatic", False, ["church"], "has no concept 'church'"),
@@ -260,7 +260,7 @@ def test_each_model_is_asked_what_it_can_know() -> None:
         ("embedded", False, ["star"], "embedded model's own world"),
     ):
         with pytest.raises(RequestError, match=said):
-            questions(chosen, embedded, names)
+            chosen_benchmark(chosen, embedded, names)
     assert known_only(["star", "church"], None) == ["star"]
     assert known_only(["star", "church"], load_bench("embedded")) == ["star", "church"]
 

@@ -117,8 +117,8 @@ def test_a_patch_is_made_put_on_changed_taken_off_and_deleted(client: Client, ho
     assert details["layers"] == len(patch) and "star (object), shown as 'circle'" in details["words"]
     assert client("GET", "/active") == [{"name": "mine_00001", "strength": 0.5, "in_force": True}]
     assert client("POST", "/patches/mine_00001/apply", json={"strength": 0.75})[0]["strength"] == 0.75
-    assert "remove it there before it is deleted" in client("DELETE", "/patches/mine_00001", 400)
-    assert "remove it there before it is renamed" in client(
+    assert "remove it there first, then delete it" in client("DELETE", "/patches/mine_00001", 400)
+    assert "remove it there first, then rename it" in client(
         "POST", "/patches/mine_00001/rename", 400, json={"name": "x"}
     )
     assert client("POST", "/patches/mine_00001/remove") == []
@@ -161,8 +161,8 @@ def test_one_job_at_a_time(client: Client, host: FakeWebui) -> None:
     with host.queue:
         job = client("POST", "/forget", 202, json=body())
         assert job["state"] == "queued"
-        assert "Another job is under way" in client("POST", "/forget", 409, json=body())
-        assert "Another job is under way" in client("POST", "/evaluate", 409, json={"patch": "any"})
+        assert "Another job is running" in client("POST", "/forget", 409, json=body())
+        assert "Another job is running" in client("POST", "/evaluate", 409, json={"patch": "any"})
         assert client("POST", f"/jobs/{job['id']}/cancel")["stopping"]
     assert client.done(job)["state"] == "cancelled"
     assert [one["id"] for one in client("GET", "/jobs")] == [job["id"]]
@@ -291,11 +291,11 @@ def test_a_picture_comes_in_as_base64_and_is_gone_afterwards(kind: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("/etc/passwd", "Picture 1 of concept 2 is no PNG, JPEG or WebP|not base64"),
+        ("/etc/passwd", "Picture 1 of concept 2 is not a readable PNG, JPEG or WebP|not base64"),
         ("not base64!", "not base64"),
-        (base64.b64encode(b"GIF89a" + b"\0" * 100).decode(), "is no PNG, JPEG or WebP"),
-        (picture("BMP"), "is no PNG, JPEG or WebP"),
-        (picture("PNG")[:100], "is no PNG|not base64"),
+        (base64.b64encode(b"GIF89a" + b"\0" * 100).decode(), "is not a readable PNG, JPEG or WebP"),
+        (picture("BMP"), "is not a readable PNG, JPEG or WebP"),
+        (picture("PNG")[:100], "is not a readable PNG|not base64"),
         ("A" * (MAX_BYTES * 4 // 3 + 5), "too large"),
         (picture("PNG", (20000, 2001), "white"), "too large"),
     ],

@@ -102,7 +102,7 @@ def test_a_job_is_told_step_by_step(store: PatchStore, steps: Steps) -> None:
     steps.go.release()
     done = over(store, job)
     assert (done.state, done.error, done.left) == ("done", "", None)
-    assert done.outcome is not None and done.outcome.words == "it is done"
+    assert done.outcome is not None and done.outcome.summary == "it is done"
     assert steps.written == ["made"]
     plain = json.loads(json.dumps(done.as_dict()))
     assert plain["result"] == {"what": "made"} and plain["pictures"] == 0
@@ -130,7 +130,7 @@ def test_the_time_left_is_that_of_the_part(model: LatentDiffusion, tmp_path: Pat
 
 def test_a_second_job_is_refused_in_words_and_the_first_goes_on(store: PatchStore, steps: Steps) -> None:
     first = store.jobs.start("forget", "forgetting 'star'", steps.work, steps.finish)
-    with pytest.raises(BusyError, match=r"Another job is under way \(forgetting 'star'\)"):
+    with pytest.raises(BusyError, match=r"Another job is running \(forgetting 'star'\)"):
         store.forget(ForgetJob(PLAN))
     for _ in range(4):
         steps.go.release()
@@ -145,7 +145,7 @@ def test_a_patch_is_not_put_on_or_taken_off_under_a_job(store: PatchStore, steps
     job = store.jobs.start("forget", "forgetting 'star'", steps.work, steps.finish)
     until(lambda: store.jobs.get(job.id).state == "running")
     for work in (lambda: store.apply(name, 0.5), lambda: store.remove(name)):
-        with pytest.raises(BusyError, match=r"Another job is under way \(forgetting 'star'\)"):
+        with pytest.raises(BusyError, match=r"Another job is running \(forgetting 'star'\)"):
             work()
     store.jobs.cancel(job.id)
     steps.go.release()
@@ -196,7 +196,7 @@ def test_a_job_waits_for_the_queue_and_can_be_interrupted_there(store: PatchStor
         job = store.jobs.start("forget", "one", steps.work, steps.finish)
         time.sleep(0.05)
         waiting = store.jobs.get(job.id)
-        assert (waiting.state, waiting.message) == ("queued", "waiting for the webui")
+        assert (waiting.state, waiting.message) == ("queued", "waiting for the queue")
         store.jobs.cancel(job.id)
     assert over(store, job).state == "cancelled"
     assert not store.host.events and steps.written == []
@@ -289,7 +289,7 @@ def test_a_patch_that_cannot_be_put_on_is_saved_all_the_same(store: PatchStore) 
     store.host.apply = refuse
     job = over(store, store.forget(ForgetJob(PLAN, apply=1.0, pairs=0)))
     assert job.state == "done"
-    assert "could not be put into the loaded model: This model is in fp8." in job.outcome.words
+    assert "could not be applied to the loaded model: This model is in fp8." in job.outcome.summary
     assert store.library.names() == ["star_00001"] and job.outcome.data["applied"] is False
 
 
@@ -345,7 +345,7 @@ def test_an_evaluation_writes_a_report_that_finds_the_concept_gone(store: PatchS
     ua = figures["evaluations"][0]["scores"]["patched"]["ua"]
     assert ua["value"] >= 0.75 and ua["n"] == 4
     assert figures["provenance"]["patches"][0]["file"] == "star_00001.safetensors"
-    assert str(store.host.folder) not in job.outcome.words
+    assert str(store.host.folder) not in job.outcome.summary
     with pytest.raises(RequestError, match="no report"):
         store.reports.find("../star_00001")
 

@@ -301,7 +301,7 @@ def test_a_combination_is_the_sum_at_the_strengths(library: PatchLibrary) -> Non
         wanted = patch("star").factors[key].delta() - 0.5 * patch("moon", seed=1).factors[key].delta()
         torch.testing.assert_close(whole.factors[key].delta(), wanted)
     cut, words = library.combine([("star_00001", 1.0), ("moon_00001", 1.0)], "small", "", max_rank=1)
-    assert library.load(cut.name).rank == 1 and "cut from rank 4 to 1" in words
+    assert library.load(cut.name).rank == 1 and "truncated from rank 4 to 1" in words
 
 
 @pytest.mark.parametrize(

@@ -114,18 +114,18 @@ def test_a_share_below_a_half_is_a_warning() -> None:
 
 def test_time_left_is_that_of_the_steps_of_this_kind() -> None:
     now = 0.0
-    story = ProgressText(lambda: now)
-    assert story.line(ProgressEvent(0, 4, message="sampling")) == "sampling 0/4"
+    text = ProgressText(lambda: now)
+    assert text.line(ProgressEvent(0, 4, message="sampling")) == "sampling 0/4"
     now = 10.0
-    assert story.line(ProgressEvent(1, 4, message="sampling")) == "sampling 1/4, 0:30 left"
+    assert text.line(ProgressEvent(1, 4, message="sampling")) == "sampling 1/4, 0:30 left"
     # another kind of work: the clock begins again
     now = 100.0
-    assert story.line(ProgressEvent(1, 1001, 0.123456, message="training")) == "training 1/1001, loss 0.1235"
+    assert text.line(ProgressEvent(1, 1001, 0.123456, message="training")) == "training 1/1001, loss 0.1235"
     now = 102.0
-    assert story.line(ProgressEvent(2, 1001, 0.5, message="training")) == "training 2/1001, loss 0.5, 33:18 left"
+    assert text.line(ProgressEvent(2, 1001, 0.5, message="training")) == "training 2/1001, loss 0.5, 33:18 left"
     now = 202.0
-    assert story.line(ProgressEvent(3, 1001, message="training")).endswith("14:08:18 left")
-    assert "left" not in story.line(ProgressEvent(1001, 1001, message="training"))
+    assert text.line(ProgressEvent(3, 1001, message="training")).endswith("14:08:18 left")
+    assert "left" not in text.line(ProgressEvent(1001, 1001, message="training"))
 
 
 def test_what_is_taken_back_is_named_or_numbered(model) -> None:

@@ -156,9 +156,9 @@ def test_weights_changed_in_part_are_not_made_worse(webui: WebUI, patches: list[
         if webui.kind == "forge":  # it writes from originals of its own
             assert names(webui.probe("remove", name="no_star")) == []
             return
-        with pytest.raises(ProbeError, match="cannot be taken out exactly: load the checkpoint anew"):
+        with pytest.raises(ProbeError, match="cannot be removed exactly: reload the checkpoint"):
             webui.probe("remove", name="no_star")
-        with pytest.raises(ProbeError, match="load the checkpoint anew"):
+        with pytest.raises(ProbeError, match="reload the checkpoint"):
             webui.probe("forget")
     finally:
         webui.probe("reload_checkpoint")

@@ -300,7 +300,7 @@ class Cost(io.ComfyNode):
     def execute(cls, model, clip, concept, preserve, runs, threads, nonce):
         host, words = _part("nodes.host"), _part("core.request.parsing")
         methods, registry = _part("core.methods.fit"), _part("core.methods.registry")
-        lora_state = _part("nodes.lora_state")
+        lora_state = _part("core.formats.lora_state")
         comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
         encoder, before, found = host.text.HostText, torch.get_num_threads(), []
         own, known, encoding = encoder.encode, {}, 0.0

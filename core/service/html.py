@@ -1,4 +1,7 @@
-"""What the tab shows as HTML: the state of a job, pictures before and after, cards of patches, what is on the model."""
+"""HTML for any page: a job's state, pictures before and after, cards of patches, the active patches.
+
+The classes are those of ``style.css``. Every text is escaped.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core.service.host_interface import ActivePatch
-from ..core.service.jobs import Job, Pair
-from ..core.service.patch_library import Entry
-from ..core.service.progress_text import clock_time
+from ..models.images import to_pil
+from .host_interface import ActivePatch
+from .jobs import Job, Pair
+from .patch_library import Entry
+from .progress_text import clock_time
 
 __all__ = ["active_table", "cards", "details", "notice", "outcome", "problem", "question", "report_frame", "state"]
 
-_SAID = {
+_STATES = {
     "queued": "waiting",
     "running": "running",
     "done": "done",
@@ -28,25 +32,29 @@ MOST_CARDS = 60
 _CARD = 256
 
 
-def problem(words: str) -> str:
-    """What is wrong, told at once by screen readers too."""
-    return f'<div class="fc-problem" role="alert">{_text(words)}</div>'
+def problem(text: str) -> str:
+    """An error message, which screen readers announce at once."""
+    return f'<div class="fc-problem" role="alert">{_text(text)}</div>'
 
 
-def notice(words: str) -> str:
-    """What was done."""
-    return f'<div class="fc-notice" role="status">{_text(words)}</div>' if words else ""
+def notice(text: str) -> str:
+    """A message about something that was done."""
+    return f'<div class="fc-notice" role="status">{_text(text)}</div>' if text else ""
 
 
-def _text(words: str) -> str:
-    return escape(words).replace("\n", "<br>")
+def _text(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
 
 
-def state(job: Job | None, beat: int) -> str:
-    """A job as it stands; the page's script asks again as long as it is under way. ``beat`` tells answers apart."""
+def state(job: Job | None, heartbeat: int) -> str:
+    """A job's state, step, loss and times.
+
+    The page's script polls while a job is running; ``heartbeat`` is another number in every answer, 0 in a page that
+    was never updated.
+    """
     if job is None:
-        return f'<div class="fc-state" data-state="idle" data-beat="{beat}" data-say=""></div>'
-    said = "stopping after this step" if job.stopping and not job.over else _SAID[job.state]
+        return f'<div class="fc-state" data-state="idle" data-beat="{heartbeat}" data-say=""></div>'
+    status = "stopping after this step" if job.stopping and not job.over else _STATES[job.state]
     parts = [job.message] if job.message else []
     if not job.over and job.total:
         parts.append(f"step {job.step} of {job.total}")
@@ -58,14 +66,14 @@ def state(job: Job | None, beat: int) -> str:
         parts.append(f"{clock_time(job.seconds)} so far" if not job.over else f"took {clock_time(job.seconds)}")
     share = 100 * job.step / job.total if job.total else 0.0
     lines = [
-        f'<div class="fc-state" data-state="{job.state}" data-beat="{beat}" '
-        f'data-say="{escape(f"{job.title}: {said}. {job.message}")}">',
-        f'<div class="fc-title"><strong>{escape(job.title)}</strong>: {escape(said)}</div>',
+        f'<div class="fc-state" data-state="{job.state}" data-beat="{heartbeat}" '
+        f'data-say="{escape(f"{job.title}: {status}. {job.message}")}">',
+        f'<div class="fc-title"><strong>{escape(job.title)}</strong>: {escape(status)}</div>',
         f'<div class="fc-detail">{escape(", ".join(parts))}</div>',
     ]
     if not job.over:
         lines.append(
-            f'<div class="fc-bar" role="progressbar" aria-label="{escape(job.message or said)}" aria-valuemin="0" '
+            f'<div class="fc-bar" role="progressbar" aria-label="{escape(job.message or status)}" aria-valuemin="0" '
             f'aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width:{share:.1f}%"></div></div>'
         )
     if job.error:
@@ -74,23 +82,21 @@ def state(job: Job | None, beat: int) -> str:
 
 
 def outcome(job: Job | None) -> str:
-    """What a job came to: pictures before and after, then the words."""
+    """A job's result: pictures before and after, then the summary."""
     if job is None or job.outcome is None:
         return ""
     found = _pairs(job.outcome.pairs)
-    return f'{found}<pre class="fc-words" tabindex="0" aria-label="What was done">{escape(job.outcome.words)}</pre>'
+    return f'{found}<pre class="fc-words" tabindex="0" aria-label="What was done">{escape(job.outcome.summary)}</pre>'
 
 
 def _pairs(pairs: Iterable[Pair]) -> str:
-    from ..core.models.images import to_pil
-
     figures = []
     for pair in pairs:
         about = escape(f"{pair.prompt}, seed {pair.seed}")
         shown = "".join(
-            f'<div><img src="{_data(to_pil(image))}" alt="{words}: {about}">'
-            f'<span aria-hidden="true">{words}</span></div>'
-            for words, image in (("before", pair.before), ("after", pair.after))
+            f'<div><img src="{_data(to_pil(image))}" alt="{label}: {about}">'
+            f'<span aria-hidden="true">{label}</span></div>'
+            for label, image in (("before", pair.before), ("after", pair.after))
         )
         figures.append(f'<figure><div class="fc-pair">{shown}</div><figcaption>{about}</figcaption></figure>')
     return f'<div class="fc-pairs">{"".join(figures)}</div>' if figures else ""
@@ -103,7 +109,7 @@ def _data(image: Any) -> str:
 
 
 def cards(entries: Sequence[Entry], chosen: str | None, active: Sequence[str]) -> str:
-    """The library: a button a patch, which the page's script makes choose it."""
+    """The library: a button for each patch; the page's script selects the patch that is clicked."""
     if not entries:
         return (
             '<div class="fc-empty">There are no patches yet: make one under <em>Forget</em>. Those that ComfyUI or the '
@@ -127,7 +133,7 @@ def cards(entries: Sequence[Entry], chosen: str | None, active: Sequence[str]) -
 
 @lru_cache(maxsize=256)
 def _thumbnail(path: Path, written: float) -> str:
-    """A preview picture, small; nothing for one that cannot be read."""
+    """A preview picture as a small data URL; empty for one that cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -139,7 +145,7 @@ def _thumbnail(path: Path, written: float) -> str:
 
 
 def active_table(active: Sequence[ActivePatch], title: str) -> str:
-    """What is in the loaded model's weights, and whether it really is."""
+    """The active patches, and whether each is in force."""
     if not active:
         return f'<div class="fc-empty">No patch is in <em>{escape(title)}</em>.</div>'
     rows = "".join(
@@ -159,17 +165,17 @@ def _force(one: ActivePatch) -> tuple[str, str]:
 
 
 def details(found: Mapping[str, Any]) -> str:
-    """A patch in words."""
+    """A patch's summary."""
     return f'<pre class="fc-words" tabindex="0" aria-label="About the patch">{escape(str(found["words"]))}</pre>'
 
 
-def question(words: str) -> str:
-    """What is to be confirmed."""
-    return f'<div class="fc-question" role="alert">{_text(words)}</div>'
+def question(text: str) -> str:
+    """Something to confirm."""
+    return f'<div class="fc-question" role="alert">{_text(text)}</div>'
 
 
 def report_frame(page: str, title: str) -> str:
-    """A report within the page; it has no script, and the frame lets none run."""
+    """A report within the page, in a frame that runs no scripts; reports have none."""
     return (
         f'<iframe class="fc-report" sandbox="" title="{escape(title)}" srcdoc="{escape(page)}" tabindex="0"></iframe>'
         if page

@@ -1,7 +1,7 @@
-"""A patch as ComfyUI's LORA_MODEL, and back: no host in it.
+"""A patch as a LoRA's state dict in memory, such as ComfyUI's LORA_MODEL, and back.
 
-ComfyUI's own type is a plain state dict, which has no room for what a patch says of itself. :class:`LoraState` is such
-a dict to everybody, with the metadata beside it for those who look.
+A plain state dict has no room for a patch's metadata. :class:`LoraState` is such a dict to every other program and
+carries the metadata as an attribute.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import PatchError
-from ..core.formats import kohya
-from ..core.models.unet import UNetSurvey
-from ..core.patch.patch import Patch
+from ..errors import PatchError
+from ..models.unet import UNetSurvey
+from ..patch.patch import Patch
+from . import kohya
 
 __all__ = ["LoraState", "patch_of", "state_of"]
 
@@ -29,14 +29,14 @@ class LoraState(dict[str, Tensor]):
 
 
 def state_of(patch: Patch, survey: UNetSurvey | None = None) -> LoraState:
-    """A patch under ComfyUI's own layer names; ``survey`` where a model is at hand (see :func:`to_state`)."""
+    """A patch under the original (LDM) layer names; pass ``survey`` where there is a model (see :func:`to_state`)."""
     return LoraState(kohya.to_state(patch, survey, dotted=True), patch.metadata)
 
 
 def patch_of(lora: Any, survey: UNetSurvey | None = None, source: str = "the LORA_MODEL that came in") -> Patch:
-    """What came in by a LORA_MODEL wire as a patch, with its metadata where it has some.
+    """A LoRA's state dict as a patch, with its metadata where it has some.
 
-    Raises :class:`PatchError`, in words, for what is no LoRA, or one that changes more than a patch can.
+    Raises :class:`PatchError` for what is not a LoRA, and for one that changes more than a patch can.
     """
     if not isinstance(lora, Mapping) or not all(isinstance(name, str) for name in lora):
         raise PatchError(f"There is no LoRA in {source}: connect a LORA_MODEL output.")
