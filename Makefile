@@ -16,7 +16,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-long lint format bench-methods
+.PHONY: demo test test-long lint format generated bench-methods
 
 demo: $(READY)
 	$(BIN)/python -m forget_concept.core.cli demo --out $(OUT)
@@ -34,6 +34,11 @@ lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	MYPYPATH=$(VENV)/typing $(BIN)/python -m mypy -p forget_concept
+	$(BIN)/python -m forget_concept.nodes.generate --check
+
+# locales and help pages, from what nodes and settings say of themselves
+generated: $(READY)
+	$(BIN)/python -m forget_concept.nodes.generate
 
 format: $(READY)
 	$(BIN)/python -m ruff check --fix .

@@ -1,5 +1,4 @@
-"""The settings nodes' pages of help, made of the methods' settings; ``python -m forget_concept.nodes.help_pages``
-writes them."""
+"""The settings nodes' help pages, made of what the settings say of themselves; :mod:`.generate` writes them."""
 
 from __future__ import annotations
 
@@ -7,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.methods.base import Method
-from ..core.methods.registry import all_methods
 from ..core.service.forms import FormField, form_fields, presets
 from .fields import node_id
 
-__all__ = ["page", "place", "write"]
+__all__ = ["page", "place"]
 
 
 def place(method: type[Method]) -> Path:
@@ -55,13 +53,3 @@ def page(method: type[Method]) -> str:
         cells = " | ".join(_cell(values[name][field.name]) for name in values)
         lines.append(f"| **{field.name}** | {field.help} | {_allowed(field)} | {cells} |")
     return "\n".join(lines) + "\n"
-
-
-def write() -> None:
-    """Write every page."""
-    for method in all_methods().values():
-        place(method).write_text(page(method), encoding="utf-8", newline="\n")
-
-
-if __name__ == "__main__":
-    write()

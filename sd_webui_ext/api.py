@@ -24,7 +24,7 @@ from ..core.request.request import ForgetRequest
 from ..core.service.errors import BusyError, NotFoundError
 from ..core.service.evaluate_job import EvaluateJob
 from ..core.service.forget_job import ForgetJob
-from ..core.service.forms import form_fields
+from ..core.service.forms import settings_json
 from ..core.service.host_interface import Host
 from ..core.service.patch_store import PatchStore, patch_store_of
 from ..core.service.preview import png, row
@@ -334,29 +334,13 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
 
 def _method(method: type[Method]) -> dict[str, Any]:
     presets = {name: _plain(dataclasses.asdict(values)) for name, values in method.presets.items()}
-    settings: list[dict[str, Any]] = []
-    for info in dict.fromkeys(field.info for field in form_fields(method)):
-        settings.append(
-            {
-                "name": info.name,
-                "kind": "list" if info.kind == "lines" else info.kind,
-                "about": info.help,
-                "default": presets["tuned"][info.name],
-                "options": list(info.choices),
-                "low": info.minimum,
-                "high": info.maximum,
-                "optional": info.optional,
-                "advanced": info.advanced,
-                "group": info.group,
-            }
-        )
     return {
         "id": method.id,
         "title": method.title,
         "paper": method.paper,
         "takes_images": method.takes_images,
         "trained": method.trained,
-        "settings": settings,
+        "settings": settings_json(method),
         "presets": presets,
     }
 

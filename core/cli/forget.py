@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help="see 'forget-concept methods' (default: uce)")
     parser.add_argument("--preset", help="published or tuned (default: tuned)")
     parser.add_argument(
-        "--set", action="append", metavar="NAME=VALUE", help="one setting of the method, its value as JSON or words"
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="one setting of the method, its value as JSON or words; 'forget-concept methods METHOD' explains them",
     )
     parser.add_argument("--strength", type=options.finite, help="of the edit, above 0 and up to 10 (default: 1)")
     parser.add_argument("--seed", type=options.whole(), help="for methods that draw (default: 0)")

@@ -23,6 +23,7 @@ __all__ = [
     "form_values",
     "presets",
     "settings_from_fields",
+    "settings_json",
     "settings_of",
     "settings_summary",
     "with_settings",
@@ -189,6 +190,30 @@ def _words(value: Any) -> str:
 def presets(method: type[Method]) -> dict[str, dict[str, Any]]:
     """Values of the fields, by name, for every preset."""
     return {name: {field.name: field.default for field in form_fields(method, name)} for name in method.presets}
+
+
+def settings_json(method: type[Method]) -> list[dict[str, Any]]:
+    """Every setting as the REST interface and the command line describe it, in the order of the form."""
+    tuned = method.presets["tuned"]
+    return [
+        {
+            "name": info.name,
+            "kind": "list" if info.kind == "lines" else info.kind,
+            "about": info.help,
+            "default": _plain(getattr(tuned, info.name)),
+            "options": list(info.choices),
+            "low": info.minimum,
+            "high": info.maximum,
+            "optional": info.optional,
+            "advanced": info.advanced,
+            "group": info.group,
+        }
+        for info in _in_form_order(method.Settings)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def with_settings(request: ForgetRequest, settings: MethodSettings) -> ForgetRequest:

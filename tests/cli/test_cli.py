@@ -20,6 +20,7 @@ from forget_concept.core.cli import files, options
 from forget_concept.core.errors import ForgetConceptError, RequestError
 from forget_concept.core.formats import context_map, kohya
 from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.request.settings import describe_settings
 
 # -- the parser ---------------------------------------------------------------------------------------------------
 
@@ -126,8 +127,22 @@ def test_methods_lists_what_is_registered(run):
     for name, method in all_methods().items():
         assert set(listed[name]["presets"]) == set(method.presets)
         assert listed[name]["paper"].startswith("https://")
+        assert [one["name"] for one in listed[name]["settings"]]
     assert run("methods") == 0
     assert all(name in run.out for name in listed)
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_methods_explains_every_setting_of_one(run, method):
+    assert run("methods", method) == 0
+    infos = describe_settings(all_methods()[method].Settings)
+    for info in infos:
+        at = run.out.index(f"--set {info.name}=...  {info.values()}\n")
+        assert info.help in run.out[at:]
+    assert run("methods", method, "--json") == 0
+    (found,) = run.json["methods"]
+    assert {one["name"]: one["about"] for one in found["settings"]} == {info.name: info.help for info in infos}
+    assert run("methods", "magic") == 1 and "'magic' is not known" in run.err
 
 
 # -- files and interruptions --------------------------------------------------------------------------------------

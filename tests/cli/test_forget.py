@@ -10,13 +10,13 @@ import pytest
 import torch
 from console import LONG
 from safetensors.torch import load_file
-from test_methods import QUICK
 from tiny import fit, flags, state_hash
 
 from forget_concept.core.formats import load_patch
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.settings import quick_settings
 
 
 def test_forget_writes_the_patch_that_fit_makes(run, tiny):
@@ -83,7 +83,8 @@ def test_half_precision_halves_the_file(run, tiny):
 
 @pytest.mark.parametrize("method", sorted(all_methods()))
 def test_every_method_works_from_here(run, tiny, method):
-    quick = [part for name, value in QUICK[method].items() for part in ("--set", f"{name}={value}")]
+    settings = quick_settings(all_methods()[method])
+    quick = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     assert run("forget", "--concept", "star", "--method", method, *quick, "--out", "p.safetensors", "--json") == 0
     assert run.json["request"]["method"] == method
     assert run("inspect", "p.safetensors", "--json") == 0

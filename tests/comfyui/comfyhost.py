@@ -56,15 +56,15 @@ class ExecutionError(Exception):
 class ComfyUI(Server):
     """One running host with this pack and the tests' own nodes; ``folder`` has its models, output and custom_nodes."""
 
-    def __init__(self, host: Path, folder: Path, pack_name: str = "some-other_name") -> None:
+    def __init__(self, host: Path, folder: Path, pack_name: str = "some-other_name", pack: Path = ROOT) -> None:
         super().__init__("ComfyUI", folder / "log.txt")
-        self.host, self.folder, self.pack_name = host, folder, pack_name
+        self.host, self.folder, self.pack_name, self.pack = host, folder, pack_name, pack
 
     def start(self, environment: dict[str, str] | None = None, arguments: tuple[str, ...] = ()) -> None:
         packs = self.folder / "custom_nodes"
         for name in ("custom_nodes", "models/loras", "output", "input", "temp", "user"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        linked(ROOT, packs / self.pack_name)
+        linked(self.pack, packs / self.pack_name)
         linked(PROBE_PACK, packs / "probe_pack")
         python = python_of(self.host)
         assert python is not None

@@ -1,32 +1,12 @@
-"""The English locale, made of what the nodes say of themselves: ``python tests/comfyui/nodetexts.py <ComfyUI folder>``.
-
-The page compiles every text of a locale: braces, ``@`` and ``|`` mean something to it and are written as literals.
-"""
+"""The texts of the nodes that a running ComfyUI lists, as a locale."""
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PLACE = ROOT / "locales" / "en" / "nodeDefs.json"
+from forget_concept.nodes.generate import escaped
 
-
-def escaped(text: str) -> str:
-    """``text`` as a locale has it."""
-    return re.sub(r"[{}@|]", lambda match: "{'" + match[0] + "'}", text)
-
-
-def plain(text: str) -> str:
-    """What the page shows of a locale's text. Raises :class:`ValueError` where it would not compile."""
-    rest = re.sub(r"\{'[{}@|]'\}", "", text)
-    if re.search(r"[{}@|]", rest):
-        raise ValueError(text)
-    return re.sub(r"\{'([{}@|])'\}", r"\1", text)
+__all__ = ["english", "ours"]
 
 
 def english(info: dict[str, Any]) -> dict[str, Any]:
@@ -54,17 +34,3 @@ def english(info: dict[str, Any]) -> dict[str, Any]:
 def ours(info: dict[str, Any]) -> dict[str, Any]:
     """This pack's nodes of an ``/object_info``."""
     return {name: node for name, node in info.items() if name.startswith("ForgetConcept")}
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    from comfyhost import ComfyUI
-
-    host = ComfyUI(Path(sys.argv[1]), Path(tempfile.mkdtemp()), "forget-concept")
-    host.start()
-    try:
-        told = english(ours(host.get("/object_info")))
-    finally:
-        host.stop()
-    PLACE.parent.mkdir(parents=True, exist_ok=True)
-    PLACE.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

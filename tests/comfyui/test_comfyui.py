@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from comfyhost import ROOT, ComfyUI, ExecutionError, png_size
 from graphs import PROMPT, base, difference, drawn, forget, from_workflow, node
-from nodetexts import english, ours, plain
+from nodetexts import english, ours
+
+from forget_concept.nodes.generate import plain
 
 # training in a few steps: what is looked at here is the host's model, not what is forgotten
 QUICK = json.dumps({"steps": 2, "n_images": 1, "sample_steps": 2, "batch_size": 1})
@@ -88,7 +90,7 @@ def test_the_pages_of_help_and_the_translations_belong_to_the_nodes(comfyui: Com
 
 def test_the_english_locale_is_what_the_nodes_say(comfyui: ComfyUI) -> None:
     told = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
-    assert told == english(ours(comfyui.get("/object_info"))), "write it anew: tests/comfyui/nodetexts.py <a ComfyUI>"
+    assert told == english(ours(comfyui.get("/object_info"))), "run 'make generated'"
 
 
 # -- run ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from forget_concept.core.evaluation.attention_pictures import AttentionMap, Atte
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
 from forget_concept.core.formats.lora_state import LoraState, patch_of, state_of
-from forget_concept.core.methods.registry import all_methods, plan_request
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.patch.history import read_history
@@ -34,12 +33,8 @@ from forget_concept.core.service.evaluation_text import (
     known_only,
     sheet,
 )
-from forget_concept.core.service.forms import form_fields
-from forget_concept.nodes import help_pages
-from forget_concept.nodes.fields import node_id
 
 ROOT = Path(forget_concept.__file__).parent
-METHODS = [pytest.param(method, id=name) for name, method in all_methods().items()]
 
 
 def imported(path: Path) -> set[str]:
@@ -99,38 +94,6 @@ def test_an_example_workflow_hangs_together(path: Path) -> None:
     for i, (x, y, w, h) in enumerate(boxes):
         for a, b, c, d in boxes[i + 1 :]:
             assert x + w <= a or a + c <= x or y + h <= b or b + d <= y
-
-
-# -- settings as fields ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_help_of_a_settings_node_is_up_to_date(method) -> None:
-    assert help_pages.place(method).read_text(encoding="utf-8") == help_pages.page(method), (
-        "write it anew: python -m forget_concept.nodes.help_pages"
-    )
-
-
-def test_every_node_has_its_texts_in_every_locale_and_a_page_of_help() -> None:
-    """What can be seen without a host: the locales agree on nodes and inputs, and every settings field is in them."""
-    pages = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
-    found = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in (ROOT / "locales").glob("*/nodeDefs.json")
-    }
-    assert set(found) == {"en", "zh"}
-    assert set(found["en"]) == set(found["zh"]) == pages
-    assert all(name.startswith("ForgetConcept") for name in pages)
-    for texts in found.values():
-        for name, node in texts.items():
-            assert node["display_name"] and node["description"]
-            for part in ("inputs", "outputs"):
-                assert set(node[part]) == set(found["en"][name][part])
-                assert all(entry["name"] and entry["tooltip"] for entry in node[part].values()), name
-    for method in all_methods().values():
-        fields = ["preset", *(field.name for field in form_fields(method))]
-        assert list(found["en"][node_id(method)]["inputs"]) == fields
-    assert re.search("[\u4e00-\u9fff]", found["zh"]["ForgetConcept"]["display_name"])
 
 
 # -- patches on a wire ----------------------------------------------------------------------------------------------
