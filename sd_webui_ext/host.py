@@ -19,7 +19,13 @@ from modules.prompt_parser import SdConditioning
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
-from ..core.models.host_weights import HostLatentDiffusion, check_channels, detached_view, without_checkpointing
+from ..core.models.host_weights import (
+    HostLatentDiffusion,
+    check_channels,
+    coarse_dtype,
+    detached_view,
+    without_checkpointing,
+)
 from ..core.models.latent_diffusion import hash_of_unet
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey, survey
@@ -27,7 +33,7 @@ from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from ..core.service.live_weights import LiveWeights
 from .prompts import WebText
-from .webui import PLAIN, WebUI, habits, lora_extension
+from .webui import WebUI, habits, lora_extension
 
 __all__ = ["A1111"]
 
@@ -130,12 +136,10 @@ class A1111(WebUI):
 
 
 def _check_plain(found: UNetSurvey) -> None:
-    odd = next((layer for layer in found.layers.values() if layer.module.weight.dtype not in PLAIN), None)
-    if odd is not None:
-        kind = str(odd.module.weight.dtype).removeprefix("torch.")
+    if (dtype := coarse_dtype(found)) is not None:
         raise ModelError(
-            f"The model's weights are kept in {kind}, which is too coarse to work on: set 'FP8 weight' to 'Disable' in "
-            "Settings > Optimizations, and reload the checkpoint."
+            f"The model's weights are stored in {dtype}, which is too coarse to work on: set 'FP8 weight' to 'Disable' "
+            "in Settings > Optimizations, and reload the checkpoint."
         )
 
 

@@ -20,14 +20,20 @@ from modules import call_queue, sd_models, shared
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, PatchError
-from ..core.models.host_weights import HostLatentDiffusion, check_channels, detached_view, without_checkpointing
+from ..core.models.host_weights import (
+    HostLatentDiffusion,
+    check_channels,
+    coarse_dtype,
+    detached_view,
+    without_checkpointing,
+)
 from ..core.models.latent_diffusion import hash_of_unet
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from .prompts import WebText
-from .webui import PLAIN, WebUI, habits
+from .webui import WebUI, habits
 
 __all__ = ["Forge"]
 
@@ -183,12 +189,10 @@ class Forge(WebUI):
 
 
 def _check_plain(resident: _Resident) -> None:
-    odd = next((layer for layer in resident.survey.layers.values() if layer.module.weight.dtype not in PLAIN), None)
-    if odd is not None:
-        kind = str(odd.module.weight.dtype).removeprefix("torch.")
+    if (dtype := coarse_dtype(resident.survey)) is not None:
         raise ModelError(
-            f"The model's weights are kept in {kind}, which is too coarse to work on: set 'Diffusion in Low Bits' at "
-            "the top of the page to 'Automatic (fp16 LoRA)'."
+            f"The model's weights are stored in {dtype}, which is too coarse to work on: set 'Diffusion in Low Bits' "
+            "at the top of the page to 'Automatic (fp16 LoRA)'."
         )
 
 

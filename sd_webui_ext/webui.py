@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import gradio as gr
-import torch
 from modules import call_queue, paths, script_callbacks, scripts, shared, util
 from modules.extra_networks import ExtraNetworkParams
 from modules.ui_common import create_refresh_button as refresh_button
@@ -23,6 +22,7 @@ from modules.ui_common import create_refresh_button as refresh_button
 from ..core.errors import Cancelled, ModelError, RequestError
 from ..core.mini.config import GUIDANCE, TEXT_WIDTH, UNET
 from ..core.mini.recognition import is_embedded
+from ..core.models.host_weights import usual_latent_side
 from ..core.models.unet import UNetSurvey
 from ..core.patch.metadata import own_entries
 from ..core.patch.patch import Patch
@@ -30,7 +30,6 @@ from ..core.progress import Progress, ProgressEvent
 from ..core.service.host_interface import ActivePatch, LoadedModel
 
 __all__ = [
-    "PLAIN",
     "ExtraNetworkParams",
     "WebUI",
     "api_auth",
@@ -41,8 +40,6 @@ __all__ = [
     "scripts",
     "serves_api",
 ]
-
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def lora_extension() -> Any:
@@ -124,7 +121,7 @@ class WebUI:
         return []
 
     def model_loaded(self, model: Any) -> None:
-        """Called by the webui whenever it has put other weights into a model object."""
+        """Called by the webui whenever it has loaded other weights into a model object."""
 
     def _elsewhere(self) -> NoReturn:
         raise ModelError(
@@ -163,10 +160,10 @@ class WebUI:
 
 
 def habits(found: UNetSurvey, model_hash: str, prediction: str) -> tuple[int, float]:
-    """The side of the latents that a model was made for, and the guidance that its pictures are usually drawn at."""
+    """The side of the latents that a model was trained at, and the guidance it is usually sampled with."""
     if found.context_dim == TEXT_WIDTH and is_embedded(found, model_hash):
         return int(UNET["sample_size"]), GUIDANCE
-    return {"sdxl": 128, "sd2": 96 if prediction == "v_prediction" else 64}.get(found.family, 64), 7.5
+    return usual_latent_side(found.family, prediction), 7.5
 
 
 def serves_api() -> bool:

@@ -13,8 +13,32 @@ from ..errors import ModelError
 from .autoencoders import Autoencoder
 from .latent_diffusion import LatentDiffusion
 from .text_encoders import TextEncoder, TextStates
+from .unet import UNetSurvey
 
-__all__ = ["HostLatentDiffusion", "check_channels", "detached_view", "without_checkpointing"]
+__all__ = [
+    "PLAIN_DTYPES",
+    "HostLatentDiffusion",
+    "check_channels",
+    "coarse_dtype",
+    "detached_view",
+    "usual_latent_side",
+    "without_checkpointing",
+]
+
+# weights in any other dtype (fp8, quantised) are too coarse to read or to write an edit into
+PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def coarse_dtype(found: UNetSurvey) -> str | None:
+    """The dtype outside :data:`PLAIN_DTYPES` that a surveyed layer is stored in; ``None`` where there is none."""
+    dtypes = (layer.module.weight.dtype for layer in found.layers.values())
+    odd = next((dtype for dtype in dtypes if dtype not in PLAIN_DTYPES), None)
+    return None if odd is None else str(odd).removeprefix("torch.")
+
+
+def usual_latent_side(family: str, prediction_type: str) -> int:
+    """The side of the latents that models of a family were trained at; hosts do not record it."""
+    return {"sdxl": 128, "sd2": 96 if prediction_type == "v_prediction" else 64}.get(family, 64)
 
 
 class HostLatentDiffusion(LatentDiffusion):

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ModelError, PatchError, listed
-from ...core.models.host_weights import HostLatentDiffusion, check_channels, detached_view
+from ...core.models.host_weights import (
+    PLAIN_DTYPES,
+    HostLatentDiffusion,
+    check_channels,
+    detached_view,
+    usual_latent_side,
+)
 from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
 from ...core.models.text_encoders import TextEncoder, TextStates
 from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
@@ -29,7 +35,6 @@ from .text import HostText, opened_text
 
 __all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
 
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _UNET = "diffusion_model."
 
 
@@ -69,8 +74,7 @@ def _schedule(patcher: Any) -> tuple[Tensor, str]:
 
 
 def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int, int]:
-    usual = {"sdxl": 128, "sd2": 96 if prediction == "v_prediction" else 64}.get(family, 64)
-    side = _own(patcher.model.model_config, "forget_concept_side", usual)
+    side = _own(patcher.model.model_config, "forget_concept_side", usual_latent_side(family, prediction))
     return (int(patcher.model.latent_format.latent_channels), side, side)
 
 
@@ -121,7 +125,7 @@ def latent_diffusion(
     wanted = [patcher, clip.patcher] + ([] if vae is None else [vae.patcher])
     management.load_models_gpu(wanted, memory_required=room, force_full_load=True)
     dtype = base.manual_cast_dtype or base.get_dtype()
-    if dtype not in _PLAIN:
+    if dtype not in PLAIN_DTYPES:
         dtype = torch.float32
     text = HostText(clip, found.family, bool(base.adm_channels))
 
@@ -181,7 +185,7 @@ def _effective(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[No
         for which in PROJECTIONS:
             layer = site.projection(which)
             waiting = getattr(layer, "weight_function", None)
-            if waiting or layer.weight.device != patcher.load_device or layer.weight.dtype not in _PLAIN:
+            if waiting or layer.weight.device != patcher.load_device or layer.weight.dtype not in PLAIN_DTYPES:
                 odd.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
     kept: list[tuple[Any, Any, Any]] = []
     entries = patcher.get_key_patches(_UNET) if odd else {}
