@@ -151,7 +151,7 @@ def planned(
 
 
 @dataclass(frozen=True)
-class RequestRecord:
+class FullestRequest:
     """A request that a method takes, what goes with it, and what had to be left out or added, in words."""
 
     request: ForgetRequest
@@ -159,7 +159,7 @@ class RequestRecord:
     note: str
 
 
-def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> RequestRecord:
+def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> FullestRequest:
     """The fullest request that the method does not refuse; raises the first :class:`RequestError` where it takes none.
 
     ``preserve`` is the list to keep (default: the other concepts of the category).
@@ -183,7 +183,7 @@ def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = Non
     raise first
 
 
-def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None) -> RequestRecord:
+def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None) -> FullestRequest:
     concept = run.concept
     names = [word.name for word in CATEGORIES[concept.kind]] if preserve is None else preserve
     others = tuple(name for name in names if name != concept.name)
@@ -198,7 +198,7 @@ def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Se
     inputs = Inputs(images={concept.name: pictures_of(concept, IMAGES, run.seed)} if images else {})
     without = [words for kept, words in ((replaced, "a replacement"), (preserved, "a preserve list")) if not kept]
     note = f"without {' and '.join(without)}" if without else ""
-    return RequestRecord(request, inputs, "; ".join(filter(None, (note, f"with {IMAGES} pictures" if images else ""))))
+    return FullestRequest(request, inputs, "; ".join(filter(None, (note, f"with {IMAGES} pictures" if images else ""))))
 
 
 def _stop(event: ProgressEvent) -> None:
