@@ -205,7 +205,7 @@ class PatchMetadata:
                 why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                 raise PatchError(
                     f"The entry '{_PREFIX}{name}' in the metadata of this patch cannot be read: {why.rstrip('.')}. "
-                    "Make the patch again, or use the file as another program left it, with a LoRA loader."
+                    "Make the patch again, or load the file with a LoRA loader, which ignores its metadata."
                 ) from error
 
     # -- parts of it ---------------------------------------------------------------------------------------------
