@@ -163,7 +163,7 @@ HOSTS_OWN = {
 def test_what_is_imported_is_declared_or_the_hosts_own(settings):
     extras = settings["project"]["optional-dependencies"]
     declared = [*settings["project"]["dependencies"], *extras["torch"], *extras["mini"]]
-    known = {_named(item) for item in declared} | {"pil"} | {name.lower() for name in sys.stdlib_module_names}
+    known = {_named(item) for item in declared} | {"pil", "yaml"} | {name.lower() for name in sys.stdlib_module_names}
     for name in tree():
         if not name.endswith(".py") or not packaged(name):
             continue
