@@ -35,7 +35,7 @@ def build(host: Host) -> gr.Blocks:
                 patches = PatchesPart(store)
             with gr.TabItem("Evaluate", id="evaluate", elem_id="forget_concept_tab_evaluate") as evaluate_tab:
                 evaluate = EvaluatePart(store)
-        beat = gr.Button("Look again", elem_id="forget_concept_beat", elem_classes=["fc-hidden"])
+        poll = gr.Button("Look again", elem_id="forget_concept_beat", elem_classes=["fc-hidden"])
         opened = gr.Button("Page opened", elem_id="forget_concept_opened", elem_classes=["fc-hidden"])
         shown = gr.Textbox("", visible=False)  # the job whose outcome this page shows, and its state
         heartbeat = _JobHeartbeat(store, forget, patches, evaluate, shown)
@@ -47,7 +47,7 @@ def build(host: Host) -> gr.Blocks:
             *patches.live,
             evaluate.chosen,
         ]
-        beat.click(heartbeat.look, [shown, patches.chosen, evaluate.chosen], heartbeat.outputs, **_QUICK)
+        poll.click(heartbeat.look, [shown, patches.chosen, evaluate.chosen], heartbeat.outputs, **_QUICK)
         opened.click(
             lambda a, b: [*heartbeat.look("", a, b), *forget.recalled()],
             [patches.chosen, evaluate.chosen],
@@ -69,7 +69,7 @@ def build(host: Host) -> gr.Blocks:
 
 
 class _JobHeartbeat:
-    """What a page is told of the jobs."""
+    """The job heartbeat: what a page shows of the jobs, sent again while one is running."""
 
     outputs: list[Any]
 
@@ -77,7 +77,7 @@ class _JobHeartbeat:
         self, store: PatchStore, forget: ForgetPart, patches: PatchesPart, evaluate: EvaluatePart, shown: gr.Textbox
     ) -> None:
         self.store, self.forget, self.patches, self.evaluate, self.shown = store, forget, patches, evaluate, shown
-        self._beats = itertools.count(1)
+        self._heartbeats = itertools.count(1)
 
     @property
     def live(self) -> list[Any]:
@@ -85,18 +85,18 @@ class _JobHeartbeat:
         return [*self.forget.status, *self.evaluate.status]
 
     def _status(self, problems: tuple[str, str] = ("", "")) -> list[Any]:
-        beat = next(self._beats)
+        number = next(self._heartbeats)
         busy = any(not job.over for job in self.store.jobs.all())
         found: list[Any] = []
         for kind, words in zip(("forget", "evaluate"), problems, strict=True):
             job = self.store.jobs.latest(kind)
-            text = html.state(job, beat) + (html.problem(words) if words else "")
+            text = html.state(job, number) + (html.problem(words) if words else "")
             running = job is not None and not job.over
             found += [text, gr.update(interactive=not busy), gr.update(interactive=running)]
         return found
 
     def started(self, kind: str, begin: Any) -> list[Any]:
-        """Begin a job; what stands in the way is said beside the button."""
+        """Start a job; an error is shown beside the button."""
         words = ""
         try:
             begin()
@@ -105,14 +105,14 @@ class _JobHeartbeat:
         return self._status((words, "") if kind == "forget" else ("", words))
 
     def stopped(self) -> list[Any]:
-        """Interrupt what runs."""
+        """Interrupt the running job."""
         job = self.store.jobs.latest()
         if job is not None:
             self.store.jobs.cancel(job.id)
         return self._status()
 
     def look(self, shown: str, chosen: str | None, evaluated: str | None) -> list[Any]:
-        """Everything that may have changed since this page last asked."""
+        """Everything that may have changed since this page last polled."""
         jobs = self.store.jobs.all()
         now = ",".join(f"{job.id}:{job.state}" for job in jobs)
         status = self._status()

@@ -37,7 +37,7 @@ class EvaluatePart:
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=360):
-                self._asked()
+                self._inputs()
             with gr.Column(scale=6, min_width=360):
                 with gr.Row():
                     self.start = gr.Button("Evaluate", variant="primary", elem_id=f"{_ID}evaluate_start", scale=3)
@@ -58,7 +58,7 @@ class EvaluatePart:
         self.status = [self.state, self.start, self.stop]
         self.results = [self.words, self.report, self.frame, self.files]
 
-    def _asked(self) -> None:
+    def _inputs(self) -> None:
         self.chosen = gr.Dropdown([], value=None, label="Patch", elem_id=f"{_ID}evaluated")
         self.strength = gr.Slider(
             -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="Strength", elem_id=f"{_ID}evaluate_strength"
@@ -119,7 +119,7 @@ class EvaluatePart:
     # -- what happens --------------------------------------------------------------------------------------------
 
     def wire(self, started: Callable[..., list[Any]], stopped: Callable[[], list[Any]], live: Sequence[Any]) -> None:
-        asked = [
+        inputs = [
             self.chosen,
             self.strength,
             self.concepts,
@@ -132,7 +132,9 @@ class EvaluatePart:
             self.benchmark,
             self.clip,
         ]
-        self.start.click(lambda *values: started("evaluate", lambda: self._begin(*values)), asked, list(live), **_QUICK)
+        self.start.click(
+            lambda *values: started("evaluate", lambda: self._begin(*values)), inputs, list(live), **_QUICK
+        )
         self.stop.click(lambda: stopped(), [], list(live), **_QUICK)
         self.report.input(self._shown, [self.report], [self.frame, self.files], **_QUICK)
 

@@ -196,7 +196,7 @@ class ForgetPart:
                         height=110,
                         elem_id=f"{_ID}import",
                     )
-            self.told = gr.HTML("", elem_id=f"{_ID}request_told")
+            self.request_message = gr.HTML("", elem_id=f"{_ID}request_told")
 
     def _run(self) -> None:
         with gr.Row():
@@ -226,22 +226,22 @@ class ForgetPart:
             **_QUICK,
         )
         self.preset.input(self._preset, [self.method, self.preset], self._all_fields(), **_QUICK)
-        asked = self._asked()
+        inputs = self._request_inputs()
         extra = [self.name, self.apply, self.apply_strength, self.pairs]
         self.start.click(
-            lambda *values: started("forget", lambda: self._begin(values[: len(asked)], *values[len(asked) :])),
-            [*asked, *extra],
+            lambda *values: started("forget", lambda: self._begin(values[: len(inputs)], *values[len(inputs) :])),
+            [*inputs, *extra],
             list(live),
             **_QUICK,
         )
         self.stop.click(lambda: stopped(), [], list(live), **_QUICK)
-        self.exporter.click(self._export, asked, [self.exported, self.told], **_QUICK)
-        self.imported.upload(self._import, [self.imported], [self.told, *self.form], **_QUICK)
+        self.exporter.click(self._export, inputs, [self.exported, self.request_message], **_QUICK)
+        self.imported.upload(self._import, [self.imported], [self.request_message, *self.form], **_QUICK)
 
     def _all_fields(self) -> list[Any]:
         return [field for fields in self.fields.values() for field in fields]
 
-    def _asked(self) -> list[Any]:
+    def _request_inputs(self) -> list[Any]:
         lines = [part for line in self.lines for part in line]
         more = [self.preserve, self.method, self.preset, self.strength, self.seed]
         return [self.count, *lines, *more, *self._all_fields()]
@@ -282,7 +282,7 @@ class ForgetPart:
         return found
 
     def _read(self, values: Sequence[Any]) -> Form:
-        """The form from the values of :meth:`_asked`."""
+        """The form from the values of :meth:`_request_inputs`."""
         count, rest = int(values[0]), values[1:]
         lines = [_line(rest, k) for k in range(count)]
         preserve, title, preset, strength, seed, *fields = rest[4 * ROWS :]
@@ -298,7 +298,7 @@ class ForgetPart:
     def _begin(self, values: Sequence[Any], name: str, apply: bool, strength: float, pairs: float) -> None:
         settings = self.store.settings
         plan = self._read(values).plan()
-        asked = ForgetJob(
+        job = ForgetJob(
             plan,
             name or "",
             settings.folder,
@@ -307,7 +307,7 @@ class ForgetPart:
             int(pairs),
             settings.steps,
         )
-        self.store.forget(asked)
+        self.store.forget(job)
         if settings.remember:
             more = {"name": name or "", "apply": bool(apply), "apply_strength": float(strength), "pairs": int(pairs)}
             remember(self.store.host.data_folder(), plan.request, more)

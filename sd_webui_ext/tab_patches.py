@@ -115,7 +115,9 @@ class PatchesPart:
         self.clear.click(self._cleared, [self.chosen], [self.message, *live], **_QUICK)
         self.rename.click(self._renamed, [self.chosen, self.new_name], [self.message, self.new_name, *live], **_QUICK)
         self.folder.click(self._opened, [self.chosen], [self.message], **_QUICK)
-        self.delete.click(self._asked, [self.chosen], [self.sure, self.question, self.doomed, self.message], **_QUICK)
+        self.delete.click(
+            self._confirm_deletion, [self.chosen], [self.sure, self.question, self.doomed, self.message], **_QUICK
+        )
         self.keep.click(lambda: gr.update(visible=False), [], [self.sure], **_QUICK)
         self.really.click(self._deleted, [self.doomed, self.chosen], [self.message, self.sure, *live], **_QUICK)
         self.combine.click(
@@ -210,7 +212,7 @@ class PatchesPart:
             return html.problem(str(error))
         return html.notice(f"The folder is open on the machine that the webui runs on: {folder}")
 
-    def _asked(self, chosen: str | None) -> list[Any]:
+    def _confirm_deletion(self, chosen: str | None) -> list[Any]:
         try:
             if not chosen:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
