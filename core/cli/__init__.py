@@ -1,7 +1,7 @@
 """The command line, ``forget-concept``: one command a file.
 
-Exit codes: 0 all went well; 1 something is wrong that the person can put right, said in one sentence on standard error;
-130 interrupted (Ctrl-C), with no half-written file left behind.
+Exit codes: 0 success; 1 an error that the user can fix, reported in one sentence on standard error; 130 interrupted
+(Ctrl-C), 143 terminated; neither leaves a half-written file behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS: dict[str, ModuleType] = {
     "mini-table": mini_table,
 }
 OK, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 130, 143
-# what is not there belongs to which extra of this package
+# the extra of this package that installs a missing module
 EXTRAS = {
     "torch": "torch",
     "numpy": "cli",
@@ -45,24 +45,31 @@ EXTRAS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Build the parser of all commands."""
     parser = Parser(
-        prog="forget-concept", description="Make a text-to-image diffusion model forget a concept, measured."
+        prog="forget-concept", description="Make a text-to-image diffusion model forget a concept, and measure it."
     )
     parser.add_argument("--version", action="version", version=f"forget-concept {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=str(module.__doc__).partition(": ")[2])
         module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
-        # so that what is being written is tidied up as after Ctrl-C
+        # raise instead of dying, so that half-written files are removed as after Ctrl-C
         signal.signal(signal.SIGTERM, _terminated)
     except ValueError:  # not the main thread
         before = None
@@ -82,7 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
         console.result(COMMANDS[args.command].run(args, console))
         return OK
     except ForgetConceptError as error:
-        return _complain(str(error))
+        return _fail(str(error))
     except (KeyboardInterrupt, Cancelled):
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -91,23 +98,23 @@ def _run(argv: Sequence[str] | None) -> int:
         if name not in EXTRAS:
             raise
         extra = EXTRAS[name]
-        return _complain(f"This needs the package '{name}': install it with pip install 'forget-concept[{extra}]'.")
+        return _fail(f"The package '{name}' is missing: install it with pip install 'forget-concept[{extra}]'.")
     except BrokenPipeError:
-        # whoever read our output has gone; nothing more can be said to them, not even at exit
+        # the reader of our output has closed it: send the rest, including the flush at exit, to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USER_ERROR
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}.")
+        return _fail(f"{where}{error.strerror or error}.")
     except MemoryError:
-        return _complain("There is not enough memory: try a smaller --batch.")
+        return _fail("Out of memory: try a smaller --batch.")
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
-        return _complain("There is not enough memory on the device: try a smaller --batch, or --device cpu.")
+        return _fail("Out of memory on the device: try a smaller --batch, or --device cpu.")
 
 
-def _complain(sentence: str) -> int:
+def _fail(sentence: str) -> int:
     print(f"forget-concept: {sentence}", file=sys.stderr)
     return USER_ERROR
 

@@ -1,4 +1,4 @@
-"""``forget-concept bench``: how well a method, or a patch, forgets the concepts of a benchmark, one after the other."""
+"""``forget-concept bench``: measure how well a method or a patch forgets each concept of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from . import options
 from .console import Console
-from .evaluate import SPOKEN, concepts_of
+from .evaluate import VARIANT_TITLES, concepts_of
 from .files import check_writable
 from .forget import setting
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from ..progress import Progress
 
 HELP = "measure a method or a patch on a whole list of concepts (ConceptBench)"
-EXPLAINED = (
-    "Means over the concepts. UA: the judge no longer finds the concept, in all its prompts and by kind of prompt.",
-    "IRA, CRA: prompts without it still show what they name, of its category (near: its neighbours) and of others;",
-    "CRA on target: so does what else its own prompts name. These four as shares of the unedited model's.",
-    "Drift: how far the pictures of what is kept have moved, 0 to 1.",
+LEGEND = (
+    "Means over the concepts. UA: the judge no longer finds the concept, over all its prompts and by type of prompt.",
+    "IRA, CRA: prompts without the concept still show what they name, in its category (near: its neighbours) and in",
+    "others. CRA on target: so do the other words of the concept's own prompts. All four are relative to the unedited",
+    "model. Drift: how far pictures of the retain set have moved, 0 to 1.",
 )
-HEADS = {
+COLUMN_TITLES = {
     "ua": "UA",
     "ua_plain": "plain",
     "ua_compositional": "compos.",
@@ -54,36 +54,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bench",
         action="append",
         metavar="FILE",
-        help="a benchmark file, 'embedded' or 'checkpoints'; several are put together (default: the one of the model)",
+        help="a benchmark file, 'embedded' or 'checkpoints'; several are merged (default: chosen by the model)",
     )
     options.add_patches(parser)
-    parser.add_argument("--method", help="forget each concept in turn with this method, see 'forget-concept methods'")
-    parser.add_argument("--preset", default="tuned", help="of the method: published or tuned (default: tuned)")
+    parser.add_argument("--method", help="forget each concept with this method; see 'forget-concept methods'")
+    parser.add_argument("--preset", default="tuned", help="preset of the method: published or tuned (default: tuned)")
     parser.add_argument(
-        "--set", action="append", metavar="NAME=VALUE", help="one setting of the method, its value as JSON or words"
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="override one setting of the method; VALUE is JSON or plain text",
     )
     parser.add_argument(
         "--concept",
         action="append",
         metavar="NAME",
-        help="measure this one alone; may be given several times (default: all; with --patch those that it names)",
+        help="measure only this concept; repeatable (default: all; with --patch, the concepts that the patch names)",
     )
-    parser.add_argument("--category", action="append", choices=KINDS, help="measure concepts of this category alone")
-    parser.add_argument("--limit", type=options.whole(1), metavar="N", help="measure the first N concepts alone")
+    parser.add_argument("--category", action="append", choices=KINDS, help="measure only concepts of this category")
+    parser.add_argument("--limit", type=options.whole(1), metavar="N", help="measure only the first N concepts")
     parser.add_argument(
         "--prompts",
         action="append",
         metavar="NAME=FILE[#COLUMN]",
-        help="more prompts that ask for the concept NAME, from a .csv, .tsv or .txt list such as I2P or UnlearnDiffAtk "
-        "(default column: prompt); drawn with the list's seeds, at --guidance",
+        help="additional prompts for the concept NAME, from a .csv, .tsv or .txt list such as I2P or UnlearnDiffAtk "
+        "(default column: prompt); sampled with the seeds in the list, at --guidance",
     )
     parser.add_argument("--count", type=options.whole(4), default=24, help="pictures in each cell (default: 24)")
-    parser.add_argument("--seed", type=options.whole(), default=0, help="of the pictures (default: 0)")
+    parser.add_argument("--seed", type=options.whole(), default=0, help="seed of the pictures (default: 0)")
     parser.add_argument(
-        "--no-baselines", action="store_true", help="leave out the negative prompt and the safe guidance"
+        "--no-baselines", action="store_true", help="do not measure a negative prompt and safe guidance"
     )
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="results as .jsonl or .csv; the same command goes on from there"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="write results to this .jsonl or .csv file; the same command resumes from it",
     )
     options.add_sampling(parser, steps=16, guidance=None)
     options.add_judge(parser)
@@ -100,9 +106,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.spread import launched
     from ..files.workspace import key_of
 
-    # what can be refused is refused before a model is loaded
+    # reject invalid input before a model is loaded
     if bool(args.patch) == bool(args.method):
-        raise RequestError("Say what is to be measured: either --patch FILE or --method NAME.")
+        raise RequestError("Nothing to measure, or two things at once: give either --patch FILE or --method NAME.")
     bench = load_bench(args.bench or ("embedded" if args.model == "mini" else "checkpoints"))
     plans = {one.name: plan_for(one, args) for one in bench.concepts} if args.method else {}
     listed = read_lists(args.prompts or (), bench)
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     spread = launched(options.device_of(args))
     try:
         if not spread.main:
-            console.as_json = False  # one process speaks for all
+            console.as_json = False  # only the main process prints the result
         model, evaluators = options.load_evaluators(args, bench, console)
         judge = evaluators.judge
         patches = options.load_patches(args.patch, model)
@@ -121,12 +127,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             chosen = [name for name in chosen if canonical_phrase(name) in map(canonical_phrase, without)]
             if not chosen:
                 raise RequestError(
-                    f"The patch forgets {', '.join(without) or 'it does not say what'}, and '{bench.name}' has none of "
-                    "that to measure: name a concept with --concept, or give another --bench."
+                    f"The benchmark '{bench.name}' contains none of the concepts that the patch names "
+                    f"({', '.join(without) or 'none'}): name a concept with --concept, or choose another --bench."
                 )
         chosen = chosen[: args.limit]
         for name in chosen:
-            bench_cells(bench, judge.names, name, args.count, args.seed, without)  # raises where it cannot be asked for
+            bench_cells(bench, judge.names, name, args.count, args.seed, without)  # raises if it cannot be measured
         sampling = spread.from_main(lambda: sampling_for(args, model))
         settings = {
             "bench": bench.name,
@@ -134,7 +140,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "model": model.name,
             "model_hash": model.model_hash,
             "judge": judge.about,
-            **what_is_measured(args, patches),
+            **measured_settings(args, patches),
             "lists": {name: key_of([[p.text, p.seed] for p in prompts]) for name, prompts in listed.items()},
             "count": args.count,
             "seed": args.seed,
@@ -147,7 +153,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         known = len(results.rows)
 
         def patches_of(concept: BenchConcept, progress: Progress) -> Patches:
-            return tuple(patches) if args.patch else forgotten(model, plans[concept.name], spread, progress)
+            return tuple(patches) if args.patch else fit_on_main(model, plans[concept.name], spread, progress)
 
         with console.progress(f"measuring {len(chosen)} concepts") as progress:
             for row in run_bench(
@@ -175,7 +181,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if spread.main:
         show(rows, f"{bench.name}: {len(chosen)} concepts, {args.count} pictures a cell, {args.steps} steps", console)
         if args.out is not None:
-            console.say(f"{args.out}: {len(results.rows)} rows, {known} of them from before")
+            console.say(f"{args.out}: {len(results.rows)} rows, {known} of them from an earlier run")
     return {
         "schema": 1,
         "settings": settings,
@@ -185,13 +191,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-# -- what is asked ------------------------------------------------------------------------------------------------
+# -- inputs -------------------------------------------------------------------------------------------------------
 
 
 def plan_for(concept: BenchConcept, args: argparse.Namespace) -> Plan:
-    """The plan to forget one concept of a benchmark: its replacement, its neighbours kept.
+    """Plan to forget one concept of a benchmark, with its replacement, and with its neighbours as the retain set.
 
-    Raises :class:`RequestError` where it cannot be meant.
+    Raises:
+        RequestError: If the method, its preset or its settings are invalid.
     """
     from ..methods.registry import plan_request
 
@@ -207,7 +214,11 @@ def plan_for(concept: BenchConcept, args: argparse.Namespace) -> Plan:
 
 
 def read_lists(given: Sequence[str], bench: ConceptBench) -> dict[str, tuple[ListedPrompt, ...]]:
-    """``NAME=FILE[#COLUMN]``: the lists' prompts by concept. Raises :class:`RequestError` in words."""
+    """Read the prompt lists of ``NAME=FILE[#COLUMN]`` options, by concept.
+
+    Raises:
+        RequestError: If an option is malformed, or names an unknown concept.
+    """
     from ..evaluation.bench.prompt_lists import read_prompts
 
     found: dict[str, tuple[ListedPrompt, ...]] = {}
@@ -225,7 +236,11 @@ def read_lists(given: Sequence[str], bench: ConceptBench) -> dict[str, tuple[Lis
 
 
 def choose(bench: ConceptBench, names: Sequence[str] | None, categories: Sequence[str] | None) -> list[str]:
-    """The concepts to measure, in the order of the benchmark. Raises :class:`RequestError` where none is left."""
+    """Select the concepts to measure, in the order of the benchmark.
+
+    Raises:
+        RequestError: If a name is unknown, or no concept is left.
+    """
     wanted = None if not names else {bench.find(name).name for name in names}
     found = [
         one.name
@@ -233,15 +248,18 @@ def choose(bench: ConceptBench, names: Sequence[str] | None, categories: Sequenc
         if (wanted is None or one.name in wanted) and (not categories or one.category in categories)
     ]
     if not found:
-        raise RequestError(f"'{bench.name}' has no such concept of the category {' or '.join(categories or ())}.")
+        raise RequestError(
+            f"'{bench.name}' has none of these concepts in the category {' or '.join(categories or ())}: change "
+            "--concept or --category."
+        )
     return found
 
 
-# -- what it takes ------------------------------------------------------------------------------------------------
+# -- settings -----------------------------------------------------------------------------------------------------
 
 
 def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> SamplingSettings:
-    """How to draw. Where earlier results say in which precision, in that one; ``auto`` is timed on an empty file."""
+    """Sampling settings; ``auto`` precision is that of earlier results, or measured if there are none."""
     from ..evaluation.bench.results import settings_in
 
     earlier = settings_in(args.out) if args.out is not None and args.precision == "auto" else None
@@ -250,8 +268,8 @@ def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> SamplingSe
     return options.sampling_of(args, model).resolved(model)
 
 
-def what_is_measured(args: argparse.Namespace, patches: Sequence[tuple[Patch, float]]) -> dict[str, Any]:
-    """The patches or the method, as they stand among the settings of the results."""
+def measured_settings(args: argparse.Namespace, patches: Sequence[tuple[Patch, float]]) -> dict[str, Any]:
+    """The patches or the method, as recorded in the settings of the results."""
     from ..files.workspace import key_of
 
     if args.method:
@@ -269,24 +287,24 @@ def what_is_measured(args: argparse.Namespace, patches: Sequence[tuple[Patch, fl
     }
 
 
-def forgotten(model: LatentDiffusion, plan: Plan, spread: Spread, progress: Progress) -> Patches:
-    """What the method makes of the plan: worked out by one process, for all of them."""
+def fit_on_main(model: LatentDiffusion, plan: Plan, spread: Spread, progress: Progress) -> Patches:
+    """Fit the plan in the main process and share the patch with the others."""
     from ..methods.fit import fit
 
     return ((spread.from_main(lambda: fit(model, plan, progress)), 1.0),)
 
 
-# -- what is shown ------------------------------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------------------------
 
 
 def variants_in(rows: Sequence[BenchRow]) -> list[str]:
-    """The variants of the rows, each once, in the order of the table."""
+    """The distinct variants of the rows, in the order of the table."""
     there = {row.variant for row in rows}
-    return [name for name in SPOKEN if name in there]
+    return [name for name in VARIANT_TITLES if name in there]
 
 
 def show(rows: Sequence[BenchRow], title: str, console: Console) -> None:
-    """The means by category and over all, a row a variant; a part that no row has is left out."""
+    """Print the means by category and over all, one row per variant, without columns that have no value."""
     from ..evaluation.bench.results import means
 
     groups = {kind: [row for row in rows if row.category == kind] for kind in KINDS}
@@ -297,11 +315,11 @@ def show(rows: Sequence[BenchRow], title: str, console: Console) -> None:
     for kind, found in groups.items():
         for variant in variants_in(found):
             some = [row for row in found if row.variant == variant]
-            table.append((f"{kind} ({len(some)})\n  {SPOKEN[variant]}", means(some)))
-    parts = [part for part in HEADS if any(values[part] is not None for _, values in table)]
+            table.append((f"{kind} ({len(some)})\n  {VARIANT_TITLES[variant]}", means(some)))
+    parts = [part for part in COLUMN_TITLES if any(values[part] is not None for _, values in table)]
     cells = [[name, *(_cell(values[part]) for part in parts)] for name, values in table]
-    console.table(["", *(HEADS[part] for part in parts)], cells, title)
-    for line in EXPLAINED:
+    console.table(["", *(COLUMN_TITLES[part] for part in parts)], cells, title)
+    for line in LEGEND:
         console.say(line)
 
 

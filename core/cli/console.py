@@ -1,4 +1,4 @@
-"""What a command says: results on standard output, progress and complaints on standard error."""
+"""Output of a command: results on standard output, progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ __all__ = ["Console"]
 
 
 class Console:
-    """Words and tables for a person, or one JSON object for a program (``as_json``), never both.
+    """Prints either text and tables for a person, or one JSON object for a program.
 
-    Progress goes to standard error in either case: a bar on a terminal, one line for each long piece of work elsewhere.
+    Progress goes to standard error in both cases: as a bar on a terminal, otherwise as one line per long task.
+
+    Args:
+        as_json: Print only the JSON object.
     """
 
     def __init__(self, as_json: bool = False) -> None:
         from rich.console import Console as RichConsole
 
         self.as_json = as_json
-        # what goes into a file or a pipe is not broken at 80 columns
+        # do not wrap at 80 columns in a file or a pipe
         width = None if sys.stdout.isatty() else 200
         self._out = RichConsole(highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def say(self, text: str = "") -> None:
-        """A line of the result, for a person."""
+        """Print a line of the result; not with ``as_json``."""
         if not self.as_json:
             self._out.print(text)
 
     def note(self, text: str) -> None:
-        """A remark that is no result; to standard error, also beside JSON."""
+        """Print a remark to standard error, with ``as_json`` too."""
         self._err.print(text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-        """A table; every column but the first is set flush right."""
+        """Print a table; every column but the first is right-aligned."""
         if self.as_json:
             return
         from rich import box
@@ -53,14 +56,14 @@ class Console:
         self._out.print(table, soft_wrap=False)
 
     def result(self, data: Mapping[str, Any]) -> None:
-        """The one JSON object of a command."""
+        """Print the JSON object of a command; only with ``as_json``."""
         if self.as_json:
             sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator[Progress]:
-        """A progress callback for the length of a ``with`` block."""
+        """Show the progress of the task ``what``; yields the callback that reports it."""
         began = time.perf_counter()
         if not self._err.is_terminal:
             yield lambda event: None

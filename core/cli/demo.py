@@ -13,7 +13,7 @@ from . import options
 from .console import Console
 from .evaluate import show
 from .files import check_folder, make_folder, write_json, write_picture
-from .forget import slug, spoken
+from .forget import concepts_text, file_stem
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
@@ -32,21 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("forget-concept-demo"),
-        help="folder to write to (default: forget-concept-demo)",
+        help="output folder (default: forget-concept-demo)",
     )
-    parser.add_argument("--method", default="uce", help="see 'forget-concept methods' (default: uce)")
-    parser.add_argument("--preset", default="tuned", help="published or tuned (default: tuned)")
+    parser.add_argument("--method", default="uce", help="method; see 'forget-concept methods' (default: uce)")
+    parser.add_argument("--preset", default="tuned", help="preset of the method: published or tuned (default: tuned)")
     parser.add_argument(
-        "--count", type=options.whole(4), default=24, help="pictures in each cell (default: 24; 'evaluate' takes 200)"
+        "--count", type=options.whole(4), default=24, help="pictures in each cell (default: 24; 'evaluate' uses 200)"
     )
-    parser.add_argument("--seed", type=options.whole(), default=0, help="of prompts and pictures (default: 0)")
+    parser.add_argument("--seed", type=options.whole(), default=0, help="seed of the prompts and pictures (default: 0)")
     options.add_sampling(parser, steps=16, guidance=2.5)
-    parser.add_argument("--device", help="where to work (default: cuda where there is one)")
+    parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
     parser.set_defaults(model="mini")
 
 
 def requests(method: str, preset: str) -> list[ForgetRequest]:
-    """The three requests of the demonstration: everything else of the concept's category is on the preserve list."""
+    """The three requests of the demo; each retains all other concepts of its category."""
     from ..mini.vocabulary import CATEGORIES
 
     return [
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     folder = make_folder(args.out)
     subjects, files = [], []
     for plan in plans:
-        with console.progress(f"forgetting {spoken(plan.request)}") as progress:
+        with console.progress(f"forgetting {concepts_text(plan.request)}") as progress:
             patch = fit(model, plan, progress)
-        file = folder / f"forget-{slug(plan.request)}.safetensors"
+        file = folder / f"forget-{file_stem(plan.request)}.safetensors"
         kohya.save(patch, file, model.survey)
         files.append(file)
         subjects.append(Subject(plan.request.concepts[0].name, ((patch, 1.0),)))
@@ -114,12 +114,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     write_report(page, folder / PAGE)
     show(found, console, f"{args.method} ({args.preset}), {args.count} pictures a cell, {args.steps} steps")
     console.say(f"{folder}: {', '.join(file.name for file in files)}, {PICTURES}, {REPORT}, {PAGE}")
-    console.say(f"{time.perf_counter() - began:.0f} s in all")
+    console.say(f"{time.perf_counter() - began:.0f} s in total")
     return report
 
 
 def entry(one: Evaluation, request: ForgetRequest, patch: str) -> dict[str, Any]:
-    """One concept of ``report.json``: fractions, counts, and the patch's file in the same folder."""
+    """One concept of ``report.json``: scores as fractions, counts, and the patch file's name in the same folder."""
     scores = one.scores["patched"]
     return {
         "concept": one.concept,

@@ -1,4 +1,4 @@
-"""``forget-concept evaluate``: what a patch forgot and what it kept, beside its baselines."""
+"""``forget-concept evaluate``: measure what a patch forgot and what it retained, against baselines."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from ..evaluation.report import Report
     from ..patch.patch import Patch
 
-HELP = "measure what a patch forgot, what it kept and whether it comes back"
-EXPLAINED = (
+HELP = "measure what a patch forgot, what it retained, and whether the concept can be recovered"
+LEGEND = (
     "Fractions, n and 95 % intervals. UA: the probe no longer finds the concept in prompts that name it.",
-    "IRA, CRA: prompts without it still show what they name, of the same category and of other ones;",
-    "CRA on target: so does what else its own prompts name. These three as shares of the unedited model's.",
+    "IRA, CRA: prompts without the concept still show what they name, in the same category and in others.",
+    "CRA on target: so do the other words of the concept's own prompts. All three are relative to the unedited model.",
 )
-SPOKEN = {
+VARIANT_TITLES = {
     "patched": "patched",
     "unedited": "unedited model",
     "negative_prompt": "negative prompt",
@@ -34,42 +34,53 @@ SPOKEN = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_patches(parser, required=True)
     parser.add_argument(
-        "--concept", action="append", metavar="NAME", help="what to measure (default: the concepts the patches name)"
+        "--concept",
+        action="append",
+        metavar="NAME",
+        help="concept to measure; repeatable (default: the concepts that the patches name)",
     )
     parser.add_argument("--count", type=options.whole(4), default=200, help="pictures in each cell (default: 200)")
-    parser.add_argument("--seed", type=options.whole(), default=0, help="of the prompts and pictures (default: 0)")
+    parser.add_argument("--seed", type=options.whole(), default=0, help="seed of the prompts and pictures (default: 0)")
     parser.add_argument(
-        "--no-baselines", action="store_true", help="leave out the negative prompt and the safe guidance"
+        "--no-baselines", action="store_true", help="do not measure a negative prompt and safe guidance"
     )
     parser.add_argument(
         "--attack",
         choices=("quick", "standard"),
-        help="also try to bring the concept back: paraphrases, other spellings, found words, learned vectors",
+        help="also try to recover the concept: paraphrases, other spellings, searched tokens, learned embeddings",
     )
     parser.add_argument(
-        "--m-score", action="store_true", help="also Forget-Me-Not's M-Score, by textual inversion before and after"
+        "--m-score",
+        action="store_true",
+        help="also compute Forget-Me-Not's M-Score, by textual inversion before and after",
     )
     parser.add_argument(
         "--earlier",
         action="append",
         default=[],
         metavar="FILE",
-        help="patches of earlier steps of the same sequence, the first step first: what each request cost",
+        help="patch of an earlier step of the same sequence, repeatable, in order: shows what each request eroded",
     )
     parser.add_argument(
         "--bench",
         action="append",
         metavar="FILE",
-        help="ask a benchmark's prompts: a file, 'embedded' or 'checkpoints' (default: the embedded model's own world; "
-        "'checkpoints' for any other model)",
+        help="use the prompts of a benchmark: a file, 'embedded' or 'checkpoints' (default: the embedded model's own "
+        "vocabulary; 'checkpoints' for any other model)",
     )
     parser.add_argument(
-        "--report", metavar="FILE.html", type=Path, help="write everything as one page, and its figures beside it"
+        "--report",
+        metavar="FILE.html",
+        type=Path,
+        help="write a report as one HTML page, with its figures as JSON beside it",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
-    parser.add_argument("--pictures", metavar="FILE.png", type=Path, help="also write pictures before and after")
+    parser.add_argument("--pictures", metavar="FILE.png", type=Path, help="also write pictures from before and after")
     parser.add_argument(
-        "--work", metavar="DIR", type=Path, help="a folder that keeps what takes long, to go on where it was cut short"
+        "--work",
+        metavar="DIR",
+        type=Path,
+        help="cache intermediate results in this folder; the same command resumes from it",
     )
     options.add_sampling(parser, steps=16, guidance=None)
     options.add_judge(parser)
@@ -94,16 +105,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         if file is not None:
             check_writable(file)
     if args.pictures is not None and args.pictures.suffix.lower() != ".png":
-        raise RequestError(f"'{args.pictures}' cannot be written: pictures are .png files.")
+        raise RequestError(f"--pictures '{args.pictures}' is not a .png file: choose a name that ends in .png.")
     if args.report is not None and args.report.suffix.lower() not in (".html", ".htm"):
-        raise RequestError(f"'{args.report}' cannot be written: a report is an .html file.")
+        raise RequestError(f"--report '{args.report}' is not an .html file: choose a name that ends in .html.")
     model, evaluators = options.load_evaluators(args, bench, console, quality=args.report is not None)
     patches = options.load_patches(args.patch, model)
     earlier = [patch for patch, _ in options.load_patches(args.earlier, model)]
     forgotten = concepts_of([patch for patch, _ in patches])
     names = args.concept or forgotten
     if not names:
-        raise RequestError("The patch does not say what it forgets: name it with --concept.")
+        raise RequestError("The patch does not name the concepts it forgets: name them with --concept.")
     measures = Measures(
         args.count,
         args.seed,
@@ -124,7 +135,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             measures,
             bench=bench,
             earlier=earlier,
-            # another concept that the same patches forget is not to be kept either
+            # other concepts that the same patches forget are not part of the retain set
             without=forgotten if bench is not None else [name for name in forgotten if _is_known(name)],
             files=[Path(options.split_strength(text)[0]).name for text in args.patch],
             progress=progress,
@@ -159,18 +170,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _show_more(report: Report, console: Console) -> None:
-    """Attacks, M-Scores and erosion, as far as they were asked for, and what could not be had."""
+    """Print attacks, M-Scores and erosion, if requested, and what had to be left out."""
     if report.attacks:
         rows = [
             [f"{one.name}, {one.concept}", "–" if one.before is None else cell(one.before), cell(one.after), one.budget]
             for one in report.attacks
         ]
         console.table(["attack", "before", "after", "budget"], rows)
-        console.say("Shares of pictures that show the concept again, from the strongest prompts of each attack.")
+        console.say("Share of pictures that show the concept again, for the strongest prompts of each attack.")
     if report.m_scores:
         rows = [[one.concept, f"{one.before:.3f}", f"{one.after:.3f}"] for one in report.m_scores]
         console.table(["M-Score", "before", "after"], rows)
-        console.say("Cosine of what textual inversion finds in pictures of the concept to the concept's own words.")
+        console.say("Cosine similarity of the embedding that textual inversion learns to the concept's own words.")
     if report.erosion:
         rows = [[f"{one.step}: {one.concept}", cell(one.kept)] for one in report.erosion]
         console.table(["after request", "kept"], rows)
@@ -179,7 +190,7 @@ def _show_more(report: Report, console: Console) -> None:
 
 
 def concepts_of(patches: Sequence[Patch]) -> list[str]:
-    """The concepts that the patches' metadata name, each once."""
+    """The distinct concepts named in the metadata of the patches."""
     return list(dict.fromkeys(name for patch in patches for name in patch.about.concepts or ()))
 
 
@@ -194,17 +205,17 @@ def _is_known(name: str) -> bool:
 
 
 def show(found: Sequence[Evaluation], console: Console, title: str | None = None) -> None:
-    """The figures as a table: for each concept a row a variant, every share with its n and its interval below."""
+    """Print the scores as a table: one row per concept and variant, each score with its n and its interval."""
     rows = []
     for one in found:
         for variant, scores in one.scores.items():
             cells = [cell(score) for score in (scores.ua, scores.ira, scores.cra, scores.cra_target)]
-            rows.append([f"{one.concept}, {one.category}\n  {SPOKEN[variant]}", *cells])
+            rows.append([f"{one.concept}, {one.category}\n  {VARIANT_TITLES[variant]}", *cells])
     console.table(["", "UA", "IRA", "CRA", "CRA on target"], rows, title)
-    for line in EXPLAINED:
+    for line in LEGEND:
         console.say(line)
 
 
 def cell(score: Score) -> str:
-    """The value and its n, the interval below."""
+    """Format a score: the value and its n, with the 95 % interval on a second line."""
     return f"{score.value:.2f}  n {score.n}\n{score.low:.2f} – {score.high:.2f}"

@@ -1,4 +1,4 @@
-"""``forget-concept export``: the embedded model as one checkpoint in the original layout, as hosts read it."""
+"""``forget-concept export``: write the embedded model as one checkpoint in the original layout that hosts read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from .console import Console
 from .files import check_folder, make_folder
 
-HELP = "write the embedded model as one .safetensors checkpoint with its YAML"
+HELP = "write the embedded model as one .safetensors checkpoint with its YAML configuration"
 NAME = "forget-concept-mini"
 TEXT_FOLDER = f"{NAME}-text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to, such as models/Stable-diffusion")
+    parser.add_argument("--out", type=Path, required=True, help="output folder, such as models/Stable-diffusion")
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     check_folder(args.out)
     parts = ldm.read_parts(weights_folder())
     folder = make_folder(args.out)
-    # the YAML names the text encoder by its folder: what a host builds it from, and its words
+    # the YAML refers to the text encoder and its tokenizer by their folder
     text = make_folder(folder / TEXT_FOLDER)
     for source in (weights_folder() / "tokenizer", weights_folder() / "text_encoder"):
         for file in source.iterdir():
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     ldm.save_checkpoint(parts, checkpoint, str(text.resolve()))
     size = checkpoint.stat().st_size
     console.say(f"{checkpoint} ({size / 1e6:.1f} MB), {checkpoint.with_suffix('.yaml').name} and {TEXT_FOLDER}/")
-    console.say("The YAML holds the full path of the text folder: export again after moving it.")
+    console.say("The YAML contains the absolute path of the text folder: export again after moving it.")
     return {
         "schema": 1,
         "checkpoint": str(checkpoint),

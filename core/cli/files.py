@@ -1,4 +1,4 @@
-"""Files of the command line: those of every part of the package, and pictures."""
+"""File output of the command line: the package's own writers, and PNG pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_folder", "check_writable", "make_folder", "write_bytes", "writ
 
 
 def write_picture(path: Path, image: Image, notes: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with ``notes`` as its text entries."""
+    """Write a PNG atomically, with ``notes`` as its text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -1,4 +1,4 @@
-"""``forget-concept forget``: words in, a patch out."""
+"""``forget-concept forget``: make a patch that forgets one or several concepts."""
 
 from __future__ import annotations
 
@@ -26,62 +26,64 @@ FROM_FLAGS = ("concept", "kind", "replacement", "image", "preserve", "method", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # no defaults here: what is given must be told from what is not, beside --request
-    parser.add_argument("--concept", action="append", metavar="NAME", help="what to forget; may be given several times")
+    # no argparse defaults: read_request must tell options that were given, which --request excludes, from absent ones
+    parser.add_argument("--concept", action="append", metavar="NAME", help="concept to forget; repeatable")
     parser.add_argument(
         "--kind",
         action="append",
         choices=KINDS,
-        help="of the concepts: once for all, or once for each in their order (default: object, or what the embedded "
-        "model's world says)",
+        help="kind of the concepts: once for all, or once for each, in order (default: the kind in the embedded "
+        "model's vocabulary, else object)",
     )
     parser.add_argument(
-        "--replacement", action="append", metavar="WORDS", help="what to show instead: once for all, or once for each"
+        "--replacement",
+        action="append",
+        metavar="WORDS",
+        help="replacement to show in place of the concepts: once for all, or once for each (default: none)",
     )
     parser.add_argument(
         "--image",
         action="append",
         metavar="NAME=PATH",
-        help="a picture of the concept NAME, or a folder of them, for methods that look at some; may be given several "
-        "times (with one concept, PATH alone is enough)",
+        help="a picture, or a folder of pictures, of the concept NAME, for methods that use reference images; "
+        "repeatable (with one concept, PATH alone is enough)",
     )
-    parser.add_argument(
-        "--preserve", action="append", metavar="WORDS", help="what must stay; may be given several times"
-    )
-    parser.add_argument("--method", help="see 'forget-concept methods' (default: uce)")
-    parser.add_argument("--preset", help="published or tuned (default: tuned)")
+    parser.add_argument("--preserve", action="append", metavar="WORDS", help="concept of the retain set; repeatable")
+    parser.add_argument("--method", help="method; see 'forget-concept methods' (default: uce)")
+    parser.add_argument("--preset", help="preset of the method: published or tuned (default: tuned)")
     parser.add_argument(
         "--set",
         action="append",
         metavar="NAME=VALUE",
-        help="one setting of the method, its value as JSON or words; 'forget-concept methods METHOD' explains them",
+        help="override one setting of the method; VALUE is JSON or text; see 'forget-concept methods METHOD'",
     )
-    parser.add_argument("--strength", type=options.finite, help="of the edit, above 0 and up to 10 (default: 1)")
-    parser.add_argument("--seed", type=options.whole(), help="for methods that draw (default: 0)")
-    parser.add_argument("--request", metavar="FILE", type=Path, help="all of the above as a JSON file instead")
+    parser.add_argument("--strength", type=options.finite, help="scale of the edit, above 0 and up to 10 (default: 1)")
+    parser.add_argument("--seed", type=options.whole(), help="random seed of methods that sample (default: 0)")
+    parser.add_argument("--request", metavar="FILE", type=Path, help="read all of the above from a JSON file")
     parser.add_argument(
         "--onto",
         metavar="PATCH",
-        help="start from what an earlier patch of the same model forgot: the new one holds both",
+        help="continue from an earlier patch of the same model: the new patch forgets both",
     )
     parser.add_argument(
         "--max-rank",
         type=options.whole(1),
         metavar="N",
-        help="with --onto, a bound of the whole patch's rank; where it cuts, nothing can be restored from it any more",
+        help="with --onto, upper bound of the whole patch's rank; a truncated request can no longer be restored",
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the patch (default: forget-<concepts>.safetensors)")
     parser.add_argument(
-        "--context-map", metavar="FILE", type=Path, help="also write the edit as a context map, its smallest form"
+        "--out", metavar="FILE", type=Path, help="patch file to write (default: forget-<concepts>.safetensors)"
+    )
+    parser.add_argument(
+        "--context-map", metavar="FILE", type=Path, help="also write the edit as a context map, its most compact form"
     )
     parser.add_argument(
         "--work",
         metavar="DIR",
         type=Path,
-        help="a folder for what takes long (pictures, Fisher information, a training cut short): the same command goes "
-        "on from there",
+        help="cache pictures, Fisher information and training state in this folder; the same command resumes from it",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the file (default: fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="dtype of the file (default: fp32)")
     options.add_model(parser)
 
 
@@ -99,21 +101,23 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..patch.history import read_history
 
     request = read_request(args)
-    # what can be refused is refused before a model is loaded
+    # reject invalid input before a model is loaded
     plan = plan_request(request)
-    together = request.concepts
+    all_concepts = request.concepts
     if args.onto is not None:
         record = read_history(read_metadata(args.onto))
         next_record(record.parts, plan)
-        together = record.concepts + together
+        all_concepts = record.concepts + all_concepts
     elif args.max_rank is not None:
-        raise RequestError("--max-rank bounds a patch of several requests: give --onto, or set the method's own rank.")
-    out = check_writable(args.out or Path(f"forget-{slug(ForgetRequest(together))}.safetensors"))
+        raise RequestError(
+            "--max-rank bounds the rank of a patch of several requests: give --onto, or --set the method's own rank."
+        )
+    out = check_writable(args.out or Path(f"forget-{file_stem(ForgetRequest(all_concepts))}.safetensors"))
     if args.context_map is not None:
         check_writable(args.context_map)
     model = options.load_model(args, console)
     began = time.perf_counter()
-    with console.progress(f"forgetting {spoken(request)}") as progress:
+    with console.progress(f"forgetting {concepts_text(request)}") as progress:
         inputs = Inputs(workspace=None if args.work is None else Workspace(args.work))
         if args.onto is None:
             records, patch = None, fit(model, plan, progress, inputs)
@@ -125,11 +129,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
     if args.context_map is not None and patch.context_map is None:
-        raise RequestError(f"The method '{patch.about.method}' gives no context map: leave --context-map out.")
+        raise RequestError(f"The method '{patch.about.method}' produces no context map: leave out --context-map.")
     kohya.save(patch, out, model.survey, dtype)
     if args.context_map is not None:
         context_map.save(patch, args.context_map, dtype)
-    console.say(f"Forgot {spoken(request)} with {request.method} ({request.preset}) in {seconds:.2f} s.")
+    console.say(f"Forgot {concepts_text(request)} with {request.method} ({request.preset}) in {seconds:.2f} s.")
     console.say(f"{out}: {len(patch)} layers, rank {patch.rank}, {out.stat().st_size:,} bytes")
     if args.context_map is not None:
         console.say(f"{args.context_map}: context map, {args.context_map.stat().st_size:,} bytes")
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> dict[str, Any]:
-    """What ``--json`` says of a new patch."""
+    """The ``--json`` output for a new patch."""
     return {
         "schema": 1,
         "patch": str(out),
@@ -156,16 +160,22 @@ def summary(request: ForgetRequest, patch: Patch, out: Path, seconds: float) -> 
 
 
 def requests_to_dict(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
-    """What ``--json`` prints about the requests of a patch."""
+    """The ``--json`` output for the requests of a patch."""
     return [{"number": record.number, "request": json.loads(record.request.to_json())} for record in records]
 
 
 def read_request(args: argparse.Namespace) -> ForgetRequest:
-    """The request of ``--request`` or of the single options. Raises :class:`RequestError` where both are given."""
+    """Read the request from ``--request`` or from the separate options.
+
+    Raises:
+        RequestError: If both or neither are given, or the request is invalid.
+    """
     given = [name for name in FROM_FLAGS if getattr(args, name) is not None]
     if args.request is not None:
         if given:
-            raise RequestError(f"--request says everything: leave --{given[0]} out, or write it into the file.")
+            raise RequestError(
+                f"--request and --{given[0]} exclude each other: leave out --{given[0]}, or write it into the file."
+            )
         return ForgetRequest.from_file(args.request)
     if not args.concept:
         raise RequestError("Nothing to forget: give --concept NAME or --request FILE.")
@@ -188,20 +198,21 @@ def read_request(args: argparse.Namespace) -> ForgetRequest:
 
 
 def _each(option: str, values: list[str] | None, concepts: list[str]) -> list[str | None]:
-    """An option's value for each concept: none, the one for all, or one each."""
+    """Expand an option to one value per concept."""
     if not values:
         return [None] * len(concepts)
     if len(values) == 1:
         return values * len(concepts)  # type: ignore[return-value]
     if len(values) != len(concepts):
         raise RequestError(
-            f"There are {len(concepts)} concepts and {len(values)} times {option}: give it once for all or once each."
+            f"There are {len(concepts)} concepts but {len(values)} {option} options: give it once for all, or once for "
+            "each concept."
         )
     return list(values)
 
 
 def _images(given: Sequence[str], concepts: list[str]) -> dict[str, tuple[str, ...]]:
-    """``NAME=PATH`` or, with one concept, ``PATH``: the pictures' places by concept."""
+    """Read ``NAME=PATH`` options (``PATH`` with one concept): paths of pictures by concept."""
     found: dict[str, tuple[str, ...]] = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -214,7 +225,7 @@ def _images(given: Sequence[str], concepts: list[str]) -> dict[str, tuple[str, .
 
 
 def default_kind(name: str, model: str) -> str:
-    """The kind of a concept that none was given for: the embedded model's world knows its own, else an object."""
+    """The kind of a concept given without one: as in the embedded model's vocabulary, else ``object``."""
     if model == "mini":
         from ..mini.vocabulary import CATEGORIES
 
@@ -225,7 +236,7 @@ def default_kind(name: str, model: str) -> str:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``: the value as JSON where it is some, else as words."""
+    """Parse ``NAME=VALUE``; a value that is not valid JSON is taken as text."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise RequestError(f"'--set {text}' is not of the form NAME=VALUE.")
@@ -235,15 +246,15 @@ def setting(text: str) -> tuple[str, Any]:
         return name.strip(), value
 
 
-def spoken(request: ForgetRequest) -> str:
-    """The concepts as they stand in a sentence."""
+def concepts_text(request: ForgetRequest) -> str:
+    """The concepts and replacements of a request, for a sentence."""
     return " and ".join(
-        f"'{c.name}'" + (f" (showing '{c.replacement}' instead)" if c.replacement else "") for c in request.concepts
+        f"'{c.name}'" + (f" (replaced by '{c.replacement}')" if c.replacement else "") for c in request.concepts
     )
 
 
-def slug(request: ForgetRequest) -> str:
-    """The concepts as they stand in a file's name."""
+def file_stem(request: ForgetRequest) -> str:
+    """The concepts of a request, for a file name."""
     words = "-".join(concept.name for concept in request.concepts[:3])
     more = len(request.concepts) - 3
     named = re.sub(r"[^a-z0-9]+", "-", words.casefold()).strip("-")[:60] or "concept"

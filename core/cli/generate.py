@@ -1,4 +1,4 @@
-"""``forget-concept generate``: pictures, with and without patches."""
+"""``forget-concept generate``: generate pictures, with or without patches."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .files import check_folder, check_writable, make_folder, write_picture
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELP = "draw pictures, with patches and a negative prompt if you like"
+HELP = "generate pictures, with or without patches and a negative prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", action="append", required=True, metavar="WORDS", help="may be given several times")
-    parser.add_argument("--negative", default="", metavar="WORDS", help="a negative prompt")
+    parser.add_argument("--prompt", action="append", required=True, metavar="WORDS", help="a prompt; repeatable")
+    parser.add_argument("--negative", default="", metavar="WORDS", help="a negative prompt (default: none)")
     options.add_patches(parser)
     parser.add_argument(
-        "--seed", type=options.whole(), default=0, help="of the first picture of each prompt (default: 0)"
+        "--seed", type=options.whole(), default=0, help="seed of the first picture of each prompt (default: 0)"
     )
     parser.add_argument(
-        "--count", type=options.whole(1), default=1, help="pictures a prompt, seeds rising (default: 1)"
+        "--count", type=options.whole(1), default=1, help="pictures per prompt, with consecutive seeds (default: 1)"
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="NAME.png for one picture (or one sheet of several), else a folder for one file a picture",
+        help="NAME.png for one picture, or one contact sheet of several; otherwise a folder, with one file per picture",
     )
     options.add_sampling(parser, steps=30, guidance=None, batch=16)
     options.add_model(parser)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out: Path = args.out
     one_file = out.suffix.lower() == ".png"
     if not one_file and out.suffix and not out.is_dir():
-        raise RequestError(f"'{out}' cannot be written: pictures are .png files, or a folder of them.")
+        raise RequestError(f"--out '{out}' is neither a .png file nor a folder: choose a name that ends in .png.")
     if one_file:
         check_writable(out)
     else:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     model = options.load_model(args, console)
     patches = options.load_patches(args.patch, model)
     for prompt in (*args.prompt, args.negative):
-        end_position(model.text, prompt)  # words that are cut off would be left out silently
+        end_position(model.text, prompt)  # raises for a prompt that would be truncated silently
     if args.guidance is None:
         args.guidance = model.guidance
     sampling = options.sampling_of(args).resolved(model)

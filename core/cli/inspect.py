@@ -1,4 +1,4 @@
-"""``forget-concept inspect``: what a patch file holds, and whether it fits a model."""
+"""``forget-concept inspect``: show the contents of a patch file, and whether it fits a model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PatchError
 from . import options
 from .console import Console
-from .forget import spoken
+from .forget import concepts_text
 
 if TYPE_CHECKING:
     from ..patch.low_rank import LowRank
     from ..patch.patch import Patch
 
-HELP = "show what a patch holds and, with --model, whether it fits"
+HELP = "show the contents of a patch and, with --model, whether it fits the model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a patch (.safetensors)")
-    parser.add_argument("--model", help="a model to hold the patch against (as for 'forget')")
-    parser.add_argument("--device", help="where to load the model")
+    parser.add_argument("--model", help="a model to check the patch against (as for 'forget')")
+    parser.add_argument("--device", help="device to load the model on")
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         sizes = ", ".join(f"{rows}×{columns}" for rows, columns in shapes)
         console.say(f"{data['layers']} layers of rank up to {data['rank']}, {data['dtype']}, on weights {sizes}")
     if not about:
-        console.say("It says nothing of how it was made: it was not written by this program.")
+        console.say("It has no record of how it was made: it was not written by this program.")
     record = about.get("history")
     for name, value in sorted(about.items()):
         if name == "history":
             continue
         console.say(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
     if record is not None:
-        _tell_record(raw, console)
+        _show_history(raw, console)
     if args.model:
         model = options.load_model(args, console)
         patch = load_patch(args.file, model.survey)
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return data
 
 
-def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
-    """The requests that made a patch, in their order, and which of them can be taken back."""
+def _show_history(metadata: Mapping[str, str], console: Console) -> None:
+    """Print the requests that made a patch, in order, and which of them can be restored."""
     from ..methods.sequence_rules import is_closed_form
     from ..patch.history import read_history
 
@@ -83,28 +83,28 @@ def _tell_record(metadata: Mapping[str, str], console: Console) -> None:
     except PatchError as error:
         console.say(f"  {error}")
         return
-    console.say("It was made by these requests, one after the other:")
+    console.say("It was made by these requests, in this order:")
     for entry in record.records:
         part = next(part for part in record.parts if entry in part.records)
         how = f"rank up to {max(part.ranks.values(), default=0)}"
         if part.merged:
-            how = "cut together with others, so it cannot be taken back"
+            how = "truncated together with others, so it cannot be taken back"
         elif is_closed_form(entry.request.method) and len(part.records) > 1:
-            how = "solved together with the others of its method"
+            how = "solved jointly with the others of its method"
         console.say(
-            f"  {entry.number}. {spoken(entry.request)}: {entry.request.method} ({entry.request.preset}), {how}"
+            f"  {entry.number}. {concepts_text(entry.request)}: {entry.request.method} ({entry.request.preset}), {how}"
         )
 
 
 def _fit(patch: Patch, model: Any, about: dict[str, Any], name: str, console: Console) -> dict[str, Any]:
-    """How the patch stands to a model that it fits: the share of the edit that survives a merge, and its own base."""
+    """Print how much of the edit survives merging into a model that it fits, and whether it was made on that model."""
     import torch
 
     shares = {
         str(d).removeprefix("torch."): patch.surviving_share(model.survey, d) for d in (torch.float16, torch.bfloat16)
     }
     same = about.get("base_model") == model.model_hash if "base_model" in about else None
-    console.say(f"It fits {name}: every layer is there.")
+    console.say(f"It fits {name}: the model has every layer of the patch.")
     for dtype, share in shares.items():
         warning = " (most of the edit is rounded away: keep it as a LoRA)" if share < 0.5 else ""
         console.say(f"  merged into {dtype} weights, {100 * share:.1f} % of the edit survives{warning}")
@@ -115,7 +115,7 @@ def _fit(patch: Patch, model: Any, about: dict[str, Any], name: str, console: Co
 
 
 def _value(text: str) -> Any:
-    """A metadata entry as what it says: settings and requests are JSON within it."""
+    """A metadata entry, decoded if it is a JSON object or list."""
     if text[:1] in ("{", "["):
         try:
             return json.loads(text)

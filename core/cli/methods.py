@@ -1,4 +1,4 @@
-"""``forget-concept methods``: the methods, their presets and their settings."""
+"""``forget-concept methods``: list the methods with their presets and settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ HELP = "list the methods with their presets and settings"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("method", nargs="?", metavar="METHOD", help="explain every setting of this method only")
+    parser.add_argument(
+        "method", nargs="?", metavar="METHOD", help="explain every setting of this method (default: list all methods)"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def _names(method: type[Method]) -> list[str]:
 
 
 def _explain(method: type[Method], presets: dict[str, dict[str, Any]], console: Console) -> None:
-    """Every setting by group: what it does, what it accepts, and its value in each preset."""
+    """Print every setting by group: what it does, which values it accepts, and its value in each preset."""
     from ..request.settings import describe_settings
 
     infos = describe_settings(method.Settings)

@@ -1,4 +1,4 @@
-"""``forget-concept mini-table``: how well the embedded model draws what it is asked for."""
+"""``forget-concept mini-table``: measure how well the embedded model follows prompts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from . import options
 from .console import Console
 from .files import check_writable, write_json
 
-HELP = "measure the embedded model itself on prompts it never saw"
+HELP = "measure how well the embedded model follows held-out prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=options.whole(1), default=500, help="held-out prompts (default: 500)")
-    parser.add_argument("--seed", type=options.whole(), default=700_000, help="of the prompts and pictures")
+    parser.add_argument(
+        "--seed", type=options.whole(), default=700_000, help="seed of the prompts and pictures (default: 700000)"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the table as JSON")
     options.add_sampling(parser, steps=25, guidance=2.5)
-    parser.add_argument("--device", help="where to work (default: cuda where there is one)")
+    parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
     parser.set_defaults(model="mini")
 
 
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.out is not None:
         check_writable(args.out)
     model, probe = options.load_embedded(args, console)
-    with console.progress(f"drawing {args.count} pictures") as progress:
+    with console.progress(f"generating {args.count} pictures") as progress:
         table = mini_table(model, probe, args.count, args.seed, options.sampling_of(args), progress)
     rows = []
     for category, score in table.accuracy.items():
@@ -44,5 +46,5 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def interval(score: Any) -> str:
-    """A score's interval in per cent."""
+    """Format the 95 % interval of a score, in percent."""
     return f"{100 * score.low:.1f} – {100 * score.high:.1f}"

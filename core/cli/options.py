@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is read from them."""
+"""Options that several commands share, and the objects made from them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ __all__ = [
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, except that a mistake is one sentence and exit code 1, like every other error of a user."""
+    """An ``ArgumentParser`` that raises :class:`RequestError`, so that usage errors end like all other user errors."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise RequestError(f"{message[:1].upper()}{message[1:]} ({self.prog} --help says more).")
+        raise RequestError(f"{message[:1].upper()}{message[1:]} (see {self.prog} --help).")
 
 
 def whole(least: int = 0) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least ``least``."""
+    """Return an argparse type for whole numbers of at least ``least``."""
 
     def read(text: str) -> int:
         try:
@@ -58,7 +58,7 @@ def whole(least: int = 0) -> Callable[[str], int]:
 
 
 def finite(text: str) -> float:
-    """An argparse type: a finite number."""
+    """Argparse type for finite numbers."""
     try:
         value = float(text)
     except ValueError:
@@ -69,36 +69,44 @@ def finite(text: str) -> float:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`load_model` reads."""
     parser.add_argument(
         "--model",
         default="mini",
         help="'mini' (the embedded model), a diffusers folder or a single-file .safetensors checkpoint (default: mini)",
     )
-    parser.add_argument("--device", help="where to work, such as cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
     parser.add_argument(
-        "--clip-skip", type=whole(1), default=1, metavar="N", help="the text encoder's layer, counted from the last one"
+        "--clip-skip",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="layer of the text encoder to use, counted from the last (default: 1)",
     )
     parser.add_argument(
-        "--config", metavar="DIR", help="a diffusers folder with a single file's configuration, to load it offline"
+        "--config",
+        metavar="DIR",
+        help="a diffusers folder with the configuration of a single-file checkpoint, to load it offline",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | None, batch: int = 32) -> None:
+    """Add the options that :func:`sampling_of` reads, with these defaults; ``guidance`` ``None`` is the model's own."""
     parser.add_argument("--steps", type=whole(1), default=steps, help=f"sampling steps (default: {steps})")
-    parser.add_argument("--sampler", choices=("dpm++", "ddim"), default="dpm++", help="how to sample (default: dpm++)")
-    usual = "2.5 on the embedded model, 7.5 on others" if guidance is None else f"{guidance:g}"
+    parser.add_argument("--sampler", choices=("dpm++", "ddim"), default="dpm++", help="sampler (default: dpm++)")
+    usual = "2.5 for the embedded model, 7.5 for others" if guidance is None else f"{guidance:g}"
     parser.add_argument("--guidance", type=finite, default=guidance, help=f"guidance scale (default: {usual})")
-    parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures at a time (default: {batch})")
+    parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures per batch (default: {batch})")
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the UNet while sampling; auto takes bfloat16 where it is clearly faster (default: auto)",
+        help="precision of the UNet while sampling; auto chooses bfloat16 where it is clearly faster (default: auto)",
     )
 
 
 def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) -> SamplingSettings:
-    """The :class:`SamplingSettings` that :func:`add_sampling`'s options say; the ``model``'s guidance if none."""
+    """:class:`SamplingSettings` from the options of :func:`add_sampling`; guidance defaults to that of ``model``."""
     from ..evaluation import SamplingSettings
 
     guidance = model.guidance if args.guidance is None and model is not None else args.guidance
@@ -106,22 +114,27 @@ def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) 
 
 
 def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add the option that :func:`load_patches` reads."""
     parser.add_argument(
         "--patch",
         action="append",
         required=required,
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="a patch to put on, at its strength (default: 1); may be given several times",
+        help="a patch to apply, and its strength (default: 1); repeatable",
     )
 
 
 def split_strength(text: str) -> tuple[str, float]:
-    """``FILE[:STRENGTH]`` in its parts. Raises :class:`RequestError` where the strength is no finite number."""
+    """Split ``FILE[:STRENGTH]`` into path and strength (default: 1).
+
+    Raises:
+        RequestError: If the strength is not a finite number.
+    """
     if Path(text).exists():
         return text, 1.0
     path, colon, strength = text.rpartition(":")
-    # a colon also follows a Windows drive's letter
+    # a colon also follows a drive letter on Windows
     if not colon or not path or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):
         return text, 1.0
     try:
@@ -129,12 +142,16 @@ def split_strength(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise RequestError(f"The strength '{strength}' in '{text}' is not a finite number.")
+        raise RequestError(f"The strength '{strength}' in '{text}' is not a finite number: write FILE:0.8, say.")
     return path, value
 
 
 def load_patches(given: Sequence[str], model: LatentDiffusion) -> list[tuple[Patch, float]]:
-    """The patches of ``--patch``, read and held against the model; raises in words, with nothing put on."""
+    """Read the patches of ``--patch`` with their strengths, and check that each fits the model; applies none.
+
+    Raises:
+        ForgetConceptError: If a file cannot be read, or a patch does not fit.
+    """
     from ..formats import load_patch
 
     patches = []
@@ -146,24 +163,30 @@ def load_patches(given: Sequence[str], model: LatentDiffusion) -> list[tuple[Pat
 
 
 def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
-    """The model of ``--model`` on ``--device``."""
+    """Load the model of ``--model`` on ``--device``.
+
+    Raises:
+        ForgetConceptError: If the device is not available, or the model cannot be loaded.
+    """
     import torch
 
     from .. import api
 
     extra = {"clip_skip": args.clip_skip, "config": args.config} if "clip_skip" in args else {}
-    _quieten()
+    _silence_libraries()
     device = device_of(args)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise RequestError(
+            f"The device '{device}' is not available: {str(error).splitlines()[0]} Choose another --device."
+        ) from error
     with console.progress(f"loading {args.model}"):
         return api.load_model(args.model, device=device, **extra)
 
 
-def _quieten() -> None:
-    """Keep what the libraries tell their developers (deprecations, missing CUDA) from the person at the terminal."""
+def _silence_libraries() -> None:
+    """Silence developer warnings of the libraries (deprecations, missing CUDA), which users cannot act on."""
     import logging
     import warnings
 
@@ -174,39 +197,48 @@ def _quieten() -> None:
 
 
 def load_embedded(args: argparse.Namespace, console: Console) -> tuple[LatentDiffusion, Probe]:
-    """The model and the probe that goes with it; only the embedded model's pictures can be measured by it."""
+    """Load the embedded model and its probe.
+
+    Raises:
+        RequestError: For any other model: the probe knows only the embedded model's vocabulary.
+    """
     from ..mini import load_probe
 
     model = load_model(args, console)
     if model.name != "mini":
         raise RequestError(
-            f"The probe knows only what the embedded model draws, so '{args.model}' cannot be measured: "
+            f"The probe only recognizes pictures of the embedded model, so '{args.model}' cannot be measured with it: "
             "use --model mini."
         )
     return model, load_probe().to(model.device)
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the judge in :func:`load_evaluators`."""
     parser.add_argument(
         "--clip",
         default="openai/clip-vit-base-patch32",
         metavar="NAME",
-        help="who judges a checkpoint's pictures: a CLIP on the Hugging Face hub, or a folder with one (default: "
-        "openai/clip-vit-base-patch32)",
+        help="CLIP model that judges the pictures of a checkpoint: a name on the Hugging Face hub, or a folder "
+        "(default: openai/clip-vit-base-patch32)",
     )
     parser.add_argument(
         "--clip-weights",
         metavar="NAME",
-        help="read the CLIP by open_clip instead: its name of weights, or a file; --clip is then open_clip's name too",
+        help="load the CLIP with open_clip: name or file of its weights; --clip is then an open_clip name",
     )
 
 
 def load_evaluators(
     args: argparse.Namespace, bench: ConceptBench | None, console: Console, quality: bool = False
 ) -> tuple[LatentDiffusion, Evaluators]:
-    """The model, and what looks at its pictures: the embedded one's probe, else the CLIP of :func:`add_judge`.
+    """Load the model and its evaluators: the probe for the embedded model, else the CLIP of :func:`add_judge`.
 
-    With ``quality`` also what FID, KID and LPIPS of a checkpoint need, as far as it can be had.
+    Args:
+        quality: Also load what FID, KID and LPIPS need on a checkpoint; what cannot be loaded is listed as missing.
+
+    Raises:
+        ForgetConceptError: If the model or the judge cannot be loaded, or a checkpoint comes without a benchmark.
     """
     from ..errors import ForgetConceptError
     from ..evaluation.assess import Evaluators
@@ -217,25 +249,25 @@ def load_evaluators(
         model, probe = load_embedded(args, console)
         return model, Evaluators.embedded(probe)
     if bench is None:
-        raise RequestError(f"'{args.model}' has no world of its own to ask about: name a benchmark with --bench.")
-    # the judge first: it is the smaller one, and the one that may be missing
+        raise RequestError(f"'{args.model}' has no vocabulary of its own to measure: name a benchmark with --bench.")
+    # the judge first: it is smaller, and more likely to be missing
     device = device_of(args)
     if args.clip_weights is None and not args.clip.startswith(("local-dir:", "hf-hub:")):
-        words: ImageText = TransformersClip(args.clip, device)
+        image_text: ImageText = TransformersClip(args.clip, device)
     else:
-        words = OpenClip(args.clip, args.clip_weights, device)
+        image_text = OpenClip(args.clip, args.clip_weights, device)
     features, distance, missing = None, None, {}
     if quality:
         try:
             features, distance = InceptionFeatures(device), LPIPS(device=device)
         except ForgetConceptError as error:
             missing["metrics"] = str(error)
-    judge = ClipJudge(words, bench.names())
-    return load_model(args, console), Evaluators(judge, features, distance, words, missing)
+    judge = ClipJudge(image_text, bench.names())
+    return load_model(args, console), Evaluators(judge, features, distance, image_text, missing)
 
 
 def device_of(args: argparse.Namespace) -> str:
-    """Where to work: the option, or cuda where there is one."""
+    """``--device``, or else ``cuda`` if it is available, or else ``cpu``."""
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")

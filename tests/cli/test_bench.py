@@ -97,7 +97,7 @@ def test_each_concept_of_the_benchmark_is_forgotten_in_turn(run, world):
     assert world.fitted[0].preserve == ("Nadia Pell", "Lena Frost", "Zuri Okoye")
     assert run(*METHOD, "--category", "identity", "--limit", "2", "--out", "r.jsonl") == 0
     assert "identity (2)" in run.out
-    assert "8 rows, 8 of them from before" in run.out
+    assert "8 rows, 8 of them from an earlier run" in run.out
     assert len(world.fitted) == 2
 
 
@@ -267,7 +267,7 @@ def test_a_file_of_ones_own_is_put_beside_the_shipped_one(run, world):
         (["--method", "uce", "--count", "0"], "at least 4"),
         (["--method", "uce", "--limit", "0"], "at least 1"),
         (["--method", "uce", "--concept", "unicorn"], "no concept 'unicorn'"),
-        (["--method", "uce", "--concept", "star", "--category", "style"], "of the category style"),
+        (["--method", "uce", "--concept", "star", "--category", "style"], "in the category style"),
         (["--method", "uce", "--bench", "none.json"], "none.json"),
         (["--method", "uce", "--bench", "checkpoints"], "The judge knows no object 'bicycle'"),
         (["--method", "uce", "--out", "r.txt"], ".jsonl (JSON Lines) or .csv"),
@@ -275,7 +275,7 @@ def test_a_file_of_ones_own_is_put_beside_the_shipped_one(run, world):
         (["--method", "uce", "--prompts", "star"], "NAME=FILE"),
         (["--method", "uce", "--prompts", "unicorn=l.csv"], "no concept 'unicorn'"),
         (["--method", "uce", "--prompts", "star=l.csv"], "l.csv"),
-        (["--patch", "p", "--category", "style"], "The patch forgets star, a Moon"),
+        (["--patch", "p", "--category", "style"], "the patch names (star, a Moon)"),
     ],
 )
 def test_bench_refuses_what_cannot_be_measured(run, world, args, says):

@@ -87,7 +87,7 @@ def test_restore_takes_a_trained_request_out_without_a_model(three, monkeypatch)
 
 def test_restore_solves_a_closed_form_again(three, tiny):
     assert three("restore", "c.safetensors", "--concept", "the STAR", "--out", "d.safetensors") == 0
-    assert "Took 'star' back" in three.out and "'fish' were trained with it on" in three.out
+    assert "Restored 'star'" in three.out and "'fish' were trained on top of it" in three.out
     less = history("d.safetensors")
     assert [c.name for c in less.concepts] == ["fish", "boat"]
     alone = fit(tiny, less.requests[1])
@@ -112,13 +112,14 @@ def test_a_context_map_is_continued_and_restored(run, tiny):
 def test_inspect_shows_the_record(three):
     assert three("inspect", "c.safetensors") == 0
     lines = [line.strip() for line in three.out.splitlines()]
-    assert "1. 'star' (showing 'circle' instead): uce (tuned), solved together with the others of its method" in lines
+    assert "It was made by these requests, in this order:" in lines
+    assert "1. 'star' (replaced by 'circle'): uce (tuned), solved jointly with the others of its method" in lines
     assert any(re.fullmatch(r"2\. 'fish': forget_me_not \(tuned\), rank up to \d+", line) for line in lines)
     assert "history:" not in three.out
     assert three("inspect", "c.safetensors", "--json") == 0
     assert [len(part["requests"]) for part in three.json["metadata"]["history"]["parts"]] == [2, 1]
     assert three("forget", "--concept", "key", *FEW, "--out", "k.safetensors") == 0
-    assert three("inspect", "k.safetensors") == 0 and "one after the other" not in three.out
+    assert three("inspect", "k.safetensors") == 0 and "made by these requests" not in three.out
     broken = kohya.load("c.safetensors").with_metadata(history={})
     kohya.save(broken, "x.safetensors")
     assert three("inspect", "x.safetensors") == 0 and "cannot be read" in three.out
@@ -172,7 +173,7 @@ def test_what_cannot_follow_is_refused_before_a_model_is_loaded(three, tiny, mon
         (["c.safetensors", "--number", "9"], "a request number 9"),
         (["c.safetensors"], "give --concept NAME or --number N"),
         (["c.safetensors", "--number", "0"], "too small"),
-        (["a.safetensors", "--concept", "star"], "Nothing would be left of 'a.safetensors'"),
+        (["a.safetensors", "--concept", "star"], "'a.safetensors' would be empty"),
         (["none.safetensors", "--concept", "star"], "no file 'none.safetensors'"),
         (["strange.safetensors", "--concept", "star"], "does not say which requests"),
     ],
