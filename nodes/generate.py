@@ -1,5 +1,7 @@
 """Files made from what nodes and settings say of themselves: locales and the settings nodes' help pages.
 
+The numbers of files in ``docs/architecture.md`` are counted here too, so that a new file needs no edit there.
+
 ``python -m forget_concept.nodes.generate`` (``make generated``) writes them, and ``--check`` only says which are out of
 date; neither needs a ComfyUI. Translations are in ``locales/<language>/texts.json``, by their English text. A text
 without a translation is ``null`` there and stays English in the locale.
@@ -11,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ __all__ = ["ROOT", "escaped", "generated", "main", "missing_translations", "plai
 
 ROOT = Path(__file__).resolve().parent.parent
 Texts = dict[str, Any]
+_ROOM = re.compile(r"^\| `([\w/.]+)` \| \d+ \|", re.MULTILINE)
 
 
 def escaped(text: str) -> str:
@@ -108,7 +112,21 @@ def generated() -> dict[Path, str]:
         catalogue = _merged(english, catalogue)
         found[path] = _json(catalogue)
         found[path.with_name("nodeDefs.json")] = _locale(_translated(english, catalogue))
+    if (path := ROOT / "docs" / "architecture.md").is_file():  # a wheel has no docs
+        found[path] = _counted(path.read_text(encoding="utf-8"))
     return found | {help_pages.place(method): help_pages.page(method) for method in all_methods().values()}
+
+
+def _counted(text: str) -> str:
+    """The map of the rooms with the number of each room's files as it is; a file is its innermost room's."""
+    rooms = [match[1] for match in _ROOM.finditer(text)]
+    counts: Counter[str] = Counter()
+    for package in ("core", "nodes", "sd_webui_ext"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            if path.read_text(encoding="utf-8").strip():
+                counts[max((r for r in rooms if name == r or name.startswith(f"{r}/")), key=len, default="")] += 1
+    return _ROOM.sub(lambda match: f"| `{match[1]}` | {counts[match[1]]} |", text)
 
 
 def missing_translations() -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["ROOT", "THROWAWAY", "overlay", "python"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("__init__.py", "pyproject.toml", "core", "nodes", "sd_webui_ext", "locales", "web", "tests", "README.md")
+PARTS = ("__init__.py", "pyproject.toml", "core", "nodes", "sd_webui_ext", "locales", "web", "docs", "tests")
 WEIGHTS = Path("core", "mini", "weights")
 
 # it works as UCE does, so that it keeps what the shared tests demand; its settings are its own
