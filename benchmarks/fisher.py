@@ -23,6 +23,7 @@ from torch import Tensor
 from forget_concept.core import mini
 from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.mini import world
+from forget_concept.core.models.text_encoders import encode_prompts
 from forget_concept.core.training.fisher import FisherSettings, FisherSum
 
 COLUMNS = ["model", "projections", "weights", "times", "estimator", "draws", "samples", "run", "passes"]
@@ -87,7 +88,7 @@ def main() -> None:
     keys = [site.key(which) for site in model.survey for which in options.train]
     prompts = [prompt.text for prompt in world.prompts(options.samples, options.seed)]
     latents = model.sample(prompts, range(options.samples), 16, 2.5, sampler="dpm++")
-    states = model.text.encode(prompts)
+    states = encode_prompts(model.text, prompts)
     done = set()
     if options.out.exists():
         with options.out.open(newline="", encoding="utf-8") as file:

@@ -16,6 +16,7 @@ from ..mini.world import Labels
 from ..models.images import from_bytes, to_bytes
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.safe_guidance import SafetyGuidance
+from ..models.text_encoders import encode_prompts
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from .spread import ALONE, Spread
@@ -111,7 +112,7 @@ class Seen:
 @torch.no_grad()
 def _seconds(model: LatentDiffusion, precision: str, batch: int, rounds: int, warm: int = 1) -> float:
     """The shortest of ``rounds`` guided steps of ``batch`` pictures, after ``warm`` that do not count."""
-    states = model.text.encode([""]).index([0] * 2 * batch)
+    states = encode_prompts(model.text, [""]).index([0] * 2 * batch)
     noise = torch.randn(2 * batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     steps = torch.full((2 * batch,), model.train_steps // 2)
     times = []

@@ -27,7 +27,7 @@ from ..errors import ModelError, RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.images import check_images, picture_size
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import CLIPText
+from ..models.text_encoders import CLIPText, encode_prompts
 from ..models.token_positions import end_position
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
@@ -141,7 +141,8 @@ def concept_latents(
     said = templates(concept.kind)
     prompts = [said[i % len(said)].format(concept.name) for i in range(count)]
     seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    key = key_of("m-score", model.model_hash, prompts, seeds, DRAW_STEPS, model.guidance, list(model.latent_shape))
+    read = [model.text_layer, list(model.latent_shape)]
+    key = key_of("m-score", model.model_hash, prompts, seeds, DRAW_STEPS, model.guidance, read)
     if workspace is not None and (found := workspace.load("pictures", key)) is not None:
         return found["latents"]
     latents = model.sample(prompts, seeds, DRAW_STEPS, model.guidance, progress=progress, sampler="dpm++").float().cpu()
@@ -173,9 +174,9 @@ def similarities(model: LatentDiffusion, vectors: Tensor, name: str, said: Seque
     learned = vectors.float().cpu()
     pairs = normalize(own, dim=1) @ normalize(learned, dim=1).T
     reading = InvertedText(encoder, {PLACEHOLDER: vectors})
-    found = torch.stack([_end(reading, template.format(PLACEHOLDER)) for template in said])
-    wanted = torch.stack([_end(encoder, template.format(name)) for template in said])
-    plain = torch.stack([_end(encoder, " ".join(template.replace("{}", " ").split())) for template in said])
+    found = _ends(reading, [template.format(PLACEHOLDER) for template in said])
+    wanted = _ends(encoder, [template.format(name) for template in said])
+    plain = _ends(encoder, [" ".join(template.replace("{}", " ").split()) for template in said])
     return {
         "input": _cosine(learned.mean(0), own.mean(0)),
         "nearest": float(pairs.max(1).values.mean()),
@@ -184,8 +185,9 @@ def similarities(model: LatentDiffusion, vectors: Tensor, name: str, said: Seque
     }
 
 
-def _end(encoder: CLIPText | InvertedText, prompt: str) -> Tensor:
-    return encoder.encode([prompt]).hidden[0, end_position(encoder, prompt)].double().cpu()
+def _ends(encoder: CLIPText | InvertedText, prompts: Sequence[str]) -> Tensor:
+    hidden = encode_prompts(encoder, prompts).hidden
+    return torch.stack([row[end_position(encoder, p)] for row, p in zip(hidden, prompts, strict=True)]).double().cpu()
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchError, listed
+from .writing import write_bytes
 
 __all__ = ["check_finite", "read_metadata", "read_names", "read_safetensors", "write_safetensors"]
 
@@ -100,35 +100,12 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
 def write_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there in one step.
+    """Write a file whole or not at all (:func:`write_bytes`).
 
     Raises :class:`PatchError` where the place cannot be written or a value is not finite; nothing is left behind then.
     """
     from safetensors.torch import save
 
     check_finite(tensors, path)
-    target = Path(path)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    data = save(plain, metadata=dict(metadata) if metadata else None)
-    temporary: str | None = None
-    try:
-        if target.is_dir():
-            raise PatchError(f"'{path}' cannot be written: it is a folder.")
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
-        raise PatchError(f"'{path}' cannot be written: {error.strerror or error}.") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    # mkstemp makes files only their owner may read; a patch is an ordinary file. There is no way to ask but to set.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    write_bytes(Path(path), save(plain, metadata=dict(metadata) if metadata else None), PatchError)

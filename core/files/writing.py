@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,22 +63,39 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there in one step. Raises :class:`ForgetConceptError` in words."""
+def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = ForgetConceptError) -> None:
+    """Write a file whole or not at all: under another name beside its place first, then moved there in one step.
+
+    The file has the permissions of any new file, as the process's umask leaves them, whatever an earlier one had.
+
+    Args:
+        path: Where the file goes, in place of one that is there.
+        data: Its contents.
+        error: The class of the error that is raised.
+
+    Raises:
+        ForgetConceptError: The place cannot be written, in words; nothing is left behind then, nor after Ctrl-C.
+    """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        temporary = Path(name)
+        if path.is_dir():
+            raise error(f"'{path}' cannot be written: it is a folder; give the name of a file.")
+        handle: int | None = None
+        while handle is None:
+            # a short name of its own: the file's own name may be as long as names can be
+            temporary = path.parent / f".{secrets.token_hex(8)}.part"
+            try:
+                # not by tempfile, whose files are their owner's alone: the umask applies by itself here, and is never
+                # asked for, which would mean to set it for every thread of a host
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            except FileExistsError:
+                temporary = None  # another's
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        # mkstemp's files are their owner's alone; what a command writes is an ordinary file
-        mask = os.umask(0o022)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise ForgetConceptError(f"'{path}' cannot be written: {_why(error)}.") from error
+    except OSError as reason:
+        raise error(f"'{path}' cannot be written: {_why(reason)}.") from reason
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ from ..training.activations import SiteCapture, attention_map, cross_attention_m
 from ..training.adapters import Deltas
 from ..training.attention import AttentionCapture
 from ..training.batches import BatchSampler, Noised, TargetPrompt
-from ..training.gradients import retain_basis
+from ..training.gradients import NoFreeDirection, retain_basis
 from ..training.loop import Term, Terms
 from ..training.losses import attention_output_matching, drift_from_base, prior_preservation
 from .base import Inputs
@@ -51,7 +51,7 @@ from .registry import register
 from .trained import BaseObjective, TrainedMethod, TrainedSettings
 from .uce import UCESettings, common_prompts
 
-__all__ = ["DUGE", "DugeObjective", "DugeSettings"]
+__all__ = ["DUGE", "DugeObjective", "DugeSettings", "anchor_prompt"]
 
 MEMORY = "\0memory"  # a pool's name that no concept has
 
@@ -118,6 +118,13 @@ class DugeSettings(TrainedSettings):
             )
         if self.project is not None and not {"to_k", "to_v"} & set(self.train):
             raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
+
+
+def anchor_prompt(prompt: TargetPrompt, settings: DugeSettings) -> str:
+    """The prompt whose outputs the target's are pulled to: the replacement's, else as ``no_replacement`` says."""
+    if prompt.instead is not None:
+        return prompt.instead
+    return "" if settings.no_replacement == "empty" else replace_phrase(prompt.text, prompt.concept, "")
 
 
 @register
@@ -191,13 +198,22 @@ class DUGE(TrainedMethod):
             kept = list(dict.fromkeys([*kept, *common_prompts(request, UCESettings(contexts=settings.contexts))]))
         return targets, kept
 
+    def other_prompts(self, targets: Sequence[TargetPrompt], settings: DugeSettings) -> list[str]:
+        return [anchor_prompt(target, settings) for target in targets]
+
     def null_space(
         self, model: LatentDiffusion, batches: BatchSampler, settings: DugeSettings
     ) -> Mapping[str, Tensor] | None:
         if settings.project is None:
             return None
         states = batches.states(batches.kept).hidden.flatten(0, 1).float()
-        basis = retain_basis(torch.unique(states, dim=0), settings.project)
+        try:
+            basis = retain_basis(torch.unique(states, dim=0), settings.project)
+        except NoFreeDirection as error:
+            raise RequestError(
+                f"What is kept fills all {states.shape[1]} directions of the text states, so that nothing could be "
+                f"changed: set 'project' below {settings.project:g}, or keep fewer prompts."
+            ) from error
         return {key: basis for key in self.keys(model, settings) if key.endswith((".to_k", ".to_v"))}
 
     def objective(
@@ -242,14 +258,6 @@ class DugeObjective(BaseObjective):
                 self.frozen[key] = (moved.up, moved.down)
         self.bank: dict[str, list[Tensor]] = {}
 
-    # -- what a target reads as ----------------------------------------------------------------------------------
-
-    def instead(self, prompt: TargetPrompt) -> str:
-        """The prompt whose outputs the target's are pulled to."""
-        if prompt.instead is not None:
-            return prompt.instead
-        return "" if self.settings.no_replacement == "empty" else replace_phrase(prompt.text, prompt.concept, "")
-
     # -- through the network -------------------------------------------------------------------------------------
 
     def sites(self, batch: Noised, texts: Sequence[str]) -> list[Tensor]:
@@ -267,7 +275,7 @@ class DugeObjective(BaseObjective):
         prompts = self.batches.next_targets()
         batch = self.batches.noised([prompt.concept for prompt in prompts])
         with torch.no_grad(), self.deltas.showing("earlier"):
-            wanted = self.sites(batch, [self.instead(prompt) for prompt in prompts])
+            wanted = self.sites(batch, [anchor_prompt(prompt, self.settings) for prompt in prompts])
         return attention_output_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
 
     def _prior(self) -> Tensor:
@@ -291,7 +299,7 @@ class DugeObjective(BaseObjective):
                 if side == "targets":
                     prompts = batches.next_targets(count)
                     batch = batches.noised([prompt.concept for prompt in prompts])
-                    texts = [self.instead(prompt) for prompt in prompts]
+                    texts = [anchor_prompt(prompt, self.settings) for prompt in prompts]
                 elif batches.kept:
                     texts = batches.next_retain(count)
                     batch = batches.noised([self.any_pool()] * count)
@@ -338,7 +346,7 @@ class DugeObjective(BaseObjective):
         terms: dict[str, Term] = {}
         if s.local:
             prompts = batches.next_targets()
-            instead = [self.instead(prompt) for prompt in prompts]
+            instead = [anchor_prompt(prompt, self.settings) for prompt in prompts]
             terms["unlearn"] = Term(
                 self._matched("targets", [p.text for p in prompts], "earlier", instead), s.unlearn_weight
             )

@@ -96,5 +96,5 @@ def fit(
         base_name=model.name,
         family=model.survey.family,
         architecture=model.survey.fingerprint(),
-        text_layer=str(getattr(model.text, "layer", "unknown")),
+        text_layer=model.text_layer,
     )

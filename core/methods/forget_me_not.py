@@ -272,6 +272,9 @@ class ForgetMeNot(TrainedMethod):
             kept = list(dict.fromkeys([*kept, *(text for text in said if text not in own)]))
         return targets, kept
 
+    def other_prompts(self, targets: Sequence[TargetPrompt], settings: ForgetMeNotSettings) -> list[str]:
+        return [text for target in targets for text in _in_place(target, settings.wanted + settings.unwanted)]
+
     def picture(
         self, batches: BatchSampler, settings: ForgetMeNotSettings, inputs: Inputs, progress: Progress | None
     ) -> None:

@@ -358,6 +358,13 @@ class TrainedMethod(Method):
             end_position(encoder, text)
         return targets, kept
 
+    def other_prompts(self, targets: Sequence[TargetPrompt], settings: Any) -> list[str]:
+        """Prompts that the objective reads beside the targets, their replacements, what is kept and the empty one.
+
+        They are encoded with all others before the first step; a prompt that is not named cannot be read later.
+        """
+        return []
+
     def batches(self, model: LatentDiffusion, request: ForgetRequest, settings: Any, inputs: Inputs) -> BatchSampler:
         """What this request trains on, nothing drawn yet; its generator is the request's seed's."""
         targets, kept = self.prompts(model.text, request, settings)
@@ -375,6 +382,7 @@ class TrainedMethod(Method):
             ),
             inputs.workspace,
             [template.format(concept.name) for concept in earlier for template in settings.said(concept.kind)],
+            self.other_prompts(targets, settings),
         )
 
     def fit(
@@ -413,6 +421,7 @@ class TrainedMethod(Method):
             checkpoint = None
             if inputs.workspace is not None:
                 given = [
+                    [model.text_layer, list(model.latent_shape), model.prediction_type, model.guidance],
                     inputs.images,
                     dataclasses.asdict(settings),
                     request.without_images().to_json(),

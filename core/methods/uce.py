@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ForgetConceptError, RequestError
 from ..formats.context_map import expand
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import TextEncoder
+from ..models.text_encoders import ENCODE_ROWS, TextEncoder, encode_prompts
 from ..models.token_positions import end_position, phrase_span, tail_positions
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
@@ -330,11 +330,11 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
     )
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 64) -> Tensor:
+def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 8 * ENCODE_ROWS) -> Tensor:
     """``(n, tokens, d)`` for ``n`` prompts."""
     found: Tensor | None = None
     for i in range(0, len(texts), batch):
-        hidden = encoder.encode(texts[i : i + batch]).hidden.detach()
+        hidden = encode_prompts(encoder, texts[i : i + batch]).hidden.detach()
         if found is None:
             # fp64, which the solve needs, lives on the CPU and on CUDA, not on every accelerator
             device = hidden.device if hidden.is_cuda else torch.device("cpu")

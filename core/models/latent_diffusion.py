@@ -17,7 +17,7 @@ from ..progress import Progress, ProgressEvent, report_progress
 from .autoencoders import Autoencoder
 from .safe_guidance import SafetyGuidance, safety_term
 from .schedules import _log_snr
-from .text_encoders import TextEncoder, TextStates
+from .text_encoders import EncodedPrompts, TextEncoder, TextStates
 from .unet import PROJECTIONS, UNetSurvey, survey
 
 __all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]
@@ -112,6 +112,11 @@ class LatentDiffusion:
         if self._known_hash is not None:
             return self._known_hash
         return hash_of_unet(self.survey)
+
+    @property
+    def text_layer(self) -> str:
+        """Which states the text encoder gives, as its ``layer`` says."""
+        return str(getattr(self.text, "layer", "unknown"))
 
     # -- noise ---------------------------------------------------------------------------------------------------
 
@@ -210,6 +215,7 @@ class LatentDiffusion:
         spacing: str = "leading",
         sampler: str = "ddim",
         safety: SafetyGuidance | None = None,
+        encoded: EncodedPrompts | None = None,
     ) -> Tensor:
         """Sample latents with classifier-free guidance.
 
@@ -225,6 +231,8 @@ class LatentDiffusion:
             spacing: As in :meth:`timesteps`. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
             sampler: ``"ddim"`` (η = 0) or ``"dpm++"`` (DPM-Solver++(2M)), which needs about half as many steps.
             safety: Steer away from a concept (:class:`SafetyGuidance`), at the cost of a third pass per step.
+
+            encoded: Text states of all prompts (default: they are encoded here).
 
         Returns:
             fp32 latents ``(n, 4, h, w)``.
@@ -257,9 +265,9 @@ class LatentDiffusion:
         if sampler not in SAMPLERS:
             raise RequestError(f"The sampler '{sampler}' is not known: choose one of {', '.join(SAMPLERS)}.")
         guided = guidance != 1.0 or safety is not None
-        wanted = list(dict.fromkeys(prompts + (negatives if guided else []) + ([safety.concept] if safety else [])))
-        row = {prompt: i for i, prompt in enumerate(wanted)}
-        states = self._encoded(wanted)
+        if encoded is None:
+            every = prompts + (negatives if guided else []) + ([safety.concept] if safety else [])
+            encoded = EncodedPrompts(self.text, every)
         # α̅ at every visited step and at the end
         stride = self.train_steps // steps
         path = [float(self.alphas_cumprod[t]) for t in times]
@@ -273,12 +281,12 @@ class LatentDiffusion:
         latents = []
         for chunk in chunks:
             x = self.initial_noise([seeds[i] for i in chunk]).to(self.device)
-            rows = [row[prompts[i]] for i in chunk]
+            read = [prompts[i] for i in chunk]
             if guided:
-                rows += [row[negatives[i]] for i in chunk]
+                read += [negatives[i] for i in chunk]
             if safety is not None:
-                rows += [row[safety.concept]] * len(chunk)
-            context = states.index(rows)
+                read += [safety.concept] * len(chunk)
+            context = encoded.states(read)
             momentum = torch.zeros_like(x)  # of the safety guidance
             earlier: Tensor | None = None  # the x_0 prediction of the previous step
             for k in range(stop):
@@ -327,9 +335,6 @@ class LatentDiffusion:
         term, momentum = safety_term(conditional, unconditional, unsafe, safety.settings, momentum)
         direction = conditional - unconditional
         return unconditional + guidance * (direction - term if used else direction), momentum
-
-    def _encoded(self, prompts: Sequence[str], batch: int = 64) -> TextStates:
-        return TextStates.cat([self.text.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:

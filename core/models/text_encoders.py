@@ -9,9 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ForgetConceptError, ModelError
 
-__all__ = ["CLIPText", "SDXLText", "TextEncoder", "TextStates"]
+__all__ = ["ENCODE_ROWS", "CLIPText", "EncodedPrompts", "SDXLText", "TextEncoder", "TextStates", "encode_prompts"]
+
+# prompts per call of a text encoder; a batch of another size may round differently
+ENCODE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,60 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """Text states of the prompts, one row per prompt, without gradient."""
+
+
+@torch.no_grad()
+def encode_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> TextStates:
+    """Encode fixed prompts in batches of exactly :data:`ENCODE_ROWS`; the empty prompt fills up the last batch.
+
+    Some processors round a batch of another size differently. With one shape, the states of a list of prompts depend on
+    that list alone.
+
+    Args:
+        encoder: The text encoder.
+        prompts: ``n`` prompts, at least one; learned vectors among their words must no longer change.
+
+    Returns:
+        The states, one row a prompt, in the prompts' order.
+    """
+    filled = [*prompts, *[""] * (-len(prompts) % ENCODE_ROWS)]
+    found = [encoder.encode(filled[i : i + ENCODE_ROWS]) for i in range(0, len(filled), ENCODE_ROWS)]
+    every = TextStates.cat(found)
+    pooled = None if every.pooled is None else every.pooled[: len(prompts)]
+    return TextStates(every.hidden[: len(prompts)], pooled)
+
+
+class EncodedPrompts:
+    """The states of a fixed set of prompts, encoded once, at construction (:func:`encode_prompts`).
+
+    What a resumed training reads is then bit for bit what it read before it was cut short, whenever a prompt is first
+    needed.
+    """
+
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], device: torch.device | str | None = None) -> None:
+        """Encode the prompts.
+
+        Args:
+            encoder: The text encoder.
+            prompts: The prompts, in any number; repeated ones are encoded once, and the empty one always is.
+            device: Where the states are kept (``None``: where the encoder returns them).
+        """
+        every = list(dict.fromkeys([*prompts, ""]))
+        self._row = {prompt: i for i, prompt in enumerate(every)}
+        self._states = encode_prompts(encoder, every).to(device)
+
+    def states(self, prompts: Sequence[str]) -> TextStates:
+        """The states of some of the prompts, in the given order; a prompt may come twice.
+
+        Raises:
+            ForgetConceptError: A prompt was not among those that were encoded.
+        """
+        for prompt in prompts:
+            if prompt not in self._row:
+                raise ForgetConceptError(
+                    f"The prompt '{prompt}' was not encoded before the first step: name it with the fixed prompts."
+                )
+        return self._states.index([self._row[prompt] for prompt in prompts])
 
 
 def _tokens(tokenizer: Any, prompt: str, length: int) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import TextEncoder, TextStates
+from ..models.text_encoders import EncodedPrompts, TextEncoder, TextStates
 from ..models.token_positions import end_position, token_positions
 from ..progress import Progress
 from ..request.concept import Concept
@@ -73,6 +73,7 @@ class BatchSampler:
     (``earlier``), and pools of pictures by name.
 
     A pool is named after its concept, :data:`RETAIN_POOL` is that of everything else; without one, ``x_0`` is zero.
+    Every prompt is encoded at construction, those in ``others`` too: nothing is left to encode once training has begun.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class BatchSampler:
         sampling: GenerationSettings,
         workspace: Workspace | None = None,
         earlier: Sequence[str] = (),
+        others: Sequence[str] = (),
     ) -> None:
-        """Raises :class:`RequestError` for a prompt that is to be forgotten and kept."""
+        """``others`` are further prompts that an objective reads. Raises :class:`RequestError` for a prompt that is to
+        be forgotten and kept, and where there is none at all."""
         if clash := sorted({t.text for t in targets} & set(kept)):
             raise RequestError(f"The prompt '{clash[0]}' is both to be forgotten and to be kept: take it from one.")
         self.model, self.targets, self.kept, self.earlier = model, list(targets), list(kept), list(earlier)
@@ -95,23 +98,20 @@ class BatchSampler:
         self.pools: dict[str, Tensor] = {}
         self._turn: list[int] = []
         self._kept_turn: list[int] = []
-        self._row: dict[str, int] = {}
-        self._states: TextStates | None = None
-        self.states([t.text for t in targets] + [t.instead for t in targets if t.instead is not None] + self.kept)
+        replaced = [t.instead for t in targets if t.instead is not None]
+        every = [*(t.text for t in targets), *replaced, *self.kept, *self.earlier, *others]
+        if not every:
+            raise RequestError("There is no prompt to train on.")
+        self._encoded = EncodedPrompts(model.text, every, model.device)
 
     # -- words ---------------------------------------------------------------------------------------------------
 
     def states(self, texts: Sequence[str]) -> TextStates:
-        """What the UNet is given of these prompts, in their order; each is encoded once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._row]
-        if new:
-            encoded = [self.model.text.encode(new[i : i + 64]) for i in range(0, len(new), 64)]
-            before = [] if self._states is None else [self._states]
-            self._states = TextStates.cat([*before, *(states.to(self.model.device) for states in encoded)])
-            self._row |= {text: len(self._row) + i for i, text in enumerate(new)}
-        if self._states is None:
-            raise RequestError("There is no prompt to train on.")
-        return self._states.index([self._row[text] for text in texts])
+        """What the UNet is given of these prompts, in their order.
+
+        Raises :class:`ForgetConceptError` for a prompt that was not named at construction.
+        """
+        return self._encoded.states(texts)
 
     def next_targets(self, count: int | None = None) -> list[TargetPrompt]:
         """The next prompts to forget, in shuffled rounds, so that no concept waits long for its turn."""
@@ -152,7 +152,8 @@ class BatchSampler:
         texts, s = [text for _, text in jobs], self.sampling
         key, latents = "", None
         if self.workspace is not None:
-            key = key_of(self.model.model_hash, texts, seeds, s.steps, s.guidance, list(self.model.latent_shape))
+            read = [self.model.text_layer, list(self.model.latent_shape)]
+            key = key_of(self.model.model_hash, texts, seeds, s.steps, s.guidance, read)
             latents = (self.workspace.load("pictures", key) or {}).get("latents")
         if latents is None:
             latents = self.model.sample(texts, seeds, s.steps, s.guidance, progress=progress, sampler="dpm++").float()

@@ -41,7 +41,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ModelError, RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import TextStates
+from ..models.text_encoders import EncodedPrompts, TextStates
 from ..progress import Progress, ProgressEvent, report_progress
 from .frozen import frozen
 
@@ -82,9 +82,11 @@ class FisherSettings:
             )
         for name in ("samples", "draws", "sample_steps"):
             if getattr(self, name) < 1:
-                raise RequestError(f"'{name}' of the Fisher information must be at least 1.")
+                raise RequestError(f"The Fisher information's number of {name.replace('_', ' ')} must be at least 1.")
         if self.batch < 2 or (self.times is not None and self.times < 1):
-            raise RequestError("'batch' of the Fisher information must be at least 2, and 'times' at least 1 or null.")
+            raise RequestError(
+                "The Fisher information's batch must be at least 2, and its number of time steps at least 1 or null."
+            )
 
     def listed(self, train_steps: int) -> list[int]:
         """The ``T`` listed time steps, each in the middle of its share of the schedule.
@@ -96,8 +98,8 @@ class FisherSettings:
             raise RequestError(f"The model has {train_steps} time steps, so {count} of them cannot be listed.")
         if self.estimator != "exact" and (count % self.draws or count // self.draws < 2):
             raise RequestError(
-                f"{count} time steps cannot be cut into {self.draws} equal strata of two or more: choose 'draws' that "
-                f"divides {count} and is at most half of it."
+                f"{count} time steps cannot be cut into {self.draws} equal strata of two or more: choose a number of "
+                f"draws that divides {count} and is at most half of it."
             )
         return [(2 * i + 1) * train_steps // (2 * count) for i in range(count)]
 
@@ -333,7 +335,8 @@ def fisher_key(
     used = {name: value for name, value in plain.items() if name not in left_out}
     if "guidance" in used:
         used["guidance"] = _guidance(model, settings)
-    return key_of(model.model_hash, sorted(keys), list(prompts), used, [] if latents is None else latents)
+    read = [model.text_layer, list(model.latent_shape)]
+    return key_of(model.model_hash, read, sorted(keys), list(prompts), used, [] if latents is None else latents)
 
 
 def fisher_information(
@@ -416,6 +419,7 @@ def _samples(
     """The samples from number ``start`` on, made a whole chunk at a time."""
     if start == settings.samples:
         return
+    encoded = EncodedPrompts(model.text, prompts)  # of all prompts, wherever the measurement goes on
     for first in range(start - start % _CHUNK, settings.samples, _CHUNK):
         rows = range(first, first + _CHUNK)
         texts = [prompts[n % len(prompts)] for n in rows]
@@ -423,11 +427,18 @@ def _samples(
             seeds = [_seed(settings.seed, n, "picture") for n in rows]
             guidance = _guidance(model, settings)
             drawn = model.sample(
-                texts, seeds, settings.sample_steps, guidance, progress=progress, batch=_CHUNK, sampler="dpm++"
+                texts,
+                seeds,
+                settings.sample_steps,
+                guidance,
+                progress=progress,
+                batch=_CHUNK,
+                sampler="dpm++",
+                encoded=encoded,
             )
         else:
             drawn = latents[first : first + _CHUNK]
-        states = model.text.encode(texts)
+        states = encoded.states(texts)
         for i, n in enumerate(rows):
             if start <= n < settings.samples:
                 yield drawn[i : i + 1], states.index([i])

@@ -20,6 +20,7 @@ from ..errors import ForgetConceptError
 __all__ = [
     "Gradients",
     "InnerProducts",
+    "NoFreeDirection",
     "ProjectedStep",
     "inner_products",
     "null_space_projection",
@@ -34,6 +35,10 @@ Gradients = Sequence[Tensor | None]
 CHUNK = 1 << 20  # elements widened to fp64 at a time
 MARGIN = 0.3  # of a projected step; measured in benchmarks/gradients.py
 PARALLEL = 1e-13  # sin² of an angle that fp64 sums of products cannot tell from 0 (sin 3e-7: fp32's precision)
+
+
+class NoFreeDirection(ForgetConceptError):
+    """The states to keep fill the whole input space, so that no change is left that they would not see."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def retain_basis(states: Tensor, energy: float = 0.99, max_rank: int | None = No
     in fp64; the result has the states' device and dtype, fp32 at least.
 
     Raises :class:`ForgetConceptError` for states that are none, all zero or not finite, an ``energy`` outside (0, 1],
-    a ``max_rank`` below 1, and where the directions would fill the whole space: no change would be left.
+    a ``max_rank`` below 1; and :class:`NoFreeDirection` where the directions would fill the whole space.
     """
     if states.ndim != 2 or not states.numel():
         raise ForgetConceptError(
@@ -214,7 +219,7 @@ def retain_basis(states: Tensor, energy: float = 0.99, max_rank: int | None = No
     rank = int((share < energy * share[-1]).sum()) + 1
     rank = min(rank, int((strengths > max(n, d) * torch.finfo(torch.float64).eps).sum()), max_rank or d)
     if rank == d:
-        raise ForgetConceptError(
+        raise NoFreeDirection(
             f"What is to be kept fills all {d} directions of the input, so that nothing could be changed: use a lower "
             "'energy' or a 'max_rank'."
         )

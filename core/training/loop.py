@@ -104,7 +104,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What the loss's terms were, unweighted: means over the first and the last tenth of the steps made here."""
+    """What the loss's terms were, unweighted: means over the first and the last tenth of all steps."""
 
     steps: int
     first: Mapping[str, float]
@@ -127,23 +127,28 @@ def train(
     where the loss or a gradient is not finite; no step is made then.
     """
     optimiser = _optimiser(deltas.parameters(), settings)
-    told: list[dict[str, float]] = []
     with frozen(model.unet), deltas.attached():
-        done = _restored(checkpoint, deltas, optimiser, objective)
+        told = _restored(checkpoint, deltas, optimiser, objective)
+        done = len(told)
         kept = objective.state() if checkpoint else {}
+        whole = True  # whether what would be saved is the state after a whole step
         try:
             for step in range(done + 1, settings.steps + 1):
-                value, terms = _step(deltas, objective, optimiser, settings, step)
-                told.append(terms)
-                done = step
+                value, terms, move = _gradients(deltas, objective, optimiser, settings, step)
+                whole = False
+                move()
+                del move  # it holds on to the loss's graph
                 if checkpoint is not None:
                     kept = objective.state()
-                    if step % checkpoint.every == 0 and step < settings.steps:
-                        _save(checkpoint, deltas, optimiser, kept, done)
+                told.append(terms)
+                whole = True
+                if checkpoint is not None and step % checkpoint.every == 0 and step < settings.steps:
+                    _save(checkpoint, deltas, optimiser, kept, told)
                 report_progress(progress, ProgressEvent(step, settings.steps, value, terms, message))
         except BaseException:
-            if checkpoint is not None and done > 0:
-                _save(checkpoint, deltas, optimiser, kept, done)
+            # broken off (Ctrl-C, out of memory) while parameters moved, the state is of no step: an earlier save stays
+            if checkpoint is not None and told and whole:
+                _save(checkpoint, deltas, optimiser, kept, told)
             raise
     if checkpoint is not None:
         checkpoint.workspace.remove("training", checkpoint.key)
@@ -161,14 +166,17 @@ def _optimiser(parameters: list[nn.Parameter], settings: TrainingSettings) -> to
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def _step(
+def _gradients(
     deltas: Trainable,
     objective: Objective,
     optimiser: torch.optim.Optimizer,
     settings: TrainingSettings,
     step: int,
-) -> tuple[float, dict[str, float]]:
-    """One step: the whole loss and its terms, unweighted, before it."""
+) -> tuple[float, dict[str, float], Callable[[], None]]:
+    """The whole loss and its terms, unweighted, before a step, and the function that makes the step.
+
+    Parameters and optimizer change in that function alone.
+    """
     parameters = deltas.parameters()
     optimiser.zero_grad(set_to_none=True)
     drawn = objective.state() if settings.gradient == "restricted_step" else None
@@ -193,12 +201,15 @@ def _step(
     if settings.clip_norm is not None and norm > settings.clip_norm:
         for gradient in gradients:
             gradient.mul_(settings.clip_norm / norm)
-    if sides is None or drawn is None:
-        optimiser.step()
-    else:
-        was, change = _projected_step(optimiser, parameters, sides)
-        _backtrack(objective, step, drawn, terms, sides, parameters, was, change)
-    return value, {name: float(term.value.detach()) for name, term in terms.items()}
+
+    def move() -> None:
+        if sides is None or drawn is None:
+            optimiser.step()
+        else:
+            was, change = _projected_step(optimiser, parameters, sides)
+            _backtrack(objective, step, drawn, terms, sides, parameters, was, change)
+
+    return value, {name: float(term.value.detach()) for name, term in terms.items()}, move
 
 
 def _both_sides(
@@ -284,24 +295,30 @@ def _save(
     deltas: Trainable,
     optimiser: torch.optim.Optimizer,
     kept: Mapping[str, Tensor],
-    done: int,
+    told: Sequence[Mapping[str, float]],
 ) -> None:
     tensors: dict[str, Tensor] = {f"parameter.{i}": p for i, p in enumerate(deltas.parameters())}
     for i, values in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        # plain SGD has None for its momentum in some versions of torch
+        known = {name: value for name, value in values.items() if value is not None}
+        tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in known.items()}
     tensors |= {f"objective.{name}": value for name, value in kept.items()}
-    tensors["done"] = torch.tensor(done)
+    tensors["done"] = torch.tensor(len(told))
+    # by number, for a file does not keep its tensors' order, and the report lists the terms in theirs
+    for i, name in enumerate(dict.fromkeys(name for terms in told for name in terms)):
+        values = [terms.get(name, math.nan) for terms in told]
+        tensors[f"told.{i}.{name}"] = torch.tensor(values, dtype=torch.float64)
     checkpoint.workspace.save("training", checkpoint.key, tensors)
 
 
 @torch.no_grad()
 def _restored(
     checkpoint: Checkpoint | None, deltas: Trainable, optimiser: torch.optim.Optimizer, objective: Objective
-) -> int:
-    """The number of steps already made; deltas, optimiser and objective are then as they were after them."""
+) -> list[dict[str, float]]:
+    """The terms of the steps already made; deltas, optimiser and objective are then as they were after them."""
     found = None if checkpoint is None else checkpoint.workspace.load("training", checkpoint.key)
     if found is None:
-        return 0
+        return []
     for i, parameter in enumerate(deltas.parameters()):
         parameter.copy_(found[f"parameter.{i}"])
     state: dict[int, dict[str, Tensor]] = {}
@@ -311,7 +328,13 @@ def _restored(
             state.setdefault(int(number), {})[what] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     objective.restore({name[len("objective.") :]: t for name, t in found.items() if name.startswith("objective.")})
-    return int(found["done"])
+    told: list[dict[str, float]] = [{} for _ in range(int(found["done"]))]
+    columns = sorted((name.split(".", 2)[1:] for name in found if name.startswith("told.")), key=lambda c: int(c[0]))
+    for number, name in columns:
+        for terms, value in zip(told, found[f"told.{number}.{name}"].tolist(), strict=True):
+            if not math.isnan(value):  # a step without this term; no step is made on a loss that is not finite
+                terms[name] = value
+    return told
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

@@ -12,7 +12,7 @@ from tiny import TinyText, fit, flags, rand, random_patch, state_hash, tiny_mode
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.duge import DUGE, MEMORY, DugeSettings
+from forget_concept.core.methods.duge import DUGE, MEMORY, DugeSettings, anchor_prompt
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -266,11 +266,15 @@ def test_unlearning_pulls_every_site_to_the_frozen_model_with_the_earlier_parts_
 def test_what_a_target_reads_as(model):
     plain = (Concept("star"),)
     objective, _, material = built(model, asked(*plain, no_replacement="empty"))
-    assert {objective.instead(prompt) for prompt in material.targets} == {""}
+    assert {anchor_prompt(prompt, objective.settings) for prompt in material.targets} == {""}
     objective, _, material = built(model, asked(*plain, no_replacement="dropped"))
-    assert {objective.instead(prompt) for prompt in material.targets} == {"a photo of", "a picture of", ""}
+    assert {anchor_prompt(prompt, objective.settings) for prompt in material.targets} == {
+        "a photo of",
+        "a picture of",
+        "",
+    }
     objective, _, material = built(model, asked(contexts=True))
-    said = {prompt.text: objective.instead(prompt) for prompt in material.targets}
+    said = {prompt.text: anchor_prompt(prompt, objective.settings) for prompt in material.targets}
     assert said["a purple star in the style of watercolour"] == "a purple circle in the style of watercolour"
 
 

@@ -415,7 +415,7 @@ def test_every_trained_method_holds_what_was_forgotten_earlier_where_it_left_it(
     method, settings = get(name)(), resolve_settings(get(name), "tuned", TRAINED[name])
     request = ForgetRequest((Concept("star", replacement="circle"),), ("moon", "blue fish"), name, "tuned")
     inputs = Inputs(earlier=earlier)
-    material = method.material(model, request, settings, inputs)
+    material = method.batches(model, request, settings, inputs)
     assert any("moon" in text for text in material.kept) and not any("fish" in text for text in material.kept)
     assert material.earlier and all("fish" in text for text in material.earlier)
     with frozen(model.unet):

@@ -11,6 +11,7 @@ from forget_concept.core.errors import Cancelled, ModelError, RequestError
 from forget_concept.core.models.autoencoders import DiffusersAutoencoder
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_encoders import ENCODE_ROWS, EncodedPrompts, encode_prompts
 
 PROMPTS = ["a star", "a tree", "a star", "the moon on a hill"]
 
@@ -85,10 +86,29 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(model):
 
 def test_words_are_encoded_once(model):
     model.sample(PROMPTS, [1, 2, 3, 4], steps=2, batch=2)
-    assert sorted(model.text.encoded) == sorted({*PROMPTS, ""})
+    assert sorted(filter(None, model.text.encoded)) == sorted({*PROMPTS} - {""})
     model.text.encoded.clear()
     model.sample(["a star"], [1], steps=1, guidance=1.0)
-    assert model.text.encoded == ["a star"]
+    assert [text for text in model.text.encoded if text] == ["a star"]
+    model.text.encoded.clear()
+    model.sample(["a star"], [1], steps=1, encoded=EncodedPrompts(TinyText(), ["a star"]))
+    assert model.text.encoded == []
+
+
+@pytest.mark.parametrize("pooled", [None, 4])
+@pytest.mark.parametrize("count", [1, ENCODE_ROWS, ENCODE_ROWS + 3])
+def test_fixed_prompts_are_encoded_in_batches_of_one_shape(monkeypatch, count, pooled):
+    text, sizes = TinyText(pooled=pooled), []
+    plain = text.encode
+    monkeypatch.setattr(text, "encode", lambda prompts: sizes.append(len(prompts)) or plain(prompts))
+    prompts = [f"star {i}" for i in range(count)]
+    found = encode_prompts(text, prompts)
+    assert set(sizes) == {ENCODE_ROWS} and len(sizes) == -(-count // ENCODE_ROWS) and len(found) == count
+    wanted = plain(prompts)
+    torch.testing.assert_close(found.hidden, wanted.hidden)
+    assert (found.pooled is None) is (pooled is None)
+    if pooled is not None:
+        torch.testing.assert_close(found.pooled, wanted.pooled)
 
 
 def test_negative_prompts_one_or_each(model):

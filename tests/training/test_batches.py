@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TinyText, fit, rand, tiny_model
 
-from forget_concept.core.errors import Cancelled, RequestError, TokenError
+from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError, TokenError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotSettings
@@ -49,12 +49,16 @@ def test_prompts_take_turns(model):
 
 
 def test_states_are_the_encoders_and_each_prompt_is_encoded_once(model):
-    made = material(model)
+    made = material(model, earlier=["a moon"], others=["a key", "a star"])
+    said = ["a star", "the star", "star", "a tree", "a boat", "a moon", "a key"]
+    assert sorted(text for text in model.text.encoded if text) == sorted(said)
     encoded = len(model.text.encoded)
     states = made.states(["a tree", "a star", "a tree"])
     torch.testing.assert_close(states.hidden, TinyText().encode(["a tree", "a star", "a tree"]).hidden)
-    made.states(["new", "a star"])
-    assert model.text.encoded[encoded:] == ["new"]
+    made.states([*said, ""])
+    with pytest.raises(ForgetConceptError, match="'new' was not encoded before the first step"):
+        made.states(["new", "a star"])
+    assert len(model.text.encoded) == encoded
 
 
 def test_pictures_of_each_pool_are_its_own(model, tmp_path):

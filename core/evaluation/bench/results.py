@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RequestError
+from ...files.writing import write_bytes
 from ..intervals import Score
 from .run import PARTS, BenchRow
 
@@ -101,7 +102,7 @@ class BenchResults:
                 f"'{path}' holds something else than the results of a benchmark: give another --out, or move it away."
             ) from error
         if whole != text:
-            path.write_text(whole, encoding="utf-8", newline="")
+            write_bytes(path, whole.encode())
         self.rows = rows
 
     def _json_rows(self, text: str) -> list[BenchRow]:
