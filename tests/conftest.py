@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return folder if folder in HOST_FOLDERS else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
+
+
+def skip_summary(reasons: Sequence[str]) -> str:
+    """One line that says how many tests were skipped and why, the most frequent reason first."""
+    counts = Counter(reason.removeprefix("Skipped: ").strip().rstrip(".") for reason in reasons)
+    return f"{len(reasons)} skipped: " + ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [r for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)]
+    if reports:
+        terminalreporter.write_line(skip_summary([report.longrepr[2] for report in reports]))
 
 
 DEVICES = [

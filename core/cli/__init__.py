@@ -7,10 +7,13 @@ Exit codes: 0 success; 1 an error that the user can fix, reported in one sentenc
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from types import FrameType, ModuleType
 
 from ..errors import Cancelled, ForgetConceptError
@@ -74,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:  # not the main thread
         before = None
     try:
-        return _run(argv)
+        with _quiet_libraries():
+            return _run(argv)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -112,6 +116,22 @@ def _run(argv: Sequence[str] | None) -> int:
         if "out of memory" not in str(error).lower():
             raise
         return _fail("Out of memory on the device: try a smaller --batch, or --device cpu.")
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Silence developer warnings of the libraries (deprecations, missing CUDA), which users cannot act on.
+
+    Python's own -W and PYTHONWARNINGS bring the warnings back.
+    """
+    for library in ("diffusers", "transformers"):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")  # read once, when they are imported
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            # all of them: whose module a warning is put down to differs with its stack level
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _fail(sentence: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,7 +172,6 @@ def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
     from .. import api
 
     extra = {"clip_skip": args.clip_skip, "config": args.config} if "clip_skip" in args else {}
-    _silence_libraries()
     device = device_of(args)
     try:
         torch.empty(0, device=device)
@@ -183,17 +181,6 @@ def load_model(args: argparse.Namespace, console: Console) -> LatentDiffusion:
         ) from error
     with console.progress(f"loading {args.model}"):
         return api.load_model(args.model, device=device, **extra)
-
-
-def _silence_libraries() -> None:
-    """Silence developer warnings of the libraries (deprecations, missing CUDA), which users cannot act on."""
-    import logging
-    import warnings
-
-    for library in ("diffusers", "transformers"):
-        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")  # read once, when they are imported
-        logging.getLogger(library).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=library)
 
 
 def load_embedded(args: argparse.Namespace, console: Console) -> tuple[LatentDiffusion, Probe]:

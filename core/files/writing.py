@@ -83,16 +83,16 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
         handle: int | None = None
         while handle is None:
             # a short name of its own: the file's own name may be as long as names can be
-            temporary = path.parent / f".{secrets.token_hex(8)}.part"
+            temporary = place = path.parent / f".{secrets.token_hex(8)}.part"
             try:
                 # not by tempfile, whose files are their owner's alone: the umask applies by itself here, and is never
                 # asked for, which would mean to set it for every thread of a host
-                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+                handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             except FileExistsError:
                 temporary = None  # another's
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        os.replace(temporary, path)
+        os.replace(place, path)
         temporary = None
     except OSError as reason:
         raise error(f"'{path}' cannot be written: {_why(reason)}.") from reason

@@ -231,7 +231,6 @@ class LatentDiffusion:
             spacing: As in :meth:`timesteps`. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
             sampler: ``"ddim"`` (η = 0) or ``"dpm++"`` (DPM-Solver++(2M)), which needs about half as many steps.
             safety: Steer away from a concept (:class:`SafetyGuidance`), at the cost of a third pass per step.
-
             encoded: Text states of all prompts (default: they are encoded here).
 
         Returns:
