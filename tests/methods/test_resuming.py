@@ -112,7 +112,7 @@ def made(case, parts):
     earlier = None
     if later:
         change = random_patch(model.survey, which=("to_k", "to_v"), scale=0.05)
-        earlier = change.with_metadata(request=ForgetRequest((Concept("fish"),)).to_json())
+        earlier = change.with_metadata(request=ForgetRequest((Concept("fish"),)))
     images = {"star": rand(3, 3, 64, 64).clamp(-1, 1)} if inverted else {}
     return model, request, {"earlier": earlier, "images": images}
 
