@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TinyText, clip_parts, rand, random_patch, tiny_model, tiny_unet
+from tiny import TinyText, clip_parts, fit, rand, random_patch, tiny_model, tiny_unet
 
 from forget_concept.core.errors import Cancelled
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod

@@ -10,12 +10,11 @@ from typing import Any, Literal, Union
 
 import pytest
 import torch
-from tiny import TinyText, rand, tiny_model
+from tiny import TinyText, fit, rand, tiny_model
 
 from forget_concept.core.errors import Cancelled, ForgetConceptError
 from forget_concept.core.methods import trained
 from forget_concept.core.methods.base import Inputs
-from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods, get
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
