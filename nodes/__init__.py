@@ -1,1 +1,1 @@
-"""ComfyUI nodes, one a file. The folder ``host`` is the only one that names ``comfy``."""
+"""ComfyUI nodes, one per file. Only the subpackage ``host`` imports ``comfy``."""

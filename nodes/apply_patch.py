@@ -1,4 +1,4 @@
-"""The node that puts a patch on a model."""
+"""Node *Apply Forget Patch*."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ __all__ = ["ApplyForgetPatch"]
 
 
 class ApplyForgetPatch(io.ComfyNode):
-    """A patch on a MODEL at a strength, once it is sure that it fits; what the weights' dtype keeps of it is told."""
+    """Applies a patch to a MODEL at a strength, if it fits, and reports how much of it the weights' dtype preserves."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ForgetConceptApplyPatch",
             display_name="Apply Forget Patch",
-            description="Puts a patch on a model at a strength. Says so, in words, where it is made for another kind "
-            "of model, and how much of the edit the model's dtype keeps.",
+            description="Applies a patch to a model at a strength. Refuses a patch for another architecture, and "
+            "reports how much of the edit survives rounding to the model's dtype.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to put the patch on, with or without LoRAs."),
-                LORA.Input("lora", tooltip="The patch: from Load Forget Patch, Forget Concept or Combine."),
+                io.Model.Input("model", tooltip="The model to apply the patch to, with or without LoRAs."),
+                LORA.Input(
+                    "lora", tooltip="The patch, from Load Forget Patch, Forget Concept or Combine Forget Patches."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="1: as it was made. 0: not at all. Below 0: the opposite.",
+                    tooltip="Multiplier of the patch. 1: as it was made. 0: off. Negative: the opposite edit.",
                 ),
             ],
             outputs=[
-                io.Model.Output("MODEL", tooltip="The model with the patch on."),
-                io.String.Output("REPORT", tooltip="Whether it was made on this model, and how much of it survives."),
+                io.Model.Output("MODEL", tooltip="The patched model."),
+                io.String.Output(
+                    "REPORT", tooltip="Whether the patch was made on this model, and how much of the edit survives."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             search_aliases=["apply lora", "use patch"],
@@ -52,7 +56,7 @@ class ApplyForgetPatch(io.ComfyNode):
         lines = [f"{len(patch)} weights at strength {strength:g}"]
         if strength == 0:
             patched = model
-            lines.append("at strength 0 nothing is changed")
+            lines.append("strength 0 leaves the model unchanged")
         else:
             patched = host.with_lora(model, state_of(patch, survey), strength)
             lines += surviving_share_summary(host.surviving_share(model, patch, strength))

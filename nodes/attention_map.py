@@ -1,4 +1,4 @@
-"""The node that shows where a word looks."""
+"""Node *Concept Attention Map*."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["ConceptAttentionMap"]
 
 
 class ConceptAttentionMap(io.ComfyNode):
-    """A picture being drawn, and how much of its attention each place of it pays to a phrase; twice with a patch.
+    """Shows how much cross-attention each region of a picture pays to a phrase, without and with a patch.
 
-    Drawn by the core's own sampler on the host's loaded model, which stays bit-identical.
+    The core's own sampler generates the picture on the host's loaded model, which stays bit-identical.
     """
 
     @classmethod
@@ -27,11 +27,11 @@ class ConceptAttentionMap(io.ComfyNode):
         return schema(
             node_id="ForgetConceptAttentionMap",
             display_name="Concept Attention Map",
-            description="Draws a picture and shows which places of it look at a phrase of the prompt: without a patch, "
-            "and with it on the same scale.",
+            description="Generates a picture and shows which regions attend to a phrase of the prompt; with a patch, "
+            "a second map on the same scale.",
             inputs=[
-                io.Model.Input("model", tooltip="The model as it was, without the patch."),
-                io.Clip.Input("clip", tooltip="Its text encoder, after any CLIP Set Last Layer."),
+                io.Model.Input("model", tooltip="The model without the patch."),
+                io.Clip.Input("clip", tooltip="The model's text encoder, after any CLIP Set Last Layer."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
                 io.String.Input(
                     "prompt",
@@ -39,14 +39,14 @@ class ConceptAttentionMap(io.ComfyNode):
                     default="",
                     placeholder="a photo of a red star",
                     dynamic_prompts=False,
-                    tooltip="What is drawn; the phrase must stand in it.",
+                    tooltip="The prompt of the picture; it must contain the phrase.",
                 ),
                 io.String.Input(
                     "phrase",
                     default="",
                     placeholder="star",
                     dynamic_prompts=False,
-                    tooltip="The words whose attention is shown. Empty: what the patch forgets.",
+                    tooltip="The words whose attention is shown. Empty: the first concept that the patch forgets.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -54,7 +54,7 @@ class ConceptAttentionMap(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=False,
-                    tooltip="Of the picture's noise.",
+                    tooltip="Seed of the picture's initial noise.",
                 ),
                 io.Int.Input("steps", default=16, min=1, max=1000, tooltip="Sampling steps."),
                 io.Float.Input(
@@ -63,10 +63,9 @@ class ConceptAttentionMap(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How strongly the prompt is followed; 0: as is usual for the model (7.5; the embedded one "
-                    "2.5).",
+                    tooltip="Guidance scale. 0: the model's usual value (7.5; 2.5 for the embedded model).",
                 ),
-                LORA.Input("lora", optional=True, tooltip="A patch: the map with it on is the second picture."),
+                LORA.Input("lora", optional=True, tooltip="A patch; the second picture is the map with it applied."),
                 io.Float.Input(
                     "strength",
                     optional=True,
@@ -74,12 +73,12 @@ class ConceptAttentionMap(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How strong the patch is put on.",
+                    tooltip="Multiplier of the patch. 1: as it was made.",
                 ),
             ],
             outputs=[
-                io.Image.Output("IMAGE", tooltip="The map over the picture; with a patch a second one."),
-                io.String.Output("REPORT", tooltip="How much of the attention the phrase gets, in words."),
+                io.Image.Output("IMAGE", tooltip="The map over the picture; with a patch, a second one."),
+                io.String.Output("REPORT", tooltip="The share of the attention that the phrase receives."),
             ],
             hidden=[io.Hidden.unique_id],
             search_aliases=["daam", "heat map", "cross attention"],
@@ -101,26 +100,32 @@ class ConceptAttentionMap(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..core.evaluation import Picture, SamplingSettings
         from ..core.evaluation.attention_pictures import attention_maps, attention_pairs
-        from ..core.service import evaluation_text as measuring
+        from ..core.service import evaluation_text
 
         if vae is None:
-            raise RequestError("There is no VAE to see the picture with: connect the checkpoint's VAE.")
+            raise RequestError("The input 'vae' is empty: connect the checkpoint's VAE to decode the picture.")
         survey = host.surveyed(model)
         patch = None if lora is None else patch_of(lora, survey)
         if patch is not None:
             patch.check_fits(survey)
-        said = phrase.strip() or next(iter(concept_names({} if patch is None else patch.metadata)), "")
-        if not said:
-            raise RequestError("The phrase is empty, and there is no patch to name one: write words of the prompt.")
+        shown_phrase = phrase.strip() or next(iter(concept_names({} if patch is None else patch.metadata)), "")
+        if not shown_phrase:
+            raise RequestError("The input 'phrase' is empty, and no patch names a concept: write words of the prompt.")
         pictures = [Picture(prompt, seed)]
         with host.latent_diffusion(model, clip, vae) as diffusion:
             sampling = SamplingSettings(steps, guidance or diffusion.guidance, 1, "float32")
             progress = host.progress(cls.hidden.unique_id)
             if patch is None:
-                (found,) = attention_maps(diffusion, pictures, [said], (), sampling, progress)
-                picture, words = measuring.attention_sheet(found), measuring.attention_summary(found, said)
+                (found,) = attention_maps(diffusion, pictures, [shown_phrase], (), sampling, progress)
+                picture, words = (
+                    evaluation_text.attention_sheet(found),
+                    evaluation_text.attention_summary(found, shown_phrase),
+                )
             else:
-                (pair,) = attention_pairs(diffusion, pictures, [said], [(patch, strength)], sampling, progress)
-                picture, words = measuring.attention_sheet(pair), measuring.attention_summary(pair, said)
+                (pair,) = attention_pairs(diffusion, pictures, [shown_phrase], [(patch, strength)], sampling, progress)
+                picture, words = (
+                    evaluation_text.attention_sheet(pair),
+                    evaluation_text.attention_summary(pair, shown_phrase),
+                )
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(picture, words)

@@ -1,4 +1,4 @@
-"""The node that makes one patch of several."""
+"""Node *Combine Forget Patches*."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ _SLOTS = "abcd"
 
 
 class CombineForgetPatches(io.ComfyNode):
-    """Up to four patches at their strengths as one, exactly, unless its rank is bounded; for more, combine again."""
+    """Sums up to four patches at their strengths into one; exact unless the rank is bounded. Chain nodes for more."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         inputs: list[Any] = []
         for i, slot in enumerate(_SLOTS):
             inputs.append(
-                LORA.Input(
-                    f"lora_{slot}", optional=i > 0, tooltip="A patch; those that are not connected are left out."
-                )
+                LORA.Input(f"lora_{slot}", optional=i > 0, tooltip="A patch; unconnected inputs are ignored.")
             )
         for slot in _SLOTS:
             inputs.append(
@@ -38,7 +36,7 @@ class CombineForgetPatches(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip=f"How strong lora_{slot} is in the whole.",
+                    tooltip=f"Multiplier of lora_{slot} in the sum. 1: as it was made. 0: left out.",
                 )
             )
         inputs.append(
@@ -47,17 +45,17 @@ class CombineForgetPatches(io.ComfyNode):
                 default=0,
                 min=0,
                 max=4096,
-                tooltip="Bound of the whole patch's rank, for a smaller file; 0: none, and the sum is exact.",
+                tooltip="Upper bound of the combined rank, for a smaller file. 0: no bound, the sum is exact.",
             )
         )
         return schema(
             node_id="ForgetConceptCombinePatches",
             display_name="Combine Forget Patches",
-            description="Several patches at their strengths as one patch: one file, one node, one load.",
+            description="Combines several patches, each at its strength, into a single patch.",
             inputs=inputs,
             outputs=[
-                LORA.Output("LORA_MODEL", tooltip="The one patch."),
-                io.String.Output("REPORT", tooltip="What is in it, and how much of the sum a bounded rank holds."),
+                LORA.Output("LORA_MODEL", tooltip="The combined patch."),
+                io.String.Output("REPORT", tooltip="What the patch contains, and how much a bounded rank preserves."),
             ],
             hidden=[io.Hidden.unique_id],
             search_aliases=["merge lora", "merge patches"],
@@ -72,20 +70,21 @@ class CombineForgetPatches(io.ComfyNode):
         ]
         whole = Patch.combined([(patch, strength) for patch, strength in patches if strength != 0] or patches[:1])
         if whole.max_abs() == 0:
-            raise PatchError("The sum of these patches changes nothing: raise a strength.")
+            raise PatchError("The sum of these patches is zero: raise one of the strengths.")
         lines = []
         if max_rank and whole.rank > max_rank:
-            cut = whole.truncated(max_rank)
+            truncated = whole.truncated(max_rank)
             lines.append(
-                f"cut from rank {whole.rank} to {cut.rank}: {100 * _held(whole, cut):.1f} % of the edit is held"
+                f"truncated from rank {whole.rank} to {truncated.rank}: "
+                f"{100 * _preserved_share(whole, truncated):.1f} % of the edit is preserved"
             )
-            whole = cut
+            whole = truncated
         words = "\n".join([patch_summary(whole), *lines])
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(state_of(whole), words)
 
 
-def _held(whole: Patch, cut: Patch) -> float:
-    """The share of ``‖Δ‖²`` that is in the cut one, which is its projection."""
-    squares = [sum(float(f.delta().square().sum()) for f in patch.factors.values()) for patch in (cut, whole)]
+def _preserved_share(whole: Patch, truncated: Patch) -> float:
+    """The share of ``‖Δ‖²`` in the truncated patch, which is an orthogonal projection of the whole."""
+    squares = [sum(float(f.delta().square().sum()) for f in patch.factors.values()) for patch in (truncated, whole)]
     return squares[0] / squares[1]

@@ -1,4 +1,4 @@
-"""What several nodes share: the wires between them, the boxes that make a request, and the way through the work."""
+"""What several nodes share: socket types, the inputs of a request, and the context that a fit runs in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..core.errors import RequestError
 from ..core.files.workspace import Workspace
 from ..core.methods.base import Inputs
 from ..core.methods.registry import all_methods, plan_request
-from ..core.methods.selective_amnesia import SelectiveAmnesia, asked_fisher
+from ..core.methods.selective_amnesia import SelectiveAmnesia, fisher_measurement
 from ..core.models.images import fit_images, picture_size
 from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.progress import Progress
@@ -30,17 +30,17 @@ from . import host
 __all__ = [
     "CATEGORY",
     "LORA",
+    "FisherFile",
     "ForgetFisher",
     "ForgetImages",
     "ForgetSettings",
-    "Measured",
     "Pictures",
     "RequestInputs",
-    "asked_inputs",
-    "at_work",
+    "fit_context",
     "model_inputs",
-    "more_inputs",
+    "optional_request_inputs",
     "patch_outputs",
+    "required_request_inputs",
     "schema",
 ]
 
@@ -50,13 +50,13 @@ ForgetSettings = io.Custom("FORGET_SETTINGS")
 ForgetImages = io.Custom("FORGET_IMAGES")
 ForgetFisher = io.Custom("FORGET_FISHER")
 
-# a person's pictures of concepts: the concept's name (empty: the only one there is), pictures (n, 3, H, W) in [-1, 1]
+# reference images: pairs of a concept's name (empty: the request's only concept) and pictures (n, 3, H, W) in [-1, 1]
 Pictures = tuple[tuple[str, Tensor], ...]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Fisher information in a work folder: its file's key and the settings it was measured for."""
+class FisherFile:
+    """Fisher information in a work folder: the key of its file, and the settings it was measured with."""
 
     workspace: Workspace
     key: str
@@ -64,9 +64,9 @@ class Measured:
 
 
 def schema(*, search_aliases: Sequence[str] = (), **known: Any) -> io.Schema:
-    """A node's schema. ``search_aliases`` are left out where the host does not know them: it would drop the pack."""
+    """A node's schema, without ``search_aliases`` on hosts that do not know them and would reject the whole pack."""
     for output in known.get("outputs", ()):
-        # else older hosts write its type
+        # older hosts otherwise show the type
         output.display_name = output.display_name or output.id
     extra: dict[str, Any] = {}
     if "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}:
@@ -75,15 +75,15 @@ def schema(*, search_aliases: Sequence[str] = (), **known: Any) -> io.Schema:
 
 
 def model_inputs() -> list[Any]:
-    """The model that shall forget, and what reads its prompts."""
+    """The inputs for the model and its text encoder."""
     return [
-        io.Model.Input("model", tooltip="The model that shall forget: a UNet that reads text by cross-attention."),
-        io.Clip.Input("clip", tooltip="The text encoder your prompts go through, after any CLIP Set Last Layer."),
+        io.Model.Input("model", tooltip="The model to edit: a UNet with cross-attention to text."),
+        io.Clip.Input("clip", tooltip="The text encoder of your prompts, after any CLIP Set Last Layer."),
     ]
 
 
-def asked_inputs() -> list[Any]:
-    """The boxes of a request. A saved workflow knows them by their order: new ones come behind all others."""
+def required_request_inputs() -> list[Any]:
+    """The required inputs of a request. Saved workflows identify widgets by order: append new ones at the end."""
     methods = all_methods()
     presets = list(dict.fromkeys(name for method in methods.values() for name in method.presets))
     return [
@@ -94,21 +94,21 @@ def asked_inputs() -> list[Any]:
             placeholder="star\nneon (style) -> sketch",
             default="",
             dynamic_prompts=False,
-            tooltip="What to forget, in the words a prompt would use. Several: one a line, or separated by commas. One "
-            "may say its own kind and replacement: neon (style) -> sketch.",
+            tooltip="The concepts to forget, in the words a prompt would use: one per line, or separated by commas. "
+            "Each may state its own kind and replacement: neon (style) -> sketch.",
         ),
         io.Combo.Input(
             "kind",
             options=list(KINDS),
             default=KINDS[0],
-            tooltip="What the concepts are that do not say it themselves; it chooses the prompts they are read in.",
+            tooltip="Kind of the concepts that do not state their own; it selects the prompt templates.",
         ),
         io.String.Input(
             "replacement",
             default="",
             dynamic_prompts=False,
-            tooltip="What to show instead, where a concept does not say it. Empty: nothing in particular. One for all, "
-            "or one for each.",
+            tooltip="Replacement for concepts that do not state their own: one for all, or one for each. Empty: no "
+            "particular replacement.",
         ),
         io.String.Input(
             "preserve",
@@ -116,21 +116,22 @@ def asked_inputs() -> list[Any]:
             placeholder="things to keep",
             default="",
             dynamic_prompts=False,
-            tooltip="Words that must go on working, such as neighbours of the concept: one a line, or by commas.",
+            tooltip="The retain set: concepts that must not change, such as neighbours of the forgotten one. One per "
+            "line, or separated by commas.",
         ),
         io.Combo.Input(
             "method",
             options=list(methods),
             default="uce" if "uce" in methods else next(iter(methods)),
             tooltip="\n".join(f"{name}: {method.title}" for name, method in methods.items())
-            + "\nA settings node that is connected says it instead.",
+            + "\nA connected settings node overrides it.",
         ),
         io.Combo.Input(
             "preset",
             options=presets,
             default="tuned" if "tuned" in presets else presets[0],
-            tooltip="published: the authors' settings. tuned: those that did best on the embedded model. "
-            "A settings node that is connected says it instead.",
+            tooltip="published: the authors' settings. tuned: the settings that performed best on the embedded model. "
+            "A connected settings node overrides it.",
         ),
         io.Float.Input(
             "strength",
@@ -138,7 +139,7 @@ def asked_inputs() -> list[Any]:
             min=0.05,
             max=MAX_STRENGTH,
             step=0.05,
-            tooltip="Scales the edit: 1 is as the method works it out, less forgets less.",
+            tooltip="Scales the edit. 1: as the method computes it; lower values forget less.",
         ),
         io.Int.Input(
             "seed",
@@ -146,21 +147,21 @@ def asked_inputs() -> list[Any]:
             min=0,
             max=MAX_SEED,
             control_after_generate=False,
-            tooltip="For methods that draw noise. The same inputs give the same patch; leave it fixed.",
+            tooltip="Random seed of methods that sample noise. The same inputs give the same patch: keep it fixed.",
         ),
     ]
 
 
-def more_inputs() -> list[Any]:
-    """What a request may have besides: all of it optional."""
+def optional_request_inputs() -> list[Any]:
+    """The optional inputs of a request."""
     return [
         io.String.Input(
             "settings",
             optional=True,
             default="",
             dynamic_prompts=False,
-            tooltip='Single settings of the method in place of the others, as JSON: {"rank": 8}. Mostly empty: a '
-            "settings node is easier.",
+            tooltip='Overrides of single settings of the method, as JSON: {"rank": 8}. Usually empty: a settings node '
+            "is easier.",
         ),
         io.Int.Input(
             "preview_every",
@@ -168,46 +169,48 @@ def more_inputs() -> list[Any]:
             default=10,
             min=0,
             max=100000,
-            tooltip="Training steps from one preview picture of the concept to the next; 0: none. Without the VAE the "
-            "picture is rough. The closed form has no steps.",
+            tooltip="Training steps between preview pictures of the concept. 0: no previews. Previews are coarse "
+            "without a VAE. Closed-form methods have no steps.",
         ),
         ForgetSettings.Input(
             "method_settings",
             optional=True,
-            tooltip="From a settings node: the method, its preset and its settings, in place of the boxes here.",
+            tooltip="From a settings node: overrides method, preset and settings of this node.",
         ),
         ForgetImages.Input(
-            "images", optional=True, tooltip="From Reference Images: your pictures, for methods that look at some."
+            "images",
+            optional=True,
+            tooltip="From Reference Images for Concept: your pictures, for methods that use them.",
         ),
         io.Vae.Input(
-            "vae", optional=True, tooltip="The checkpoint's VAE: for reference images, and for clear previews."
+            "vae", optional=True, tooltip="The checkpoint's VAE: required for reference images; makes previews sharp."
         ),
         ForgetFisher.Input(
             "fisher",
             optional=True,
-            tooltip="From Fisher Information: for Selective Amnesia, which then does not measure.",
+            tooltip="From Fisher Information: saves Selective Amnesia the measurement.",
         ),
     ]
 
 
-def patch_outputs(what: str = "The patch itself") -> list[Any]:
-    """The patched model, the patch, and words."""
+def patch_outputs(what: str = "The patch") -> list[Any]:
+    """The outputs patched model, patch and report; ``what`` begins the patch's tooltip."""
     return [
-        io.Model.Output("MODEL", tooltip="The model with the patch on."),
-        LORA.Output("LORA_MODEL", tooltip=f"{what}: for Save Forget Patch, or the stock LoRA nodes."),
-        io.String.Output("REPORT", tooltip="What was done, in words."),
+        io.Model.Output("MODEL", tooltip="The patched model."),
+        LORA.Output("LORA_MODEL", tooltip=f"{what}, for Save Forget Patch or the stock LoRA nodes."),
+        io.String.Output("REPORT", tooltip="A summary of what was done."),
     ]
 
 
 @dataclass(frozen=True)
 class RequestInputs:
-    """A request as a node's boxes and wires have it."""
+    """A validated request and everything else that a node's inputs provide for it."""
 
     plan: Plan
     notes: tuple[str, ...]
     settings: MethodSettings | None
     images: Pictures
-    fisher: Measured | None
+    fisher: FisherFile | None
     preview_every: int
     vae: Any
 
@@ -231,15 +234,19 @@ class RequestInputs:
         method_settings: MethodSettings | None = None,
         images: Pictures | None = None,
         vae: Any = None,
-        fisher: Measured | None = None,
+        fisher: FisherFile | None = None,
     ) -> RequestInputs:
-        """Everything that can be refused before a model is loaded is refused here, in words."""
+        """Read a node's inputs, and reject everything that can be rejected before a model is loaded.
+
+        Raises:
+            ForgetConceptError: If an input is invalid; the message names it.
+        """
         request = parse_request(concept, kind, replacement, preserve, method, preset, strength, seed, settings)
         notes = []
         if method_settings is not None:
             request = with_settings(request, method_settings)
             if (method, preset) != (request.method, request.preset):
-                notes.append("method and preset are those of the settings node that is connected.")
+                notes.append("method and preset are those of the connected settings node.")
         return cls.of(request, notes, method_settings, preview_every, images, vae, fisher)
 
     @classmethod
@@ -251,23 +258,28 @@ class RequestInputs:
         preview_every: int = 10,
         images: Pictures | None = None,
         vae: Any = None,
-        fisher: Measured | None = None,
+        fisher: FisherFile | None = None,
     ) -> RequestInputs:
-        """A request with what is wired to a node beside it; refused in words as by :meth:`read`."""
+        """As :meth:`read`, for a request that is parsed already."""
         plan = plan_request(request)
         if images and vae is None:
-            raise RequestError("Reference images are read through the VAE: connect the checkpoint's VAE too.")
+            raise RequestError("The input 'vae' is empty, but reference images need it: connect the checkpoint's VAE.")
         if fisher is not None and request.method != SelectiveAmnesia.id:
             raise RequestError(
-                f"Fisher information is for Selective Amnesia ('{SelectiveAmnesia.id}'), and the method is "
-                f"'{request.method}': disconnect it, or choose that method."
+                f"Fisher information is for Selective Amnesia ('{SelectiveAmnesia.id}'), but the method is "
+                f"'{request.method}': disconnect the input 'fisher', or choose that method."
             )
         return cls(plan, tuple(notes), settings, tuple(images or ()), fisher, preview_every, vae)
 
     def inputs(self, diffusion: LatentDiffusion) -> Inputs:
-        """The pictures at the model's size, and the work folder of what was measured for it."""
+        """Inputs of the fit besides the request: reference images at the model's size, and the work folder.
+
+        Raises:
+            RequestError: If the Fisher information belongs to another model or other settings, or it is unclear which
+                concept the reference images show.
+        """
         if self.fisher is not None:
-            self._check_measured(self.fisher, diffusion)
+            self._check_fisher(self.fisher, diffusion)
         return Inputs(
             images=self._images(picture_size(diffusion)),
             workspace=None if self.fisher is None else self.fisher.workspace,
@@ -281,31 +293,32 @@ class RequestInputs:
         for name, pictures in self.images:
             if not name and len(names) > 1:
                 raise RequestError(
-                    f"There are {len(names)} concepts, and reference images that do not say whose they are: name the "
-                    "concept in Reference Images."
+                    f"There are {len(names)} concepts, but some reference images do not name theirs: name the concept "
+                    "in Reference Images for Concept."
                 )
-            # a name that is none of the concepts is refused by the core, in words
+            # the core rejects a name that is not one of the concepts
             whose = names.get(canonical_phrase(name), name) if name else next(iter(names.values()))
             found.setdefault(whose, []).append(fit_images(pictures, size, f"'{whose}'"))
         return {name: cat(pictures) for name, pictures in found.items()}
 
-    def _check_measured(self, fisher: Measured, diffusion: LatentDiffusion) -> None:
+    def _check_fisher(self, fisher: FisherFile, diffusion: LatentDiffusion) -> None:
         settings = self.plan.settings
-        prompts, asked = asked_fisher(settings)
-        if fisher_key(diffusion, SelectiveAmnesia().keys(diffusion, settings), prompts, asked) != fisher.key:
+        prompts, measurement = fisher_measurement(settings)
+        if fisher_key(diffusion, SelectiveAmnesia().keys(diffusion, settings), prompts, measurement) != fisher.key:
             raise RequestError(
-                "The Fisher information that came in was measured on another model or under other settings than the "
-                "ones asked for: connect the same MODEL and the same settings to both nodes."
+                "The Fisher information was measured on another model or with other settings: connect the same MODEL "
+                "and the same settings to both nodes."
             )
 
 
 @contextmanager
-def at_work(
-    node: str | None, model: Any, clip: Any, asked: RequestInputs
+def fit_context(
+    node: str | None, model: Any, clip: Any, request_inputs: RequestInputs
 ) -> Iterator[tuple[LatentDiffusion, Progress, Inputs]]:
-    """The host's model, a progress callback, and the request's inputs besides its text."""
-    with host.latent_diffusion(model, clip, asked.vae) as diffusion:
-        concept, request = asked.request.concepts[0], asked.request
+    """Load the host's model for a fit; yields it with a progress callback for ``node`` and the fit's inputs."""
+    with host.latent_diffusion(model, clip, request_inputs.vae) as diffusion:
+        request = request_inputs.request
+        concept = request.concepts[0]
         prompt = templates(concept.kind)[0].format(concept.name)
-        fading = host.Fading(diffusion, model, prompt, request.seed, asked.preview_every)
-        yield diffusion, host.progress(node, fading), asked.inputs(diffusion)
+        preview = host.ConceptPreview(diffusion, model, prompt, request.seed, request_inputs.preview_every)
+        yield diffusion, host.progress(node, preview), request_inputs.inputs(diffusion)

@@ -1,4 +1,4 @@
-"""The list of the pack's nodes, for ComfyUI."""
+"""The ComfyUI extension that lists the pack's nodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["ForgetConceptExtension"]
 
 
 class ForgetConceptExtension(ComfyExtension):
-    """What this pack gives to ComfyUI."""
+    """The pack's V3 extension."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

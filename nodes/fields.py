@@ -1,4 +1,4 @@
-"""The ids of the settings nodes."""
+"""Ids of the settings nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node that makes a model forget what a request file says."""
+"""Node *Forget by Request*."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from comfy_api.latest import io
 
 from ..core.errors import RequestError
 from ..core.request.request import ForgetRequest
-from .common import RequestInputs, model_inputs, more_inputs, patch_outputs, schema
-from .forget_concept import forgotten
+from .common import RequestInputs, model_inputs, optional_request_inputs, patch_outputs, schema
+from .forget_concept import run_request
 
 __all__ = ["ForgetByRequest"]
 
 
 class ForgetByRequest(io.ComfyNode):
-    """*Forget Concept* with the whole request as JSON, the form that the command line and the webui read and write."""
+    """*Forget Concept* with the whole request as JSON, the format that the command line and the webui use too."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ForgetConceptByRequest",
             display_name="Forget by Request",
-            description="Forgets what a request says: the JSON that the command line reads (--request), the webui's "
-            "tab exports, and Inspect Forget Patch gives of a patch.",
+            description="Forgets the concepts of a request in JSON, as read by the command line (--request), exported "
+            "by the webui's tab, and returned by Inspect Forget Patch.",
             inputs=[
                 *model_inputs(),
                 io.String.Input(
@@ -32,9 +32,9 @@ class ForgetByRequest(io.ComfyNode):
                     placeholder='{"schema": 1, "concepts": [{"name": "star"}]}',
                     default="",
                     dynamic_prompts=False,
-                    tooltip="The request as JSON: the content of a request file.",
+                    tooltip="The content of a request file (JSON).",
                 ),
-                *(one for one in more_inputs() if one.id not in ("settings", "method_settings")),
+                *(one for one in optional_request_inputs() if one.id not in ("settings", "method_settings")),
             ],
             outputs=patch_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -44,11 +44,11 @@ class ForgetByRequest(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, request: str, **given: Any) -> io.NodeOutput:
         if not request.strip():
-            raise RequestError("There is no request: put the content of a request file into the box, as JSON.")
+            raise RequestError("The input 'request' is empty: paste the content of a request file, as JSON.")
         read = ForgetRequest.from_json(request)
         if pictures := [concept.name for concept in read.concepts if concept.images]:
             raise RequestError(
-                f"The request names picture files of '{pictures[0]}', and this node reads no files: take them out of "
+                f"The request names image files for '{pictures[0]}', but this node reads no files: remove them from "
                 "the JSON, and connect Reference Images for Concept."
             )
-        return forgotten(cls.hidden.unique_id, model, clip, RequestInputs.of(read, **given))
+        return run_request(cls.hidden.unique_id, model, clip, RequestInputs.of(read, **given))

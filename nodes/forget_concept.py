@@ -1,4 +1,4 @@
-"""The node that makes a model forget."""
+"""Node *Forget Concept*."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from ..core.formats.lora_state import state_of
 from ..core.methods.fit import fit
 from ..core.service.summaries import fit_summary, surviving_share_summary
 from . import host
-from .common import RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
+from .common import (
+    RequestInputs,
+    fit_context,
+    optional_request_inputs,
+    patch_outputs,
+    required_request_inputs,
+    schema,
+)
 
-__all__ = ["ForgetConcept", "forgotten"]
+__all__ = ["ForgetConcept", "run_request"]
 
 
 class ForgetConcept(io.ComfyNode):
-    """Works out a patch on the host's loaded model and gives it as a patched MODEL, as a LORA_MODEL and in words.
+    """Fits a patch on the host's loaded model, and returns the patched MODEL, the patch as LORA_MODEL and a report.
 
-    The incoming MODEL is worked on *with* the patches it carries (LoRAs, an earlier Forget Concept): what is forgotten
-    is what that very MODEL knows. Without any, the patch belongs to the plain checkpoint. The MODEL that came in stays
-    bit-identical, whether the node ends well, with an error or by Cancel.
+    The patch is fitted on top of the patches that the MODEL already carries (LoRAs, an earlier Forget Concept), so
+    that the edit applies to exactly this MODEL; without any, the patch belongs to the plain checkpoint. The incoming
+    MODEL stays bit-identical on success, error and cancellation.
     """
 
     @classmethod
@@ -29,9 +36,9 @@ class ForgetConcept(io.ComfyNode):
         return schema(
             node_id="ForgetConcept",
             display_name="Forget Concept",
-            description="Makes the model forget an object, a style or a person, and keeps the rest. "
-            "Gives the patched model, and the patch as a LoRA that every ComfyUI can load.",
-            inputs=[*asked_inputs(), *more_inputs()],
+            description="Makes the model forget an object, a style or a person, and retains the rest. "
+            "Returns the patched model, and the patch as a LoRA that any ComfyUI can load.",
+            inputs=[*required_request_inputs(), *optional_request_inputs()],
             outputs=patch_outputs(),
             hidden=[io.Hidden.unique_id],
             search_aliases=["unlearn", "erase concept", "remove concept", "forget me not"],
@@ -39,22 +46,28 @@ class ForgetConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, **given: Any) -> io.NodeOutput:
-        return forgotten(cls.hidden.unique_id, model, clip, RequestInputs.read(**given))
+        return run_request(cls.hidden.unique_id, model, clip, RequestInputs.read(**given))
 
 
-def forgotten(node: str | None, model: Any, clip: Any, asked: RequestInputs) -> io.NodeOutput:
-    """What the node gives: the patched MODEL, the patch, and words."""
+def run_request(node: str | None, model: Any, clip: Any, request_inputs: RequestInputs) -> io.NodeOutput:
+    """Fit a request; returns the node's output: the patched MODEL, the patch and a report.
+
+    Raises:
+        ForgetConceptError: If an input does not fit the model, or the fit fails.
+    """
     start = time.monotonic()
-    with at_work(node, model, clip, asked) as (diffusion, progress, inputs):
-        patch = fit(diffusion, asked.plan, progress, inputs)
+    with fit_context(node, model, clip, request_inputs) as (diffusion, progress, inputs):
+        patch = fit(diffusion, request_inputs.plan, progress, inputs)
         lora = state_of(patch, diffusion.survey)
     patched = host.with_lora(model, lora)
-    notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]
+    notes = [*request_inputs.notes, *surviving_share_summary(host.surviving_share(model, patch))]
     if count := host.patched_weights(model):
         notes.append(
-            f"the MODEL that came in carries patches on {count} weights (LoRAs, an earlier Forget Concept). The "
-            "edit was worked out on top of them: the LoRA belongs on top of the same ones."
+            f"the MODEL already carries patches on {count} weights (LoRAs, an earlier Forget Concept). The edit was "
+            "fitted on top of them: apply the LoRA on top of the same patches."
         )
-    words = fit_summary(asked.request, patch, time.monotonic() - start, asked.plan.method.title, notes)
+    words = fit_summary(
+        request_inputs.request, patch, time.monotonic() - start, request_inputs.plan.method.title, notes
+    )
     host.show_text(node, words)
     return io.NodeOutput(patched, lora, words)

@@ -1,4 +1,4 @@
-"""The node that forgets one thing more, after what an earlier patch forgot."""
+"""Node *Forget in Sequence*."""
 
 from __future__ import annotations
 
@@ -15,30 +15,41 @@ from ..core.models.latent_diffusion import LatentDiffusion
 from ..core.patch.history import read_history
 from ..core.service.summaries import fit_summary, history_summary, surviving_share_summary
 from . import host
-from .common import LORA, RequestInputs, asked_inputs, at_work, more_inputs, patch_outputs, schema
+from .common import (
+    LORA,
+    RequestInputs,
+    fit_context,
+    optional_request_inputs,
+    patch_outputs,
+    required_request_inputs,
+    schema,
+)
 
 __all__ = ["ForgetInSequence", "check_base"]
 
 
 def check_base(history: History, diffusion: LatentDiffusion, model: Any) -> None:
-    """As :meth:`History.check_base`, with a hint where the MODEL's own patches make it another one."""
+    """As :meth:`History.check_base`, with a remedy if the reason is that the MODEL carries patches.
+
+    Raises:
+        PatchError: If the earlier requests were made on another base model.
+    """
     try:
         history.check_base(diffusion)
     except PatchError as error:
         if count := host.patched_weights(model):
             raise PatchError(
-                f"The MODEL that came in carries patches on {count} weights, so it is not the one that the earlier "
-                "requests were made on: connect the checkpoint's own MODEL (the earlier patch comes in by its "
-                "LORA_MODEL alone)."
+                f"The MODEL carries patches on {count} weights, so it is not the base model of the earlier requests: "
+                "connect the checkpoint's own MODEL, and pass the earlier patch only as LORA_MODEL."
             ) from error
         raise
 
 
 class ForgetInSequence(io.ComfyNode):
-    """One more request on the base model, with what earlier ones forgot; the patch that goes out holds all of them.
+    """Adds a request to those of an earlier patch; the resulting patch contains all of them.
 
-    Each request is worked out against the *base* model, so that drift does not add up, and the record of requests
-    travels with the patch: into a file, into the next of these nodes, and to Take Back.
+    Each request is fitted against the *base* model, so that drift does not accumulate. The record of requests is part
+    of the patch: files, the next of these nodes and Take Back read it.
     """
 
     @classmethod
@@ -46,24 +57,24 @@ class ForgetInSequence(io.ComfyNode):
         return schema(
             node_id="ForgetConceptInSequence",
             display_name="Forget in Sequence",
-            description="Forgets one thing more, and keeps forgotten what an earlier patch forgot. The patch keeps a "
-            "record of its requests, so that any of them can be taken back.",
+            description="Forgets further concepts in addition to those of an earlier patch. The patch records its "
+            "requests, so that any of them can be taken back.",
             inputs=[
-                *asked_inputs(),
+                *required_request_inputs(),
                 LORA.Input(
                     "earlier",
                     optional=True,
-                    tooltip="The patch so far: from another Forget in Sequence, Forget Concept or Load Forget Patch. "
-                    "Nothing: this is the first request.",
+                    tooltip="The patch to extend, from Forget in Sequence, Forget Concept or Load Forget Patch. "
+                    "Unconnected: this is the first request.",
                 ),
-                *more_inputs(),
+                *optional_request_inputs(),
                 io.Int.Input(
                     "max_rank",
                     optional=True,
                     default=0,
                     min=0,
                     max=4096,
-                    tooltip="Bound of the whole patch's rank; 0: none. Where it cuts, nothing can be taken back.",
+                    tooltip="Upper bound of the patch's rank. 0: no bound. A truncated request cannot be taken back.",
                 ),
             ],
             outputs=patch_outputs("The patch of all requests, with their record"),
@@ -73,23 +84,25 @@ class ForgetInSequence(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, earlier: Any = None, max_rank: int = 0, **given: Any) -> io.NodeOutput:
-        asked = RequestInputs.read(**given)
+        request_inputs = RequestInputs.read(**given)
         if earlier is not None:
-            # what can be refused without a model
-            next_record(read_history(getattr(earlier, "metadata", {})).parts, asked.plan)
+            # reject invalid input before a model is loaded
+            next_record(read_history(getattr(earlier, "metadata", {})).parts, request_inputs.plan)
         start = time.monotonic()
-        with at_work(cls.hidden.unique_id, model, clip, asked) as (diffusion, progress, inputs):
+        with fit_context(cls.hidden.unique_id, model, clip, request_inputs) as (diffusion, progress, inputs):
             history = History()
             if earlier is not None:
                 history = History.from_patch(patch_of(earlier, diffusion.survey))
                 check_base(history, diffusion, model)
             history = history.bounded(max_rank or history.max_rank)
-            history = history.forget(diffusion, asked.plan, progress, inputs)
+            history = history.forget(diffusion, request_inputs.plan, progress, inputs)
             patch = history.patch
             lora = state_of(patch, diffusion.survey)
         patched = host.with_lora(model, lora)
-        notes = [*asked.notes, *surviving_share_summary(host.surviving_share(model, patch))]
-        words = fit_summary(asked.request, patch, time.monotonic() - start, asked.plan.method.title, notes)
+        notes = [*request_inputs.notes, *surviving_share_summary(host.surviving_share(model, patch))]
+        words = fit_summary(
+            request_inputs.request, patch, time.monotonic() - start, request_inputs.plan.method.title, notes
+        )
         words += "\nall requests:\n" + "\n".join(history_summary(read_history(patch.metadata)))
         host.show_text(cls.hidden.unique_id, words)
         return io.NodeOutput(patched, lora, words)

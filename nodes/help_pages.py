@@ -13,7 +13,7 @@ __all__ = ["page", "place"]
 
 
 def place(method: type[Method]) -> Path:
-    """Where the page is."""
+    """Path of the page."""
     return Path(__file__).resolve().parent.parent / "web" / "docs" / f"{node_id(method)}.md"
 
 
@@ -26,7 +26,7 @@ def _cell(value: Any) -> str:
 
 
 def _allowed(field: FormField) -> str:
-    """What a person may enter, in words."""
+    """The accepted values, as text."""
     if field.info.numeric:
         return f"{field.info.low:g} to {field.info.high:g}"
     if field.kind == "choice":

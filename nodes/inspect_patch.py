@@ -1,4 +1,4 @@
-"""The node that says what a patch is."""
+"""Node *Inspect Forget Patch*."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["InspectForgetPatch"]
 
 
 class InspectForgetPatch(io.ComfyNode):
-    """A patch in words: what it forgets, how it was made, its size, and whether it fits a MODEL."""
+    """Describes a patch: what it forgets, how it was made, its size, and whether it fits a MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ForgetConceptInspectPatch",
             display_name="Inspect Forget Patch",
-            description="Says what a patch forgets, by which method, settings and seed, on which model, how large it "
-            "is, and whether it fits a model.",
+            description="Shows what a patch forgets, its method, settings, seed and base model, its size, and whether "
+            "it fits a model.",
             inputs=[
-                LORA.Input("lora", tooltip="The patch to look at."),
-                io.Model.Input("model", optional=True, tooltip="A model to hold it against."),
+                LORA.Input("lora", tooltip="The patch to inspect."),
+                io.Model.Input("model", optional=True, tooltip="A model to check the patch against."),
             ],
             outputs=[
-                io.String.Output("REPORT", tooltip="The patch in words."),
+                io.String.Output("REPORT", tooltip="The description of the patch."),
                 io.String.Output(
                     "REQUEST",
-                    tooltip="The request that made it (the last of several) as JSON: for Forget by Request, the webui "
-                    "or the command line. Empty where the patch does not say.",
+                    tooltip="The request that made the patch (the last of several) as JSON, for Forget by Request, the "
+                    "webui or the command line. Empty if the patch has no record.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -53,7 +53,7 @@ class InspectForgetPatch(io.ComfyNode):
             except PatchError as error:
                 lines.append(f"does not fit this MODEL: {error}")
             else:
-                lines.append("fits this MODEL: every layer is there")
+                lines.append("fits this MODEL: it has every layer of the patch")
                 lines += surviving_share_summary(host.surviving_share(model, patch))
                 lines.append(base_model_summary(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)

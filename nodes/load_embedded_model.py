@@ -1,4 +1,4 @@
-"""The node that loads the small model that comes with this pack."""
+"""Node *Load Embedded Model*."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["LoadEmbeddedModel"]
 
 
 class LoadEmbeddedModel(io.ComfyNode):
-    """The embedded model as MODEL, CLIP and VAE: 128×128 pictures of a drawn world, in seconds on a CPU."""
+    """Loads the embedded model as MODEL, CLIP and VAE; it generates 128×128 pictures in seconds on a CPU."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ForgetConceptLoadEmbeddedModel",
             display_name="Load Embedded Model (Forget Concept)",
-            description="A small trained model that draws simple objects, styles and characters at 128×128: to try "
-            "forgetting without a checkpoint, on any computer.",
+            description="Loads a small trained model of simple objects, styles and characters at 128×128, to try "
+            "forgetting on any computer, without a checkpoint.",
             inputs=[],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The UNet."),

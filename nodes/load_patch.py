@@ -1,4 +1,4 @@
-"""The node that reads a patch from the LoRA folders."""
+"""Node *Load Forget Patch*."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ __all__ = ["LoadForgetPatch"]
 
 
 class LoadForgetPatch(io.ComfyNode):
-    """A file as LORA_MODEL with what it says of itself; nothing in it is ever run."""
+    """Loads a safetensors file as LORA_MODEL with its metadata; no code in the file is ever executed."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ForgetConceptLoadPatch",
             display_name="Load Forget Patch",
-            description="Reads a patch from the LoRA folders, with the record of what it forgets. Any LoRA of a UNet's "
-            "attention and feed-forward layers can be read.",
+            description="Loads a patch from the LoRA folders, with the record of what it forgets. Accepts any LoRA of "
+            "a UNet's attention and feed-forward layers.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host.lora_files(),
-                    tooltip="A .safetensors file in the LoRA folders. Press R to see files that were saved since.",
+                    tooltip="A .safetensors file in the LoRA folders. Press R to refresh the list.",
                 )
             ],
             outputs=[
-                LORA.Output("LORA_MODEL", tooltip="The patch: for Apply, Inspect or Combine, or the stock LoRA nodes."),
-                io.String.Output("REPORT", tooltip="What the patch says of itself."),
+                LORA.Output(
+                    "LORA_MODEL", tooltip="The patch, for the other Forget Patch nodes or the stock LoRA nodes."
+                ),
+                io.String.Output("REPORT", tooltip="The description of the patch."),
             ],
             hidden=[io.Hidden.unique_id],
             search_aliases=["load lora", "open patch"],
@@ -53,10 +55,10 @@ class LoadForgetPatch(io.ComfyNode):
             from ..core.errors import PatchError
 
             raise PatchError(
-                f"'{file}' is a context map, which is no LoRA: make a patch of it with 'forget-concept export' first."
+                f"'{file}' is a context map, not a LoRA: load the patch that 'forget-concept forget' wrote with it."
             )
         tensors, metadata = read_safetensors(path)
         words = f"{file}\n{patch_summary(kohya.from_state(tensors, metadata, source=file))}"
         host.show_text(cls.hidden.unique_id, words)
-        # the file's own names: every loader knows them, and a UNet of any depth is still to come
+        # keep the file's own keys: every loader knows them, and the UNet they will be applied to is not known yet
         return io.NodeOutput(LoraState(tensors, metadata), words)

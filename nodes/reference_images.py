@@ -1,4 +1,4 @@
-"""The node that says which pictures show a concept."""
+"""Node *Reference Images for Concept*."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ __all__ = ["ReferenceImages"]
 
 
 class ReferenceImages(io.ComfyNode):
-    """IMAGEs as pictures of a named concept; one behind another for several concepts, or several batches."""
+    """Assigns IMAGEs to a concept; chain nodes for several concepts or several batches."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="ForgetConceptReferenceImages",
             display_name="Reference Images for Concept",
-            description="Your pictures of a concept, for methods that look at some (Forget-Me-Not with latents: images "
-            "or inversion, Selective Amnesia with surrogate: images). At least three.",
+            description="Your pictures of a concept, at least three, for methods that use them (Forget-Me-Not with "
+            "latents: images or inversion, Selective Amnesia with surrogate: images).",
             inputs=[
-                io.Image.Input(
-                    "images", tooltip="The pictures, cut and resized to the model's size where they are used."
-                ),
+                io.Image.Input("images", tooltip="The pictures; cropped and resized to the model's size when used."),
                 io.String.Input(
                     "concept",
                     default="",
                     dynamic_prompts=False,
-                    tooltip="The concept they are of, as the node that forgets names it; empty: the only one there.",
+                    tooltip="The concept they show, named as in the node that forgets. Empty: its only concept.",
                 ),
                 ForgetImages.Input(
-                    "before", optional=True, tooltip="Pictures from another of these nodes: these come on top."
+                    "before", optional=True, tooltip="Pictures from another of these nodes, to which these are added."
                 ),
             ],
-            outputs=[ForgetImages.Output("CONCEPT_IMAGES", tooltip="All pictures so far, by concept.")],
+            outputs=[ForgetImages.Output("CONCEPT_IMAGES", tooltip="All pictures, by concept.")],
             hidden=[io.Hidden.unique_id],
             search_aliases=["concept pictures", "training images"],
         )
@@ -46,8 +44,8 @@ class ReferenceImages(io.ComfyNode):
     @classmethod
     def execute(cls, images: Any, concept: str, before: Pictures | None = None) -> io.NodeOutput:
         if images is None or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-            raise RequestError("What came in is no picture: connect an IMAGE output.")
-        # a clone made outside of inference mode is an ordinary tensor, which can take part in a training
+            raise RequestError("The input 'images' is not a picture: connect an IMAGE output.")
+        # cloned outside of inference mode, it is an ordinary tensor that autograd accepts
         with torch.inference_mode(False), torch.no_grad():
             found = _rgb(images.detach().clone().float().cpu()).movedim(-1, 1).clamp(0, 1) * 2 - 1
         pictures: Pictures = (*(before or ()), (concept.strip(), found.contiguous()))
@@ -60,7 +58,7 @@ class ReferenceImages(io.ComfyNode):
 
 
 def _rgb(images: torch.Tensor) -> torch.Tensor:
-    """``(n, H, W, 3)``: grey in all three, what is transparent over white."""
+    """Convert to RGB ``(n, H, W, 3)``: grey is repeated, transparency is composited over white."""
     if images.shape[-1] == 1:
         return images.expand(-1, -1, -1, 3)
     if images.shape[-1] == 4:

@@ -1,4 +1,4 @@
-"""The node that writes a patch into the LoRA folder, with the workflow that made it."""
+"""Node *Save Forget Patch*."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WORKFLOW = ("prompt", "workflow")
 
 
 class SaveForgetPatch(io.ComfyNode):
-    """A kohya LoRA with the patch's record and the running workflow in it, under a name that was never used before.
+    """Saves a patch as a kohya LoRA, with its record and the running workflow as metadata; never overwrites a file.
 
-    Beside it a picture of the same name that carries the workflow too: either, dropped on the canvas, restores it.
+    A preview picture of the same name carries the workflow too: either file, dropped on the canvas, restores it.
     """
 
     @classmethod
@@ -35,33 +35,33 @@ class SaveForgetPatch(io.ComfyNode):
         return schema(
             node_id="ForgetConceptSavePatch",
             display_name="Save Forget Patch",
-            description="Writes a patch into the LoRA folder under a new name, with its record and this workflow in "
-            "it, and a preview picture. Every LoRA loader can load it; dropping the file or its picture on the canvas "
-            "brings the workflow back.",
+            description="Saves a patch to the LoRA folder under a new name, with its record, this workflow and a "
+            "preview picture. Every LoRA loader can load it; dropping the file or its picture on the canvas restores "
+            "the workflow.",
             inputs=[
                 LORA.Input("lora", tooltip="The patch to save."),
                 io.String.Input(
                     "filename",
                     default="forget/%concept%",
                     dynamic_prompts=False,
-                    tooltip="Folders and name in the LoRA folder; %concept% is what the patch forgets. A number comes "
-                    "behind it, so that nothing is ever written over.",
+                    tooltip="Path in the LoRA folder; %concept% stands for what the patch forgets. A number is "
+                    "appended, so that no file is overwritten.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(_DTYPES),
                     default="float32",
-                    tooltip="float32: exact. float16: half the size, and nearly always as good.",
+                    tooltip="dtype of the file. float32: exact. float16: half the size, nearly always as good.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="For the preview picture: up to four, side by side. Nothing: where and how much the patch "
-                    "changes the model.",
+                    tooltip="Up to four pictures for the preview, side by side. Unconnected: a chart of how much the "
+                    "patch changes each part of the model.",
                 ),
             ],
             outputs=[
-                LORA.Output("LORA_MODEL", tooltip="The patch as it came in."),
+                LORA.Output("LORA_MODEL", tooltip="The patch, unchanged."),
                 io.String.Output("FILE", tooltip="The new file's name in the LoRA folder."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -73,15 +73,15 @@ class SaveForgetPatch(io.ComfyNode):
     def execute(cls, lora: Any, filename: str, precision: str, image: Tensor | None = None) -> io.NodeOutput:
         patch = patch_of(lora)
         *folders, stem = patch_name(filename, concept_names(patch.metadata))
-        carried = host.workflow(cls.hidden)
+        workflow = host.workflow(cls.hidden)
         own = {name: text for name, text in patch.metadata.items() if name not in _WORKFLOW}
-        patch = dataclasses.replace(patch, metadata={**own, **carried})
+        patch = dataclasses.replace(patch, metadata={**own, **workflow})
         root = host.lora_folder()
         folder = make_folder(check_folder(root.joinpath(*folders)))
         path = fresh_file(folder, stem, ".safetensors")
         picture = bars(patch) if image is None else row(image)
         kohya.save(patch, path, dtype=_DTYPES[precision])
-        write_bytes(path.with_suffix(".preview.png"), png(picture, carried))
+        write_bytes(path.with_suffix(".preview.png"), png(picture, workflow))
         name = path.relative_to(root).as_posix()
         size = path.stat().st_size / 1024
         host.show_text(cls.hidden.unique_id, f"saved: {name} ({size:,.0f} kB)")

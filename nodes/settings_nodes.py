@@ -1,4 +1,4 @@
-"""One settings node per method, made of what the method's settings say of themselves."""
+"""One settings node per method, generated from the metadata of its settings' fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["settings_nodes"]
 
 def _input(field: FormField) -> Any:
     made = _plain_input(field)
-    if field.info.advanced:  # behind "Show Advanced" on the node's menu
+    if field.info.advanced:  # shown by "Show Advanced" in the node's menu
         made.extra_dict["advanced"] = True
     return made
 
@@ -39,7 +39,7 @@ def _plain_input(field: FormField) -> Any:
 
 
 class _SettingsNode(io.ComfyNode):
-    """The fields of one method; those of a preset are filled in by the page as it is chosen."""
+    """The settings of one method; the page fills in the fields when a preset is chosen."""
 
     METHOD: type[Method]
 
@@ -50,9 +50,9 @@ class _SettingsNode(io.ComfyNode):
             "preset",
             options=list(method.presets),
             default="tuned",
-            tooltip="Fills in the fields below. Only the fields count; the node reports what differs from the preset.",
+            tooltip="Fills in the fields below. Only the fields count; the node reports differences from the preset.",
         )
-        # not every host's inputs take this when they are made
+        # not every host accepts this as a constructor argument
         chosen.extra_dict["forget_concept_presets"] = presets(method)
         return schema(
             node_id=node_id(method),
@@ -67,14 +67,14 @@ class _SettingsNode(io.ComfyNode):
     @classmethod
     def execute(cls, preset: str, **given: Any) -> io.NodeOutput:
         settings = settings_of(cls.METHOD, preset, given)
-        # a wrong value is refused at the node that holds it, not at the one that forgets
+        # reject a wrong value at the node that holds it, not at the one that forgets
         resolve_settings(cls.METHOD, settings.preset, settings.values)
         host.show_text(cls.hidden.unique_id, settings_summary(settings, cls.METHOD))
         return io.NodeOutput(settings)
 
 
 def settings_nodes() -> list[type[io.ComfyNode]]:
-    """A node for each method that is registered."""
+    """One settings node per registered method."""
     return [
         type(node_id(method), (_SettingsNode,), {"METHOD": method, "__module__": __name__, "__doc__": method.title})
         for method in all_methods().values()

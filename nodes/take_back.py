@@ -1,4 +1,4 @@
-"""The node that takes a request back out of a patch."""
+"""Node *Take Back*."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["TakeBack"]
 
 
 class TakeBack(io.ComfyNode):
-    """A patch without some of its requests, by concept or by number.
+    """Removes requests from a patch, by concept or by number.
 
-    Closed forms are solved again for what is left, which needs the base model; a trained request is left away.
+    Closed forms are solved again for the remaining requests, which needs the base model; trained requests are dropped.
     """
 
     @classmethod
@@ -29,21 +29,21 @@ class TakeBack(io.ComfyNode):
         return schema(
             node_id="ForgetConceptTakeBack",
             display_name="Take Back (Forget Concept)",
-            description="Takes one request back out of a patch that holds several: the model knows the concept again, "
-            "and the others stay forgotten.",
+            description="Removes requests from a patch that holds several: the model knows these concepts again, and "
+            "the others stay forgotten.",
             inputs=[
-                io.Model.Input("model", tooltip="The checkpoint's own model, which the patch was made on."),
-                io.Clip.Input("clip", tooltip="Its text encoder, after the same CLIP Set Last Layer as then."),
-                LORA.Input("lora", tooltip="A patch with a record: from Forget in Sequence, or Load Forget Patch."),
+                io.Model.Input("model", tooltip="The checkpoint's own model, on which the patch was made."),
+                io.Clip.Input("clip", tooltip="The model's text encoder, with the CLIP Set Last Layer used before."),
+                LORA.Input("lora", tooltip="A patch with a record, from Forget in Sequence or Load Forget Patch."),
                 io.String.Input(
                     "which",
                     default="",
                     dynamic_prompts=False,
-                    tooltip="What to take back: a concept, or the number of a request as Inspect shows it (2 or #2). "
-                    "Several: separated by commas.",
+                    tooltip="What to take back: concepts, or numbers of requests as Inspect Forget Patch shows them (2 "
+                    "or #2), separated by commas.",
                 ),
             ],
-            outputs=patch_outputs("The patch of what stays forgotten"),
+            outputs=patch_outputs("The patch of the remaining requests"),
             hidden=[io.Hidden.unique_id],
             search_aliases=["restore concept", "remember"],
         )
@@ -55,23 +55,23 @@ class TakeBack(io.ComfyNode):
         with host.latent_diffusion(model, clip) as diffusion:
             history = History.from_patch(patch_of(lora, diffusion.survey))
             check_base(history, diffusion, model)
-            before, on_it = history.concepts, set()
+            before, trained_on_top = history.concepts, set()
             progress = host.progress(cls.hidden.unique_id)
             for one in wanted:
-                on_it |= {later.number for later in history.trained_on(one)}
+                trained_on_top |= {later.number for later in history.trained_on(one)}
                 history = history.without(one, diffusion, progress)
             if not history.parts:
                 raise RequestError(
-                    "Nothing would be left of this patch: for the model as it was, use it without the patch."
+                    "The patch would be empty without these requests: use the model without the patch instead."
                 )
             patch = history.patch
-            left = state_of(patch, diffusion.survey)
-        back = [concept.name for concept in before if concept not in history.concepts]
-        lines = [f"taken back: {listed(back, 12)}", *surviving_share_summary(host.surviving_share(model, patch))]
-        later = [one.names for one in history.records if one.number in on_it]
+            remaining = state_of(patch, diffusion.survey)
+        taken_back = [concept.name for concept in before if concept not in history.concepts]
+        lines = [f"taken back: {listed(taken_back, 12)}", *surviving_share_summary(host.surviving_share(model, patch))]
+        later = [one.names for one in history.records if one.number in trained_on_top]
         if later:
-            lines.append(f"note: {listed(later)} were trained with it on, and stay as they were trained")
+            lines.append(f"note: {listed(later)} were trained on top of it, and stay as they were trained")
         lines += ["still forgotten:", *history_summary(read_history(patch.metadata))]
         words = "\n".join(lines)
         host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(host.with_lora(model, left), left, words)
+        return io.NodeOutput(host.with_lora(model, remaining), remaining, words)

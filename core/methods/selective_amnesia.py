@@ -48,7 +48,7 @@ __all__ = [
     "SelectiveAmnesia",
     "SelectiveAmnesiaObjective",
     "SelectiveAmnesiaSettings",
-    "asked_fisher",
+    "fisher_measurement",
     "fisher_prompts",
 ]
 
@@ -138,8 +138,8 @@ def fisher_prompts() -> list[str]:
     return ["", *dict.fromkeys(text for _, _, text in places)]
 
 
-def asked_fisher(settings: SelectiveAmnesiaSettings) -> tuple[list[str], FisherSettings]:
-    """The prompts and the measurement of the Fisher information that these settings ask for."""
+def fisher_measurement(settings: SelectiveAmnesiaSettings) -> tuple[list[str], FisherSettings]:
+    """The prompts and settings of the Fisher measurement that a request with these settings needs."""
     return list(settings.fisher_prompts) or fisher_prompts(), FisherSettings(
         settings.fisher,
         settings.fisher_samples,
@@ -276,9 +276,9 @@ class SelectiveAmnesia(TrainedMethod):
         model = batches.model
         weights: dict[str, Tensor] = {}
         if settings.ewc_weight:
-            prompts, asked = asked_fisher(settings)
+            prompts, measurement = fisher_measurement(settings)
             found = fisher_information(
-                model, deltas.keys, prompts, asked, workspace=inputs.workspace, progress=progress
+                model, deltas.keys, prompts, measurement, workspace=inputs.workspace, progress=progress
             )
             weights = scaled_fisher(model, found.values, settings.ewc_scale)
         return SelectiveAmnesiaObjective(batches, deltas, settings, weights)

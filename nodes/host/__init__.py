@@ -1,12 +1,12 @@
-"""Everything this pack asks of ComfyUI: the only folder that names ``comfy``."""
+"""The adapter to ComfyUI: the only package that imports ``comfy``."""
 
 from .embedded import embedded_model, is_embedded
 from .files import lora_file, lora_files, lora_folder, lora_stamp, output_folder, work_folder
 from .model import latent_diffusion, patched_weights, surveyed, surviving_share, weights_hash, with_lora
-from .page import Fading, progress, show_text, workflow
+from .page import ConceptPreview, progress, show_text, workflow
 
 __all__ = [
-    "Fading",
+    "ConceptPreview",
     "embedded_model",
     "is_embedded",
     "latent_diffusion",

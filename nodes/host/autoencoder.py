@@ -1,4 +1,4 @@
-"""VAE as the core's autoencoder."""
+"""Adapter from a ComfyUI VAE to the core's autoencoder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ __all__ = ["HostAutoencoder"]
 
 
 class HostAutoencoder:
-    """A VAE as the core's autoencoder, at the scale of the latents that the UNet works with.
+    """A VAE as the core's autoencoder, with latents at the scale of the UNet's input.
 
-    The VAE must have been loaded already: its own calls could push out the UNet that is being worked on.
+    The VAE must already be loaded: its own ``encode`` and ``decode`` could unload the UNet that is in use.
     """
 
     def __init__(self, vae: Any, latent_format: Any) -> None:
         self._vae, self._format = vae, latent_format
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents ``(n, c, h, w)`` of pictures ``(n, 3, H, W)`` in [-1, 1]; the posterior's mean."""
+        """Encode pictures ``(n, 3, H, W)`` in [-1, 1] to latents ``(n, c, h, w)``, the posterior's mean.
+
+        Raises:
+            ModelError: If the VAE does not encode single pictures.
+        """
         found = []
         for image in images.float().split(1):
             management.throw_exception_if_processing_interrupted()
@@ -31,11 +35,11 @@ class HostAutoencoder:
                 pixels = self._vae.process_input((image + 1) / 2).to(self._vae.vae_dtype).to(self._vae.device)
                 found.append(self._format.process_in(self._vae.first_stage_model.encode(pixels).float()))
             if found[-1].ndim != 4:
-                raise ModelError("The VAE that came in is none of a picture model: connect the checkpoint's own.")
+                raise ModelError("The VAE is not one of an image model: connect the checkpoint's own VAE.")
         return torch.cat(found).clone()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``(n, 3, H, W)`` in [-1, 1] of latents ``(n, c, h, w)``."""
+        """Decode latents ``(n, c, h, w)`` to pictures ``(n, 3, H, W)`` in [-1, 1]."""
         found = []
         for latent in latents.float().split(1):
             management.throw_exception_if_processing_interrupted()

@@ -26,7 +26,7 @@ __all__ = ["embedded_model", "is_embedded"]
 
 
 class _EmbeddedLatent(comfy.latent_formats.SD15):
-    """SD1's scale, and colours of its own: for the previews of every sampler."""
+    """SD1's latent scale, with the embedded model's own latent-to-RGB factors for sampler previews."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _EmbeddedLatent(comfy.latent_formats.SD15):
 
 
 class _EmbeddedConfig(comfy.supported_models_base.BASE):
-    """SD1's kind of model in its own size."""
+    """An SD1-type model at the size of the embedded one."""
 
     unet_extra_config: dict[str, Any] = {}
     latent_format = _EmbeddedLatent
@@ -47,7 +47,7 @@ class _EmbeddedConfig(comfy.supported_models_base.BASE):
 
 
 def _host_unet_config(shapes: ldm.Shapes) -> dict[str, Any]:
-    """The original parameters as ComfyUI wants them: depths block by block, in lists (its name mapping needs them)."""
+    """The LDM parameters in ComfyUI's form: depths as a list per block, which its key mapping needs."""
     found = ldm.unet_config(shapes.unet)
     factors, layers = found.pop("attention_resolutions"), found.pop("num_res_blocks")
     depth = found.pop("transformer_depth")
@@ -64,12 +64,12 @@ def _host_unet_config(shapes: ldm.Shapes) -> dict[str, Any]:
 
 
 def _text_classes(parts: ldm.Parts, tokenizer_folder: str) -> tuple[type, Callable[..., Any]]:
-    """Tokenizer and text model as ComfyUI builds them, for a vocabulary of any size."""
+    """ComfyUI's tokenizer and text model classes, for the vocabulary of the embedded model."""
     vocabulary = parts.vocabulary
     known = ldm.text_config(vocabulary, parts.shapes.text)
     special = {"start": vocabulary - 2, "end": vocabulary - 1, "pad": vocabulary - 1}
 
-    class Words(comfy.sd1_clip.SDTokenizer):
+    class Vocabulary(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
             super().__init__(
                 tokenizer_path=tokenizer_folder,
@@ -82,7 +82,7 @@ def _text_classes(parts: ldm.Parts, tokenizer_folder: str) -> tuple[type, Callab
     class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
             super().__init__(
-                embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, tokenizer=Words
+                embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, tokenizer=Vocabulary
             )
 
     class Encoder(comfy.sd1_clip.SDClipModel):
@@ -111,7 +111,7 @@ def _embedded_text(parts: ldm.Parts, tokenizer_folder: str) -> Any:
     state = dict(parts.text)
     own = clip.cond_stage_model.clip_l.transformer.state_dict()
     table = "text_model.embeddings.token_embedding.weight"
-    # the host's table has a fixed number of rows, and leaves unloaded weights as memory happens to be
+    # the host's table has a fixed number of rows, and leaves missing weights uninitialized
     padded = torch.zeros(own[table].shape)
     padded[: parts.vocabulary] = state[table]
     state[table] = padded
@@ -124,15 +124,16 @@ def _embedded_text(parts: ldm.Parts, tokenizer_folder: str) -> Any:
 def _check_complete(what: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     if missing := sorted(set(own) ^ set(state)):
         raise ModelError(
-            f"The embedded model's {what} does not fit this ComfyUI: {len(missing)} weights differ in name, such as "
-            f"{listed(missing, 2)}. Please report it with your ComfyUI's version."
+            f"The embedded model's {what} is incompatible with this ComfyUI: {len(missing)} weights differ in name, "
+            f"such as {listed(missing, 2)}. Please report it with your ComfyUI version."
         )
 
 
 def embedded_model() -> tuple[Any, Any, Any]:
-    """The embedded model as MODEL, CLIP and VAE, built anew at each call.
+    """Build the embedded model as MODEL, CLIP and VAE; every call returns new objects.
 
-    Raises :class:`ModelError` where its files are missing or the host's classes do not take its weights.
+    Raises:
+        ModelError: If its files are missing, or the host's classes do not accept its weights.
     """
     folder = weights_folder()
     parts = ldm.read_parts(folder)
@@ -156,7 +157,7 @@ def _embedded_autoencoder(parts: ldm.Parts) -> Any:
     }
     vae = comfy.sd.VAE(sd=state, config={"params": described}, dtype=torch.float32)
     _check_complete("autoencoder", vae.first_stage_model.state_dict(), state)
-    # the host's norms have 32 groups whatever the model; here ours can be said, which spares padding it
+    # the host always builds group norms with 32 groups; setting ours here avoids padding the weights
     for module in vae.first_stage_model.modules():
         if isinstance(module, nn.GroupNorm):
             module.num_groups = int(parts.shapes.vae["norm_num_groups"])
@@ -164,10 +165,10 @@ def _embedded_autoencoder(parts: ldm.Parts) -> Any:
 
 
 def is_embedded(model: Any) -> bool:
-    """Whether a MODEL's own weights, without any patches on it, are those of the embedded model."""
+    """Whether a MODEL's own weights, without its patches, are those of the embedded model."""
     keys = [site.key(which) for site in surveyed(model) for which in PROJECTIONS]
     weights = ldm.read_parts(weights_folder()).unet
-    # as the file has them: diffusers' last projection is the first of a list
+    # keys of the file: diffusers' output projection is the first module of a list
     names = [f"{key}.0.weight" if key.endswith("to_out") else f"{key}.weight" for key in keys]
     if any(name not in weights for name in names):
         return False

@@ -12,20 +12,24 @@ __all__ = ["lora_file", "lora_files", "lora_folder", "lora_stamp", "output_folde
 
 
 def lora_files() -> list[str]:
-    """What there is in the host's LoRA folders, as the stock loaders list it."""
+    """The .safetensors files in the host's LoRA folders, named as in the stock loaders."""
     return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(".safetensors")]
 
 
 def lora_file(name: str) -> Path:
-    """Where a file of that list is. Raises :class:`PatchError` for one that is not in it."""
+    """Path of a file in :func:`lora_files`.
+
+    Raises:
+        PatchError: If the list has no such file.
+    """
     found = folder_paths.get_full_path("loras", name) if name in lora_files() else None
     if found is None:
-        raise PatchError(f"There is no file '{name}' in the LoRA folders: press R to read them again, and choose one.")
+        raise PatchError(f"There is no file '{name}' in the LoRA folders: press R to refresh the list, and choose one.")
     return Path(found)
 
 
 def lora_stamp(name: str | None) -> str:
-    """What changes when a file of that list does."""
+    """A string that changes whenever a file of :func:`lora_files` changes."""
     try:
         found = lora_file(name or "").stat()
     except (OSError, PatchError):
@@ -34,15 +38,15 @@ def lora_stamp(name: str | None) -> str:
 
 
 def lora_folder() -> Path:
-    """Where new LoRAs go."""
+    """Folder for new LoRAs."""
     return Path(folder_paths.get_folder_paths("loras")[0])
 
 
 def output_folder() -> Path:
-    """Where the host's own nodes write what they make."""
+    """The host's output folder."""
     return Path(folder_paths.get_output_directory())
 
 
 def work_folder() -> Path:
-    """For what takes long and may be wanted again; the page cannot reach it."""
+    """Folder for cached intermediate results; the host does not serve it to pages."""
     return Path(folder_paths.get_user_directory()) / "__forget_concept"

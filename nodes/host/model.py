@@ -1,7 +1,7 @@
-"""A MODEL as the core's latent diffusion model, surveyed and patched.
+"""Adapter from a ComfyUI MODEL to the core's latent diffusion model.
 
-The host keeps one loaded copy of a model's weights for all of its MODELs. :func:`latent_diffusion` works on a detached
-view of that copy, which gradients may flow through, and restores the host's own tensors afterwards.
+The host keeps one loaded copy of a model's weights for all its MODELs. :func:`latent_diffusion` replaces them with a
+detached view of the same memory, through which gradients can flow, and restores the host's own tensors afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ...core.models.text_encoders import TextEncoder, TextStates
 from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
 from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
-from .text import HostText, opened_text
+from .text import HostText, differentiable_copy
 
 __all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
 
@@ -44,23 +44,23 @@ def patched_weights(model: Any) -> int:
 
 
 def _static(model: Any) -> Any:
-    """A MODEL whose weights stay where they are loaded; newer hosts stream them by default."""
+    """A MODEL whose weights stay on the device; newer hosts stream them by default."""
     if not getattr(model, "is_dynamic", lambda: False)():
         return model
     try:
         return model.clone(disable_dynamic=True)
     except TypeError:
         raise ModelError(
-            "This ComfyUI streams the model's weights (dynamic VRAM) and cannot hold them still: start it with "
-            "--disable-dynamic-vram."
+            "This ComfyUI streams the model's weights (dynamic VRAM) and cannot keep them on the device: start it "
+            "with --disable-dynamic-vram."
         ) from None
 
 
 def _schedule(patcher: Any) -> tuple[Tensor, str]:
-    """``α̅`` of the model's own noise schedule (as a sampling node has set it, if one has) and its prediction type."""
+    """``α̅`` of the model's noise schedule, as set by a sampling node if there is one, and the prediction type."""
     sampling = patcher.get_model_object("model_sampling")
     types = comfy.model_sampling
-    # the other kinds are subclasses of these two; not every host knows all of them
+    # other types are subclasses of these; not every host defines all of them
     others = tuple(getattr(types, name) for name in ("EDM", "X0") if hasattr(types, name))
     prediction = None
     if isinstance(sampling, types.EPS) and not isinstance(sampling, others):
@@ -79,18 +79,24 @@ def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int,
 
 
 def _own(config: Any, name: str, usual: Any) -> Any:
-    """What this pack says of a model of its own, else ``usual``: the host's configs themselves have ``None``, and a
-    warning, for every name."""
+    """A class attribute of the embedded model's config, else ``usual``. The host's config instances answer every
+    unknown name with ``None`` and a warning, so the class is asked."""
     return getattr(type(config), name, usual)
 
 
 def surveyed(model: Any) -> UNetSurvey:
-    """The cross-attention sites of a MODEL; nothing is loaded. Raises :class:`ModelError` where it has none."""
+    """The cross-attention sites of a MODEL; loads nothing.
+
+    Raises:
+        ModelError: If the MODEL is empty or has no cross-attention.
+    """
     if model is None:
-        raise ModelError("The MODEL that came in is empty: the checkpoint has none.")
+        raise ModelError("The input MODEL is empty, because the checkpoint has none: choose another checkpoint.")
     unet = getattr(model.model, "diffusion_model", None)
     if not isinstance(unet, nn.Module):
-        raise ModelError("The MODEL that came in has no diffusion model in it.")
+        raise ModelError(
+            "The input MODEL contains no diffusion model: connect the MODEL of a Stable Diffusion checkpoint."
+        )
     return survey(unet)
 
 
@@ -98,29 +104,31 @@ def surveyed(model: Any) -> UNetSurvey:
 def latent_diffusion(
     model: Any, clip: Any, vae: Any = None, differentiable_text: bool = False
 ) -> Iterator[LatentDiffusion]:
-    """MODEL, CLIP and VAE, loaded, as the core's model with gradients on; restored bit-exactly however the block ends.
+    """Load MODEL, CLIP and VAE as the core's model with gradients enabled; the block's end restores them bit-exactly.
 
-    Every parameter of the UNet is, inside the block, a frozen ``Parameter`` on the same memory: the host's own are
-    inference tensors, which autograd refuses. Weights include the patches that MODEL carries. The host's interruption
-    passes through.
+    Inside the block, every parameter of the UNet is a frozen ``Parameter`` on the same memory: the host's own are
+    inference tensors, which autograd rejects. The weights include the patches that the MODEL carries. The host's
+    interruption exception passes through.
 
     Args:
-        differentiable_text: Copy the text encoder so that gradients flow through it, where that is possible (see
-            :func:`opened_text`); textual inversion and attacks need it.
+        differentiable_text: Copy the text encoder so that gradients can flow through it, if possible (see
+            :func:`differentiable_copy`); textual inversion and attacks need it.
 
     Raises:
         ModelError: For a model without cross-attention, and for a CLIP of another model.
     """
     if model is None or clip is None:
-        raise ModelError(f"The {'MODEL' if model is None else 'CLIP'} that came in is empty: the checkpoint has none.")
-    found = surveyed(model)  # first of all: its refusals need nothing loaded
+        raise ModelError(
+            f"The input {'MODEL' if model is None else 'CLIP'} is empty, because the checkpoint has none: load one."
+        )
+    found = surveyed(model)  # first: it raises before anything is loaded
     if vae is not None and getattr(vae, "first_stage_model", None) is None:
-        raise ModelError("The VAE that came in is empty: the checkpoint has none.")
+        raise ModelError("The input VAE is empty, because the checkpoint has none: load one.")
     patcher = _static(model)
     base, unet = patcher.model, patcher.model.diffusion_model
     alphas, prediction = _schedule(patcher)
     shape = _latent_shape(patcher, found.family, prediction)
-    # room for a few pictures' activations; all at once, so that none pushes out another
+    # memory for the activations of a few pictures; loaded in one call, so that no model unloads another
     room = patcher.memory_required([8, *shape])
     wanted = [patcher, clip.patcher] + ([] if vae is None else [vae.patcher])
     management.load_models_gpu(wanted, memory_required=room, force_full_load=True)
@@ -142,11 +150,11 @@ def latent_diffusion(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(detached_view(unet))
-        stack.enter_context(_effective(patcher, unet, dtype))
+        stack.enter_context(_effective_weights(patcher, unet, dtype))
         _check_family(found, text.encode([""]), bool(base.adm_channels))
         reader: TextEncoder = text
         if differentiable_text:
-            reader = opened_text(clip, text, patcher.load_device) or text
+            reader = differentiable_copy(clip, text, patcher.load_device) or text
         yield HostLatentDiffusion(
             unet,
             reader,
@@ -166,53 +174,57 @@ def _check_family(found: UNetSurvey, states: TextStates, takes_pooled: bool) -> 
     width = states.hidden.shape[-1]
     if width != found.context_dim or states.hidden.shape[1] != HostText.max_length:
         raise ModelError(
-            f"MODEL and CLIP are of different families: the MODEL reads text states of width {found.context_dim} "
-            f"(family {found.family}), the CLIP gives {width}. Connect the CLIP of the same checkpoint."
+            f"MODEL and CLIP are of different families: the MODEL expects text states of width {found.context_dim} "
+            f"(family {found.family}), the CLIP returns {width}. Connect the CLIP of the same checkpoint."
         )
     if takes_pooled and states.pooled is None:
-        raise ModelError("This MODEL also takes a pooled text vector (as SDXL), and the CLIP gives none.")
+        raise ModelError(
+            "This MODEL needs a pooled text vector (as SDXL does), but the CLIP returns none: connect the CLIP of the "
+            "same checkpoint."
+        )
 
 
 @contextmanager
-def _effective(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Cross-attention weights as they take effect, where the host keeps them otherwise: the host's own come back.
+def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Materialize the effective cross-attention weights where the loaded tensors differ from them.
 
-    That is with little memory (left elsewhere, patches worked in at each use) and in narrow formats (fp8 with its
-    scale). Everywhere else the loaded weights have the patches in them already, and nothing is done.
+    They differ when memory is low (weights stay offloaded, patches are merged at each use) and in narrow formats (fp8
+    with a scale). Otherwise the loaded weights already include the patches. The host's tensors are restored afterwards.
     """
-    odd = []
+    to_replace = []
     for site in survey(unet):
         for which in PROJECTIONS:
             layer = site.projection(which)
             waiting = getattr(layer, "weight_function", None)
             if waiting or layer.weight.device != patcher.load_device or layer.weight.dtype not in PLAIN_DTYPES:
-                odd.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
-    kept: list[tuple[Any, Any, Any]] = []
-    entries = patcher.get_key_patches(_UNET) if odd else {}
+                to_replace.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
+    host_tensors: list[tuple[Any, Any, Any]] = []
+    entries = patcher.get_key_patches(_UNET) if to_replace else {}
     try:
-        for key, layer in odd:
+        for key, layer in to_replace:
             (weight, convert), *patches = entries[key]
             with torch.no_grad():
                 wide = management.cast_to_device(weight, patcher.load_device, torch.float32, copy=True)
                 wide = comfy.lora.calculate_weight(patches, convert(wide, inplace=True), key)
                 value = nn.Parameter(wide.to(dtype), requires_grad=False)
             functions = layer.__dict__.get("weight_function")
-            kept.append((layer, layer.weight, functions))
+            host_tensors.append((layer, layer.weight, functions))
             layer._parameters["weight"] = value
             if functions is not None:
                 layer.weight_function = []  # type: ignore[assignment]
         yield
     finally:
-        for module, parameter, functions in kept:
+        for module, parameter, functions in host_tensors:
             module._parameters["weight"] = parameter
             if functions is not None:
                 module.weight_function = functions
 
 
 def with_lora(model: Any, lora: Mapping[str, Tensor], strength: float = 1.0) -> Any:
-    """A MODEL with a LoRA's state dict on, through the very path of the stock loaders; the one given stays as it is.
+    """Return a clone of a MODEL with a LoRA's state dict applied the way the stock loaders do it.
 
-    Raises :class:`PatchError` unless every layer of the LoRA found its weight.
+    Raises:
+        PatchError: If a layer of the LoRA matches no weight.
     """
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     loaded = comfy.lora.load_lora(dict(lora), names)
@@ -222,14 +234,14 @@ def with_lora(model: Any, lora: Mapping[str, Tensor], strength: float = 1.0) -> 
     lost = [layer for layer in layers if names.get(layer) not in taken]
     if lost or not layers:
         raise PatchError(
-            f"The host did not take the patch: {len(lost)} of {len(layers)} layers match no weight of this MODEL, such "
-            f"as {listed(lost, 2)}."
+            f"The patch does not fit this MODEL: {len(lost)} of {len(layers)} layers match no weight, such as "
+            f"{listed(lost, 2)}."
         )
     return patched
 
 
 def weights_hash(model: Any) -> str:
-    """The hash by which a patch knows its base, of a MODEL's own weights, without any patches on it."""
+    """The hash that identifies a patch's base model, from a MODEL's own weights, without its patches."""
     entries = model.get_key_patches(_UNET)
 
     def own(path: str) -> Tensor:
@@ -241,15 +253,18 @@ def weights_hash(model: Any) -> str:
 
 
 def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[float, str] | None:
-    """Share of the edit that is left once the host has rounded it into the weights, and the dtype these have.
+    """Share of the edit that survives when the host rounds it into the weights, and the dtype of the weights.
 
-    ``⟨Δ', Δ⟩ / ‖Δ‖²`` with the host's own rounding, on top of what the MODEL carries already. ``None`` where the host
-    keeps the weights in a form of its own (quantised), which nothing is rounded into by this path.
+    The share is ``⟨Δ', Δ⟩ / ‖Δ‖²``, with the host's own rounding, on top of the patches that the MODEL carries.
+
+    Returns:
+        ``None`` if the edit is zero, or the host stores the weights in a quantized format of its own, into which this
+        path rounds nothing.
     """
     found = surveyed(model)
     entries = model.get_key_patches(_UNET)
     seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
-    kept = total = 0.0
+    surviving = total = 0.0
     dtypes: dict[torch.dtype, None] = {}
     for canonical, factor in patch.factors.items():
         layer = found.layer(canonical)
@@ -263,9 +278,9 @@ def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[fl
             delta = strength * factor.to(wide.device, torch.float32).delta()
             before = comfy.float.stochastic_rounding(wide, weight.dtype, seed=seed(key)).float()
             after = comfy.float.stochastic_rounding(wide + delta, weight.dtype, seed=seed(key)).float()
-            kept += float(((after - before) * delta).sum(dtype=torch.float64))
+            surviving += float(((after - before) * delta).sum(dtype=torch.float64))
             total += float(delta.square().sum(dtype=torch.float64))
         dtypes[weight.dtype] = None
     if total == 0:
         return None
-    return kept / total, " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return surviving / total, " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""What a person sees of a running node: text, progress, the concept as it fades; and the graph it runs in."""
+"""What the page shows of a running node (text, progress, previews), and the graph that it runs in."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from ...core.models.latent_diffusion import LatentDiffusion
 from ...core.progress import Progress, ProgressEvent
 from ...core.service.progress_text import ProgressText
 
-__all__ = ["Fading", "progress", "show_text", "workflow"]
+__all__ = ["ConceptPreview", "progress", "show_text", "workflow"]
 
 
 def show_text(node_id: str | None, text: str) -> None:
-    """Show ``text`` on the node, in the page that queued it."""
+    """Show ``text`` on the node; without a node id, or on hosts that cannot, do nothing."""
     instance: Any = getattr(PromptServer, "instance", None)
     if node_id is not None and hasattr(instance, "send_progress_text"):
         instance.send_progress_text(text, node_id)
 
 
-def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
-    """A core progress callback: bar, picture and text on the node; it raises the host's own exception once Cancel is
-    pressed."""
+def progress(node_id: str | None, preview: ConceptPreview | None = None) -> Progress:
+    """A progress callback that updates a node's bar, preview and text, and raises the host's exception on Cancel."""
     bar = comfy.utils.ProgressBar(1)
     text = ProgressText()
     shown = 0.0
@@ -38,7 +37,7 @@ def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
         nonlocal shown
         management.throw_exception_if_processing_interrupted()
         line = text.line(event)
-        picture = fading.picture() if fading is not None and fading.due(event) else None
+        picture = preview.picture() if preview is not None and preview.due(event) else None
         bar.update_absolute(event.step, max(event.total, 1), picture)
         now = time.monotonic()
         if now - shown >= 0.2 or event.step >= event.total:
@@ -48,27 +47,27 @@ def progress(node_id: str | None, fading: Fading | None = None) -> Progress:
     return report
 
 
-class Fading:
-    """The concept as the model shows it now, drawn in a few steps while it is trained: a preview for :func:`progress`.
+class ConceptPreview:
+    """Preview of the concept during training, generated in a few sampling steps, for :func:`progress`.
 
-    What is trained is on while a training reports its steps, so that a picture drawn there shows it. It has noise of
-    its own: the training goes on as if there had been none.
+    The trained adapters are active while a training loop reports a step, so a picture generated there shows their
+    effect. It uses its own random generator, so that previews do not change the training.
     """
 
     _STEPS = 8
     _SIDE = 256
 
     def __init__(self, diffusion: LatentDiffusion, model: Any, prompt: str, seed: int, every: int) -> None:
-        """``every``: training steps from one picture to the next, 0 for none."""
+        """``every`` is the number of training steps between pictures; 0 for none."""
         self._diffusion, self._format = diffusion, model.model.latent_format
         self._prompt, self._seed, self._every = prompt, seed, every
 
     def due(self, event: ProgressEvent) -> bool:
-        """Whether this step wants a picture: only trainings have a loss."""
+        """Whether to generate a picture at this step; only training steps have a loss."""
         return self._every > 0 and event.loss is not None and (event.step == 1 or event.step % self._every == 0)
 
     def picture(self) -> tuple[str, Any, int] | None:
-        """The picture as the host takes it, or ``None`` where these latents have no colours known."""
+        """A picture in the host's preview format; ``None`` without a VAE and without latent-to-RGB factors."""
 
         def stop(event: ProgressEvent) -> None:
             management.throw_exception_if_processing_interrupted()
@@ -92,8 +91,7 @@ class Fading:
 
 
 def workflow(hidden: Any) -> dict[str, str]:
-    """The graph that is running, as pictures carry it (``prompt``, ``workflow``); empty where the host is told not to
-    write such things."""
+    """The running graph as stored in pictures (``prompt``, ``workflow``); empty if the host disables metadata."""
     if comfy.cli_args.args.disable_metadata:
         return {}
     found = {"prompt": hidden.prompt} if hidden.prompt else {}

@@ -1,4 +1,4 @@
-"""CLIP as the core's text encoder."""
+"""Adapter from a ComfyUI CLIP to the core's text encoder."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from torch import Tensor
 from ...core.errors import ModelError
 from ...core.models.text_encoders import CLIPText, TextEncoder, TextStates
 
-__all__ = ["HostText", "opened_text"]
+__all__ = ["HostText", "differentiable_copy"]
 
-# of two text encoders that are the same one, in half precision or not
+# relative difference up to which two text encoders count as the same, one perhaps in half precision
 _SAME_STATES = 0.02
 
 
 def _literal(text: str) -> str:
-    """``text`` without the prompt syntax: parentheses are emphasis in a prompt, and words in a concept."""
+    """``text`` with parentheses escaped, which are emphasis syntax in a prompt but plain text in a concept."""
     return re.sub(r"(?<!\\)([()])", r"\\\1", text)
 
 
 class HostText:
-    """A CLIP as the core's text encoder: the host's own tokens and its own encode path (layer, norm, patches, hooks).
+    """A CLIP as the core's text encoder, with the host's own tokenizer and encode path (layer, norm, patches, hooks).
 
-    Only the first section of 77 tokens is used; the CLIP must have been loaded already.
+    Only the first section of 77 tokens is used. The CLIP must already be loaded.
     """
 
     max_length = 77
     _AT_ONCE = 32
 
     def __init__(self, clip: Any, family: str, pooled: bool) -> None:
-        """``pooled``: whether the model takes a pooled vector too."""
+        """``pooled`` tells whether the model needs a pooled vector too."""
         self._clip = clip.clone()
         self._pooled = pooled
-        # loading again for every prompt could push out the UNet that is being worked on
+        # loading again for every prompt could unload the UNet that is in use
         self._clip.load_model = lambda *args, **kwargs: self._clip.patcher
         self._family = family
 
     @property
     def layer(self) -> str:
-        """Which states these are, in the core's words."""
+        """Which hidden states are used, in the core's notation."""
         index = self._clip.layer_idx
         if self._family == "sdxl":
             return "sdxl:penultimate,no_final_norm" if index in (None, -2) else f"sdxl:layer={index}"
@@ -52,10 +52,10 @@ class HostText:
             return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
         return f"clip_skip={1 if index is None else -index},final_norm"
 
-    def _sections(self, text: str, words: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
-        tokens = self._clip.tokenize(_literal(text), return_word_ids=words)
+    def _sections(self, text: str, word_ids: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
+        tokens = self._clip.tokenize(_literal(text), return_word_ids=word_ids)
         if not isinstance(tokens, dict) or not tokens:
-            raise ModelError("This CLIP is no CLIP text encoder: connect the one that belongs to the MODEL.")
+            raise ModelError("The input CLIP is not a CLIP text encoder: connect the CLIP of the same checkpoint.")
         return tokens
 
     def _first(self, tokens: Mapping[str, Any]) -> list[list[tuple[Any, ...]]]:
@@ -63,19 +63,19 @@ class HostText:
 
     def _ids(self, tokens: Sequence[tuple[Any, ...]]) -> list[int]:
         if any(isinstance(token[0], Tensor) for token in tokens):
-            raise ModelError("A textual inversion ('embedding:…') cannot stand in a concept: write it in words.")
+            raise ModelError("A concept cannot contain a textual inversion ('embedding:…'): write it in words.")
         return [int(token[0]) for token in tokens]
 
     def token_ids(self, prompt: str) -> list[int]:
         return self._ids(self._first(self._sections(prompt))[0])
 
     def phrase_ids(self, phrase: str) -> list[int]:
-        sections = self._first(self._sections(phrase, words=True))
-        # word id 0 is start, end and padding
+        sections = self._first(self._sections(phrase, word_ids=True))
+        # word id 0 marks start, end and padding
         return self._ids([token for section in sections for token in section if token[2] != 0])
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        # the host encodes all sections of one prompt at once, and gives only the first one's pooled vector
+        # the host encodes all sections of a batch as one prompt, and returns only the first pooled vector
         size = 1 if self._pooled else self._AT_ONCE
         found = [self._encoded(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         return TextStates.cat(found)
@@ -88,29 +88,31 @@ class HostText:
                 sections.setdefault(name, []).append(own[0])
         with torch.inference_mode():
             states, vector = self._clip.encode_from_tokens(sections, return_pooled=True)
-        # a clone made outside of inference mode is an ordinary tensor
+        # cloned outside of inference mode, it is an ordinary tensor
         hidden = states.clone().unflatten(1, (len(prompts), -1)).flatten(0, 1)
         return TextStates(hidden, vector.clone() if self._pooled and vector is not None else None)
 
 
-def opened_text(clip: Any, own: TextEncoder, device: torch.device) -> CLIPText | None:
-    """The CLIP once more, as one that gradients flow through and vectors can stand in: for inversions and attacks.
+def differentiable_copy(clip: Any, own: TextEncoder, device: torch.device) -> CLIPText | None:
+    """Copy a CLIP into a text encoder that gradients can flow through, for textual inversion and attacks.
 
-    The weights are copied as they are loaded, with the patches in them. ``None`` where the host's text encoder is not
-    a single CLIP, or where the copy does not give the states of ``own``.
+    The weights are copied as loaded, including patches.
+
+    Returns:
+        ``None`` if the host's text encoder is not a single CLIP, or the copy does not reproduce the states of ``own``.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     name = getattr(clip.cond_stage_model, "clip", "")
     encoder: Any = getattr(clip.cond_stage_model, name, None)
-    words: Any = getattr(getattr(clip.tokenizer, name, None), "tokenizer", None)
-    if type(getattr(encoder, "transformer", None)) is not comfy.clip_model.CLIPTextModel or words is None:
+    tokenizer: Any = getattr(getattr(clip.tokenizer, name, None), "tokenizer", None)
+    if type(getattr(encoder, "transformer", None)) is not comfy.clip_model.CLIPTextModel or tokenizer is None:
         return None
     body = encoder.transformer.text_model
     layer = body.encoder.layers[0]
     table = body.embeddings.token_embedding.weight
-    # some tables have rows that no word stands for
-    rows = min(len(table), len(words))
+    # some tables have rows that no token uses
+    rows = min(len(table), len(tokenizer))
     quick = layer.mlp.activation is comfy.clip_model.ACTIVATIONS["quick_gelu"]
     config = CLIPTextConfig(
         vocab_size=rows,
@@ -124,7 +126,7 @@ def opened_text(clip: Any, own: TextEncoder, device: torch.device) -> CLIPText |
         eos_token_id=encoder.special_tokens["end"],
     )
     with torch.inference_mode(False), torch.no_grad():
-        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and overwritten
+        with torch.random.fork_rng(devices=[]):  # the random initial weights are overwritten
             copied = CLIPTextModel(config).float().eval().requires_grad_(False)
         state = {key: value.detach().float().cpu() for key, value in body.state_dict().items()}
         state["embeddings.token_embedding.weight"] = state["embeddings.token_embedding.weight"][:rows]
@@ -132,9 +134,9 @@ def opened_text(clip: Any, own: TextEncoder, device: torch.device) -> CLIPText |
         if found.missing_keys or found.unexpected_keys:
             return None
         index = clip.layer_idx if clip.layer_idx is not None else encoder.layer_idx
-        opened = CLIPText(copied.to(device), words, 1 if index is None else -index)
-        asked = ["", "a photo of a red star beside a house"]
-        states, wanted = opened.encode(asked).hidden.float(), own.encode(asked).hidden.float().to(device)
+        copy = CLIPText(copied.to(device), tokenizer, 1 if index is None else -index)
+        prompts = ["", "a photo of a red star beside a house"]
+        states, wanted = copy.encode(prompts).hidden.float(), own.encode(prompts).hidden.float().to(device)
         if states.shape != wanted.shape or float((states - wanted).norm() / wanted.norm()) > _SAME_STATES:
             return None
-    return opened
+    return copy

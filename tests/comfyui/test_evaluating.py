@@ -218,7 +218,7 @@ def test_attacks_reach_through_the_hosts_text_encoder(comfyui: ComfyUI) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vae": ["nothing", 3]}, "There is no VAE"),
+        ({"vae": ["nothing", 3]}, "The input 'vae' is empty"),
         ({"concept": "church"}, "church"),
         ({"concept": "church", "benchmark": "embedded"}, "has no concept 'church'"),
         ({"concept": "cat", "benchmark": "checkpoints"}, "The judge knows no object 'cat'"),
@@ -345,9 +345,9 @@ def test_the_map_is_that_of_the_core_on_the_diffusers_model(comfyui: ComfyUI, em
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vae": ["nothing", 3]}, "There is no VAE"),
+        ({"vae": ["nothing", 3]}, "The input 'vae' is empty"),
         ({"phrase": "moon"}, "moon"),
-        ({"phrase": ""}, "The phrase is empty"),
+        ({"phrase": ""}, "The input 'phrase' is empty"),
         ({"prompt": ""}, "star"),
         ({"phrase": "🌟"}, "🌟"),
     ],

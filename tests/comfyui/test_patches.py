@@ -76,7 +76,7 @@ def test_a_settings_node_says_what_the_boxes_would(comfyui: ComfyUI) -> None:
     graph |= drawn("w", ["wired", 0]) | drawn("b", ["boxed", 0]) | {"d": difference("w", "b")}
     entry = comfyui.run(report(report(graph, "wired"), "boxed"))
     assert entry["outputs"]["d"]["difference"] == [0]
-    assert "method and preset are those of the settings node" in words(entry, "wired")
+    assert "method and preset are those of the connected settings node" in words(entry, "wired")
     assert "settings node" not in words(entry, "boxed")
     assert '"steps": 3' in words(entry, "wired")
 
@@ -334,7 +334,7 @@ def test_combined_patches_are_the_sum_of_both(comfyui: ComfyUI) -> None:
     assert entry["outputs"]["d"]["difference"][0] < 0.05
     for line in ("part at strength 1: star", "part at strength 0.5: tree"):
         assert line in words(entry, "both")
-    assert "rank 4" in words(entry, "small") and "% of the edit is held" in words(entry, "small")
+    assert "rank 4" in words(entry, "small") and "% of the edit is preserved" in words(entry, "small")
 
 
 def test_a_sequence_keeps_its_record_through_a_file_and_gives_one_back(comfyui: ComfyUI) -> None:
@@ -368,7 +368,7 @@ def test_a_sequence_of_trained_requests(comfyui: ComfyUI) -> None:
     graph["back"] = node("ForgetConceptTakeBack", model=["load", 0], clip=["load", 1], lora=["two", 1], which="#1")
     entry = comfyui.run(report(report(graph, "two"), "back"))
     assert "2. forgotten: tree" in words(entry, "two")
-    assert "'tree' were trained with it on" in words(entry, "back")
+    assert "'tree' were trained on top of it" in words(entry, "back")
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_sequence_of_trained_requests(comfyui: ComfyUI) -> None:
         ({"which": "ship"}, "does not forget 'ship'"),
         ({"which": "7"}, "does not forget a request number 7"),
         ({"which": " "}, "Nothing is named to be taken back"),
-        ({"which": "star, tree"}, "Nothing would be left"),
+        ({"which": "star, tree"}, "would be empty"),
     ],
 )
 def test_what_cannot_be_taken_back_says_so(comfyui: ComfyUI, changes: dict[str, Any], said: str) -> None:
@@ -418,7 +418,7 @@ def test_pictures_of_ones_own_are_brought_to_the_models_size(comfyui: ComfyUI) -
     for changes, said in (
         ({"vae": None}, "connect the checkpoint's VAE"),
         ({"images": ["first", 0]}, "too few pictures of 'star'"),
-        ({"concept": "star, moon", "replacement": "", "preserve": ""}, "do not say whose they are"),
+        ({"concept": "star, moon", "replacement": "", "preserve": ""}, "do not name theirs"),
         ({"method_settings": None}, "works from words alone"),
     ):
         inputs = {key: value for key, value in ({**told} | changes).items() if value is not None}
@@ -451,7 +451,7 @@ def test_fisher_information_is_measured_once_and_used(comfyui: ComfyUI) -> None:
     assert not any("measuring Fisher" in text for text in comfyui.get("/probe/told")["texts"])
     graph["other"] = settings_node(comfyui, "SelectiveAmnesia", **quick | {"fisher_samples": 2}, fisher_draws=2)
     graph["forget"] = forget(method_settings=["other", 0], fisher=["fisher", 0])
-    assert "measured on another model or under other settings" in red(comfyui, report(graph, "forget")).words
+    assert "measured on another model or with other settings" in red(comfyui, report(graph, "forget")).words
     graph["forget"] = forget(fisher=["fisher", 0])
     assert "Fisher information is for Selective Amnesia" in red(comfyui, report(graph, "forget")).words
 
@@ -549,9 +549,9 @@ def test_words_of_every_script_and_many_of_them(comfyui: ComfyUI) -> None:
 
 def test_wires_that_are_empty_say_which_and_what_to_connect(comfyui: ComfyUI) -> None:
     for name, inputs, said in (
-        ("ForgetConcept", forget(model=["none", 0])["inputs"], "MODEL that came in is empty"),
-        ("ForgetConcept", forget(clip=["none", 1])["inputs"], "CLIP that came in is empty"),
-        ("ForgetConceptApplyPatch", {"model": ["none", 0], "lora": ["f", 1], "strength": 1.0}, "MODEL that came in"),
+        ("ForgetConcept", forget(model=["none", 0])["inputs"], "input MODEL is empty"),
+        ("ForgetConcept", forget(clip=["none", 1])["inputs"], "input CLIP is empty"),
+        ("ForgetConceptApplyPatch", {"model": ["none", 0], "lora": ["f", 1], "strength": 1.0}, "input MODEL is empty"),
         ("ForgetConceptApplyPatch", {"model": ["load", 0], "lora": ["none", 2], "strength": 1.0}, "no LoRA in"),
         ("ForgetConceptInspectPatch", {"lora": ["none", 2]}, "no LoRA in"),
     ):

@@ -71,7 +71,7 @@ def test_the_request_of_a_patch_can_be_taken_out_and_asked_again(comfyui: ComfyU
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "There is no request"),
+        ("", "The input 'request' is empty"),
         ('{"schema": 1,', "not valid JSON"),
         ('{"schema": 1, "concepts": [{"name": "star"}], "strenght": 2}', "strenght"),
         ('{"schema": 1, "concepts": [{"name": "star"}], "method": "nothing"}', "nothing"),
