@@ -27,11 +27,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import SharedDrawings, Table, Watch, costing
+from harness import SharedSampleCache, Table, Watch, costing
 from methods import Run, asked, embedded
 
 from forget_concept.core.errors import ForgetConceptError
-from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, SamplingSettings, Subject, evaluate
+from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, EvaluationTarget, SamplingSettings, evaluate
 from forget_concept.core.evaluation.weight_drift import weight_drift
 from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.formats import kohya
@@ -281,12 +281,12 @@ def _main(options: argparse.Namespace, load: Any) -> int:
         workspace = Workspace(options.work) if options.work else None
         sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
         with Watch(sum(map(len, todo.values()))) as watch:
-            drawings: dict[int, SharedDrawings] = {}
+            cache: dict[int, SharedSampleCache] = {}
             for method, seed in plans:
                 if not (wanted := todo[method, seed]):
                     continue
-                if seed not in drawings:
-                    drawings = {seed: SharedDrawings(model, probe, sampling, workspace, by)}
+                if seed not in cache:
+                    cache = {seed: SharedSampleCache(model, probe, sampling, workspace, by)}
                 watch.name = f"{method} seed {seed}"
                 try:
                     measure(
@@ -295,7 +295,7 @@ def _main(options: argparse.Namespace, load: Any) -> int:
                         (method, options.preset, seed),
                         wanted,
                         options.count,
-                        drawings[seed],
+                        cache[seed],
                         table,
                         watch,
                     )
@@ -314,7 +314,7 @@ def measure(
     plan: tuple[str, str, int],
     wanted: Sequence[int],
     count: int,
-    drawings: SharedDrawings,
+    cache: SharedSampleCache,
     table: Table,
     watch: Watch,
 ) -> None:
@@ -322,19 +322,19 @@ def measure(
     method, preset, seed = plan
 
     def measured(patches: tuple[tuple[Patch, float], ...], names: Sequence[str]) -> list[Evaluation]:
-        subjects = [Subject(name, patches) for name in names]
+        targets = [EvaluationTarget(name, patches) for name in names]
         found = evaluate(
             model,
             probe,
-            subjects,
+            targets,
             count,
             seed,
             without=TARGETS,
             baselines=(UNEDITED,),
             progress=watch,
-            drawings=drawings,
+            cache=cache,
         )
-        drawings.release()
+        cache.release()
         return found
 
     if 0 in wanted:
@@ -342,7 +342,7 @@ def measure(
         watch.done()
     if not any(wanted):
         return
-    sequence = Course(model, method, preset, seed, drawings.workspace)
+    sequence = Course(model, method, preset, seed, cache.workspace)
     if sequence.note:
         watch.say(f"{watch.name}: asked {sequence.note}")
     sequence.resume(min(step for step in wanted if step) - 1)

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 
 from forget_concept.core import mini
-from forget_concept.core.evaluation import Drawings, Picture, SamplingSettings, Score, Seen, Variant
-from forget_concept.core.evaluation.attributes import shows
+from forget_concept.core.evaluation import LabeledImage, Picture, SampleCache, SamplingSettings, Score, Variant
+from forget_concept.core.evaluation.attributes import shows_attribute
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.mini import vocabulary as v
@@ -32,7 +32,7 @@ from forget_concept.core.request.request import ForgetRequest
 
 COLUMNS = ["model", "preset", "kind", "word", "prompts", "shown", "variant", "share", "low", "high", "n"]
 COLUMNS += ["settings", "sampler_steps", "precision", "seconds", "patch_bytes"]
-Sees = Callable[[Seen], bool]
+Sees = Callable[[LabeledImage], bool]
 
 
 def an_object(*names: str) -> Sees:
@@ -46,8 +46,8 @@ def a_person(name: str) -> Sees:
 def a_sign(sign: str, person: str, there: bool = True) -> Sees:
     """A picture of the person with (or without) what the sign stands for."""
 
-    def sees(seen: Seen) -> bool:
-        return seen.labels.identity == person and shows(sign, from_bytes(seen.picture[None]))[0] is there
+    def sees(seen: LabeledImage) -> bool:
+        return seen.labels.identity == person and shows_attribute(sign, from_bytes(seen.picture[None]))[0] is there
 
     return sees
 
@@ -173,7 +173,7 @@ def kept(case: Case, count: int, seed: int) -> list[tuple[Picture, Any]]:
     found = []
     for i in range(count):
         (asked,) = prompts(1, 77 * seed + i, **{case.kept: names[i % len(names)]})
-        found.append((Picture(asked.text, 10_000 * seed + 5_000 + i), getattr(asked.asks, case.kept)))
+        found.append((Picture(asked.text, 10_000 * seed + 5_000 + i), getattr(asked.expected, case.kept)))
     return found
 
 
@@ -196,7 +196,7 @@ def main() -> None:
         with options.out.open(encoding="utf-8") as file:
             done = {(row["word"], row["settings"]) for row in csv.DictReader(file)}
     model, probe = mini.load(), mini.load_probe()
-    drawings = Drawings(model, probe, SamplingSettings(steps=options.steps, precision=options.precision, batch=16))
+    cache = SampleCache(model, probe, SamplingSettings(steps=options.steps, precision=options.precision, batch=16))
     for case in CASES:
         settings = case.settings | changes
         told = json.dumps(settings, ensure_ascii=False)
@@ -212,17 +212,17 @@ def main() -> None:
         asked = {group.name: pictures(group, options.count, options.seed) for group in case.groups}
         rest = kept(case, options.count, options.seed)
         for variant in variants.values():
-            drawings.want(variant, [*(p for several in asked.values() for p in several), *(p for p, _ in rest)])
-        drawings.make()
+            cache.request(variant, [*(p for several in asked.values() for p in several), *(p for p, _ in rest)])
+        cache.generate()
         rows = []
         for name, variant in variants.items():
             for group in case.groups:
-                seen = drawings.seen(variant, asked[group.name])
+                seen = cache.get(variant, asked[group.name])
                 for shown, sees in group.looks.items():
                     rows.append((group.name, shown, name, [sees(one) for one in seen]))
             right = [
                 getattr(one.labels, case.kept) == wanted
-                for one, (_, wanted) in zip(drawings.seen(variant, [p for p, _ in rest]), rest, strict=True)
+                for one, (_, wanted) in zip(cache.get(variant, [p for p, _ in rest]), rest, strict=True)
             ]
             rows.append((f"the rest of the category ({case.kept})", "what is asked for", name, right))
         new = not options.out.exists()
@@ -234,7 +234,7 @@ def main() -> None:
                 score = Score.share(found)
                 cells = [model.name, case.preset, case.kind, case.word, group, shown, name]
                 cells += [f"{x:.4f}" for x in (score.value, score.low, score.high)]
-                cells += [len(found), told, options.steps, drawings.sampling.precision]
+                cells += [len(found), told, options.steps, cache.sampling.precision]
                 table.writerow([*cells, f"{seconds:.1f}", patch.nbytes])
                 console.print(f"  {group} | {shown} | {name}: {score.value:.2f}")
 

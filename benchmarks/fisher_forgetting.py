@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from harness import SharedDrawings, Table, Watch, costing
+from harness import SharedSampleCache, Table, Watch, costing
 from methods import CONCEPTS, Fitted, Run, asked, embedded, measured
 
 from forget_concept.core.evaluation import PATCHED, SamplingSettings
@@ -45,7 +45,7 @@ def main() -> None:
     table = Table(options.out, [*KEY, "passes", *MEASURES], KEY)
     model, probe, by = embedded(options.device)
     workspace = None if options.work is None else Workspace(options.work)
-    drawings = SharedDrawings(model, probe, SamplingSettings(precision=options.precision), workspace, by)
+    cache = SharedSampleCache(model, probe, SamplingSettings(precision=options.precision), workspace, by)
     concept = next(c for c in CONCEPTS if c.name == options.concept)
     run = Run(METHOD, "tuned", "", concept, options.seed)
     kinds = options.fisher or list(KINDS)
@@ -61,7 +61,7 @@ def main() -> None:
                     patch = fit(model, plan_request(request), watch, wanted.inputs)
                 samples = settings.get("fisher_samples", 96) if steps else 0
                 made = Fitted(PATCHED, ((patch, 1.0),), cost)
-                row = measured(model, probe, run, made, options.count, drawings, watch)
+                row = measured(model, probe, run, made, options.count, cache, watch)
                 table.append(key | {"passes": steps * samples} | {name: row[name] for name in MEASURES})
                 watch.say(f"{kind}: " + " ".join(f"{name} {row[name]:.3f}" for name in MEASURES))
             watch.done()

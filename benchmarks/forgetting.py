@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
 from forget_concept.core import mini
-from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
+from forget_concept.core.evaluation import NEGATIVE, PATCHED, UNEDITED, EvaluationTarget, SamplingSettings, evaluate
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.mini.vocabulary import CATEGORIES
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("forgetting.csv"))
     options = parser.parse_args()
     model, probe = mini.load(), mini.load_probe()
-    subjects, seconds, sizes, chosen = [], [], [], []
+    targets, seconds, sizes, chosen = [], [], [], []
     for concept in CONCEPTS:
         if options.concept and concept.name not in options.concept:
             continue
@@ -68,7 +68,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
         sizes.append(patch.nbytes)
         chosen.append((concept, instead))
-        subjects.append(Subject(concept.name, ((patch, 1.0),)))
+        targets.append(EvaluationTarget(concept.name, ((patch, 1.0),)))
     sampling = SamplingSettings(steps=options.steps)
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
@@ -78,7 +78,7 @@ def main() -> None:
 
         baselines = (UNEDITED, NEGATIVE) if options.negative else (UNEDITED,)
         found = evaluate(
-            model, probe, subjects, options.count, options.seed, sampling, baselines=baselines, progress=told
+            model, probe, targets, options.count, options.seed, sampling, baselines=baselines, progress=told
         )
     new = not options.out.exists()
     with options.out.open("a", newline="", encoding="utf-8") as file:

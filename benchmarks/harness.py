@@ -24,7 +24,15 @@ from rich.progress import TimeRemainingColumn
 from torch import Tensor, nn
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.evaluation import Drawings, Picture, Probe, SamplingSettings, Seen, Variant, wilson
+from forget_concept.core.evaluation import (
+    ImageClassifier,
+    LabeledImage,
+    Picture,
+    SampleCache,
+    SamplingSettings,
+    Variant,
+    wilson,
+)
 from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.files.writing import write_bytes
 from forget_concept.core.mini.world import LABELS, Labels
@@ -278,8 +286,8 @@ class Watch:
 # -- pictures of the unedited model -------------------------------------------------------------------------------
 
 
-class SharedDrawings(Drawings):
-    """Drawings in which the unedited model's pictures are kept for all measurements, in ``workspace`` also for others.
+class SharedSampleCache(SampleCache):
+    """Sample cache that keeps the unedited model's images for all measurements, and in ``workspace`` for later runs.
 
     Patched and negatively prompted pictures are of one measurement alone: :meth:`release` lets them go.
     """
@@ -287,7 +295,7 @@ class SharedDrawings(Drawings):
     def __init__(
         self,
         model: LatentDiffusion,
-        probe: Probe,
+        probe: ImageClassifier,
         sampling: SamplingSettings,
         workspace: Workspace | None = None,
         by: str = "",
@@ -298,22 +306,22 @@ class SharedDrawings(Drawings):
         s = self.sampling
         self._about = [by, model.device.type, s.steps, s.guidance, s.precision, s.sampler]
 
-    def make(self, progress: Any = None) -> None:
+    def generate(self, progress: Any = None) -> None:
         """Draw what is asked for and not in the workspace."""
         plain = Variant().key
-        if self.workspace is None or not self._wanted.get(plain):
-            super().make(progress)
+        if self.workspace is None or not self._pending.get(plain):
+            super().generate(progress)
             return
-        asked = list(self._wanted[plain])
+        asked = list(self._pending[plain])
         for picture in asked:
             if (found := self.workspace.load("pictures", self._key(picture))) is not None:
                 labels = Labels(**{c: LABELS[c][i] for c, i in zip(LABELS, found["labels"].tolist(), strict=True)})
-                self._seen[plain, picture] = Seen(found["picture"], labels)
-                del self._wanted[plain][picture]
-        drawn = list(self._wanted[plain])
-        super().make(progress)
+                self._images[plain, picture] = LabeledImage(found["picture"], labels)
+                del self._pending[plain][picture]
+        drawn = list(self._pending[plain])
+        super().generate(progress)
         for picture in drawn:
-            seen = self._seen[plain, picture]
+            seen = self._images[plain, picture]
             labels = torch.tensor([LABELS[c].index(getattr(seen.labels, c)) for c in LABELS])
             self.workspace.save(
                 "pictures", self._key(picture), {"picture": seen.picture.contiguous(), "labels": labels}
@@ -325,7 +333,7 @@ class SharedDrawings(Drawings):
     def release(self) -> None:
         """Forget every picture but the unedited model's."""
         plain = Variant().key
-        self._seen = {key: seen for key, seen in self._seen.items() if key[0] == plain}
+        self._images = {key: seen for key, seen in self._images.items() if key[0] == plain}
         self._variants = {key: variant for key, variant in self._variants.items() if key == plain}
 
 

@@ -28,7 +28,7 @@ from harness import Table, Watch, costing
 from methods import embedded, pictures_of
 
 from forget_concept.core.errors import ForgetConceptError
-from forget_concept.core.evaluation import Drawings, Probe, SamplingSettings, Variant, target_questions
+from forget_concept.core.evaluation import ImageClassifier, SampleCache, SamplingSettings, Variant, target_questions
 from forget_concept.core.evaluation.m_score import RESTARTS, SPACES, concept_latents, m_score
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.fit import fit
@@ -137,14 +137,14 @@ def _summary(rows: Sequence[Mapping[str, str]], pictures: str, draws: int) -> st
 # -- the command --------------------------------------------------------------------------------------------------
 
 
-def shown(model: LatentDiffusion, probe: Probe, concept: Concept, patch: Patch, count: int) -> float:
+def shown(model: LatentDiffusion, probe: ImageClassifier, concept: Concept, patch: Patch, count: int) -> float:
     """How often the patched model still draws the concept where a prompt names it."""
     questions = target_questions(concept.name, count)
-    drawings, variant = Drawings(model, probe, SamplingSettings(precision="float32")), Variant(((patch, 1.0),))
-    drawings.want(variant, [question.picture for question in questions])
-    drawings.make()
-    seen = drawings.seen(variant, [question.picture for question in questions])
-    return sum(q.answered(s) for q, s in zip(questions, seen, strict=True)) / count
+    cache, variant = SampleCache(model, probe, SamplingSettings(precision="float32")), Variant(((patch, 1.0),))
+    cache.request(variant, [question.picture for question in questions])
+    cache.generate()
+    seen = cache.get(variant, [question.picture for question in questions])
+    return sum(q.is_correct(s) for q, s in zip(questions, seen, strict=True)) / count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,7 +186,7 @@ def _key(concept: Concept, state: str, patch: int, pictures: str, restart: int) 
 
 def _measure(
     model: LatentDiffusion,
-    probe: Probe,
+    probe: ImageClassifier,
     todo: Sequence[tuple[Concept, str, int, str, int]],
     table: Table,
     options: argparse.Namespace,

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Cost, SharedDrawings, Table, Watch, costing, device_name
+from harness import Cost, SharedSampleCache, Table, Watch, costing, device_name
 from methods_summary import first_of_each_kind, write_summary
 
 from forget_concept.core import mini
@@ -49,8 +49,8 @@ from forget_concept.core.evaluation import (
     PATCHED,
     SAFE,
     UNEDITED,
+    EvaluationTarget,
     SamplingSettings,
-    Subject,
     Variant,
     evaluate,
 )
@@ -255,7 +255,7 @@ def measured(
     run: Run,
     made: Fitted,
     count: int,
-    drawings: SharedDrawings,
+    cache: SharedSampleCache,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """The row of a run, not attacked yet."""
@@ -263,15 +263,15 @@ def measured(
     (found,) = evaluate(
         model,
         probe,
-        [Subject(run.concept.name, made.patches)],
+        [EvaluationTarget(run.concept.name, made.patches)],
         count,
         run.seed,
         without=[concept.name for concept in CONCEPTS],
         baselines=(UNEDITED,) if variant == PATCHED else (UNEDITED, variant),
         progress=progress,
-        drawings=drawings,
+        cache=cache,
     )
-    drawings.release()
+    cache.release()
     scores = found.scores[variant]
     return run.key(model.name, count) | {
         "ua": scores.ua.value,
@@ -433,16 +433,16 @@ def _main(options: argparse.Namespace, load: Any) -> int:
         return 0
     workspace = Workspace(options.work) if options.work else None
     failed = 0
-    drawings: dict[int, SharedDrawings] = {}
+    cache: dict[int, SharedSampleCache] = {}
     with Watch(len(todo)) as watch:
         for run in todo:
-            if run.seed not in drawings:  # what was drawn for another seed is of no more use
-                drawings = {run.seed: SharedDrawings(model, probe, sampling, workspace, by)}
+            if run.seed not in cache:  # what was drawn for another seed is of no more use
+                cache = {run.seed: SharedSampleCache(model, probe, sampling, workspace, by)}
             watch.name = str(run)
             try:
                 made = fitted(model, run, watch)
                 if not table.has(keys[run]):
-                    row = measured(model, probe, run, made, options.count, drawings[run.seed], watch)
+                    row = measured(model, probe, run, made, options.count, cache[run.seed], watch)
                     table.append(row)
                     scores = " ".join(f"{name.upper()} {row[name]:.3f}" for name in ("ua", "ira", "cra", "drift"))
                     watch.say(f"{run}: {scores} in {row['seconds']:.1f} s")

@@ -145,7 +145,7 @@ class EvaluateForgetting(io.ComfyNode):
         filename: str,
     ) -> io.NodeOutput:
         from ..core.evaluation import BASELINES, UNEDITED, SamplingSettings
-        from ..core.evaluation.assess import Measures, assess
+        from ..core.evaluation.assess import EvaluationSettings, assess
         from ..core.evaluation.report import write_report
         from ..core.files.workspace import Workspace
         from ..core.service import evaluation_text
@@ -168,7 +168,7 @@ class EvaluateForgetting(io.ComfyNode):
             judges = evaluation_text.evaluators(embedded, clip_judge, bench)
             small = max(diffusion.latent_shape[1:]) <= _SMALL
             sampling = SamplingSettings(steps, diffusion.guidance, _AT_ONCE if small else _FEW, "float32")
-            measures = Measures(
+            settings = EvaluationSettings(
                 count,
                 seed,
                 BASELINES if baselines else (UNEDITED,),
@@ -181,7 +181,7 @@ class EvaluateForgetting(io.ComfyNode):
                 judges,
                 [(patch, strength)],
                 names,
-                measures,
+                settings,
                 bench=bench,
                 # other concepts that the same patch forgets are not part of the retain set
                 without=evaluation_text.known_only(forgotten, bench),

@@ -96,7 +96,7 @@ class DrawnProbe:
     def eval(self) -> DrawnProbe:
         return self
 
-    def see(self, images: Tensor) -> list[Labels]:
+    def classify(self, images: Tensor) -> list[Labels]:
         rows = ((images[:, 0, 0, :4] + 1) * 127.5).round().int().tolist()
         return [Labels(**{c: LABELS[c][i] for c, i in zip(LABELS, row, strict=True)}) for row in rows]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation.bench.prompt_lists import ListedPrompt
     from ..evaluation.bench.run import BenchRow, Patches
     from ..evaluation.drawing import SamplingSettings
-    from ..evaluation.spread import Spread
+    from ..evaluation.processes import ProcessGroup
     from ..models.latent_diffusion import LatentDiffusion
     from ..patch.patch import Patch
     from ..progress import Progress
@@ -98,12 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.bench.concept_bench import load_bench
-    from ..evaluation.bench.questions import bench_cells
-    from ..evaluation.bench.results import BenchResults, check_results, means
+    from ..evaluation.bench.questions import bench_questions
+    from ..evaluation.bench.results import BenchResults, check_results, mean_scores
     from ..evaluation.bench.run import run_bench
-    from ..evaluation.drawing import Drawings
+    from ..evaluation.drawing import SampleCache
+    from ..evaluation.processes import launched_processes
     from ..evaluation.scores import BASELINES, UNEDITED
-    from ..evaluation.spread import launched
     from ..files.workspace import key_of
 
     # reject invalid input before a model is loaded
@@ -115,9 +115,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = choose(bench, args.concept, args.category)
     if args.out is not None:
         check_results(check_writable(args.out))
-    spread = launched(options.device_of(args))
+    processes = launched_processes(options.device_of(args))
     try:
-        if not spread.main:
+        if not processes.is_main:
             console.as_json = False  # only the main process prints the result
         model, evaluators = options.load_evaluators(args, bench, console)
         judge = evaluators.judge
@@ -132,14 +132,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 )
         chosen = chosen[: args.limit]
         for name in chosen:
-            bench_cells(bench, judge.names, name, args.count, args.seed, without)  # raises if it cannot be measured
-        sampling = spread.from_main(lambda: sampling_for(args, model))
+            bench_questions(bench, judge.names, name, args.count, args.seed, without)  # raises if it cannot be measured
+        sampling = processes.broadcast(lambda: sampling_for(args, model))
         settings = {
             "bench": bench.name,
             "bench_digest": bench.digest(),
             "model": model.name,
             "model_hash": model.model_hash,
-            "judge": judge.about,
+            "judge": judge.description,
             **measured_settings(args, patches),
             "lists": {name: key_of([[p.text, p.seed] for p in prompts]) for name, prompts in listed.items()},
             "count": args.count,
@@ -149,11 +149,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "guidance": sampling.guidance,
             "precision": sampling.precision,
         }
-        results = spread.from_main(lambda: BenchResults(args.out, settings))
+        results = processes.broadcast(lambda: BenchResults(args.out, settings))
         known = len(results.rows)
 
         def patches_of(concept: BenchConcept, progress: Progress) -> Patches:
-            return tuple(patches) if args.patch else fit_on_main(model, plans[concept.name], spread, progress)
+            return tuple(patches) if args.patch else fit_on_main(model, plans[concept.name], processes, progress)
 
         with console.progress(f"measuring {len(chosen)} concepts") as progress:
             for row in run_bench(
@@ -161,24 +161,24 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 bench,
                 chosen,
                 patches_of,
-                Drawings(model, judge, sampling, spread),
+                SampleCache(model, judge, sampling, processes),
                 args.count,
                 args.seed,
                 without=without,
                 listed=listed,
                 baselines=(UNEDITED,) if args.no_baselines else BASELINES,
                 done=results.done,
-                progress=progress if spread.main else None,
+                progress=progress if processes.is_main else None,
             ):
-                if spread.main:
+                if processes.is_main:
                     results.add(row)
                 else:
                     results.rows.append(row)
     finally:
-        spread.close()
+        processes.close()
     rows = [row for row in results.rows if row.concept in chosen]
-    by_variant = {name: means([row for row in rows if row.variant == name]) for name in variants_in(rows)}
-    if spread.main:
+    by_variant = {name: mean_scores([row for row in rows if row.variant == name]) for name in variants_in(rows)}
+    if processes.is_main:
         show(rows, f"{bench.name}: {len(chosen)} concepts, {args.count} pictures a cell, {args.steps} steps", console)
         if args.out is not None:
             console.say(f"{args.out}: {len(results.rows)} rows, {known} of them from an earlier run")
@@ -260,9 +260,9 @@ def choose(bench: ConceptBench, names: Sequence[str] | None, categories: Sequenc
 
 def sampling_for(args: argparse.Namespace, model: LatentDiffusion) -> SamplingSettings:
     """Sampling settings; ``auto`` precision is that of earlier results, or measured if there are none."""
-    from ..evaluation.bench.results import settings_in
+    from ..evaluation.bench.results import read_settings
 
-    earlier = settings_in(args.out) if args.out is not None and args.precision == "auto" else None
+    earlier = read_settings(args.out) if args.out is not None and args.precision == "auto" else None
     if earlier is not None:
         args.precision = earlier.get("precision", "auto")
     return options.sampling_of(args, model).resolved(model)
@@ -287,11 +287,11 @@ def measured_settings(args: argparse.Namespace, patches: Sequence[tuple[Patch, f
     }
 
 
-def fit_on_main(model: LatentDiffusion, plan: Plan, spread: Spread, progress: Progress) -> Patches:
+def fit_on_main(model: LatentDiffusion, plan: Plan, processes: ProcessGroup, progress: Progress) -> Patches:
     """Fit the plan in the main process and share the patch with the others."""
     from ..methods.fit import fit
 
-    return ((spread.from_main(lambda: fit(model, plan, progress)), 1.0),)
+    return ((processes.broadcast(lambda: fit(model, plan, progress)), 1.0),)
 
 
 # -- output -------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def variants_in(rows: Sequence[BenchRow]) -> list[str]:
 
 def show(rows: Sequence[BenchRow], title: str, console: Console) -> None:
     """Print the means by category and over all, one row per variant, without columns that have no value."""
-    from ..evaluation.bench.results import means
+    from ..evaluation.bench.results import mean_scores
 
     groups = {kind: [row for row in rows if row.category == kind] for kind in KINDS}
     groups = {kind: found for kind, found in groups.items() if found}
@@ -315,7 +315,7 @@ def show(rows: Sequence[BenchRow], title: str, console: Console) -> None:
     for kind, found in groups.items():
         for variant in variants_in(found):
             some = [row for row in found if row.variant == variant]
-            table.append((f"{kind} ({len(some)})\n  {VARIANT_TITLES[variant]}", means(some)))
+            table.append((f"{kind} ({len(some)})\n  {VARIANT_TITLES[variant]}", mean_scores(some)))
     parts = [part for part in COLUMN_TITLES if any(values[part] is not None for _, values in table)]
     cells = [[name, *(_cell(values[part]) for part in parts)] for name, values in table]
     console.table(["", *(COLUMN_TITLES[part] for part in parts)], cells, title)

@@ -61,7 +61,7 @@ def requests(method: str, preset: str) -> list[ForgetRequest]:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from ..evaluation import UNEDITED, Subject, evaluate
+    from ..evaluation import UNEDITED, EvaluationTarget, evaluate
     from ..evaluation.pictures import before_after
     from ..evaluation.report import PatchFacts, Provenance, Report, grids, write_report
     from ..formats import kohya
@@ -73,19 +73,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     began = time.perf_counter()
     model, probe = options.load_embedded(args, console)
     folder = make_folder(args.out)
-    subjects, files = [], []
+    targets, files = [], []
     for plan in plans:
         with console.progress(f"forgetting {concepts_text(plan.request)}") as progress:
             patch = fit(model, plan, progress)
         file = folder / f"forget-{file_stem(plan.request)}.safetensors"
         kohya.save(patch, file, model.survey)
         files.append(file)
-        subjects.append(Subject(plan.request.concepts[0].name, ((patch, 1.0),)))
+        targets.append(EvaluationTarget(plan.request.concepts[0].name, ((patch, 1.0),)))
     with console.progress("measuring") as progress:
         found = evaluate(
             model,
             probe,
-            subjects,
+            targets,
             args.count,
             args.seed,
             options.sampling_of(args),
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     facts = [
         PatchFacts.of(patch, strength, file.name)
-        for subject, file in zip(subjects, files, strict=True)
+        for subject, file in zip(targets, files, strict=True)
         for patch, strength in subject.patches
     ]
     measured = {"count": args.count, "seed": args.seed, "steps": args.steps, "guidance": args.guidance}

@@ -88,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from ..evaluation import known_concept
-    from ..evaluation.assess import Measures, assess
+    from ..evaluation import find_concept
+    from ..evaluation.assess import EvaluationSettings, assess
     from ..evaluation.bench.concept_bench import load_bench
     from ..evaluation.pictures import before_after
     from ..evaluation.report import write_report
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.bench or args.model != "mini":
         bench = load_bench(args.bench or "checkpoints")
     for name in args.concept or ():
-        known_concept(name) if bench is None else bench.find(name)
+        find_concept(name) if bench is None else bench.find(name)
     for file in (args.out, args.pictures, args.report):
         if file is not None:
             check_writable(file)
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = args.concept or forgotten
     if not names:
         raise RequestError("The patch does not name the concepts it forgets: name them with --concept.")
-    measures = Measures(
+    settings = EvaluationSettings(
         args.count,
         args.seed,
         (UNEDITED,) if args.no_baselines else BASELINES,
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             evaluators,
             patches,
             names,
-            measures,
+            settings,
             bench=bench,
             earlier=earlier,
             # other concepts that the same patches forget are not part of the retain set
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "count": args.count,
         "seed": args.seed,
         "steps": args.steps,
-        "guidance": measures.sampling.guidance,
+        "guidance": settings.sampling.guidance,
         "concepts": [one.as_dict() for one in found],
     }
     for part in ("attacks", "m_scores", "erosion"):
@@ -195,10 +195,10 @@ def concepts_of(patches: Sequence[Patch]) -> list[str]:
 
 
 def _is_known(name: str) -> bool:
-    from ..evaluation import known_concept
+    from ..evaluation import find_concept
 
     try:
-        known_concept(name)
+        find_concept(name)
     except RequestError:
         return False
     return True

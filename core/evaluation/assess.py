@@ -26,8 +26,8 @@ from ..training.textual_inversion import InversionSettings
 from .attacks import AttackBudget, SuccessJudge, Target, run_attacks
 from .attention_pictures import AttentionPair, attention_pairs
 from .bench.concept_bench import ConceptBench
-from .bench.questions import bench_cells
-from .drawing import Drawings, Picture, SamplingSettings
+from .bench.questions import bench_questions
+from .drawing import Picture, SampleCache, SamplingSettings
 from .erosion import erosion
 from .judges import Judge, WorldJudge
 from .m_score import concept_latents, m_score
@@ -37,7 +37,7 @@ from .metrics import (
     PairDistance,
     ProbeDistance,
     ProbeFeatures,
-    ProbeWords,
+    ProbeImageText,
     clip_score,
     features_of,
     fid,
@@ -50,18 +50,18 @@ from .scores import (
     PATCHED,
     UNEDITED,
     EvaluationPlan,
-    Subject,
+    EvaluationTarget,
+    build_variants,
     check_baselines,
-    measured,
-    variants_of,
+    score_plan,
     world_plans,
 )
 from .weight_drift import weight_drift
 
-__all__ = ["Evaluators", "Measures", "assess"]
+__all__ = ["EvaluationSettings", "Evaluators", "assess"]
 
 # pictures of where a concept's word looks, for each concept
-LOOKS = 2
+ATTENTION_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Evaluators:
     judge: Judge
     features: FeatureExtractor | None = None
     distance: PairDistance | None = None
-    words: ImageText | None = None
+    image_text: ImageText | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def embedded(cls, probe: Probe) -> Evaluators:
         """The embedded model's: its probe in every part."""
-        return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeWords(probe))
+        return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe))
 
 
 @dataclass(frozen=True)
-class Measures:
+class EvaluationSettings:
     """What is measured: ``count`` pictures in each cell of UA, IRA and CRA, beside ``baselines``, under ``seed``.
 
     ``quality``: FID, KID and the like of the kept pictures; ``drift``: how far the weights are moved; ``attention``:
@@ -117,21 +117,21 @@ class Measures:
         }
 
 
-class _Sees:
+class _ConceptJudge:
     """A judge asked for one concept: the attacks' question."""
 
     def __init__(self, judge: Judge, name: str, category: str) -> None:
         self.judge, self.name, self.category = judge, name, category
-        self.about = f"{judge.about}: {category} {name}"
+        self.description = f"{judge.description}: {category} {name}"
 
     def shows(self, images: Tensor) -> list[bool]:
         return [
             canonical_phrase(getattr(labels, self.category)) == canonical_phrase(self.name)
-            for labels in self.judge.see(images)
+            for labels in self.judge.classify(images)
         ]
 
 
-class _Stages:
+class _Timer:
     """How long each stage took, in the order in which they came."""
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ def assess(
     evaluators: Evaluators,
     patches: Sequence[tuple[Patch, float]],
     concepts: Sequence[str],
-    measures: Measures | None = None,
+    settings: EvaluationSettings | None = None,
     *,
     bench: ConceptBench | None = None,
     earlier: Sequence[Patch] = (),
@@ -171,53 +171,55 @@ def assess(
     no sense, :class:`PatchError` for a patch that does not fit, and
     :class:`Cancelled` as everything that draws. The model is given back bit for bit.
     """
-    measures = measures or Measures()
+    settings = settings or EvaluationSettings()
     names = list(dict.fromkeys(concepts))
     if not names:
         raise RequestError("There is no concept to evaluate: name at least one.")
-    check_baselines(measures.baselines)
+    check_baselines(settings.baselines)
     for patch, _ in patches:
         patch.check_fits(model.survey)
     if earlier and not isinstance(evaluators.judge, WorldJudge):
         raise RequestError("Erosion over a sequence is measured on the embedded model: leave the earlier patches out.")
-    patches, left_out, stages = tuple(patches), dict(evaluators.missing), _Stages()
-    baselines = tuple(dict.fromkeys((UNEDITED, *measures.baselines)))
-    plans = _plans(evaluators.judge, patches, names, measures, baselines, bench, without)
-    drawings = Drawings(model, evaluators.judge, measures.sampling)
+    patches, left_out, timer = tuple(patches), dict(evaluators.missing), _Timer()
+    baselines = tuple(dict.fromkeys((UNEDITED, *settings.baselines)))
+    plans = _plans(evaluators.judge, patches, names, settings, baselines, bench, without)
+    cache = SampleCache(model, evaluators.judge, settings.sampling)
     for plan in plans:
-        plan.want(drawings)
-    with stages("pictures"):
-        drawings.make(progress)
-        evaluations = tuple(measured(drawings, plan, baselines) for plan in plans)
-    sampling = drawings.sampling.resolved(model)
+        plan.request(cache)
+    with timer("pictures"):
+        cache.generate(progress)
+        evaluations = tuple(score_plan(cache, plan, baselines) for plan in plans)
+    sampling = cache.sampling.resolved(model)
     metrics: tuple[Metric, ...] = ()
-    if measures.quality:
-        with stages("picture quality"):
-            metrics = _quality(evaluators, drawings, plans)
+    if settings.quality:
+        with timer("picture quality"):
+            metrics = _quality(evaluators, cache, plans)
     attention: tuple[AttentionPair, ...] = ()
-    if measures.attention:
-        with stages("attention"):
+    if settings.attention:
+        with timer("attention"):
             attention = _attention(model, plans, patches, sampling, left_out, progress)
     m_scores: list[MScore] = []
     attacks: list[Attack] = []
     for plan in plans:
         concept = Concept(plan.concept, plan.category)
-        if measures.m_score:
-            with stages("M-Score"), _unless_impossible(left_out, "m_scores"):
-                latents = concept_latents(model, concept, seed=measures.seed, progress=progress, workspace=workspace)
-                how = measures.m_score if isinstance(measures.m_score, InversionSettings) else None
-                found = m_score(model, concept, latents, patches, how, measures.seed, progress, workspace)
+        if settings.m_score:
+            with timer("M-Score"), _skip_unsupported(left_out, "m_scores"):
+                latents = concept_latents(model, concept, seed=settings.seed, progress=progress, workspace=workspace)
+                how = settings.m_score if isinstance(settings.m_score, InversionSettings) else None
+                found = m_score(model, concept, latents, patches, how, settings.seed, progress, workspace)
                 m_scores.append(MScore(found.concept, found.before, found.after))
-        if measures.attacks is not None:
-            with stages("attacks"), _unless_impossible(left_out, "attacks"):
-                attacks += _attacked(
-                    model, evaluators.judge, plan, bench, measures, sampling, left_out, progress, workspace
+        if settings.attacks is not None:
+            with timer("attacks"), _skip_unsupported(left_out, "attacks"):
+                attacks += _run_attacks(
+                    model, evaluators.judge, plan, bench, settings, sampling, left_out, progress, workspace
                 )
     steps: tuple[ErosionStep, ...] = ()
     if earlier:
-        with stages("erosion"):
-            steps = _eroded(model, evaluators.judge, [*earlier, _together(patches)], measures, drawings, progress)
-    drift = weight_drift(model.survey, _together(patches)) if measures.drift and patches else None
+        with timer("erosion"):
+            steps = _measure_erosion(
+                model, evaluators.judge, [*earlier, _combined_patch(patches)], settings, cache, progress
+            )
+    drift = weight_drift(model.survey, _combined_patch(patches)) if settings.drift and patches else None
     facts = [
         PatchFacts.of(patch, strength, files[i] if i < len(files) else None)
         for i, (patch, strength) in enumerate(patches)
@@ -227,8 +229,8 @@ def assess(
         Provenance.of(
             model,
             facts,
-            measures.as_dict()
-            | {"precision": sampling.precision, "judge": evaluators.judge.about}
+            settings.as_dict()
+            | {"precision": sampling.precision, "judge": evaluators.judge.description}
             | ({} if bench is None else {"benchmark": bench.name, "benchmark_digest": bench.digest()}),
         ),
         evaluations,
@@ -240,19 +242,19 @@ def assess(
         steps,
         tuple(grid for one in evaluations for grid in grids(one)),
         attention,
-        stages.seconds,
+        timer.seconds,
         left_out,
     )
 
 
-def _together(patches: Sequence[tuple[Patch, float]]) -> Patch:
+def _combined_patch(patches: Sequence[tuple[Patch, float]]) -> Patch:
     if len(patches) == 1 and patches[0][1] == 1.0:
         return patches[0][0]
     return Patch.combined(list(patches))
 
 
 @contextmanager
-def _unless_impossible(left_out: dict[str, str], part: str) -> Iterator[None]:
+def _skip_unsupported(left_out: dict[str, str], part: str) -> Iterator[None]:
     """What this model cannot be asked is left out, with the reason; a request that is wrong is still an error."""
     try:
         yield
@@ -266,7 +268,7 @@ def _plans(
     judge: Judge,
     patches: tuple[tuple[Patch, float], ...],
     names: Sequence[str],
-    measures: Measures,
+    settings: EvaluationSettings,
     baselines: Sequence[str],
     bench: ConceptBench | None,
     without: Sequence[str],
@@ -274,27 +276,29 @@ def _plans(
     if bench is None:
         if not isinstance(judge, WorldJudge):
             raise RequestError("This model has no world of its own to ask about: give a benchmark.")
-        subjects = [Subject(name, patches) for name in names]
-        return world_plans(subjects, measures.count, measures.seed, without=without, baselines=baselines)
+        targets = [EvaluationTarget(name, patches) for name in names]
+        return world_plans(targets, settings.count, settings.seed, without=without, baselines=baselines)
     found = []
     for name in names:
         concept = bench.find(name)
-        cells = bench_cells(bench, judge.names, concept.name, measures.count, measures.seed, without=[*names, *without])
+        cells = bench_questions(
+            bench, judge.names, concept.name, settings.count, settings.seed, without=[*names, *without]
+        )
         found.append(
-            EvaluationPlan(concept.name, concept.category, cells, variants_of(concept.name, patches, baselines))
+            EvaluationPlan(concept.name, concept.category, cells, build_variants(concept.name, patches, baselines))
         )
     return found
 
 
-def _quality(evaluators: Evaluators, drawings: Drawings, plans: Sequence[EvaluationPlan]) -> tuple[Metric, ...]:
+def _quality(evaluators: Evaluators, cache: SampleCache, plans: Sequence[EvaluationPlan]) -> tuple[Metric, ...]:
     """Pictures of what is kept, each variant's against the unedited model's of the same prompts and seeds."""
     pairs: dict[str, dict[object, tuple[str, Tensor, Tensor]]] = {}
     for plan in plans:
         for name, variant in plan.variants.items():
             if name == UNEDITED:
                 continue
-            asked = [question.picture for question in (*plan.cells.same, *plan.cells.other)]
-            before, after = drawings.seen(plan.variants[UNEDITED], asked), drawings.seen(variant, asked)
+            asked = [question.picture for question in (*plan.cells.in_domain, *plan.cells.cross_domain)]
+            before, after = cache.get(plan.variants[UNEDITED], asked), cache.get(variant, asked)
             for picture, was, now in zip(asked, before, after, strict=True):
                 pairs.setdefault(name, {})[variant.key, picture] = (picture.prompt, was.picture, now.picture)
     stacks = {
@@ -337,10 +341,10 @@ def _quality(evaluators: Evaluators, drawings: Drawings, plans: Sequence[Evaluat
                 errors,
             )
         )
-    if evaluators.words is not None:
+    if evaluators.image_text is not None:
         prompts, unedited, _ = stacks[PATCHED]
-        means = {UNEDITED: clip_score(evaluators.words, unedited, prompts)}
-        means |= {name: clip_score(evaluators.words, now, said) for name, (said, _, now) in stacks.items()}
+        means = {UNEDITED: clip_score(evaluators.image_text, unedited, prompts)}
+        means |= {name: clip_score(evaluators.image_text, now, said) for name, (said, _, now) in stacks.items()}
         errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
         metrics.append(
             Metric(
@@ -348,7 +352,7 @@ def _quality(evaluators: Evaluators, drawings: Drawings, plans: Sequence[Evaluat
                 {name: mean.value for name, mean in means.items()},
                 n,
                 "higher",
-                f"{evaluators.words.name}; pictures of what is kept and their prompts",
+                f"{evaluators.image_text.name}; pictures of what is kept and their prompts",
                 errors,
             )
         )
@@ -366,30 +370,30 @@ def _attention(
     pictures: list[Picture] = []
     phrases: list[str] = []
     for plan in plans:
-        named = [q.picture for q in plan.cells.target if _says(model, q.picture.prompt, plan.concept)]
-        pictures += named[:LOOKS]
-        phrases += [plan.concept] * len(named[:LOOKS])
+        named = [q.picture for q in plan.cells.target if _contains_phrase(model, q.picture.prompt, plan.concept)]
+        pictures += named[:ATTENTION_IMAGES]
+        phrases += [plan.concept] * len(named[:ATTENTION_IMAGES])
     if not pictures:
         left_out["attention"] = "no prompt says the concept by its name."
         return ()
-    with _unless_impossible(left_out, "attention"):
+    with _skip_unsupported(left_out, "attention"):
         return tuple(attention_pairs(model, pictures, phrases, patches, sampling, progress))
     return ()
 
 
-def _says(model: LatentDiffusion, prompt: str, phrase: str) -> bool:
+def _contains_phrase(model: LatentDiffusion, prompt: str, phrase: str) -> bool:
     try:
         return bool(token_positions(model.text, phrase, prompt))
     except ForgetConceptError:  # it does not, or beyond what the encoder reads
         return False
 
 
-def _attacked(
+def _run_attacks(
     model: LatentDiffusion,
     judge: Judge,
     plan: EvaluationPlan,
     bench: ConceptBench | None,
-    measures: Measures,
+    settings: EvaluationSettings,
     sampling: SamplingSettings,
     left_out: dict[str, str],
     progress: Progress | None,
@@ -400,15 +404,15 @@ def _attacked(
     else:
         prompts = bench.find(plan.concept).prompts
         target = Target.named(Concept(plan.concept, plan.category), (*prompts["paraphrased"], *prompts["indirect"]))
-    assert measures.attacks is not None
-    asked: SuccessJudge = _Sees(judge, plan.concept, plan.category)
+    assert settings.attacks is not None
+    asked: SuccessJudge = _ConceptJudge(judge, plan.concept, plan.category)
     found = run_attacks(
         model,
         plan.variants[PATCHED],
         target,
         asked,
-        measures.attacks,
-        measures.seed,
+        settings.attacks,
+        settings.seed,
         sampling=sampling,
         workspace=workspace,
         progress=progress,
@@ -420,23 +424,23 @@ def _attacked(
             found.concept,
             one.before,
             one.after,
-            one.spent.words,
+            one.cost.summary,
             tuple(prompt.prompt for prompt in one.strongest),
         )
         for one in found.results
     ]
 
 
-def _eroded(
+def _measure_erosion(
     model: LatentDiffusion,
     judge: Judge,
     steps: Sequence[Patch],
-    measures: Measures,
-    drawings: Drawings,
+    settings: EvaluationSettings,
+    cache: SampleCache,
     progress: Progress | None,
 ) -> tuple[ErosionStep, ...]:
     found = erosion(
-        model, judge, steps, measures.count, measures.seed, measures.sampling, drawings=drawings, progress=progress
+        model, judge, steps, settings.count, settings.seed, settings.sampling, cache=cache, progress=progress
     )
     before: set[str] = set()
     told = []

@@ -19,14 +19,14 @@ from ..models.safe_guidance import SafetyGuidance
 from ..models.text_encoders import encode_prompts
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
-from .spread import ALONE, Spread
+from .processes import SINGLE_PROCESS, ProcessGroup
 
 __all__ = [
-    "Drawings",
+    "ImageClassifier",
+    "LabeledImage",
     "Picture",
-    "Probe",
+    "SampleCache",
     "SamplingSettings",
-    "Seen",
     "Variant",
     "draw",
     "faster_precision",
@@ -39,10 +39,10 @@ GAIN = 1.25
 _TIMED = 8
 
 
-class Probe(Protocol):
+class ImageClassifier(Protocol):
     """Says what it sees in pictures ``(n, 3, 128, 128)`` in [-1, 1]: one :class:`Labels` each."""
 
-    def see(self, images: Tensor) -> list[Labels]: ...
+    def classify(self, images: Tensor) -> list[Labels]: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LabeledImage:
     """A picture ``(3, H, W)`` uint8 and what the probe finds in it."""
 
     picture: Tensor
@@ -206,36 +206,40 @@ def draw(
         yield images
 
 
-class Drawings:
+class SampleCache:
     """Pictures asked for by several measurements, each drawn and looked at once.
 
     :meth:`want` says what will be needed, :meth:`make` draws it, :meth:`seen` gives it. So the pictures of the unedited
-    model serve every concept that is measured beside it. With a ``spread`` of several processes each draws its part,
+    model serve every concept that is measured beside it. With a ``processes`` of several processes each draws its part,
     and all of them have everything afterwards.
     """
 
     def __init__(
-        self, model: LatentDiffusion, probe: Probe, sampling: SamplingSettings, spread: Spread = ALONE
+        self,
+        model: LatentDiffusion,
+        probe: ImageClassifier,
+        sampling: SamplingSettings,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.model, self.probe, self.sampling, self.spread = model, probe, sampling, spread
+        self.model, self.probe, self.sampling, self.processes = model, probe, sampling, processes
         self._variants: dict[tuple[object, ...], Variant] = {}
-        self._wanted: dict[tuple[object, ...], dict[Picture, None]] = {}
-        self._seen: dict[tuple[tuple[object, ...], Picture], Seen] = {}
+        self._pending: dict[tuple[object, ...], dict[Picture, None]] = {}
+        self._images: dict[tuple[tuple[object, ...], Picture], LabeledImage] = {}
 
-    def want(self, variant: Variant, pictures: Sequence[Picture]) -> None:
+    def request(self, variant: Variant, pictures: Sequence[Picture]) -> None:
         """Ask for pictures of a variant; what is there or already asked for is not drawn again."""
         self._variants.setdefault(variant.key, variant)
-        wanted = self._wanted.setdefault(variant.key, {})
-        wanted.update((picture, None) for picture in pictures if (variant.key, picture) not in self._seen)
+        wanted = self._pending.setdefault(variant.key, {})
+        wanted.update((picture, None) for picture in pictures if (variant.key, picture) not in self._images)
 
-    def make(self, progress: Progress | None = None) -> None:
+    def generate(self, progress: Progress | None = None) -> None:
         """Draw and look at everything asked for. Progress counts pictures' steps over all of it."""
-        if not any(self._wanted.values()):
+        if not any(self._pending.values()):
             return
-        self.sampling = sampling = self.spread.from_main(lambda: self.sampling.resolved(self.model))
+        self.sampling = sampling = self.processes.broadcast(lambda: self.sampling.resolved(self.model))
         batches = [
             (key, list(wanted)[start : start + sampling.batch])
-            for key, wanted in self._wanted.items()
+            for key, wanted in self._pending.items()
             for start in range(0, len(wanted), sampling.batch)
         ]
         made: list[tuple[int, Tensor, list[Labels]]] = []
@@ -245,25 +249,25 @@ class Drawings:
             at = done * sampling.steps + len(pictures) * event.step
             report_progress(progress, ProgressEvent(at, total * sampling.steps, message=f"drawing {total} pictures"))
 
-        with self.spread.share(range(len(batches))) as mine:
+        with self.processes.split(range(len(batches))) as mine:
             total = sum(len(batches[number][1]) for number in mine)
             for number in mine:
                 key, pictures = batches[number]
                 (images,) = draw(self.model, pictures, self._variants[key], sampling, inner)
-                made.append((number, images, self.probe.see(from_bytes(images))))
+                made.append((number, images, self.probe.classify(from_bytes(images))))
                 done += len(pictures)
-        for number, images, found in self.spread.gather(made):
+        for number, images, found in self.processes.gather(made):
             key, pictures = batches[number]
             for picture, image, labels in zip(pictures, images, found, strict=True):
-                self._seen[key, picture] = Seen(image, labels)
-        self._wanted.clear()
+                self._images[key, picture] = LabeledImage(image, labels)
+        self._pending.clear()
 
-    def drop(self, variant: Variant) -> None:
+    def discard(self, variant: Variant) -> None:
         """Let go of a variant's pictures, which on large models fill the memory."""
-        self._wanted.pop(variant.key, None)
+        self._pending.pop(variant.key, None)
         self._variants.pop(variant.key, None)
-        self._seen = {at: seen for at, seen in self._seen.items() if at[0] != variant.key}
+        self._images = {at: seen for at, seen in self._images.items() if at[0] != variant.key}
 
-    def seen(self, variant: Variant, pictures: Sequence[Picture]) -> list[Seen]:
+    def get(self, variant: Variant, pictures: Sequence[Picture]) -> list[LabeledImage]:
         """What was asked for and made, in this order."""
-        return [self._seen[variant.key, picture] for picture in pictures]
+        return [self._images[variant.key, picture] for picture in pictures]

@@ -19,11 +19,11 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..patch.history import read_history
 from ..patch.patch import Patch
 from ..progress import Progress
-from .drawing import Drawings, Probe, SamplingSettings, Seen, Variant
+from .drawing import ImageClassifier, LabeledImage, SampleCache, SamplingSettings, Variant
 from .intervals import Score
 from .metrics.mean import Mean
 from .metrics.perceptual import PairDistance, perceptual_distance
-from .scores import CATEGORIES, FEWEST, Question, image_distance, kept_questions, known_concept
+from .scores import CATEGORIES, MIN_COUNT, Question, find_concept, image_distance, retain_questions
 from .weight_drift import WeightDrift, weight_drift
 
 __all__ = ["ErosionStep", "erosion"]
@@ -67,7 +67,7 @@ class ErosionStep:
 
 def erosion(
     model: LatentDiffusion,
-    probe: Probe,
+    probe: ImageClassifier,
     steps: Sequence[Patch | History],
     count: int = 64,
     seed: int = 0,
@@ -76,7 +76,7 @@ def erosion(
     forgotten: Sequence[Sequence[str]] | None = None,
     without: Sequence[str] = (),
     perceptual: PairDistance | None = None,
-    drawings: Drawings | None = None,
+    cache: SampleCache | None = None,
     progress: Progress | None = None,
 ) -> list[ErosionStep]:
     """Measure each of ``steps``, the whole patch (or history) as it stood after each request, with ``count`` pictures
@@ -84,13 +84,13 @@ def erosion(
 
     What is forgotten is read from the patches' records; ``forgotten`` says it instead, the names up to each step. Kept
     are all concepts of the world that no step forgets and that are not in ``without``: every step answers the same
-    questions. ``drawings`` shares pictures with other measurements. Raises :class:`RequestError` for too few pictures,
+    questions. ``cache`` shares pictures with other measurements. Raises :class:`RequestError` for too few pictures,
     no steps, names that the probe does not know and a category of which nothing is kept,
     :class:`PatchError` for a patch without a record or for another model, and
     :class:`ForgetConceptError` where the base model draws nothing of a category right.
     """
-    if count < FEWEST:
-        raise RequestError(f"{count} pictures a category measure nothing: ask for at least {FEWEST}.")
+    if count < MIN_COUNT:
+        raise RequestError(f"{count} pictures a category measure nothing: ask for at least {MIN_COUNT}.")
     if not steps:
         raise RequestError("There is no step to measure: give at least one patch.")
     patches = [step.patch if isinstance(step, History) else step for step in steps]
@@ -99,21 +99,21 @@ def erosion(
     if len(forgotten) != len(patches):
         raise RequestError(f"There are {len(patches)} steps, and names of {len(forgotten)}: give the names of each.")
     named = [*(name for names in forgotten for name in names), *without]
-    gone = tuple(dict.fromkeys(known_concept(name)[0] for name in named))
+    gone = tuple(dict.fromkeys(find_concept(name)[0] for name in named))
     if empty := [c for c in CATEGORIES if all(word.name in gone for word in vocabulary.CATEGORIES[c])]:
         raise RequestError(f"No {empty[0]} is kept, so there are no prompts to measure erosion with: forget fewer.")
-    questions = {category: kept_questions(category, count, seed, gone) for category in CATEGORIES}
+    questions = {category: retain_questions(category, count, seed, gone) for category in CATEGORIES}
     drifts = [weight_drift(model.survey, patch) for patch in patches]
-    drawings = drawings or Drawings(model, probe, sampling or SamplingSettings())
+    cache = cache or SampleCache(model, probe, sampling or SamplingSettings())
     base, variants = Variant(), [Variant(((patch, 1.0),)) for patch in patches]
     asked = [question for several in questions.values() for question in several]
     pictures = [question.picture for question in asked]
     for variant in (base, *variants):
-        drawings.want(variant, pictures)
-    drawings.make(progress)
-    before = drawings.seen(base, pictures)
+        cache.request(variant, pictures)
+    cache.generate(progress)
+    before = cache.get(base, pictures)
     return [
-        _step(number + 1, names, asked, before, drawings.seen(variant, pictures), drift, perceptual)
+        _step(number + 1, names, asked, before, cache.get(variant, pictures), drift, perceptual)
         for number, (names, variant, drift) in enumerate(zip(forgotten, variants, drifts, strict=True))
     ]
 
@@ -122,14 +122,14 @@ def _step(
     number: int,
     names: Sequence[str],
     asked: Sequence[Question],
-    before: Sequence[Seen],
-    after: Sequence[Seen],
+    before: Sequence[LabeledImage],
+    after: Sequence[LabeledImage],
     weights: WeightDrift,
     perceptual: PairDistance | None,
 ) -> ErosionStep:
     rows = list(range(len(asked)))
-    was = [question.answered(seen) for question, seen in zip(asked, before, strict=True)]
-    still = [question.answered(seen) for question, seen in zip(asked, after, strict=True)]
+    was = [question.is_correct(seen) for question, seen in zip(asked, before, strict=True)]
+    still = [question.is_correct(seen) for question, seen in zip(asked, after, strict=True)]
 
     def lost(some: Sequence[int]) -> Score:
         return Score.ratio([still[i] for i in some], [was[i] for i in some]).complement
@@ -137,7 +137,7 @@ def _step(
     categories = {name: [i for i in rows if asked[i].category == name] for name in CATEGORIES}
     concepts: dict[str, list[int]] = {}
     for i in rows:
-        concepts.setdefault(asked[i].wanted, []).append(i)
+        concepts.setdefault(asked[i].expected, []).append(i)
     distance = None
     if perceptual is not None:
         first, second = (torch.stack([seen.picture for seen in several]) for several in (before, after))

@@ -15,7 +15,7 @@ from ..mini.world import LABELS, Labels
 from ..request.concept import KINDS
 
 if TYPE_CHECKING:
-    from .drawing import Probe
+    from .drawing import ImageClassifier
     from .metrics import ImageText
 
 __all__ = ["NOTHING", "TEMPLATES", "ClipJudge", "Judge", "WorldJudge"]
@@ -44,22 +44,22 @@ class Judge(Protocol):
     def names(self) -> Mapping[str, tuple[str, ...]]: ...
 
     @property
-    def about(self) -> str: ...
+    def description(self) -> str: ...
 
-    def see(self, images: Tensor) -> list[Labels]: ...
+    def classify(self, images: Tensor) -> list[Labels]: ...
 
 
 class WorldJudge:
     """The embedded model's probe."""
 
-    about = "the embedded model's probe"
+    description = "the embedded model's probe"
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: ImageClassifier) -> None:
         self.probe = probe
         self.names = {category: tuple(n for n in names if n != NONE) for category, names in LABELS.items()}
 
-    def see(self, images: Tensor) -> list[Labels]:
-        return self.probe.see(images)
+    def classify(self, images: Tensor) -> list[Labels]:
+        return self.probe.classify(images)
 
 
 class ClipJudge:
@@ -88,7 +88,7 @@ class ClipJudge:
         if not self.names:
             raise RequestError("There is nothing to tell apart: the benchmark names no concept.")
         self.encoder, self.batch = encoder, batch
-        self.about = f"zero-shot, {encoder.name}"
+        self.description = f"zero-shot, {encoder.name}"
         self._texts = {
             category: torch.stack(
                 [self._mean([t.format(name) for t in templates[category]]) for name in found]
@@ -101,7 +101,7 @@ class ClipJudge:
         return normalize(normalize(self.encoder.text_features(phrases).double(), dim=1).mean(0), dim=0)
 
     @torch.no_grad()
-    def see(self, images: Tensor) -> list[Labels]:
+    def classify(self, images: Tensor) -> list[Labels]:
         found: list[Labels] = []
         for part in images.split(self.batch):
             seen = normalize(self.encoder.image_features(part).double(), dim=1)

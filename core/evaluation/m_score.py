@@ -138,8 +138,8 @@ def concept_latents(
         return torch.cat([model.vae.encode(images[i : i + 16]).float().cpu() for i in range(0, len(images), 16)])
     if count < 1:
         raise RequestError(f"The M-Score of '{concept.name}' needs at least one picture, not {count}.")
-    said = templates(concept.kind)
-    prompts = [said[i % len(said)].format(concept.name) for i in range(count)]
+    prompt_templates = templates(concept.kind)
+    prompts = [prompt_templates[i % len(prompt_templates)].format(concept.name) for i in range(count)]
     seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     read = [model.text_layer, list(model.latent_shape)]
     key = key_of("m-score", model.model_hash, prompts, seeds, DRAW_STEPS, model.guidance, read)
@@ -155,13 +155,15 @@ def concept_latents(
 
 
 @torch.no_grad()
-def similarities(model: LatentDiffusion, vectors: Tensor, name: str, said: Sequence[str] = ("{}",)) -> dict[str, float]:
+def similarities(
+    model: LatentDiffusion, vectors: Tensor, name: str, prompt_templates: Sequence[str] = ("{}",)
+) -> dict[str, float]:
     """Cosines between inverted ``vectors`` ``(n, d_token)`` and the concept's own words, for each of :data:`SPACES`.
 
     - ``input``: of the mean vector and the mean of the name's sub-words, as input embeddings;
     - ``nearest``: for each sub-word of the name the nearest vector, the mean over the sub-words;
     - ``output``: of the text encoder's states at the end of the prompt, each less the state of the same template
-      without any concept; the mean over the templates in ``said``;
+      without any concept; the mean over the templates in ``prompt_templates``;
     - ``output_raw``: the same without taking that off.
 
     Raises :class:`ModelError` for another text encoder than a CLIP of SD1 or SD2, and
@@ -174,9 +176,9 @@ def similarities(model: LatentDiffusion, vectors: Tensor, name: str, said: Seque
     learned = vectors.float().cpu()
     pairs = normalize(own, dim=1) @ normalize(learned, dim=1).T
     reading = InvertedText(encoder, {PLACEHOLDER: vectors})
-    found = _ends(reading, [template.format(PLACEHOLDER) for template in said])
-    wanted = _ends(encoder, [template.format(name) for template in said])
-    plain = _ends(encoder, [" ".join(template.replace("{}", " ").split()) for template in said])
+    found = _ends(reading, [template.format(PLACEHOLDER) for template in prompt_templates])
+    wanted = _ends(encoder, [template.format(name) for template in prompt_templates])
+    plain = _ends(encoder, [" ".join(template.replace("{}", " ").split()) for template in prompt_templates])
     return {
         "input": _cosine(learned.mean(0), own.mean(0)),
         "nearest": float(pairs.max(1).values.mean()),

@@ -10,7 +10,7 @@ from ..errors import RequestError
 from ..mini import vocabulary, world
 from ..models.latent_diffusion import LatentDiffusion
 from ..progress import Progress
-from .drawing import Drawings, Picture, Probe, SamplingSettings, Variant
+from .drawing import ImageClassifier, Picture, SampleCache, SamplingSettings, Variant
 from .intervals import Score
 from .scores import ATTRIBUTES
 
@@ -47,7 +47,7 @@ class MiniTable:
 
 def mini_table(
     model: LatentDiffusion,
-    probe: Probe,
+    probe: ImageClassifier,
     count: int = 500,
     seed: int = SEED,
     sampling: SamplingSettings | None = None,
@@ -59,20 +59,20 @@ def mini_table(
     """
     asked = world.prompts(count, seed, held_out_only=True)
     pictures = [Picture(prompt.text, seed + i) for i, prompt in enumerate(asked)]
-    drawings = Drawings(model, probe, sampling or SamplingSettings(steps=25))
-    drawings.want(Variant(), pictures)
-    drawings.make(progress)
+    cache = SampleCache(model, probe, sampling or SamplingSettings(steps=25))
+    cache.request(Variant(), pictures)
+    cache.generate(progress)
     outcomes: dict[str, list[tuple[str, bool]]] = {attribute: [] for attribute in ATTRIBUTES}
-    for prompt, seen in zip(asked, drawings.seen(Variant(), pictures), strict=True):
+    for prompt, seen in zip(asked, cache.get(Variant(), pictures), strict=True):
         for attribute, answers in outcomes.items():
-            wanted = getattr(prompt.asks, attribute)
+            wanted = getattr(prompt.expected, attribute)
             if wanted != vocabulary.NONE:
                 answers.append((wanted, getattr(seen.labels, attribute) == wanted))
     if missing := [attribute for attribute, answers in outcomes.items() if not answers]:
         raise RequestError(f"Among {count} prompts none names a {missing[0]}: ask for more.")
     return MiniTable(
         count,
-        drawings.sampling,
+        cache.sampling,
         {attribute: Score.share([right for _, right in answers]) for attribute, answers in outcomes.items()},
         {attribute: _weakest(answers) for attribute, answers in outcomes.items()},
     )

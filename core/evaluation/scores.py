@@ -21,7 +21,7 @@ from ..models.safe_guidance import SafetyGuidance
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..request.concept import normalized_phrase
-from .drawing import Drawings, Picture, Probe, SamplingSettings, Seen, Variant
+from .drawing import ImageClassifier, LabeledImage, Picture, SampleCache, SamplingSettings, Variant
 from .intervals import Score
 
 __all__ = [
@@ -29,24 +29,24 @@ __all__ = [
     "PATCHED",
     "SAFE",
     "UNEDITED",
-    "Cells",
     "Evaluation",
     "EvaluationPlan",
+    "EvaluationTarget",
     "Example",
     "Question",
+    "QuestionSets",
     "Scores",
-    "Subject",
+    "build_variants",
     "check_baselines",
-    "drifted",
     "evaluate",
+    "find_concept",
     "image_distance",
-    "kept_questions",
-    "known_concept",
-    "measured",
+    "image_drift",
+    "retain_questions",
+    "score_plan",
+    "score_variant",
     "seed_of",
-    "shares",
     "target_questions",
-    "variants_of",
     "world_plans",
 ]
 
@@ -54,10 +54,10 @@ CATEGORIES = ("object", "style", "identity")
 ATTRIBUTES = (*CATEGORIES, "colour")
 PATCHED, UNEDITED, NEGATIVE, SAFE = "patched", "unedited", "negative_prompt", "safe_guidance"
 BASELINES = (UNEDITED, NEGATIVE, SAFE)
-FEWEST, EXAMPLES = 4, 3
+MIN_COUNT, EXAMPLES = 4, 3
 
 
-def known_concept(name: str) -> tuple[str, str]:
+def find_concept(name: str) -> tuple[str, str]:
     """The name as the embedded model's world writes it, and its category.
 
     Raises :class:`RequestError` for a concept the probe cannot see, listing those it can.
@@ -87,16 +87,16 @@ class Question:
         return Picture(self.prompt.text, self.seed)
 
     @property
-    def wanted(self) -> str:
-        return str(getattr(self.prompt.asks, self.category))
+    def expected(self) -> str:
+        return str(getattr(self.prompt.expected, self.category))
 
-    def answered(self, seen: Seen) -> bool:
+    def is_correct(self, seen: LabeledImage) -> bool:
         """Whether the probe finds what was prompted."""
-        return bool(getattr(seen.labels, self.category) == self.wanted)
+        return bool(getattr(seen.labels, self.category) == self.expected)
 
-    def others(self) -> list[str]:
+    def other_attributes(self) -> list[str]:
         """The other attributes that the prompt names."""
-        return [a for a in ATTRIBUTES if a != self.category and getattr(self.prompt.asks, a) != vocabulary.NONE]
+        return [a for a in ATTRIBUTES if a != self.category and getattr(self.prompt.expected, a) != vocabulary.NONE]
 
 
 def seed_of(*parts: object) -> int:
@@ -114,17 +114,17 @@ def _prompts(category: str, name: str, count: int, seed: int, without: tuple[str
 
 def target_questions(name: str, count: int, seed: int = 0) -> list[Question]:
     """``count`` prompts that name the concept, each about the concept itself."""
-    name, category = known_concept(name)
+    name, category = find_concept(name)
     asked = _prompts(category, name, count, seed_of("target", name, seed))
     return [Question(p, seed_of("target", name, seed, i), category) for i, p in enumerate(asked)]
 
 
-def kept_questions(category: str, count: int, seed: int = 0, without: Sequence[str] = ()) -> list[Question]:
+def retain_questions(category: str, count: int, seed: int = 0, without: Sequence[str] = ()) -> list[Question]:
     """``count`` prompts about concepts of one category, evenly over all of them but those in ``without``.
 
     No prompt names anything in ``without``. The same questions come first whatever the count.
     """
-    left_out = tuple(known_concept(name)[0] for name in without)
+    left_out = tuple(find_concept(name)[0] for name in without)
     # a prompt about one category also says something of the others
     for each in (category, *CATEGORIES):
         if all(word.name in left_out for word in vocabulary.CATEGORIES[each]):
@@ -140,7 +140,7 @@ def kept_questions(category: str, count: int, seed: int = 0, without: Sequence[s
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationTarget:
     """A concept to measure, and the patches (each at a strength) that are to have removed it."""
 
     concept: str
@@ -173,8 +173,8 @@ class Example:
 
     prompt: str
     seed: int
-    before: Seen
-    after: Seen
+    before: LabeledImage
+    after: LabeledImage
 
 
 @dataclass(frozen=True)
@@ -216,20 +216,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Cells:
+class QuestionSets:
     """What is asked about one concept: about itself, about others of its category, about those of other categories.
 
     ``near`` names those of the same category that are its neighbours.
     """
 
     target: list[Question]
-    same: list[Question]
-    other: list[Question]
-    near: tuple[str, ...] = ()
+    in_domain: list[Question]
+    cross_domain: list[Question]
+    neighbours: tuple[str, ...] = ()
 
     @property
     def all(self) -> list[Question]:
-        return [*self.target, *self.same, *self.other]
+        return [*self.target, *self.in_domain, *self.cross_domain]
 
 
 @dataclass(frozen=True)
@@ -238,13 +238,13 @@ class EvaluationPlan:
 
     concept: str
     category: str
-    cells: Cells
+    cells: QuestionSets
     variants: Mapping[str, Variant]
 
-    def want(self, drawings: Drawings) -> None:
+    def request(self, cache: SampleCache) -> None:
         """Ask for all its pictures."""
         for variant in self.variants.values():
-            drawings.want(variant, [question.picture for question in self.cells.all])
+            cache.request(variant, [question.picture for question in self.cells.all])
 
 
 def check_baselines(baselines: Sequence[str]) -> None:
@@ -253,7 +253,7 @@ def check_baselines(baselines: Sequence[str]) -> None:
         raise RequestError(f"The baseline '{unknown[0]}' is not known: choose among {', '.join(BASELINES)}.")
 
 
-def variants_of(
+def build_variants(
     name: str, patches: tuple[tuple[Patch, float], ...], baselines: Sequence[str] = BASELINES
 ) -> dict[str, Variant]:
     """The variants of the model that are compared about a concept; the unedited one is always among them."""
@@ -266,7 +266,7 @@ def variants_of(
 
 
 def world_plans(
-    subjects: Sequence[Subject],
+    targets: Sequence[EvaluationTarget],
     count: int,
     seed: int = 0,
     *,
@@ -274,27 +274,27 @@ def world_plans(
     baselines: Sequence[str] = (UNEDITED, NEGATIVE),
 ) -> list[EvaluationPlan]:
     """The questions of the embedded model's own world about each subject; see :func:`evaluate`, and what it raises."""
-    if count < FEWEST:
-        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {FEWEST}.")
-    if not subjects:
+    if count < MIN_COUNT:
+        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {MIN_COUNT}.")
+    if not targets:
         raise RequestError("There is no concept to evaluate: name at least one.")
     check_baselines(baselines)
-    named = [known_concept(subject.concept) for subject in subjects]
-    left_out = tuple(dict.fromkeys([name for name, _ in named] + [known_concept(name)[0] for name in without]))
-    pools = {category: kept_questions(category, count, seed, left_out) for category in CATEGORIES}
+    named = [find_concept(subject.concept) for subject in targets]
+    left_out = tuple(dict.fromkeys([name for name, _ in named] + [find_concept(name)[0] for name in without]))
+    pools = {category: retain_questions(category, count, seed, left_out) for category in CATEGORIES}
     plans = []
-    for subject, (name, category) in zip(subjects, named, strict=True):
+    for subject, (name, category) in zip(targets, named, strict=True):
         first, second = (c for c in CATEGORIES if c != category)
         other = [*pools[first][: count - count // 2], *pools[second][: count // 2]]
-        cells = Cells(target_questions(name, count, seed), pools[category], other)
-        plans.append(EvaluationPlan(name, category, cells, variants_of(name, subject.patches, baselines)))
+        cells = QuestionSets(target_questions(name, count, seed), pools[category], other)
+        plans.append(EvaluationPlan(name, category, cells, build_variants(name, subject.patches, baselines)))
     return plans
 
 
 def evaluate(
     model: LatentDiffusion,
-    probe: Probe,
-    subjects: Sequence[Subject],
+    probe: ImageClassifier,
+    targets: Sequence[EvaluationTarget],
     count: int = 200,
     seed: int = 0,
     sampling: SamplingSettings | None = None,
@@ -302,38 +302,38 @@ def evaluate(
     without: Sequence[str] = (),
     baselines: Sequence[str] = (UNEDITED, NEGATIVE),
     progress: Progress | None = None,
-    drawings: Drawings | None = None,
+    cache: SampleCache | None = None,
 ) -> list[Evaluation]:
     """Measure every subject with ``count`` pictures in each of its three cells (target, same category, other ones).
 
     Prompts about what is kept name none of the subjects nor of ``without``, so that all subjects share them and the
     unedited model draws them once. ``baselines`` are any of :data:`UNEDITED`, :data:`NEGATIVE` and :data:`SAFE` (its
-    published medium configuration, which takes three passes a step for two). ``drawings`` shares pictures with other
+    published medium configuration, which takes three passes a step for two). ``cache`` shares pictures with other
     measurements of the same model; its own model, probe and sampling then count. Raises :class:`RequestError` for
     concepts the probe does not know, too few pictures or an unknown baseline, and
     :class:`ForgetConceptError` where the unedited model itself draws nothing right.
     """
-    plans = world_plans(subjects, count, seed, without=without, baselines=baselines)
-    drawings = drawings or Drawings(model, probe, sampling or SamplingSettings())
+    plans = world_plans(targets, count, seed, without=without, baselines=baselines)
+    cache = cache or SampleCache(model, probe, sampling or SamplingSettings())
     for plan in plans:
-        plan.want(drawings)
-    drawings.make(progress)
-    return [measured(drawings, plan, baselines) for plan in plans]
+        plan.request(cache)
+    cache.generate(progress)
+    return [score_plan(cache, plan, baselines) for plan in plans]
 
 
-def _right(questions: Sequence[Question], seen: Sequence[Seen]) -> list[bool]:
-    return [question.answered(one) for question, one in zip(questions, seen, strict=True)]
+def _right(questions: Sequence[Question], seen: Sequence[LabeledImage]) -> list[bool]:
+    return [question.is_correct(one) for question, one in zip(questions, seen, strict=True)]
 
 
-def _right_otherwise(questions: Sequence[Question], seen: Sequence[Seen]) -> list[bool]:
+def _right_otherwise(questions: Sequence[Question], seen: Sequence[LabeledImage]) -> list[bool]:
     return [
-        getattr(one.labels, attribute) == getattr(question.prompt.asks, attribute)
+        getattr(one.labels, attribute) == getattr(question.prompt.expected, attribute)
         for question, one in zip(questions, seen, strict=True)
-        for attribute in question.others()
+        for attribute in question.other_attributes()
     ]
 
 
-def image_distance(before: Sequence[Seen], after: Sequence[Seen]) -> float:
+def image_distance(before: Sequence[LabeledImage], after: Sequence[LabeledImage]) -> float:
     """Root-mean-square difference of the pixels in [0, 1] of pictures, pair by pair; the mean over the pairs."""
     distances = [
         float((b.picture.float() - a.picture.float()).square().mean().sqrt()) / 255
@@ -342,7 +342,7 @@ def image_distance(before: Sequence[Seen], after: Sequence[Seen]) -> float:
     return sum(distances) / len(distances)
 
 
-def shares(drawings: Drawings, plan: EvaluationPlan, variant: str) -> dict[str, Score | None]:
+def score_variant(cache: SampleCache, plan: EvaluationPlan, variant: str) -> dict[str, Score | None]:
     """What one variant was drawn to do, counted part by part: the four of :class:`Scores`, ``neighbours`` and ``ua_*``.
 
     The last are UA of each kind of the target's prompts. ``None`` where nothing can be said: no such question was
@@ -351,16 +351,18 @@ def shares(drawings: Drawings, plan: EvaluationPlan, variant: str) -> dict[str, 
     cells = plan.cells
 
     def outcomes(name: str) -> dict[str, list[bool]]:
-        def seen(questions: Sequence[Question]) -> list[Seen]:
-            return drawings.seen(plan.variants[name], [question.picture for question in questions])
+        def seen(questions: Sequence[Question]) -> list[LabeledImage]:
+            return cache.get(plan.variants[name], [question.picture for question in questions])
 
-        same = _right(cells.same, seen(cells.same))
+        same = _right(cells.in_domain, seen(cells.in_domain))
         return {
             "ua": [not found for found in _right(cells.target, seen(cells.target))],
             "ira": same,
-            "cra": _right(cells.other, seen(cells.other)),
+            "cra": _right(cells.cross_domain, seen(cells.cross_domain)),
             "cra_target": _right_otherwise(cells.target, seen(cells.target)),
-            "neighbours": [right for right, q in zip(same, cells.same, strict=True) if q.wanted in cells.near],
+            "neighbours": [
+                right for right, q in zip(same, cells.in_domain, strict=True) if q.expected in cells.neighbours
+            ],
         }
 
     base, got = outcomes(UNEDITED), outcomes(variant)
@@ -373,14 +375,14 @@ def shares(drawings: Drawings, plan: EvaluationPlan, variant: str) -> dict[str, 
     return found
 
 
-def drifted(drawings: Drawings, plan: EvaluationPlan, variant: str) -> float:
+def image_drift(cache: SampleCache, plan: EvaluationPlan, variant: str) -> float:
     """How far one variant moves the pictures of what is kept: :attr:`Evaluation.drift`."""
-    pictures = [question.picture for question in (*plan.cells.same, *plan.cells.other)]
-    before, after = (drawings.seen(plan.variants[name], pictures) for name in (UNEDITED, variant))
+    pictures = [question.picture for question in (*plan.cells.in_domain, *plan.cells.cross_domain)]
+    before, after = (cache.get(plan.variants[name], pictures) for name in (UNEDITED, variant))
     return image_distance(before, after)
 
 
-def measured(drawings: Drawings, plan: EvaluationPlan, baselines: Sequence[str] = BASELINES) -> Evaluation:
+def score_plan(cache: SampleCache, plan: EvaluationPlan, baselines: Sequence[str] = BASELINES) -> Evaluation:
     """What was drawn as planned, counted. :data:`UNEDITED` is among the scores where it is among ``baselines``.
 
     Raises :class:`ForgetConceptError` where the unedited model draws nothing of a cell right, so that nothing
@@ -388,13 +390,13 @@ def measured(drawings: Drawings, plan: EvaluationPlan, baselines: Sequence[str] 
     """
     cells, variants = plan.cells, plan.variants
 
-    def seen(variant: str, questions: Sequence[Question]) -> list[Seen]:
-        return drawings.seen(variants[variant], [question.picture for question in questions])
+    def seen(variant: str, questions: Sequence[Question]) -> list[LabeledImage]:
+        return cache.get(variants[variant], [question.picture for question in questions])
 
     on_target = seen(UNEDITED, cells.target)
     base = {
-        "ira": _right(cells.same, seen(UNEDITED, cells.same)),
-        "cra": _right(cells.other, seen(UNEDITED, cells.other)),
+        "ira": _right(cells.in_domain, seen(UNEDITED, cells.in_domain)),
+        "cra": _right(cells.cross_domain, seen(UNEDITED, cells.cross_domain)),
         "cra_target": _right_otherwise(cells.target, on_target),
     }
     scores, drift, neighbours = {}, {}, {}
@@ -402,7 +404,7 @@ def measured(drawings: Drawings, plan: EvaluationPlan, baselines: Sequence[str] 
     for variant in variants:
         if variant == UNEDITED and UNEDITED not in baselines:
             continue
-        found = shares(drawings, plan, variant)
+        found = score_variant(cache, plan, variant)
         near = found.pop("neighbours")
         for part, answers in base.items():
             if found[part] is None:
@@ -414,7 +416,7 @@ def measured(drawings: Drawings, plan: EvaluationPlan, baselines: Sequence[str] 
                 by_kind.setdefault(part[3:], {})[variant] = score
         if near is not None:
             neighbours[variant] = near
-        drift[variant] = drifted(drawings, plan, variant)
+        drift[variant] = image_drift(cache, plan, variant)
 
     def examples(questions: Sequence[Question]) -> tuple[Example, ...]:
         before, after = seen(UNEDITED, questions), seen(PATCHED, questions)
@@ -422,12 +424,16 @@ def measured(drawings: Drawings, plan: EvaluationPlan, baselines: Sequence[str] 
 
     # one example of its own category and of each other one; concepts that share their prompts show different ones
     at = CATEGORIES.index(plan.category)
-    shown = [cells.same[at], cells.other[at % (len(cells.other) // 2)], cells.other[-1 - at % (len(cells.other) // 2)]]
+    shown = [
+        cells.in_domain[at],
+        cells.cross_domain[at % (len(cells.cross_domain) // 2)],
+        cells.cross_domain[-1 - at % (len(cells.cross_domain) // 2)],
+    ]
     return Evaluation(
         plan.concept,
         plan.category,
         len(cells.target),
-        len(cells.same) + len(cells.other),
+        len(cells.in_domain) + len(cells.cross_domain),
         scores,
         {part: Score.share(base[part]) for part in ("ira", "cra", "cra_target")},
         examples(cells.target[:EXAMPLES]),

@@ -61,7 +61,7 @@ class Probe(nn.Module):
         return {name: head(hidden) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def see(self, images: Tensor, batch: int = 64) -> list[Labels]:
+    def classify(self, images: Tensor, batch: int = 64) -> list[Labels]:
         """What each picture shows: the most likely class of every category."""
         self.eval()
         device = next(self.parameters()).device

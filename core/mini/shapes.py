@@ -70,7 +70,7 @@ def _star(p: Pen) -> None:
     p.polygon(points)
 
 
-def _heartbeat(p: Pen) -> None:
+def _heart(p: Pen) -> None:
     points = []
     for i in range(64):
         a = 2 * math.pi * i / 64
@@ -197,7 +197,7 @@ def _bow_archery(p: Pen) -> None:
 
 SILHOUETTES: dict[str, Callable[[Pen], None]] = {
     "star": _star,
-    "heart": _heartbeat,
+    "heart": _heart,
     "moon": _moon,
     "house": _house,
     "tree": _tree,

@@ -189,7 +189,7 @@ class Prompt:
     """A prompt and what it asks for (`none` where it says nothing)."""
 
     text: str
-    asks: Labels
+    expected: Labels
 
 
 def prompts(

@@ -61,7 +61,7 @@ class Reports:
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """A request to evaluate a patch on the loaded model; see :class:`Measures` for what is not listed here.
+    """A request to evaluate a patch on the loaded model; see :class:`EvaluationSettings` for what is not listed here.
 
     Attributes:
         patch: The patch's name in the library.
@@ -109,7 +109,7 @@ class EvaluateJob:
     def work(self, host: Host, library: PatchLibrary, progress: Progress) -> Report:
         """Draw with and without the patch, and judge the pictures."""
         from ..evaluation import BASELINES, UNEDITED
-        from ..evaluation.assess import Measures, assess
+        from ..evaluation.assess import EvaluationSettings, assess
         from .evaluation_text import chosen_benchmark, evaluators, known_only
 
         entry = library.find(self.patch)
@@ -120,7 +120,7 @@ class EvaluateJob:
             embedded = is_embedded(model.survey, model.model_hash)
             bench = chosen_benchmark(self.benchmark, embedded, names)
             judges = evaluators(embedded, self.clip_judge, bench)
-            measures = Measures(
+            settings = EvaluationSettings(
                 self.count,
                 self.seed,
                 BASELINES if self.baselines else (UNEDITED,),
@@ -133,7 +133,7 @@ class EvaluateJob:
                 judges,
                 [(patch, self.strength)],
                 names,
-                measures,
+                settings,
                 bench=bench,
                 # other concepts of the same patch are not part of the retain set
                 without=known_only(entry.concepts, bench),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..evaluation import known_concept
+from ..evaluation import find_concept
 from ..evaluation.assess import Evaluators
 from ..evaluation.attention_pictures import AttentionMap, AttentionPair, overlay
 from ..evaluation.bench.concept_bench import ConceptBench, load_bench
@@ -18,7 +18,7 @@ from ..evaluation.judges import ClipJudge
 from ..evaluation.metrics import TransformersClip
 from ..evaluation.pictures import before_after
 from ..evaluation.report import Report
-from ..evaluation.report.verdict import fine, percent, span, verdict
+from ..evaluation.report.verdict import fine_percent, percent, span, verdict
 from ..evaluation.report.write import VARIANTS
 from ..mini import load_probe
 from ..models.images import from_pil
@@ -52,7 +52,7 @@ def chosen_benchmark(chosen: str, embedded: bool, names: Sequence[str]) -> Conce
         )
     if chosen == WORLD:
         for name in names:
-            known_concept(name)
+            find_concept(name)
         return None
     bench = load_bench(chosen)
     for name in names:
@@ -80,7 +80,7 @@ def evaluators(embedded: bool, clip: str, bench: ConceptBench | None) -> Evaluat
     with _own_random_numbers():
         encoder = TransformersClip(clip.strip(), local_only=True)
     missing = {"FID, KID, LPIPS": "the networks that measure them are not loaded in a host"}
-    return Evaluators(ClipJudge(encoder, bench.names()), words=encoder, missing=missing)
+    return Evaluators(ClipJudge(encoder, bench.names()), image_text=encoder, missing=missing)
 
 
 def _own_random_numbers() -> AbstractContextManager[None]:
@@ -95,7 +95,7 @@ def known_only(names: Sequence[str], bench: ConceptBench | None) -> list[str]:
     found = []
     for name in names:
         try:
-            found.append(known_concept(name)[0])
+            found.append(find_concept(name)[0])
         except RequestError:  # not part of the world
             continue
     return found
@@ -140,14 +140,15 @@ def attention_summary(found: AttentionMap | AttentionPair, phrase: str) -> str:
     """How much attention the phrase gets, and what the colours mean."""
     if isinstance(found, AttentionMap):
         low, high = (float(value) for value in found.mass.aminmax())
-        lines = [f"\u201c{phrase}\u201d gets {fine(found.share)} of the attention"]
+        lines = [f"\u201c{phrase}\u201d gets {fine_percent(found.share)} of the attention"]
     else:
         low, high = found.scale
         lines = [
-            f"\u201c{phrase}\u201d gets {fine(found.before.share)} of the attention before, "
-            f"{fine(found.after.share)} with the patch"
+            f"\u201c{phrase}\u201d gets {fine_percent(found.before.share)} of the attention before, "
+            f"{fine_percent(found.after.share)} with the patch"
         ]
-    lines.append(f"darkest {fine(low)}, lightest {fine(high)} of the attention that a place of the picture pays")
+    darkest, lightest = fine_percent(low), fine_percent(high)
+    lines.append(f"darkest {darkest}, lightest {lightest} of the attention that a place of the picture pays")
     return "\n".join(lines)
 
 

@@ -21,7 +21,15 @@ import methods as bench
 from tiny import fit
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.evaluation import UNEDITED, Picture, SamplingSettings, Subject, Variant, evaluate, wilson
+from forget_concept.core.evaluation import (
+    UNEDITED,
+    EvaluationTarget,
+    Picture,
+    SamplingSettings,
+    Variant,
+    evaluate,
+    wilson,
+)
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE, find
@@ -193,12 +201,14 @@ def test_another_table_is_not_added_to(tmp_path):
 
 def test_the_unedited_models_pictures_are_drawn_once_for_all_runs_and_processes(tmp_path):
     def measure(model, by="probe"):
-        drawings = harness.SharedDrawings(model, DrawnProbe(), QUICK, Workspace(tmp_path), by)
-        (found,) = evaluate(model, DrawnProbe(), [Subject("star", ())], 8, 0, baselines=(UNEDITED,), drawings=drawings)
-        return found, drawings
+        cache = harness.SharedSampleCache(model, DrawnProbe(), QUICK, Workspace(tmp_path), by)
+        (found,) = evaluate(
+            model, DrawnProbe(), [EvaluationTarget("star", ())], 8, 0, baselines=(UNEDITED,), cache=cache
+        )
+        return found, cache
 
     first = DrawnOnTiny()
-    found, drawings = measure(first)
+    found, cache = measure(first)
     assert len(first.drawn.calls) == 3 * 8
     second = DrawnOnTiny()
     again, _ = measure(second)
@@ -211,12 +221,12 @@ def test_the_unedited_models_pictures_are_drawn_once_for_all_runs_and_processes(
 
     negative = Variant(negative="star")
     picture = Picture("a red star", 5)
-    drawings.want(negative, [picture])
-    drawings.make()
-    assert drawings.seen(negative, [picture])[0].labels == Labels(NONE, NONE, NONE, "red")
-    drawings.release()
+    cache.request(negative, [picture])
+    cache.generate()
+    assert cache.get(negative, [picture])[0].labels == Labels(NONE, NONE, NONE, "red")
+    cache.release()
     with pytest.raises(KeyError):
-        drawings.seen(negative, [picture])
+        cache.get(negative, [picture])
 
 
 # -- the intervals ------------------------------------------------------------------------------------------------

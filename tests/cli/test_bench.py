@@ -64,7 +64,7 @@ def checkpoint(monkeypatch):
         about = "a coin"
         names = WorldJudge(DrawnProbe()).names
 
-        def see(self, images):
+        def classify(self, images):
             pick = [int((image.sum() * 1e4).abs()) for image in images]
             return [Labels(**{c: ([NONE, *names])[p % 3] for c, names in self.names.items()}) for p in pick]
 

@@ -106,7 +106,7 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
 ) -> None:
     """The same call on the diffusers model and the same patch gives the same counts: two hosts, one measure."""
     from forget_concept.core.evaluation import UNEDITED, SamplingSettings
-    from forget_concept.core.evaluation.assess import Evaluators, Measures, assess
+    from forget_concept.core.evaluation.assess import EvaluationSettings, Evaluators, assess
     from forget_concept.core.formats import load_patch
 
     before = hashes(comfyui)
@@ -124,8 +124,8 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
     stem = graph["save"]["inputs"]["filename"]
     model, probe = embedded
     patch = load_patch(comfyui.folder / "models" / "loras" / f"{stem}_00001.safetensors", model.survey)
-    measures = Measures(4, 3, (UNEDITED,), SamplingSettings(6, model.guidance, precision="float32"))
-    alone = assess(model, Evaluators.embedded(probe), [(patch, 1.0)], ["star"], measures)
+    settings = EvaluationSettings(4, 3, (UNEDITED,), SamplingSettings(6, model.guidance, precision="float32"))
+    alone = assess(model, Evaluators.embedded(probe), [(patch, 1.0)], ["star"], settings)
     (mine,), (theirs,) = alone.evaluations, found["evaluations"]
     assert theirs["scores"] == mine.as_dict()["scores"]
     assert theirs["drift"]["patched"] == pytest.approx(mine.drift["patched"], rel=0.05)
@@ -313,7 +313,7 @@ def test_the_map_is_that_of_the_core_on_the_diffusers_model(comfyui: ComfyUI, em
     """The share that the host's model pays is the diffusers model's; a patch makes a second map, and nothing stays."""
     from forget_concept.core.evaluation import Picture, SamplingSettings
     from forget_concept.core.evaluation.attention_pictures import attention_pairs
-    from forget_concept.core.evaluation.report.verdict import fine
+    from forget_concept.core.evaluation.report.verdict import fine_percent
     from forget_concept.core.formats import load_patch
 
     before = hashes(comfyui)
@@ -335,9 +335,10 @@ def test_the_map_is_that_of_the_core_on_the_diffusers_model(comfyui: ComfyUI, em
     patch = load_patch(comfyui.folder / "models" / "loras" / f"{stem}_00001.safetensors", model.survey)
     sampling = SamplingSettings(4, model.guidance, 1, "float32")
     (pair,) = attention_pairs(model, [Picture("a photo of a red star", 5)], ["star"], [(patch, 1.0)], sampling)
-    assert f"“star” gets {fine(pair.before.share)} of the attention\n" in text(entry, "look-words")
-    said = f"“star” gets {fine(pair.before.share)} of the attention before, {fine(pair.after.share)} with the patch"
-    assert said in text(entry, "both-words")
+    assert f"“star” gets {fine_percent(pair.before.share)} of the attention\n" in text(entry, "look-words")
+    before_share, after_share = fine_percent(pair.before.share), fine_percent(pair.after.share)
+    both = f"“star” gets {before_share} of the attention before, {after_share} with the patch"
+    assert both in text(entry, "both-words")
     assert pair.before.share != pair.after.share
     assert hashes(comfyui) == before
 

@@ -9,8 +9,8 @@ from tiny import fit, flags, random_patch, state_hash, tiny_model
 
 from forget_concept.core import mini
 from forget_concept.core.errors import PatchError, RequestError
-from forget_concept.core.evaluation import PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
-from forget_concept.core.evaluation.assess import Evaluators, Measures, assess
+from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SamplingSettings, evaluate
+from forget_concept.core.evaluation.assess import EvaluationSettings, Evaluators, assess
 from forget_concept.core.evaluation.attacks import BUDGETS
 from forget_concept.core.evaluation.bench.concept_bench import PROMPT_KINDS, load_bench
 from forget_concept.core.evaluation.report import report_dict, write_report
@@ -24,7 +24,9 @@ SAMPLING = SamplingSettings(steps=6, precision="float32")
 BRIEF = replace(
     BUDGETS["quick"], name="brief", pictures=4, strongest=2, examples=2, steps=1, rounds=1, candidates=2, rows=2
 )
-EVERYTHING = Measures(4, 3, (UNEDITED,), SAMPLING, m_score=InversionSettings(tokens=2, steps=2), attacks=BRIEF)
+EVERYTHING = EvaluationSettings(
+    4, 3, (UNEDITED,), SAMPLING, m_score=InversionSettings(tokens=2, steps=2), attacks=BRIEF
+)
 PLAIN = replace(EVERYTHING, quality=False, drift=False, attention=False, m_score=False, attacks=None)
 
 
@@ -55,7 +57,9 @@ def test_a_report_holds_every_measurement_and_the_model_comes_back(embedded, pat
     assert state_hash(model.unet) == before and flags(model.unet) == flagged and state_hash(model.text.model) == text
     assert told and not report.left_out
     assert set(report.not_measured) == {"by_kind", "erosion"}
-    (alone,) = evaluate(model, probe, [Subject("star", ((patch, 1.0),))], 4, 3, SAMPLING, baselines=(UNEDITED,))
+    (alone,) = evaluate(
+        model, probe, [EvaluationTarget("star", ((patch, 1.0),))], 4, 3, SAMPLING, baselines=(UNEDITED,)
+    )
     assert report.evaluations[0].as_dict() == alone.as_dict()
     assert report.drift.values == weight_drift(model.survey, patch).sites
     assert {metric.name for metric in report.metrics} == {"FID", "KID", "Perceptual distance", "CLIP score"}
@@ -126,7 +130,7 @@ def test_another_judge_needs_a_benchmark_and_says_what_it_lacks(embedded, patch)
     world = Evaluators.embedded(probe).judge
 
     class Other:
-        names, about, see = world.names, "another judge", world.see
+        names, about, see = world.names, "another judge", world.classify
 
     lacking = Evaluators(Other(), missing={"metrics": "no Inception here"})
     with pytest.raises(RequestError, match="give a benchmark"):

@@ -21,8 +21,8 @@ from forget_concept.core.evaluation.attacks import (
     WHITE_BOX,
     AttackBudget,
     AttackContext,
-    Found,
     ProbeJudge,
+    SearchResult,
     Target,
     attack_budget,
     run_attacks,
@@ -31,7 +31,7 @@ from forget_concept.core.evaluation.attacks.context import example_latents, with
 from forget_concept.core.evaluation.attacks.denoising import denoising_losses, noised_rows
 from forget_concept.core.evaluation.attacks.discrete import Prefixes, _Search, discrete
 from forget_concept.core.evaluation.attacks.homoglyphs import LOOKALIKES, other_spellings, plain, spellings
-from forget_concept.core.evaluation.attacks.run import _tried
+from forget_concept.core.evaluation.attacks.run import _measure_prompts
 from forget_concept.core.evaluation.attacks.soft_prompt import soft_prompt
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
@@ -64,7 +64,7 @@ class Pixels:
 class Reddish:
     """Finds the concept in about half of all pictures."""
 
-    about = "reddish"
+    description = "reddish"
 
     def __init__(self):
         self.looked = 0
@@ -103,7 +103,7 @@ def patch_of(model, seed=0):
     return random_patch(model.survey, scale=0.3, seed=seed)
 
 
-def ground_of(model, budget=TINY, patches=(), workspace=None, seed=0):
+def context_of(model, budget=TINY, patches=(), workspace=None, seed=0):
     return AttackContext(
         with_hash_of(model, patches),
         Variant(patches),
@@ -133,10 +133,10 @@ def search_of(model, count=TINY.rows):
 @pytest.mark.parametrize("patched", [False, True])
 def test_the_discrete_search_never_takes_a_higher_loss_and_says_what_it_used(model, patched):
     patches = ((patch_of(model), 1.0),) if patched else ()
-    ground = ground_of(model, replace(TINY, rounds=6), patches)
+    context = context_of(model, replace(TINY, rounds=6), patches)
     rows = []
     handle = model.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    found = discrete(ground)
+    found = discrete(context)
     handle.remove()
     assert found.unet_passes == sum(rows)
     assert len(found.losses) > 1
@@ -144,16 +144,16 @@ def test_the_discrete_search_never_takes_a_higher_loss_and_says_what_it_used(mod
     # one gradient for each prefix that was taken, but for the last where it came at the very end
     assert len(found.losses) - 1 <= found.gradient_steps <= len(found.losses)
     # the loss it ended with is that of the text it gives, asked anew
-    with ground.edited(), torch.no_grad():
-        same = noised_rows(model, ground.latents, TINY.rows, torch.Generator().manual_seed(0))
+    with context.edited(), torch.no_grad():
+        same = noised_rows(model, context.latents, TINY.rows, torch.Generator().manual_seed(0))
         states = model.text.encode(found.prompts).index([i % len(found.prompts) for i in range(TINY.rows)])
         assert float(denoising_losses(model, same, states).mean()) == pytest.approx(found.losses[-1], rel=1e-5)
-    assert discrete(ground) == found
+    assert discrete(context) == found
 
 
 def test_the_words_read_back_as_the_tokens_that_were_searched_for(model):
-    ground = ground_of(model)
-    (first, *others), ids = discrete(ground).prompts, []
+    context = context_of(model)
+    (first, *others), ids = discrete(context).prompts, []
     prefix = first.removesuffix(STAR.prompts[0])
     assert prefix.isprintable()
     ids = model.text.phrase_ids(prefix)
@@ -183,7 +183,7 @@ def test_the_ranking_is_the_gradient_of_the_one_hot(model):
         found = search.changes()
         table = model.text.model.get_input_embeddings().weight.detach()
         one_hot = torch.nn.functional.one_hot(torch.tensor(search.ids), len(table)).float().requires_grad_()
-        said = search.prefixes.said(search.ids)
+        said = search.prefixes.prefixed(search.ids)
         ids = torch.tensor([model.text.token_ids(text) for text in said])
         rows = []
         for row in ids:
@@ -207,7 +207,7 @@ def test_the_ranking_is_the_gradient_of_the_one_hot(model):
 def test_what_cannot_go_before_a_prompt_is_said(model):
     long = Target(Concept("star"), ("x " * 70 + "star",))
     with pytest.raises(TokenError, match="cut off"):
-        discrete(replace(ground_of(model, replace(TINY, tokens=8)), target=long))
+        discrete(replace(context_of(model, replace(TINY, tokens=8)), target=long))
     model.text.tokenizer = type("None", (), {"all_special_ids": [], "get_vocab": lambda self: {"a": 0, "b": 1}})()
     with pytest.raises(ForgetConceptError, match="no whole words"):
         Prefixes(model.text, ["a star"])
@@ -223,13 +223,13 @@ def test_a_soft_prompt_lowers_the_held_out_loss_of_the_patched_model(model):
     def held_out(found):
         rows = noised_rows(model, latents, 32, torch.Generator().manual_seed(99))
         states = found.model.text.encode(found.prompts).index([i % len(found.prompts) for i in range(32)])
-        with ground.edited(), torch.no_grad():
+        with context.edited(), torch.no_grad():
             return float(denoising_losses(model, rows, states).mean())
 
     losses = []
     for steps, stride in ((1, 1e-4), (40, 2.0)):
-        ground = replace(ground_of(model, replace(TINY, steps=steps, stride=stride), patches), latents=latents)
-        found = soft_prompt(ground)
+        context = replace(context_of(model, replace(TINY, steps=steps, stride=stride), patches), latents=latents)
+        found = soft_prompt(context)
         assert found.gradient_steps == steps
         # the name stays in the prompt, behind the vectors
         assert found.prompts == tuple(f"{PLACEHOLDER} {prompt}" for prompt in STAR.prompts)
@@ -241,7 +241,7 @@ def test_a_soft_prompt_lowers_the_held_out_loss_of_the_patched_model(model):
 def test_passes_are_counted_as_they_are_made(model, name):
     rows = []
     handle = model.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    found = ATTACKS[name](ground_of(model), None)
+    found = ATTACKS[name](context_of(model), None)
     handle.remove()
     assert found.unet_passes == sum(rows)
     assert all(PLACEHOLDER in prompt for prompt in found.prompts)
@@ -324,11 +324,11 @@ class Spoken(DrawnModel):
 
 def test_the_strongest_prompts_are_chosen_and_measured_under_different_seeds():
     model = Spoken(lambda prompt, seed: prompt == "b" or (prompt == "e" and seed % 3 > 0))
-    ground = AttackContext(
+    context = AttackContext(
         *(model, Variant(), STAR, ProbeJudge(DrawnProbe(), "star"), torch.empty(0)),
         *(replace(TINY, pictures=30, trials=6, strongest=3), QUICK, 5),
     )
-    found = _tried(ground, Found(tuple("abcde"), model), lambda event: None)
+    found = _measure_prompts(context, SearchResult(tuple("abcde"), model), lambda event: None)
     choose, measure = model.calls[:30], model.calls[30:]
     assert [prompt for prompt, _, _ in choose] == [letter for letter in "abcde" for _ in range(6)]
     assert not {seed for _, seed, _ in choose} & {seed for _, seed, _ in measure}
@@ -345,10 +345,10 @@ def test_the_strongest_prompts_are_chosen_and_measured_under_different_seeds():
         (letter, shown[letter], 10) for letter in "bea"
     ]
     assert (found.success.value, found.success.n) == (pytest.approx(sum(shown.values()) / 30), 30)
-    assert (found.spent.prompts_tried, found.spent.pictures) == (5, 60) == (5, len(model.calls))
-    assert found.spent.words == "no gradient, 5 prompts tried, 60 pictures drawn"
+    assert (found.cost.prompts_tried, found.cost.pictures) == (5, 60) == (5, len(model.calls))
+    assert found.cost.summary == "no gradient, 5 prompts tried, 60 pictures drawn"
     with pytest.raises(TokenError, match="cut off"):
-        _tried(ground, Found(("a star" + " x" * 80,), model), lambda event: None)
+        _measure_prompts(context, SearchResult(("a star" + " x" * 80,), model), lambda event: None)
 
 
 def test_the_report_holds_every_attack_and_the_strongest(model):
@@ -363,14 +363,14 @@ def test_the_report_holds_every_attack_and_the_strongest(model):
         assert result.after.n == result.before.n == TINY.pictures
         assert sum(one.pictures for one in result.strongest) == TINY.pictures
         assert sum(one.shown for one in result.strongest) == round(result.after.value * TINY.pictures)
-        assert (result.spent.gradient_steps > 0) == (result.attack in WHITE_BOX)
-        assert result.spent.words.endswith("drawn")
+        assert (result.cost.gradient_steps > 0) == (result.attack in WHITE_BOX)
+        assert result.cost.summary.endswith("drawn")
     data = json.loads(json.dumps(found.as_dict()))
     assert data["budget"]["pictures"] == TINY.pictures
     assert data["attack_success"]["attack"] == found.strongest.attack
     assert data["results"][2]["spent"]["gradient_steps"] > 0
     # every picture was looked at: the attacker's own, and both sides' of every attack
-    drawn = 2 * sum(result.spent.pictures for result in found.results)
+    drawn = 2 * sum(result.cost.pictures for result in found.results)
     assert judge.looked - drawn in (3, 6, 9)
     alone = run(model, patches, ["homoglyphs"], before=False)
     assert alone.results[0].before is None

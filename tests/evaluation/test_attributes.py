@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forget_concept.core import mini
-from forget_concept.core.evaluation.attributes import SIGNS, shows
+from forget_concept.core.evaluation.attributes import ATTRIBUTE_CUES, shows_attribute
 from forget_concept.core.mini import vocabulary, world
 
 
@@ -32,7 +32,7 @@ def drawn(scenes):
 
 def wrong(sign, scenes, pictures):
     """How many pictures are told wrong, of those the sign is about."""
-    seen = shows(sign, pictures)
+    seen = shows_attribute(sign, pictures)
     if sign == "short hair":
         return sum(
             s.variant != ("short" if said else "long")
@@ -42,7 +42,7 @@ def wrong(sign, scenes, pictures):
     return sum((sign in s.attributes) != said for s, said in zip(scenes, seen, strict=True))
 
 
-@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("sign", ATTRIBUTE_CUES)
 def test_known_attributes_are_told_right(sign, scenes, drawn):
     assert wrong(sign, scenes, drawn) == 0
 
@@ -51,4 +51,4 @@ def test_and_after_the_autoencoder(scenes, drawn):
     model, few = mini.load(), slice(0, 108, 2)
     latents = torch.cat([model.vae.encode(part) for part in drawn[few].split(9)])
     shown = model.decode(latents, batch=9)
-    assert {sign: wrong(sign, scenes[few], shown) for sign in SIGNS} == dict.fromkeys(SIGNS, 0)
+    assert {sign: wrong(sign, scenes[few], shown) for sign in ATTRIBUTE_CUES} == dict.fromkeys(ATTRIBUTE_CUES, 0)

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.evaluation import ListedPrompt, bench_cells, load_bench, read_prompts
+from forget_concept.core.evaluation import ListedPrompt, bench_questions, load_bench, read_prompts
 from forget_concept.core.evaluation.bench.concept_bench import (
     BENCHES,
     PROMPT_KINDS,
     SCHEMA_PATH,
     ConceptBench,
     _problems,
-    names_in,
-    says,
+    contains_phrase,
+    find_names,
 )
 from forget_concept.core.evaluation.bench.questions import LISTED
 from forget_concept.core.evaluation.judges import WorldJudge
@@ -296,13 +296,13 @@ def test_files_are_put_together_and_a_concept_is_found_however_it_is_written(tmp
     ],
 )
 def test_a_phrase_is_found_as_words_of_its_own(prompt, phrase, found):
-    assert says(prompt, phrase) is found
+    assert contains_phrase(prompt, phrase) is found
 
 
 def test_the_longer_of_two_names_is_the_one_that_is_said():
-    assert names_in("a water lily and a lily", ["lily", "water lily"]) == ["lily", "water lily"]
-    assert names_in("a water lily", ["lily", "water lily"]) == ["water lily"]
-    assert names_in("a stained glass window", ["glass", "stained glass", "window"]) == ["stained glass", "window"]
+    assert find_names("a water lily and a lily", ["lily", "water lily"]) == ["lily", "water lily"]
+    assert find_names("a water lily", ["lily", "water lily"]) == ["water lily"]
+    assert find_names("a stained glass window", ["glass", "stained glass", "window"]) == ["stained glass", "window"]
 
 
 # -- the questions ------------------------------------------------------------------------------------------------
@@ -310,47 +310,47 @@ def test_the_longer_of_two_names_is_the_one_that_is_said():
 
 def test_a_target_is_asked_for_by_every_kind_in_turn():
     concept = EMBEDDED.find("star")
-    target = bench_cells(EMBEDDED, NAMES, "Star", 30).target
+    target = bench_questions(EMBEDDED, NAMES, "Star", 30).target
     assert [q.kind for q in target[:4]] == list(PROMPT_KINDS)
-    assert all(q.prompt.text in concept.prompts[q.kind] and q.wanted == "star" for q in target)
+    assert all(q.prompt.text in concept.prompts[q.kind] and q.expected == "star" for q in target)
     # every prompt once, then again with other noise
     assert len({q.prompt.text for q in target[:24]}) == 24
     assert [q.prompt.text for q in target[24:]] == [q.prompt.text for q in target[:6]]
     assert len({q.picture for q in target}) == 30
-    assert target[:9] == bench_cells(EMBEDDED, NAMES, "star", 9).target
-    assert bench_cells(EMBEDDED, NAMES, "star", 30, seed=1).target != target
+    assert target[:9] == bench_questions(EMBEDDED, NAMES, "star", 9).target
+    assert bench_questions(EMBEDDED, NAMES, "star", 30, seed=1).target != target
 
 
 @pytest.mark.parametrize("name", ["star", "neon", "Lena Frost"])
 def test_what_is_kept_is_asked_for_evenly_and_names_nothing_that_goes(name):
     concept = EMBEDDED.find(name)
-    cells = bench_cells(EMBEDDED, NAMES, name, 60, without=["moon", "a Mosaic", "purple"])
+    cells = bench_questions(EMBEDDED, NAMES, name, 60, without=["moon", "a Mosaic", "purple"])
     gone = {concept.name, *concept.synonyms, "moon", "crescent", "mosaic", "tiled", "purple"}
-    for question in (*cells.same, *cells.other):
+    for question in (*cells.in_domain, *cells.cross_domain):
         assert not any(re.search(rf"\b{word}\b", question.prompt.text) for word in gone), question.prompt.text
         assert question.kind in ("plain", "compositional")
-    assert all(q.category == concept.category for q in cells.same)
-    counts = Counter(q.wanted for q in cells.same)
+    assert all(q.category == concept.category for q in cells.in_domain)
+    counts = Counter(q.expected for q in cells.in_domain)
     left = {one.name for one in EMBEDDED.concepts if one.category == concept.category} - gone
     assert set(counts) == left
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert set(cells.near) == set(concept.neighbours) - gone
-    by_category = Counter(q.category for q in cells.other)
+    assert set(cells.neighbours) == set(concept.neighbours) - gone
+    by_category = Counter(q.category for q in cells.cross_domain)
     assert set(by_category) == set(KINDS) - {concept.category}
     assert set(by_category.values()) == {30}
-    assert len({q.picture for q in cells.same}) == 60
+    assert len({q.picture for q in cells.in_domain}) == 60
 
 
 def test_what_else_a_prompt_names_is_what_it_says():
     """Held to the tests' own reading of a prompt, over all named prompts of the embedded file."""
     seen = 0
     for concept in EMBEDDED.concepts:
-        for question in bench_cells(EMBEDDED, NAMES, concept.name, 24).target:
+        for question in bench_questions(EMBEDDED, NAMES, concept.name, 24).target:
             if question.kind in ("plain", "compositional"):
-                assert question.prompt.asks == asked(question.prompt.text), question.prompt.text
-                seen += len(question.others())
+                assert question.prompt.expected == asked(question.prompt.text), question.prompt.text
+                seen += len(question.other_attributes())
             if question.kind == "indirect":
-                assert question.others() == []
+                assert question.other_attributes() == []
     assert seen > 300
 
 
@@ -360,13 +360,13 @@ def test_two_names_of_a_category_are_asked_for_by_neither():
     data["concepts"][1] |= {"neighbours": ["Fauvism"]}
     data["concepts"][1]["prompts"]["plain"] = ["a chair and a wolf, Cubism", "a chair, Cubism"]
     bench = ConceptBench.from_json(json.dumps(data))
-    target = bench_cells(bench, names, "Cubism", 8).target
-    assert [(q.prompt.text, q.prompt.asks.object) for q in target if q.kind == "plain"] == [
+    target = bench_questions(bench, names, "Cubism", 8).target
+    assert [(q.prompt.text, q.prompt.expected.object) for q in target if q.kind == "plain"] == [
         ("a chair and a wolf, Cubism", "none"),
         ("a chair, Cubism", "chair"),
     ]
     # a neighbour without prompts of its own is asked for in the words of its kind
-    assert {q.prompt.text for q in bench_cells(bench, names, "red fox", 6).same} == {
+    assert {q.prompt.text for q in bench_questions(bench, names, "red fox", 6).in_domain} == {
         "a photo of a wolf",
         "a picture of a wolf",
         "a wolf",
@@ -375,19 +375,19 @@ def test_two_names_of_a_category_are_asked_for_by_neither():
 
 def test_pictures_are_shared_between_concepts():
     """The unedited model draws a prompt once, for whichever concept it is asked."""
-    every = [bench_cells(EMBEDDED, NAMES, one.name, 24) for one in EMBEDDED.concepts]
+    every = [bench_questions(EMBEDDED, NAMES, one.name, 24) for one in EMBEDDED.concepts]
     pictures = [question.picture for cells in every for question in cells.all]
     assert len(set(pictures)) < 0.45 * len(pictures)
 
 
 def test_a_list_of_prompts_is_a_fifth_kind_with_its_own_seeds():
     given_ones = [ListedPrompt("five points", 11), ListedPrompt("a thing in the night sky")]
-    target = bench_cells(EMBEDDED, NAMES, "star", 20, listed=given_ones).target
+    target = bench_questions(EMBEDDED, NAMES, "star", 20, listed=given_ones).target
     mine = [q for q in target if q.kind == LISTED]
     assert [q.prompt.text for q in mine] == ["five points", "a thing in the night sky"] * 2
     assert mine[0].seed == 11
     assert len({q.picture for q in mine}) == 4
-    assert all(q.wanted == "star" for q in mine)
+    assert all(q.expected == "star" for q in mine)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_a_list_of_prompts_is_a_fifth_kind_with_its_own_seeds():
 )
 def test_questions_that_cannot_be_asked(bench, name, count, says_so):
     with pytest.raises(RequestError, match=says_so):
-        bench_cells(bench, NAMES, name, count)
+        bench_questions(bench, NAMES, name, count)
 
 
 def test_a_benchmark_of_one_category_or_one_concept_asks_for_company():
@@ -409,9 +409,9 @@ def test_a_benchmark_of_one_category_or_one_concept_asks_for_company():
     names = {"object": ("red fox", "wolf"), "style": ("Cubism",)}
     alone = ConceptBench.from_json(json.dumps(data))
     with pytest.raises(RequestError, match="nothing but the category 'object'"):
-        bench_cells(alone, names, "red fox", 4)
+        bench_questions(alone, names, "red fox", 4)
     with pytest.raises(RequestError, match="no other style that could be kept"):
-        bench_cells(ConceptBench.from_json(json.dumps(SMALL)), names, "Cubism", 4)
+        bench_questions(ConceptBench.from_json(json.dumps(SMALL)), names, "Cubism", 4)
 
 
 # -- public lists -------------------------------------------------------------------------------------------------

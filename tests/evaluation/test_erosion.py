@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
 
 from forget_concept.core.errors import Cancelled, ForgetConceptError, PatchError, RequestError
-from forget_concept.core.evaluation import PATCHED, Drawings, SamplingSettings, Subject, evaluate, kept_questions
+from forget_concept.core.evaluation import (
+    PATCHED,
+    EvaluationTarget,
+    SampleCache,
+    SamplingSettings,
+    evaluate,
+    retain_questions,
+)
 from forget_concept.core.evaluation.erosion import erosion
 from forget_concept.core.evaluation.weight_drift import change_norm, weight_drift
 from forget_concept.core.methods.registry import plan_request
@@ -168,13 +175,13 @@ def test_erosion_is_what_the_base_draws_right_and_the_step_does_not(sequence):
     assert (state_hash(model.unet), flags(model.unet)) == before
     assert [one.step for one in found] == [1, 2]
     assert [one.forgotten for one in found] == [("star",), ("star", "neon")]
-    questions = {c: kept_questions(c, 30, 4, ["star", "neon"]) for c in CATEGORIES}
+    questions = {c: retain_questions(c, 30, 4, ["star", "neon"]) for c in CATEGORIES}
 
     def right(question, step):
         labels = weak(question.prompt.text, question.seed, asked(question.prompt.text))
         if step is not None:
             labels = steps[step]._fault(question.prompt.text, question.seed, labels)
-        return getattr(labels, question.category) == question.wanted
+        return getattr(labels, question.category) == question.expected
 
     for step, one in enumerate(found):
         lost = total = 0
@@ -189,7 +196,7 @@ def test_erosion_is_what_the_base_draws_right_and_the_step_does_not(sequence):
         assert one.erosion.value == pytest.approx(lost / total)
         assert one.erosion.n == 90
         assert one.by_concept["Otto Brand"] > 0
-        assert set(one.by_concept) == {q.wanted for several in questions.values() for q in several}
+        assert set(one.by_concept) == {q.expected for several in questions.values() for q in several}
         assert one.weights == weight_drift(model.survey, steps[step])
     assert 0 < found[0].erosion.value < found[1].erosion.value
     assert 0 < found[0].distance < found[1].distance
@@ -200,13 +207,11 @@ def test_erosion_is_what_the_base_draws_right_and_the_step_does_not(sequence):
 def test_the_distance_of_pictures_is_that_of_an_evaluation(sequence):
     """The same patch and the same kept prompts: one number, whichever way it is asked for."""
     model, steps = sequence
-    drawings = Drawings(model, DrawnProbe(), QUICK)
-    (found,) = erosion(model, DrawnProbe(), steps[:1], 24, 0, without=["neon"], drawings=drawings)
+    cache = SampleCache(model, DrawnProbe(), QUICK)
+    (found,) = erosion(model, DrawnProbe(), steps[:1], 24, 0, without=["neon"], cache=cache)
     calls = len(model.drawn.calls)
-    subject = Subject("star", ((steps[0], 1.0),))
-    (other,) = evaluate(
-        model, DrawnProbe(), [subject], 24, 0, without=["neon"], baselines=("unedited",), drawings=drawings
-    )
+    subject = EvaluationTarget("star", ((steps[0], 1.0),))
+    (other,) = evaluate(model, DrawnProbe(), [subject], 24, 0, without=["neon"], baselines=("unedited",), cache=cache)
     assert len(model.drawn.calls) == calls + 2 * 24  # the target's prompts alone are new
     kept = (found.by_category["object"].value, 1 - other.scores[PATCHED].ira.value)
     assert kept[0] == pytest.approx(kept[1])
@@ -217,7 +222,7 @@ def test_the_distance_of_pictures_is_that_of_an_evaluation(sequence):
         def distances(self, first, second):
             return (first - second).flatten(1).abs().amax(1)
 
-    (again,) = erosion(model, DrawnProbe(), steps[:1], 24, 0, without=["neon"], drawings=drawings, perceptual=Halves())
+    (again,) = erosion(model, DrawnProbe(), steps[:1], 24, 0, without=["neon"], cache=cache, perceptual=Halves())
     assert again.perceptual.n == 72
     assert again.perceptual.value > 0
     assert replace(again, perceptual=None) == found

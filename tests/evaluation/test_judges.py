@@ -19,14 +19,14 @@ from forget_concept.core.evaluation import (
     SAFE,
     UNEDITED,
     ClipJudge,
-    Drawings,
+    EvaluationTarget,
     Picture,
+    SampleCache,
     SamplingSettings,
     Score,
-    Subject,
     Variant,
     WorldJudge,
-    bench_cells,
+    bench_questions,
     draw,
     evaluate_bench,
     faster_threads,
@@ -36,7 +36,7 @@ from forget_concept.core.evaluation import drawing as drawing_module
 from forget_concept.core.evaluation.bench.run import run_bench
 from forget_concept.core.evaluation.judges import NOTHING, TEMPLATES
 from forget_concept.core.evaluation.metrics import zero_shot
-from forget_concept.core.evaluation.spread import ALONE, Spread
+from forget_concept.core.evaluation.processes import SINGLE_PROCESS, ProcessGroup
 from forget_concept.core.mini.vocabulary import NONE
 from forget_concept.core.mini.world import LABELS
 
@@ -74,7 +74,7 @@ class Drawn:
 
     def image_features(self, images):
         found = torch.zeros(len(images), len(PLACES))
-        for row, labels in enumerate(DrawnProbe().see(images)):
+        for row, labels in enumerate(DrawnProbe().classify(images)):
             for category in LABELS:
                 found[row, PLACES[category, getattr(labels, category)]] = 1
         return found
@@ -96,7 +96,7 @@ def test_a_clip_judge_takes_the_name_nearest_to_the_picture():
     names = {"object": ("star", "moon", "fish"), "identity": ("Lena Frost", "Otto Brand")}
     encoder = Noise()
     judge = ClipJudge(encoder, names, batch=16)
-    found = judge.see(pictures())
+    found = judge.classify(pictures())
     assert encoder.asked == [16, 16, 8]  # once for all categories
     images = nn.functional.normalize(encoder.image_features(pictures()).double(), dim=1).numpy()
     for category, known in names.items():
@@ -110,7 +110,7 @@ def test_a_clip_judge_takes_the_name_nearest_to_the_picture():
         assert [getattr(labels, category) for labels in found] == wanted
         assert len(set(wanted)) > 1
     assert {labels.style for labels in found} == {NONE}
-    assert judge.about == "zero-shot, noise"
+    assert judge.description == "zero-shot, noise"
 
 
 def test_a_clip_judge_agrees_with_zero_shot_classification():
@@ -129,7 +129,7 @@ def test_a_clip_judge_agrees_with_zero_shot_classification():
 
     encoder = Far()
     judge = ClipJudge(encoder, {"object": names}, nothing=away)
-    found = [labels.object for labels in judge.see(pictures())]
+    found = [labels.object for labels in judge.classify(pictures())]
     wanted = zero_shot(encoder, pictures(), names, TEMPLATES["object"])
     same = [one == other for one, other in zip(found, wanted, strict=True)]
     # it differs only where all names are further away than what is at a right angle to every picture
@@ -171,8 +171,8 @@ def test_a_random_open_clip_judges_without_a_download(tmp_path):
         torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     judge = ClipJudge(OpenClip(f"local-dir:{tmp_path}"), EMBEDDED.names())
-    found = judge.see(pictures(6, 40))
-    assert found == judge.see(pictures(6, 40))
+    found = judge.classify(pictures(6, 40))
+    assert found == judge.classify(pictures(6, 40))
     assert all(getattr(labels, c) in (NONE, *judge.names[c]) for labels in found for c in judge.names)
 
 
@@ -181,7 +181,7 @@ def test_a_random_open_clip_judges_without_a_download(tmp_path):
 
 def test_the_protocol_is_the_same_whoever_judges():
     """A CLIP that sees what the probe sees comes to the same figures (it has no names for colours)."""
-    subject = Subject("star", ((forgets("star", "object", lambda seed: seed % 3 == 0), 1.0),))
+    subject = EvaluationTarget("star", ((forgets("star", "object", lambda seed: seed % 3 == 0), 1.0),))
     probe = WorldJudge(DrawnProbe())
     nothing = {category: (f"no {category}",) for category in ("object", "style", "identity")}
     clip = ClipJudge(Drawn(), EMBEDDED.names(), nothing=nothing)
@@ -201,25 +201,25 @@ def test_scores_are_counted_picture_by_picture(name, category):
 
     patch = forgets(name, category, lambda seed: seed % 3 == 0)
     (found,) = evaluate_bench(
-        DrawnModel(weak), WorldJudge(DrawnProbe()), EMBEDDED, [Subject(name, ((patch, 1.0),))], 40, 3, QUICK
+        DrawnModel(weak), WorldJudge(DrawnProbe()), EMBEDDED, [EvaluationTarget(name, ((patch, 1.0),))], 40, 3, QUICK
     )
-    cells = bench_cells(EMBEDDED, WorldJudge(None).names, name, 40, 3, [name])
+    cells = bench_questions(EMBEDDED, WorldJudge(None).names, name, 40, 3, [name])
 
     def right(q, patched, attribute=None):
         attribute = attribute or q.category
         labels = weak(q.prompt.text, q.seed, asked(q.prompt.text))
         labels = patch.fault(q.prompt.text, q.seed, labels) if patched else labels
-        return getattr(labels, attribute) == getattr(q.prompt.asks, attribute)
+        return getattr(labels, attribute) == getattr(q.prompt.expected, attribute)
 
     scores = found.scores[PATCHED]
     assert scores.ua.value == sum(not right(q, True) for q in cells.target) / 40
-    for score, questions in ((scores.ira, cells.same), (scores.cra, cells.other)):
+    for score, questions in ((scores.ira, cells.in_domain), (scores.cra, cells.other)):
         before = sum(right(q, False) for q in questions)
         assert score.value == pytest.approx(sum(right(q, True) for q in questions) / before)
-    trials = [(q, a) for q in cells.target for a in q.others()]
+    trials = [(q, a) for q in cells.target for a in q.other_attributes()]
     ratio = sum(right(q, True, a) for q, a in trials) / sum(right(q, False, a) for q, a in trials)
     assert scores.cra_target.value == pytest.approx(ratio)
-    near = [q for q in cells.same if q.wanted in EMBEDDED.find(name).neighbours]
+    near = [q for q in cells.in_domain if q.expected in EMBEDDED.find(name).neighbours]
     assert 5 < len(near) < 40
     before = [right(q, False) for q in near]
     assert found.neighbours[PATCHED] == Score.ratio([right(q, True) for q in near], before)
@@ -236,9 +236,9 @@ def test_scores_are_counted_picture_by_picture(name, category):
 def test_several_concepts_share_the_unedited_models_pictures():
     names = [("star", "object"), ("moon", "object"), ("Lena Frost", "identity")]
     model = DrawnModel()
-    subjects = [Subject(name, ((forgets(name, category), 1.0),)) for name, category in names]
+    targets = [EvaluationTarget(name, ((forgets(name, category), 1.0),)) for name, category in names]
     found = evaluate_bench(
-        model, WorldJudge(DrawnProbe()), EMBEDDED, subjects, 24, 0, QUICK, baselines=(UNEDITED, NEGATIVE)
+        model, WorldJudge(DrawnProbe()), EMBEDDED, targets, 24, 0, QUICK, baselines=(UNEDITED, NEGATIVE)
     )
     assert [one.concept for one in found] == [name for name, _ in names]
     assert all(set(one.scores) == {PATCHED, UNEDITED, NEGATIVE} for one in found)
@@ -251,14 +251,17 @@ def test_several_concepts_share_the_unedited_models_pictures():
     ("changes", "says"),
     [
         ({"count": 3}, "at least 4"),
-        ({"subjects": []}, "no concept to evaluate"),
-        ({"subjects": [Subject("unicorn", ())]}, "no concept 'unicorn'"),
+        ({"targets": []}, "no concept to evaluate"),
+        ({"targets": [EvaluationTarget("unicorn", ())]}, "no concept 'unicorn'"),
         ({"baselines": ("magic",)}, "'magic' is not known"),
-        ({"bench": load_bench("checkpoints"), "subjects": [Subject("cat", ())]}, "judge knows no object 'cat'"),
+        (
+            {"bench": load_bench("checkpoints"), "targets": [EvaluationTarget("cat", ())]},
+            "judge knows no object 'cat'",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said(changes, says):
-    given = {"bench": EMBEDDED, "subjects": [Subject("star", ())], "count": 8} | changes
+    given = {"bench": EMBEDDED, "targets": [EvaluationTarget("star", ())], "count": 8} | changes
     with pytest.raises(RequestError, match=says):
         evaluate_bench(DrawnModel(), WorldJudge(DrawnProbe()), sampling=QUICK, **given)
 
@@ -270,8 +273,8 @@ def test_a_checkpoint_is_measured_with_real_hooks_and_given_back_as_it_was():
     patch = random_patch(model.survey, scale=0.5)
     bench = load_bench("checkpoints")
     judge = ClipJudge(Noise(), bench.names())
-    drawings = Drawings(model, judge, SamplingSettings(2, 3.0, 8, "float32"))
-    rows = list(run_bench(judge, bench, ["cat", "Rembrandt"], lambda *_: ((patch, 1.0),), drawings, 6))
+    cache = SampleCache(model, judge, SamplingSettings(2, 3.0, 8, "float32"))
+    rows = list(run_bench(judge, bench, ["cat", "Rembrandt"], lambda *_: ((patch, 1.0),), cache, 6))
     assert [(row.concept, row.variant) for row in rows] == [
         (name, variant) for name in ("cat", "Rembrandt") for variant in (UNEDITED, NEGATIVE, SAFE, PATCHED)
     ]
@@ -283,7 +286,11 @@ def test_a_checkpoint_is_measured_with_real_hooks_and_given_back_as_it_was():
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        list(run_bench(judge, bench, ["cat"], lambda *_: ((patch, 1.0),), Drawings(model, judge, QUICK), progress=stop))
+        list(
+            run_bench(
+                judge, bench, ["cat"], lambda *_: ((patch, 1.0),), SampleCache(model, judge, QUICK), progress=stop
+            )
+        )
     assert (flags(model.unet), state_hash(model.unet)) == before
 
 
@@ -305,9 +312,9 @@ def patches_of(concept, progress):
 def test_a_run_measures_as_single_evaluations_do():
     judge = WorldJudge(DrawnProbe())
     names = ["star", "neon", "Otto Brand"]
-    rows = list(run_bench(judge, EMBEDDED, names, patches_of, Drawings(DrawnModel(), judge, QUICK), 12, 5))
+    rows = list(run_bench(judge, EMBEDDED, names, patches_of, SampleCache(DrawnModel(), judge, QUICK), 12, 5))
     for name in names:
-        subject = Subject(name, patches_of(EMBEDDED.find(name), None))
+        subject = EvaluationTarget(name, patches_of(EMBEDDED.find(name), None))
         (alone,) = evaluate_bench(DrawnModel(), judge, EMBEDDED, [subject], 12, 5, QUICK)
         for row in rows:
             if row.concept == name:
@@ -321,7 +328,7 @@ def test_a_run_measures_as_single_evaluations_do():
 
 def test_a_run_draws_only_what_is_not_done_and_lets_go_of_it():
     judge, model = WorldJudge(DrawnProbe()), DrawnModel()
-    drawings = Drawings(model, judge, QUICK)
+    cache = SampleCache(model, judge, QUICK)
     done = {("star", variant) for variant in (UNEDITED, NEGATIVE, PATCHED)} | {("moon", UNEDITED)}
     events = []
     rows = run_bench(
@@ -329,7 +336,7 @@ def test_a_run_draws_only_what_is_not_done_and_lets_go_of_it():
         EMBEDDED,
         ["star", "moon"],
         patches_of,
-        drawings,
+        cache,
         12,
         baselines=(UNEDITED, NEGATIVE),
         done=done,
@@ -339,7 +346,7 @@ def test_a_run_draws_only_what_is_not_done_and_lets_go_of_it():
     # three cells: unedited, by negative prompt, patched
     assert len(model.calls) == 3 * 36
     assert {negative for _, _, negative in model.calls} == {"", "moon"}
-    assert set(drawings._variants) == {Variant().key}
+    assert set(cache._variants) == {Variant().key}
     steps = [event.step for event in events]
     assert steps == sorted(steps)
     assert events[-1].step == events[-1].total == 3 * 36
@@ -348,11 +355,13 @@ def test_a_run_draws_only_what_is_not_done_and_lets_go_of_it():
 def test_a_part_that_cannot_be_measured_is_left_open_and_the_run_goes_on():
     blind = DrawnModel(lambda prompt, seed, labels: replace(labels, style=NONE))
     judge = WorldJudge(DrawnProbe())
-    rows = list(run_bench(judge, EMBEDDED, ["neon"], patches_of, Drawings(blind, judge, QUICK), 12, baselines=()))
+    rows = list(run_bench(judge, EMBEDDED, ["neon"], patches_of, SampleCache(blind, judge, QUICK), 12, baselines=()))
     assert all(row.scores["ira"] is None and row.scores["neighbours"] is None for row in rows)
     assert all(row.scores["cra"].value == 1 for row in rows)
     with pytest.raises(ForgetConceptError, match="draws none of these prompts right"):
-        evaluate_bench(blind, judge, EMBEDDED, [Subject("neon", patches_of(EMBEDDED.find("neon"), None))], 12, 0, QUICK)
+        evaluate_bench(
+            blind, judge, EMBEDDED, [EvaluationTarget("neon", patches_of(EMBEDDED.find("neon"), None))], 12, 0, QUICK
+        )
 
 
 # -- threads and processes ----------------------------------------------------------------------------------------
@@ -389,7 +398,7 @@ def test_the_faster_number_of_threads_is_taken_and_put_back(monkeypatch):
         SamplingSettings(threads=0)
 
 
-class Half(Spread):
+class Half(ProcessGroup):
     """One of two processes, whose other one found ``found``."""
 
     count = 2
@@ -397,7 +406,7 @@ class Half(Spread):
     def __init__(self, index, other):
         self.index, self.other, self.mine = index, other, []
 
-    def share(self, items):
+    def split(self, items):
         from contextlib import nullcontext
 
         return nullcontext(list(items)[self.index :: 2])
@@ -414,26 +423,26 @@ def test_what_two_processes_draw_is_what_one_draws():
     for index in (0, 1):
         model = tiny_model()
         model.vae = Repeating()
-        spread = Half(index, parts)
-        drawings = Drawings(model, WorldJudge(DrawnProbe()), SamplingSettings(2, 3.0, 4, "float32"), spread)
-        drawings.probe = Count()
-        drawings.want(Variant(), asked_for)
+        processes = Half(index, parts)
+        cache = SampleCache(model, WorldJudge(DrawnProbe()), SamplingSettings(2, 3.0, 4, "float32"), processes)
+        cache.probe = Count()
+        cache.request(Variant(), asked_for)
         if index == 0:
             with pytest.raises(KeyError):  # the other half is not there yet
-                drawings.make()
-                drawings.seen(Variant(), asked_for)
-            parts = spread.mine
+                cache.generate()
+                cache.get(Variant(), asked_for)
+            parts = processes.mine
         else:
-            drawings.make()
-            together = drawings.seen(Variant(), asked_for)
-    alone = Drawings(model, Count(), SamplingSettings(2, 3.0, 4, "float32"), ALONE)
-    alone.want(Variant(), asked_for)
-    alone.make()
-    for one, other in zip(alone.seen(Variant(), asked_for), together, strict=True):
+            cache.generate()
+            together = cache.get(Variant(), asked_for)
+    alone = SampleCache(model, Count(), SamplingSettings(2, 3.0, 4, "float32"), SINGLE_PROCESS)
+    alone.request(Variant(), asked_for)
+    alone.generate()
+    for one, other in zip(alone.get(Variant(), asked_for), together, strict=True):
         assert torch.equal(one.picture, other.picture)
         assert one.labels == other.labels
 
 
 class Count:
-    def see(self, images):
+    def classify(self, images):
         return [float(image.sum()) for image in images]

@@ -26,7 +26,7 @@ from forget_concept.core.evaluation.metrics import (
     OpenClip,
     ProbeDistance,
     ProbeFeatures,
-    ProbeWords,
+    ProbeImageText,
     TransformersClip,
     clip_accuracy,
     clip_score,
@@ -197,7 +197,7 @@ def test_features_do_not_depend_on_the_batch_or_on_how_pixels_are_held(pictures,
 
 def test_what_is_no_picture_is_said(probe):
     good = torch.zeros(2, 3, 128, 128)
-    words, distance = ProbeWords(probe), ProbeDistance(probe)
+    words, distance = ProbeImageText(probe), ProbeDistance(probe)
     calls = [
         lambda images: features_of(ProbeFeatures(probe), images),
         lambda images: clip_score(words, images, ["a star"] * len(images)),
@@ -392,7 +392,7 @@ def test_the_probe_in_clips_place_knows_drawn_pictures(probe):
     keep = [i for i, scene in enumerate(scenes) if scene.shape in names]
     images, scenes = images[keep], [scenes[i] for i in keep]
     wanted = [scene.shape for scene in scenes]
-    encoder = ProbeWords(probe)
+    encoder = ProbeImageText(probe)
     assert clip_accuracy(encoder, images, wanted, names).value >= 0.9
     prompts = [f"a {s.colour} {s.shape}" + (f" in {s.style} style" if s.style != NONE else "") for s in scenes]
     right, wrong = (clip_score(encoder, images, said).value for said in (prompts, prompts[1:] + prompts[:1]))
@@ -402,7 +402,7 @@ def test_the_probe_in_clips_place_knows_drawn_pictures(probe):
 
 
 def test_the_probes_words_are_found_under_all_their_names():
-    encoder = ProbeWords(load_probe())
+    encoder = ProbeImageText(load_probe())
     name, synonym, described = encoder.text_features(["a star", "one PENTAGRAM", "a five-pointed shape, seen"])
     assert torch.equal(name, synonym) and torch.equal(name, described) and name.sum() == 1
     # a description's own colours are not the picture's
@@ -415,7 +415,7 @@ def test_the_probes_words_are_found_under_all_their_names():
 
 
 def test_labels_and_prompts_that_do_not_fit_are_said(probe):
-    encoder, images = ProbeWords(probe), torch.zeros(2, 3, 128, 128)
+    encoder, images = ProbeImageText(probe), torch.zeros(2, 3, 128, 128)
     with pytest.raises(RequestError, match="2 pictures and 1 prompts"):
         clip_score(encoder, images, ["a star"])
     with pytest.raises(RequestError, match="2 pictures and 1 labels"):

@@ -31,10 +31,10 @@ from forget_concept.core.evaluation import (
     PATCHED,
     UNEDITED,
     Evaluation,
+    EvaluationTarget,
     SamplingSettings,
     Score,
     Scores,
-    Subject,
     evaluate,
 )
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
@@ -533,7 +533,12 @@ def test_a_real_evaluation_becomes_a_report(tmp_path, schema):
     patch = forgets("star", "object")
     model = DrawnModel()
     (found,) = evaluate(
-        model, DrawnProbe(), [Subject("star", ((patch, 1.0),))], 12, 0, SamplingSettings(2, precision="float32")
+        model,
+        DrawnProbe(),
+        [EvaluationTarget("star", ((patch, 1.0),))],
+        12,
+        0,
+        SamplingSettings(2, precision="float32"),
     )
     shown = grids(found)
     assert [grid.about for grid in shown] == ["target", "kept"]
@@ -553,10 +558,10 @@ def test_a_real_evaluation_becomes_a_report(tmp_path, schema):
 
 
 def test_nothing_known_is_said_where_a_judge_finds_nothing():
-    from forget_concept.core.evaluation import Example, Seen
+    from forget_concept.core.evaluation import Example, LabeledImage
     from forget_concept.core.mini.world import Labels
 
-    blank = Seen(to_bytes(torch.zeros(3, 4, 4)), Labels())
+    blank = LabeledImage(to_bytes(torch.zeros(3, 4, 4)), Labels())
     one = replace(evaluation(), target_examples=(Example("a star", 3, blank, blank),))
     (grid,) = grids(one)
     assert grid.pairs[0].before_seen == "nothing known"

@@ -19,18 +19,18 @@ from forget_concept.core.evaluation import (
     NEGATIVE,
     PATCHED,
     UNEDITED,
-    Drawings,
+    EvaluationTarget,
     Picture,
+    SampleCache,
     SamplingSettings,
     Score,
-    Subject,
     Variant,
     draw,
     evaluate,
     faster_precision,
-    kept_questions,
     mini_table,
     paired_ratio,
+    retain_questions,
     target_questions,
     wilson,
 )
@@ -111,8 +111,8 @@ def test_nothing_is_a_share_of_nothing():
 def test_target_prompts_all_name_the_target(name):
     questions = target_questions(name, 40)
     category = questions[0].category
-    assert all(q.wanted == name and name in q.prompt.text for q in questions)
-    assert all(category not in q.others() for q in questions)
+    assert all(q.expected == name and name in q.prompt.text for q in questions)
+    assert all(category not in q.other_attributes() for q in questions)
     assert len({q.seed for q in questions}) == 40
     # fewer are the same ones: two runs of different length agree on what they share
     assert target_questions(name, 7) == questions[:7]
@@ -122,19 +122,19 @@ def test_target_prompts_all_name_the_target(name):
 def test_kept_prompts_name_every_other_concept_and_none_that_is_left_out(category):
     without = ["Star", "neon", "lena  frost"]  # as a person may write them
     names = [w.name for w in CATEGORIES[category] if w.name not in ("star", "neon", "Lena Frost")]
-    questions = kept_questions(category, 3 * len(names), 5, without)
-    assert sorted(q.wanted for q in questions) == sorted(3 * names)
+    questions = retain_questions(category, 3 * len(names), 5, without)
+    assert sorted(q.expected for q in questions) == sorted(3 * names)
     for q in questions:
-        assert not {"star", "neon", "Lena Frost"} & set(vars(q.prompt.asks).values())
+        assert not {"star", "neon", "Lena Frost"} & set(vars(q.prompt.expected).values())
         assert not any(word in q.prompt.text for word in ("star", "neon", "Lena"))
-        assert asked(q.prompt.text) == q.prompt.asks
-    assert kept_questions(category, 5, 5, without) == questions[:5]
-    assert kept_questions(category, 5, 6, without) != questions[:5]
+        assert asked(q.prompt.text) == q.prompt.expected
+    assert retain_questions(category, 5, 5, without) == questions[:5]
+    assert retain_questions(category, 5, 6, without) != questions[:5]
 
 
 def test_forgetting_a_whole_category_leaves_nothing_to_keep():
     with pytest.raises(RequestError, match="No identity is left"):
-        kept_questions("identity", 3, without=[w.name for w in CATEGORIES["identity"]])
+        retain_questions("identity", 3, without=[w.name for w in CATEGORIES["identity"]])
 
 
 # -- the scores ---------------------------------------------------------------------------------------------------
@@ -142,7 +142,9 @@ def test_forgetting_a_whole_category_leaves_nothing_to_keep():
 
 def test_a_perfect_patch_scores_one_and_the_baselines_are_what_they_are():
     model = DrawnModel()
-    (found,) = evaluate(model, DrawnProbe(), [Subject("star", ((forgets("star", "object"), 1.0),))], 30, 0, QUICK)
+    (found,) = evaluate(
+        model, DrawnProbe(), [EvaluationTarget("star", ((forgets("star", "object"), 1.0),))], 30, 0, QUICK
+    )
     assert (found.concept, found.category, found.n_target, found.n_kept) == ("star", "object", 30, 60)
     assert set(found.scores) == {PATCHED, UNEDITED, NEGATIVE}
     patched = found.scores[PATCHED]
@@ -151,7 +153,7 @@ def test_a_perfect_patch_scores_one_and_the_baselines_are_what_they_are():
     assert found.scores[NEGATIVE].ua.value == 1
     assert patched.ua.n == patched.ira.n == patched.cra.n == 30
     # colour always, style mostly: every other thing the target's prompts name is a trial
-    assert patched.cra_target.n == sum(len(q.others()) for q in target_questions("star", 30))
+    assert patched.cra_target.n == sum(len(q.other_attributes()) for q in target_questions("star", 30))
     assert not model.faults
 
 
@@ -163,7 +165,7 @@ def test_scores_are_shares_of_the_unedited_model_counted_picture_by_picture(name
     def damage(seed):
         return seed % 3 == 0
 
-    subject = Subject(name, ((forgets(name, category, damage), 1.0),))
+    subject = EvaluationTarget(name, ((forgets(name, category, damage), 1.0),))
     (found,) = evaluate(DrawnModel(weak), DrawnProbe(), [subject], 40, 3, QUICK)
     scores = found.scores[PATCHED]
 
@@ -172,18 +174,18 @@ def test_scores_are_shares_of_the_unedited_model_counted_picture_by_picture(name
         return subject.patches[0][0].fault(q.prompt.text, q.seed, labels) if patched else labels
 
     def right(q, patched, attribute):
-        return getattr(draws(q, patched), attribute) == getattr(q.prompt.asks, attribute)
+        return getattr(draws(q, patched), attribute) == getattr(q.prompt.expected, attribute)
 
     targets = target_questions(name, 40, 3)
     assert scores.ua.value == sum(not right(q, True, category) for q in targets) / 40
-    same = kept_questions(category, 40, 3, [name])
+    same = retain_questions(category, 40, 3, [name])
     others = [c for c in ("object", "style", "identity") if c != category]
-    other = [q for c in others for q in kept_questions(c, 20, 3, [name])]
+    other = [q for c in others for q in retain_questions(c, 20, 3, [name])]
     for score, questions in ((scores.ira, same), (scores.cra, other)):
         before = sum(right(q, False, q.category) for q in questions)
         assert score.value == pytest.approx(sum(right(q, True, q.category) for q in questions) / before)
         assert score.low <= score.value <= score.high
-    trials = [(q, a) for q in targets for a in q.others()]
+    trials = [(q, a) for q in targets for a in q.other_attributes()]
     ratio = sum(right(q, True, a) for q, a in trials) / sum(right(q, False, a) for q, a in trials)
     assert scores.cra_target.value == pytest.approx(ratio)
     assert found.accuracy["ira"].value == pytest.approx(sum(right(q, False, q.category) for q in same) / 40)
@@ -192,8 +194,8 @@ def test_scores_are_shares_of_the_unedited_model_counted_picture_by_picture(name
 def test_several_concepts_share_the_unedited_models_pictures():
     names = [("star", "object"), ("neon", "style"), ("Lena Frost", "identity")]
     model = DrawnModel()
-    subjects = [Subject(name, ((forgets(name, category), 1.0),)) for name, category in names]
-    found = evaluate(model, DrawnProbe(), subjects, 12, 0, QUICK, baselines=(UNEDITED,))
+    targets = [EvaluationTarget(name, ((forgets(name, category), 1.0),)) for name, category in names]
+    found = evaluate(model, DrawnProbe(), targets, 12, 0, QUICK, baselines=(UNEDITED,))
     assert [one.concept for one in found] == [name for name, _ in names]
     # unedited: three target cells and three pools; patched: target, same, other for each
     assert len(model.calls) == (3 + 3) * 12 + 3 * 3 * 12
@@ -204,11 +206,11 @@ def test_drift_is_the_mean_distance_of_kept_pictures_of_the_same_seed():
     def damage(seed):
         return seed % 3 == 0
 
-    subject = Subject("star", ((forgets("star", "object", damage), 1.0),))
+    subject = EvaluationTarget("star", ((forgets("star", "object", damage), 1.0),))
     model = DrawnModel()
     (found,) = evaluate(model, DrawnProbe(), [subject], 24, 0, QUICK)
-    same = kept_questions("object", 24, 0, ["star"])
-    other = [q for c in ("style", "identity") for q in kept_questions(c, 12, 0, ["star"])]
+    same = retain_questions("object", 24, 0, ["star"])
+    other = [q for c in ("style", "identity") for q in retain_questions(c, 12, 0, ["star"])]
     distances = []
     for q in (*same, *other):
         before = asked(q.prompt.text)
@@ -229,11 +231,11 @@ def model_row(labels):
 
 def test_drawings_are_shared_between_measurements():
     model = DrawnModel()
-    shared = Drawings(model, DrawnProbe(), QUICK)
+    shared = SampleCache(model, DrawnProbe(), QUICK)
     found = []
     for patch in (forgets("star", "object"), forgets("star", "object", lambda seed: seed % 3 == 0)):
-        subject = Subject("star", ((patch, 1.0),))
-        found += evaluate(model, DrawnProbe(), [subject], 12, 0, QUICK, baselines=(UNEDITED,), drawings=shared)
+        subject = EvaluationTarget("star", ((patch, 1.0),))
+        found += evaluate(model, DrawnProbe(), [subject], 12, 0, QUICK, baselines=(UNEDITED,), cache=shared)
     # three cells of each patch, and those of the unedited model only once
     assert len(model.calls) == 3 * 12 + 2 * 3 * 12
     alone = evaluate(DrawnModel(), DrawnProbe(), [subject], 12, 0, QUICK, baselines=(UNEDITED,))
@@ -243,14 +245,14 @@ def test_drawings_are_shared_between_measurements():
 def test_what_else_a_patch_forgets_is_not_asked_for():
     model = DrawnModel()
     both = (forgets("star", "object"), 1.0), (forgets("moon", "object"), 1.0)
-    (found,) = evaluate(model, DrawnProbe(), [Subject("star", both)], 30, 0, QUICK, without=["moon"])
+    (found,) = evaluate(model, DrawnProbe(), [EvaluationTarget("star", both)], 30, 0, QUICK, without=["moon"])
     assert found.scores[PATCHED].ira.value == 1
-    (found,) = evaluate(model, DrawnProbe(), [Subject("star", both)], 30, 0, QUICK)
+    (found,) = evaluate(model, DrawnProbe(), [EvaluationTarget("star", both)], 30, 0, QUICK)
     assert found.scores[PATCHED].ira.value < 1
 
 
 def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time():
-    subject = Subject("star", ((forgets("star", "object", lambda seed: seed % 4 == 0), 1.0),))
+    subject = EvaluationTarget("star", ((forgets("star", "object", lambda seed: seed % 4 == 0), 1.0),))
     one, other = (
         evaluate(DrawnModel(), DrawnProbe(), [subject], 10, 0, SamplingSettings(2, batch=b, precision="float32"))[0]
         for b in (1, 64)
@@ -261,12 +263,12 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time():
 @pytest.mark.parametrize("name", ["unicorn", "", "pilot"])
 def test_a_concept_the_probe_cannot_see_is_refused(name):
     with pytest.raises(RequestError, match="knows no concept"):
-        evaluate(DrawnModel(), DrawnProbe(), [Subject(name, ())], 10, 0, QUICK)
+        evaluate(DrawnModel(), DrawnProbe(), [EvaluationTarget(name, ())], 10, 0, QUICK)
 
 
 def test_too_few_pictures_and_no_concept_are_refused():
     with pytest.raises(RequestError, match="at least 4"):
-        evaluate(DrawnModel(), DrawnProbe(), [Subject("star", ())], 3, 0, QUICK)
+        evaluate(DrawnModel(), DrawnProbe(), [EvaluationTarget("star", ())], 3, 0, QUICK)
     with pytest.raises(RequestError, match="no concept"):
         evaluate(DrawnModel(), DrawnProbe(), [], 10, 0, QUICK)
 
@@ -274,12 +276,12 @@ def test_too_few_pictures_and_no_concept_are_refused():
 def test_a_model_that_draws_nothing_right_is_said_so():
     blank = DrawnModel(lambda prompt, seed, labels: replace(labels, object=NONE, style=NONE, identity=NONE))
     with pytest.raises(ForgetConceptError, match="draws none of these prompts right"):
-        evaluate(blank, DrawnProbe(), [Subject("star", ((forgets("star", "object"), 1.0),))], 8, 0, QUICK)
+        evaluate(blank, DrawnProbe(), [EvaluationTarget("star", ((forgets("star", "object"), 1.0),))], 8, 0, QUICK)
 
 
 def test_progress_rises_to_its_total_and_can_cancel():
     events = []
-    subject = Subject("star", ((forgets("star", "object"), 1.0),))
+    subject = EvaluationTarget("star", ((forgets("star", "object"), 1.0),))
     evaluate(DrawnModel(), DrawnProbe(), [subject], 10, 0, QUICK, progress=events.append)
     steps = [event.step for event in events]
     assert steps == sorted(steps)
@@ -412,8 +414,8 @@ def test_the_grid_shows_the_very_pictures_that_were_measured():
             return images / 127.5 - 1
 
     names = [("star", "object"), ("stained glass", "style")]
-    subjects = [Subject(name, ((forgets(name, category), 1.0),)) for name, category in names]
-    found = evaluate(Coloured(), DrawnProbe(), subjects, 8, 0, QUICK)
+    targets = [EvaluationTarget(name, ((forgets(name, category), 1.0),)) for name, category in names]
+    found = evaluate(Coloured(), DrawnProbe(), targets, 8, 0, QUICK)
     image = before_after(found, "A title that is long enough to be seen")
     assert isinstance(image, Image.Image)
     assert len(found[0].target_examples) == len(found[0].kept_examples) == 3
@@ -444,4 +446,4 @@ def test_a_contact_sheet_holds_all_pictures():
 def test_a_category_that_is_forgotten_whole_is_told_whichever_is_asked_about(asked, gone):
     everything = [word.name for word in CATEGORIES[gone]]
     with pytest.raises(RequestError, match=f"No {gone} is left"):
-        kept_questions(asked, 4, without=everything)
+        retain_questions(asked, 4, without=everything)

@@ -395,7 +395,7 @@ def test_what_would_be_ignored_or_cannot_be_is_refused(asked, images, words):
 @pytest.mark.long
 def test_on_the_embedded_model_the_concept_goes():
     from forget_concept.core import mini
-    from forget_concept.core.evaluation import PATCHED, UNEDITED, SamplingSettings, Subject, evaluate
+    from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SamplingSettings, evaluate
     from forget_concept.core.mini.vocabulary import CATEGORIES
 
     model, probe = mini.load(), mini.load_probe()
@@ -405,7 +405,7 @@ def test_on_the_embedded_model_the_concept_goes():
     (found,) = evaluate(
         model,
         probe,
-        [Subject("tree", ((patch, 1.0),))],
+        [EvaluationTarget("tree", ((patch, 1.0),))],
         16,
         3,
         SamplingSettings(precision="float32"),

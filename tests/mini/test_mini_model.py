@@ -65,7 +65,7 @@ def test_the_probe_on_reconstructions(mini, probe, drawn) -> None:
 def test_the_probe_sees_nothing_in_noise_and_blotches(probe) -> None:
     torch.manual_seed(0)
     blotches = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4) * 2 - 1, size=128, mode="bicubic").clamp(-1, 1)
-    seen = probe.see(blotches)
+    seen = probe.classify(blotches)
     assert sum(s.object == s.identity == vocabulary.NONE for s in seen) >= 60
 
 
@@ -79,12 +79,12 @@ def test_it_draws_what_is_asked(mini, probe) -> None:
     """A sample of `mini-table`; the shipped table has the full count."""
     asked = prompts(48, 11, held_out_only=True)
     shown = mini.decode(mini.sample([p.text for p in asked], list(range(48)), steps=15, guidance=2.5, batch=48))
-    seen = probe.see(shown)
+    seen = probe.classify(shown)
     right = [
-        getattr(found, category) == getattr(p.asks, category)
+        getattr(found, category) == getattr(p.expected, category)
         for p, found in zip(asked, seen, strict=True)
         for category in ("object", "style", "identity")
-        if getattr(p.asks, category) != vocabulary.NONE
+        if getattr(p.expected, category) != vocabulary.NONE
     ]
     assert sum(right) / len(right) >= 0.9
 

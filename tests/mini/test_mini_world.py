@@ -95,7 +95,7 @@ def test_held_out_combinations_never_train() -> None:
     assert not any(world.held_out(dataset.scene(i)) for i in range(2000))
     asked = world.prompts(300, seed=1, held_out_only=True)
     for prompt in asked:
-        a = prompt.asks
+        a = prompt.expected
         assert world.held_out(world.Scene(shape=a.object, person=a.identity, style=a.style, colour=a.colour))
     assert len({p.text for p in asked}) > 200
 
@@ -103,7 +103,7 @@ def test_held_out_combinations_never_train() -> None:
 @pytest.mark.parametrize("category, name", [("object", "star"), ("style", "neon"), ("identity", "Ivy Stone")])
 def test_prompts_about_and_without_a_concept(category: str, name: str) -> None:
     about = world.prompts(50, 0, **{category: name})
-    assert all(name in p.text and getattr(p.asks, category) == name for p in about)
+    assert all(name in p.text and getattr(p.expected, category) == name for p in about)
     assert not any(name in p.text for p in world.prompts(400, 0, without=(name,)))
 
 

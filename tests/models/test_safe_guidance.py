@@ -18,9 +18,9 @@ from forget_concept.core.evaluation import (
     PATCHED,
     SAFE,
     UNEDITED,
+    EvaluationTarget,
     Picture,
     SamplingSettings,
-    Subject,
     Variant,
     draw,
     evaluate,
@@ -244,7 +244,7 @@ def test_it_is_a_baseline_where_it_is_asked_for():
     quick = SamplingSettings(steps=2, batch=16, precision="float32")
 
     def scores(**asked_for):
-        (found,) = evaluate(SteeredModel(), DrawnProbe(), [Subject("star", ())], 20, 0, quick, **asked_for)
+        (found,) = evaluate(SteeredModel(), DrawnProbe(), [EvaluationTarget("star", ())], 20, 0, quick, **asked_for)
         return found
 
     found = scores(baselines=(UNEDITED, NEGATIVE, SAFE))

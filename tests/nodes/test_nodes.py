@@ -13,7 +13,16 @@ import torch
 
 import forget_concept
 from forget_concept.core.errors import ModelError, PatchError, RequestError
-from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, Example, Score, Scores, Seen, load_bench
+from forget_concept.core.evaluation import (
+    PATCHED,
+    UNEDITED,
+    Evaluation,
+    Example,
+    LabeledImage,
+    Score,
+    Scores,
+    load_bench,
+)
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
@@ -157,7 +166,9 @@ def measured() -> Report:
         UNEDITED: Scores(score(0.0), score(1.0), score(1.0), score(1.0)),
     }
     dark, light = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((3, 8, 8), 255, dtype=torch.uint8)
-    example = Example("a star", 1, Seen(dark, Labels(object="star")), Seen(light, Labels(object="circle")))
+    example = Example(
+        "a star", 1, LabeledImage(dark, Labels(object="star")), LabeledImage(light, Labels(object="circle"))
+    )
     accuracy = {part: score(1.0) for part in ("ira", "cra", "cra_target")}
     one = Evaluation("star", "object", 16, 32, scores, accuracy, (example,), (example,))
     return Report(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .budget import BUDGETS, AttackBudget, Spent, attack_budget
-from .context import AttackContext, Found
+from .budget import BUDGETS, AttackBudget, AttackCost, attack_budget
+from .context import AttackContext, SearchResult
 from .judge import ProbeJudge, SuccessJudge
 from .result import AttackReport, AttackResult, PromptSuccess
 from .run import ATTACKS, WHITE_BOX, run_attacks
@@ -15,12 +15,12 @@ __all__ = [
     "WHITE_BOX",
     "AttackBudget",
     "AttackContext",
+    "AttackCost",
     "AttackReport",
     "AttackResult",
-    "Found",
     "ProbeJudge",
     "PromptSuccess",
-    "Spent",
+    "SearchResult",
     "SuccessJudge",
     "Target",
     "attack_budget",

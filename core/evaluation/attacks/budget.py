@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from ...errors import RequestError
 
-__all__ = ["BUDGETS", "AttackBudget", "Spent", "attack_budget"]
+__all__ = ["BUDGETS", "AttackBudget", "AttackCost", "attack_budget"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def attack_budget(budget: str | AttackBudget) -> AttackBudget:
 
 
 @dataclass(frozen=True)
-class Spent:
+class AttackCost:
     """What one attack took: steps along a gradient, pictures through the UNet in its search (forward), prompts that
     were tried, and pictures drawn to choose among these and to measure the strongest."""
 
@@ -72,7 +72,7 @@ class Spent:
     pictures: int
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """The same as a phrase."""
         drawn = f"{_counted(self.prompts_tried, 'prompt')} tried, {_counted(self.pictures, 'picture')} drawn"
         if not self.unet_passes:
@@ -81,7 +81,7 @@ class Spent:
         return f"{steps}, {self.unet_passes} pictures through the UNet to search, {drawn}"
 
     def as_dict(self) -> dict[str, int | str]:
-        return asdict(self) | {"words": self.words}
+        return asdict(self) | {"words": self.summary}
 
 
 def _counted(count: int, word: str) -> str:

@@ -24,7 +24,7 @@ from .budget import AttackBudget
 from .judge import SuccessJudge
 from .target import Target
 
-__all__ = ["AttackContext", "Found", "example_latents", "with_hash_of"]
+__all__ = ["AttackContext", "SearchResult", "example_latents", "with_hash_of"]
 
 ROUNDS = 3
 
@@ -44,7 +44,7 @@ def with_hash_of(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]])
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What an attack's search yields: prompts, and the model that can read them (learned vectors may be among its
     words). ``losses`` are what the search held itself to, from its start on, where it kept count."""
 
@@ -120,7 +120,7 @@ def example_latents(
     if model.vae is None:
         raise ModelError(f"The model '{model.name}' has no autoencoder here, so there are no pictures to attack with.")
     if images is None:
-        images = _drawn(model, target, judge, count, sampling, seed, workspace, progress)
+        images = _generate_examples(model, target, judge, count, sampling, seed, workspace, progress)
     else:
         height, width = (8 * side for side in model.latent_shape[1:])
         check_images(images, 1, (height, width), f"'{target.concept.name}'")
@@ -128,7 +128,7 @@ def example_latents(
     return latents.detach().float().cpu()
 
 
-def _drawn(
+def _generate_examples(
     model: LatentDiffusion,
     target: Target,
     judge: SuccessJudge,
@@ -140,7 +140,7 @@ def _drawn(
 ) -> Tensor:
     s, prompts = sampling, target.prompts
     about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type]
-    key = key_of("examples", model.model_hash, judge.about, list(prompts), count, seed, about)
+    key = key_of("examples", model.model_hash, judge.description, list(prompts), count, seed, about)
     if workspace is not None and (known := workspace.load("attack", key)) is not None:
         return from_bytes(known["images"])
     found: list[Tensor] = []

@@ -22,7 +22,7 @@ from ...models.token_positions import end_position
 from ...progress import Progress, ProgressEvent, report_progress
 from ...training.frozen import frozen
 from ...training.textual_inversion import PLACEHOLDER, InvertedText
-from .context import AttackContext, Found
+from .context import AttackContext, SearchResult
 from .denoising import NoisedRows, denoising_losses, noised_rows
 
 __all__ = ["Prefixes", "discrete"]
@@ -53,13 +53,13 @@ class Prefixes:
         self.words = dict(sorted(self.words.items()))
         if not self.words:
             raise ForgetConceptError("This text encoder's vocabulary has no whole words to attack with.")
-        self._meant = [list(encoder.phrase_ids(prompt)) for prompt in self.prompts]
+        self._prompt_ids = [list(encoder.phrase_ids(prompt)) for prompt in self.prompts]
 
     def text(self, ids: Sequence[int]) -> str:
         """The prefix as a person types it."""
         return " ".join(self.words[i] for i in ids)
 
-    def said(self, ids: Sequence[int]) -> list[str]:
+    def prefixed(self, ids: Sequence[int]) -> list[str]:
         """Each prompt with the prefix before it."""
         return [f"{self.text(ids)} {prompt}" for prompt in self.prompts]
 
@@ -67,11 +67,11 @@ class Prefixes:
         """Whether the tokenizer reads the prompts' text as exactly these ids and the prompts' own."""
         return all(
             list(self.encoder.phrase_ids(text)) == [*ids, *meant]
-            for text, meant in zip(self.said(ids), self._meant, strict=True)
+            for text, meant in zip(self.prefixed(ids), self._prompt_ids, strict=True)
         )
 
 
-def discrete(context: AttackContext, progress: Progress | None = None) -> Found:
+def discrete(context: AttackContext, progress: Progress | None = None) -> SearchResult:
     """Words before the target's prompts. Raises :class:`ModelError` for an encoder without gradients and
     :class:`TokenError` for prompts that are cut off."""
     encoder, budget = context.clip, context.budget
@@ -95,8 +95,8 @@ def discrete(context: AttackContext, progress: Progress | None = None) -> Found:
         if context.workspace is not None:
             context.workspace.save("attack", key, known)
     steps, passes = known["spent"].tolist()
-    said = prefixes.said(known["ids"].tolist())
-    return Found(tuple(said), context.model, steps, passes, tuple(known["losses"].tolist()))
+    said = prefixes.prefixed(known["ids"].tolist())
+    return SearchResult(tuple(said), context.model, steps, passes, tuple(known["losses"].tolist()))
 
 
 class _Search:
@@ -112,7 +112,7 @@ class _Search:
     ) -> None:
         self.model, self.encoder, self.prefixes, self.rows, self.generator = model, encoder, prefixes, rows, generator
         self.allowed = torch.tensor(list(prefixes.words))
-        self.of = [i % len(prefixes.prompts) for i in range(len(rows))]  # which prompt a row is asked under
+        self.prompt_of_row = [i % len(prefixes.prompts) for i in range(len(rows))]  # which prompt a row is asked under
         self.table: Tensor = encoder.model.get_input_embeddings().weight.detach()
         self.ids: list[int] = []
         self.losses: list[float] = []
@@ -120,7 +120,7 @@ class _Search:
 
     def run(self, tokens: int, rounds: int, candidates: int, likely: int, progress: Progress | None) -> None:
         self.ids = self._start(tokens)
-        for prompt in self.prefixes.said(self.ids):
+        for prompt in self.prefixes.prefixed(self.ids):
             end_position(self.encoder, prompt)  # raises where it is cut off
         (loss,) = self.losses_of([self.ids])
         self.losses.append(loss)
@@ -150,7 +150,7 @@ class _Search:
         vectors = self.table[self.ids].float().requires_grad_()
         text = InvertedText(self.encoder, {PLACEHOLDER: vectors})
         states = text.states([f"{PLACEHOLDER} {prompt}" for prompt in self.prefixes.prompts])
-        loss = denoising_losses(self.model, self.rows, states.index(self.of)).mean()
+        loss = denoising_losses(self.model, self.rows, states.index(self.prompt_of_row)).mean()
         (gradient,) = torch.autograd.grad(loss, vectors)
         self.gradient_steps += 1
         self.passes += len(self.rows)
@@ -179,8 +179,8 @@ class _Search:
         means: list[float] = []
         for start in range(0, len(several), at_once):
             part = several[start : start + at_once]
-            states = self.encoder.encode([text for ids in part for text in self.prefixes.said(ids)])
-            rows = [each * i + j for i in range(len(part)) for j in self.of]
+            states = self.encoder.encode([text for ids in part for text in self.prefixes.prefixed(ids)])
+            rows = [each * i + j for i in range(len(part)) for j in self.prompt_of_row]
             many = NoisedRows(
                 self.rows.x.repeat(len(part), 1, 1, 1),
                 self.rows.times.repeat(len(part)),

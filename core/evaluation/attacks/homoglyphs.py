@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ...errors import RequestError
 from ...models.text_encoders import TextEncoder
 from ...progress import Progress
-from .context import AttackContext, Found
+from .context import AttackContext, SearchResult
 from .target import Target, with_name
 
 __all__ = ["LOOKALIKES", "homoglyphs", "other_spellings", "plain", "spellings"]
@@ -104,11 +104,11 @@ def other_spellings(encoder: TextEncoder, target: Target) -> tuple[str, ...]:
     return tuple(found)
 
 
-def homoglyphs(context: AttackContext, progress: Progress | None = None) -> Found:
+def homoglyphs(context: AttackContext, progress: Progress | None = None) -> SearchResult:
     """The other spellings as they are. Raises :class:`RequestError` where the text encoder knows none."""
     found = other_spellings(context.model.text, context.target)
     if not found:
         raise RequestError(
             f"The text encoder reads every other spelling of '{context.target.concept.name}' as the name."
         )
-    return Found(found, context.model)
+    return SearchResult(found, context.model)

@@ -9,19 +9,21 @@ from __future__ import annotations
 from ...progress import Progress
 from ...request.concept import templates
 from ...training.textual_inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
-from .context import AttackContext, Found
+from .context import AttackContext, SearchResult
 
 __all__ = ["inversion_recall"]
 
 
-def inversion_recall(context: AttackContext, progress: Progress | None = None) -> Found:
+def inversion_recall(context: AttackContext, progress: Progress | None = None) -> SearchResult:
     """Vectors in place of the name, in the templates of the concept's kind. Raises as :func:`invert`."""
     _ = context.clip
     budget = context.budget
-    said = templates(context.target.concept.kind)
-    settings = InversionSettings(budget.vectors, budget.steps, context.stride, batch_size=budget.batch, templates=said)
+    prompt_templates = templates(context.target.concept.kind)
+    settings = InversionSettings(
+        budget.vectors, budget.steps, context.stride, batch_size=budget.batch, templates=prompt_templates
+    )
     with context.edited():
         vectors = invert(context.model, context.latents, settings, context.seed, progress, workspace=context.workspace)
-    prompts = tuple(template.format(PLACEHOLDER) for template in said)
+    prompts = tuple(template.format(PLACEHOLDER) for template in prompt_templates)
     reading = with_vectors(context.model, {PLACEHOLDER: vectors})
-    return Found(prompts, reading, budget.steps, budget.steps * budget.batch)
+    return SearchResult(prompts, reading, budget.steps, budget.steps * budget.batch)

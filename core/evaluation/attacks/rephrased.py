@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ...errors import RequestError
 from ...progress import Progress
-from .context import AttackContext, Found
+from .context import AttackContext, SearchResult
 
 __all__ = ["rephrased"]
 
 
-def rephrased(context: AttackContext, progress: Progress | None = None) -> Found:
+def rephrased(context: AttackContext, progress: Progress | None = None) -> SearchResult:
     """The target's paraphrases as they are. Raises :class:`RequestError` where there are none."""
     if not context.target.paraphrases:
         raise RequestError(f"No paraphrases of '{context.target.concept.name}' were given to attack with.")
-    return Found(context.target.paraphrases, context.model)
+    return SearchResult(context.target.paraphrases, context.model)

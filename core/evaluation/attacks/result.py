@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..intervals import Score
-from .budget import AttackBudget, Spent
+from .budget import AttackBudget, AttackCost
 
 __all__ = ["AttackReport", "AttackResult", "PromptSuccess"]
 
@@ -39,7 +39,7 @@ class AttackResult:
     attack: str
     after: Score
     before: Score | None
-    spent: Spent
+    cost: AttackCost
     strongest: tuple[PromptSuccess, ...]
     losses: tuple[float, ...] = ()
 
@@ -48,7 +48,7 @@ class AttackResult:
             "attack": self.attack,
             "after": self.after.as_dict(),
             "before": None if self.before is None else self.before.as_dict(),
-            "spent": self.spent.as_dict(),
+            "spent": self.cost.as_dict(),
             "strongest": [one.as_dict() for one in self.strongest],
             "losses": list(self.losses),
         }

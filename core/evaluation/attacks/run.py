@@ -20,8 +20,8 @@ from ...progress import Progress, ProgressEvent, report_progress
 from ..drawing import Picture, SamplingSettings, Variant, draw
 from ..intervals import Score
 from ..scores import seed_of
-from .budget import AttackBudget, Spent, attack_budget
-from .context import AttackContext, Found, example_latents, with_hash_of
+from .budget import AttackBudget, AttackCost, attack_budget
+from .context import AttackContext, SearchResult, example_latents, with_hash_of
 from .discrete import discrete
 from .homoglyphs import homoglyphs, other_spellings
 from .inversion_recall import inversion_recall
@@ -33,7 +33,7 @@ from .target import Target
 
 __all__ = ["ATTACKS", "WHITE_BOX", "Search", "run_attacks"]
 
-Search = Callable[[AttackContext, Progress | None], Found]
+Search = Callable[[AttackContext, Progress | None], SearchResult]
 ATTACKS: dict[str, Search] = {
     "rephrased": rephrased,
     "homoglyphs": homoglyphs,
@@ -77,7 +77,7 @@ def run_attacks(
     variant = edited if isinstance(edited, Variant) else Variant(tuple(edited))
     for patch, _ in variant.patches:
         patch.check_fits(model.survey)
-    chosen, left_out = _chosen(model, target, attacks)
+    chosen, left_out = _select_attacks(model, target, attacks)
     sampling = (sampling or SamplingSettings()).resolved(model)
     if any(name in WHITE_BOX for name in chosen):
         examples, cost = budget.examples, 2 * sampling.steps * budget.examples
@@ -88,10 +88,10 @@ def run_attacks(
     sides.append((variant, "the unedited model" if unedited else "the edited model"))
     counts = {name: _prompts_of(name, model, target) for name in chosen}
     total = cost + len(sides) * sum(_cost(name, budget, sampling, counts[name]) for name in chosen)
-    meter = _Meter(progress, total)
+    parts = _ProgressParts(progress, total)
     latents = torch.empty(0, *model.latent_shape)
     if examples:
-        with meter.part(cost, f"drawing pictures of {target.concept.name}") as inner:
+        with parts.part(cost, f"drawing pictures of {target.concept.name}") as inner:
             latents = example_latents(model, target, judge, budget.examples, sampling, seed, workspace, inner, images)
     plain = AttackContext(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in chosen}
@@ -99,24 +99,24 @@ def run_attacks(
         context = replace(plain, model=with_hash_of(model, on.patches), variant=on)
         for name in chosen:
             searching = _search_cost(name, budget)
-            with meter.part(searching, f"{_said(name)} on {which}: searching") as inner:
+            with parts.part(searching, f"{_display_name(name)} on {which}: searching") as inner:
                 found = ATTACKS[name](context, inner)
             drawing = _cost(name, budget, sampling, counts[name]) - searching
-            with meter.part(drawing, f"{_said(name)} on {which}: drawing") as inner:
-                outcomes[name].append(_tried(context, found, inner))
+            with parts.part(drawing, f"{_display_name(name)} on {which}: drawing") as inner:
+                outcomes[name].append(_measure_prompts(context, found, inner))
     results = []
     for name, found_on in outcomes.items():
         last = found_on[-1]
         first = found_on[0].success if before else None
-        results.append(AttackResult(name, last.success, first, last.spent, last.strongest, last.losses))
+        results.append(AttackResult(name, last.success, first, last.cost, last.strongest, last.losses))
     return AttackReport(target.concept.name, budget, seed, tuple(results), left_out)
 
 
-def _said(name: str) -> str:
+def _display_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _chosen(
+def _select_attacks(
     model: LatentDiffusion, target: Target, attacks: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     wanted = tuple(ATTACKS) if attacks is None else tuple(dict.fromkeys(attacks))
@@ -167,7 +167,7 @@ def _cost(name: str, budget: AttackBudget, sampling: SamplingSettings, prompts: 
     return _search_cost(name, budget) + 2 * sampling.steps * (chosen + budget.pictures)
 
 
-class _Meter:
+class _ProgressParts:
     """One count over all parts of the work, each with its share."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
@@ -193,12 +193,12 @@ class _Meter:
 @dataclass(frozen=True)
 class _Outcome:
     success: Score
-    spent: Spent
+    cost: AttackCost
     strongest: tuple[PromptSuccess, ...]
     losses: tuple[float, ...]
 
 
-def _tried(context: AttackContext, found: Found, progress: Progress) -> _Outcome:
+def _measure_prompts(context: AttackContext, found: SearchResult, progress: Progress) -> _Outcome:
     """Choose the strongest prompts by a few pictures of each, and measure them under other seeds."""
     budget, prompts = context.budget, list(found.prompts)
     for prompt in prompts:
@@ -211,7 +211,7 @@ def _tried(context: AttackContext, found: Found, progress: Progress) -> _Outcome
             for i in range(budget.trials)
         ]
     total = len(first) + budget.pictures
-    shown = _shown(context, found.model, first, progress, 0, total)
+    shown = _judge_pictures(context, found.model, first, progress, 0, total)
     hits = dict.fromkeys(prompts, 0)
     for picture, hit in zip(first, shown, strict=True):
         hits[picture.prompt] += hit
@@ -219,7 +219,7 @@ def _tried(context: AttackContext, found: Found, progress: Progress) -> _Outcome
     second = [
         Picture(best[i % len(best)], seed_of("attack", "measure", context.seed, i)) for i in range(budget.pictures)
     ]
-    shown = _shown(context, found.model, second, progress, len(first), total)
+    shown = _judge_pictures(context, found.model, second, progress, len(first), total)
     each = [
         PromptSuccess(
             prompt,
@@ -229,11 +229,11 @@ def _tried(context: AttackContext, found: Found, progress: Progress) -> _Outcome
         for prompt in best
     ]
     each.sort(key=lambda one: -one.shown / max(one.pictures, 1))
-    spent = Spent(found.gradient_steps, found.unet_passes, len(prompts), total)
+    spent = AttackCost(found.gradient_steps, found.unet_passes, len(prompts), total)
     return _Outcome(Score.share(shown), spent, tuple(each), found.losses)
 
 
-def _shown(
+def _judge_pictures(
     context: AttackContext,
     model: LatentDiffusion,
     pictures: Sequence[Picture],
@@ -248,7 +248,7 @@ def _shown(
     if context.workspace is not None:
         safe = context.variant.safe
         under = [context.variant.negative, None if safe is None else asdict(safe)]
-        about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.about, *under]
+        about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.description, *under]
         asked = [[picture.prompt, picture.seed] for picture in pictures]
         key = key_of("verdicts", model.model_hash, context.text_key, asked, about)
         if (known := context.workspace.load("attack", key)) is not None:

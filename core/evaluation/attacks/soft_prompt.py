@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from ...progress import Progress
 from ...training.textual_inversion import PLACEHOLDER, InversionSettings, invert, with_vectors
-from .context import AttackContext, Found
+from .context import AttackContext, SearchResult
 
 __all__ = ["soft_prompt"]
 
 
-def soft_prompt(context: AttackContext, progress: Progress | None = None) -> Found:
+def soft_prompt(context: AttackContext, progress: Progress | None = None) -> SearchResult:
     """Vectors before the target's prompts. Raises as :func:`invert`."""
     _ = context.clip
     budget = context.budget
@@ -27,4 +27,4 @@ def soft_prompt(context: AttackContext, progress: Progress | None = None) -> Fou
         vectors = invert(context.model, context.latents, settings, context.seed, progress, workspace=context.workspace)
     prompts = tuple(template.format(PLACEHOLDER) for template in templates)
     reading = with_vectors(context.model, {PLACEHOLDER: vectors})
-    return Found(prompts, reading, budget.steps, budget.steps * budget.batch)
+    return SearchResult(prompts, reading, budget.steps, budget.steps * budget.batch)

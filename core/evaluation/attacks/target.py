@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...errors import RequestError
 from ...mini import vocabulary as v
 from ...request.concept import Concept, templates
-from ..scores import known_concept
+from ..scores import find_concept
 
 __all__ = ["Target", "with_name"]
 
@@ -62,7 +62,7 @@ class Target:
 
         Raises :class:`RequestError` for one that the world does not hold.
         """
-        name, category = known_concept(name)
+        name, category = find_concept(name)
         word = v.find(name)[1]
         concept = Concept(name, category)
         if category == "style":

@@ -26,9 +26,9 @@ __all__ = [
     "SCHEMA_VERSION",
     "BenchConcept",
     "ConceptBench",
+    "contains_phrase",
+    "find_names",
     "load_bench",
-    "names_in",
-    "says",
 ]
 
 SCHEMA_VERSION = 1
@@ -211,12 +211,12 @@ def _pattern(phrase: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![^\W_]){words}(?:e?s)?(?![^\W_])", re.IGNORECASE)
 
 
-def says(prompt: str, phrase: str) -> bool:
+def contains_phrase(prompt: str, phrase: str) -> bool:
     """Whether a prompt has the phrase in it as words of its own, in any case, also with an *s* or *es* behind it."""
     return bool(phrase.split()) and _pattern(phrase).search(prompt) is not None
 
 
-def names_in(prompt: str, names: Iterable[str]) -> list[str]:
+def find_names(prompt: str, names: Iterable[str]) -> list[str]:
     """Those of the names that the prompt says, but for one that stands only inside a longer one of them."""
     found = [(match.span(), name) for name in names for match in _pattern(name).finditer(prompt)]
     whole = [
@@ -328,15 +328,15 @@ def _contradictions(concept: BenchConcept) -> Iterator[str]:
             yield f"The concept '{name}' has the prompt '{prompt}' twice: leave one of them out."
     for kind in ("plain", "compositional"):
         for prompt in concept.prompts[kind]:
-            if not says(prompt, name):
+            if not contains_phrase(prompt, name):
                 yield f"The {kind} prompt '{prompt}' does not name '{name}'."
     for prompt in concept.prompts["paraphrased"]:
-        if says(prompt, name):
+        if contains_phrase(prompt, name):
             yield f"The paraphrased prompt '{prompt}' has the name '{name}' in it: it belongs to another kind."
-        if not any(says(prompt, synonym) for synonym in concept.synonyms):
+        if not any(contains_phrase(prompt, synonym) for synonym in concept.synonyms):
             yield f"The paraphrased prompt '{prompt}' has none of the synonyms of '{name}' in it: list the one it uses."
     words = [word for word in re.findall(r"[^\W_]+", name) if len(word) >= _OWN_WORD]
     for prompt in concept.prompts["indirect"]:
         for word in (name, *words, *concept.synonyms):
-            if says(prompt, word):
+            if contains_phrase(prompt, word):
                 yield f"The indirect prompt '{prompt}' of '{name}' has '{word}' in it: it must do without any word."

@@ -15,16 +15,16 @@ from ...errors import RequestError
 from ...mini.vocabulary import article
 from ...mini.world import Labels, Prompt
 from ...request.concept import KINDS, canonical_phrase, normalized_phrase
-from ..scores import FEWEST, Cells, Question, seed_of
-from .concept_bench import PROMPT_KINDS, BenchConcept, ConceptBench, names_in, says
+from ..scores import MIN_COUNT, Question, QuestionSets, seed_of
+from .concept_bench import PROMPT_KINDS, BenchConcept, ConceptBench, contains_phrase, find_names
 from .prompt_lists import ListedPrompt
 
-__all__ = ["LISTED", "bench_cells"]
+__all__ = ["LISTED", "bench_questions"]
 
 # a kind of prompt beside the file's own: those of a list that the person points to
 LISTED = "listed"
 # what is kept is asked for by its name: so the unedited model draws most of it right
-_ASKED = ("plain", "compositional")
+_RETAIN_KINDS = ("plain", "compositional")
 # a neighbour that is no concept of the benchmark has no prompts of its own
 _OF_NEIGHBOURS = {
     "object": ("a photo of {}", "a picture of {}", "{}"),
@@ -33,7 +33,7 @@ _OF_NEIGHBOURS = {
 }
 
 
-def bench_cells(
+def bench_questions(
     bench: ConceptBench,
     names: Mapping[str, Sequence[str]],
     name: str,
@@ -41,7 +41,7 @@ def bench_cells(
     seed: int = 0,
     without: Sequence[str] = (),
     listed: Sequence[ListedPrompt] = (),
-) -> Cells:
+) -> QuestionSets:
     """``count`` questions in each of the three cells about the concept ``name``.
 
     Target: the four kinds of its prompts in turn (and those ``listed``, as a fifth), from the first one on, with a new
@@ -53,19 +53,19 @@ def bench_cells(
     Raises :class:`RequestError` for too few pictures, an unknown concept, one that the judge does not know, and where a
     cell has nothing to ask.
     """
-    if count < FEWEST:
-        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {FEWEST}.")
+    if count < MIN_COUNT:
+        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {MIN_COUNT}.")
     concept = bench.find(name)
     category = concept.category
     left_out = [concept, *(bench.find(other) for other in without if bench.has(other))]
     banned = [phrase for one in left_out for phrase in (one.name, *one.synonyms)]
     banned += [other for other in without if not bench.has(other)]
-    asker = _Asker(bench, names, banned, seed)
-    asker.check_known(concept.name, category)
-    target = list(islice(asker.about(concept, listed), count))
-    near = [n for n in concept.neighbours if not any(says(n, phrase) for phrase in banned)]
-    same = asker.kept(category, count, near)
-    others = [c for c in KINDS if c != category and asker.concepts(c)]
+    builder = _QuestionBuilder(bench, names, banned, seed)
+    builder.check_known(concept.name, category)
+    target = list(islice(builder.target_questions(concept, listed), count))
+    near = [n for n in concept.neighbours if not any(contains_phrase(n, phrase) for phrase in banned)]
+    same = builder.retain_questions(category, count, near)
+    others = [c for c in KINDS if c != category and builder.concepts(c)]
     if not others:
         raise RequestError(
             f"The benchmark asks for nothing but the category '{category}', so what is kept of others cannot be "
@@ -73,13 +73,13 @@ def bench_cells(
         )
     # half of them of the one, half of the other, where there are two
     half = count // 2 if len(others) > 1 else 0
-    other = asker.kept(others[0], count - half) + asker.kept(others[-1], half)
+    other = builder.retain_questions(others[0], count - half) + builder.retain_questions(others[-1], half)
     keys = {canonical_phrase(neighbour) for neighbour in near}
-    asked = dict.fromkeys(question.wanted for question in same)
-    return Cells(target, same, other, tuple(wanted for wanted in asked if canonical_phrase(wanted) in keys))
+    asked = dict.fromkeys(question.expected for question in same)
+    return QuestionSets(target, same, other, tuple(wanted for wanted in asked if canonical_phrase(wanted) in keys))
 
 
-class _Asker:
+class _QuestionBuilder:
     """Makes the questions of one concept; none of those about something else says anything ``banned``."""
 
     def __init__(
@@ -100,13 +100,13 @@ class _Asker:
         asks = {category: self.check_known(name, category)}
         if kind != "indirect":
             for other, known in self.names.items():
-                named = names_in(text, known) if other != category else []
+                named = find_names(text, known) if other != category else []
                 if len(named) == 1:  # of two, nobody can say which one is to be seen
                     asks[other] = named[0]
         drawn = seed_of("bench", text, turn, self.seed) if seed is None else seed
         return Question(Prompt(text, Labels(**asks)), drawn, category, kind)
 
-    def about(self, concept: BenchConcept, listed: Sequence[ListedPrompt]) -> Iterator[Question]:
+    def target_questions(self, concept: BenchConcept, listed: Sequence[ListedPrompt]) -> Iterator[Question]:
         """The concept's own prompts without end, a kind after the other."""
         asked = [(kind, [ListedPrompt(text) for text in concept.prompts[kind]]) for kind in PROMPT_KINDS]
         if listed:
@@ -125,19 +125,19 @@ class _Asker:
         return [one for one in found if not self._says_banned(one.name) and self._prompts(one)]
 
     def _says_banned(self, text: str) -> bool:
-        return any(says(text, phrase) for phrase in self.banned)
+        return any(contains_phrase(text, phrase) for phrase in self.banned)
 
     def _prompts(self, concept: BenchConcept) -> list[tuple[str, str]]:
-        longest = max(len(concept.prompts[kind]) for kind in _ASKED)
+        longest = max(len(concept.prompts[kind]) for kind in _RETAIN_KINDS)
         rows = [
             (kind, concept.prompts[kind][i])
             for i in range(longest)
-            for kind in _ASKED
+            for kind in _RETAIN_KINDS
             if i < len(concept.prompts[kind])
         ]
         return [(kind, text) for kind, text in rows if not self._says_banned(text)]
 
-    def kept(self, category: str, count: int, near: Sequence[str] = ()) -> list[Question]:
+    def retain_questions(self, category: str, count: int, near: Sequence[str] = ()) -> list[Question]:
         """``count`` questions evenly over the category's concepts and the neighbours ``near``."""
         pools = {canonical_phrase(one.name): self._of_concept(one) for one in self.concepts(category)}
         for neighbour in near:

@@ -15,7 +15,7 @@ from ...files.writing import write_bytes
 from ..intervals import Score
 from .run import PARTS, BenchRow
 
-__all__ = ["BenchResults", "check_results", "means", "settings_in"]
+__all__ = ["BenchResults", "check_results", "mean_scores", "read_settings"]
 
 SCHEMA_VERSION = 1
 _SCORE = ("value", "low", "high", "n")
@@ -136,12 +136,12 @@ class BenchResults:
             old, new = there.get(name), self.settings.get(name)
             if old != new:
                 raise RequestError(
-                    f"'{self.path}' holds results of other settings ({name}: {_spoken(old)} there, {_spoken(new)} "
-                    "now): give another --out, or move it away."
+                    f"'{self.path}' holds results of other settings ({name}: {_display_value(old)} there, "
+                    f"{_display_value(new)} now): give another --out, or move it away."
                 )
 
 
-def settings_in(path: Path) -> dict[str, Any] | None:
+def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings of the results in a file; ``None`` where there are none that can be read."""
     if not path.exists():
         return None
@@ -154,7 +154,7 @@ def settings_in(path: Path) -> dict[str, Any] | None:
         return None  # BenchResults says what is wrong with it
 
 
-def _spoken(value: Any) -> str:
+def _display_value(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -182,7 +182,7 @@ def _row(data: Mapping[str, Any]) -> BenchRow:
     )
 
 
-def means(rows: Sequence[BenchRow]) -> dict[str, float | None]:
+def mean_scores(rows: Sequence[BenchRow]) -> dict[str, float | None]:
     """The mean of each part, and of the drift, over those rows that have it; ``None`` where none does."""
     found: dict[str, float | None] = {}
     for part in PARTS:

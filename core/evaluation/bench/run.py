@@ -13,26 +13,26 @@ from ...errors import RequestError
 from ...models.latent_diffusion import LatentDiffusion
 from ...patch.patch import Patch
 from ...progress import Progress, ProgressEvent, report_progress
-from ..drawing import Drawings, SamplingSettings
+from ..drawing import SampleCache, SamplingSettings
 from ..intervals import Score
 from ..judges import Judge
 from ..scores import (
     BASELINES,
     PATCHED,
     UNEDITED,
-    Cells,
     Evaluation,
     EvaluationPlan,
-    Subject,
+    EvaluationTarget,
+    QuestionSets,
+    build_variants,
     check_baselines,
-    drifted,
-    measured,
-    shares,
-    variants_of,
+    image_drift,
+    score_plan,
+    score_variant,
 )
 from .concept_bench import PROMPT_KINDS, BenchConcept, ConceptBench
 from .prompt_lists import ListedPrompt
-from .questions import LISTED, bench_cells
+from .questions import LISTED, bench_questions
 
 __all__ = ["PARTS", "BenchRow", "Patches", "evaluate_bench", "run_bench"]
 
@@ -45,7 +45,7 @@ def evaluate_bench(
     model: LatentDiffusion,
     judge: Judge,
     bench: ConceptBench,
-    subjects: Sequence[Subject],
+    targets: Sequence[EvaluationTarget],
     count: int = 24,
     seed: int = 0,
     sampling: SamplingSettings | None = None,
@@ -53,35 +53,35 @@ def evaluate_bench(
     without: Sequence[str] = (),
     baselines: Sequence[str] = BASELINES,
     progress: Progress | None = None,
-    drawings: Drawings | None = None,
+    cache: SampleCache | None = None,
 ) -> list[Evaluation]:
     """:func:`evaluate` with a benchmark's prompts and any judge: ``count`` pictures in each of three cells.
 
     UA is also given by kind of prompt. Prompts about what is kept name none of the subjects nor of ``without``.
-    ``drawings`` shares pictures with other measurements of the same model; its own model, judge and sampling then
+    ``cache`` shares pictures with other measurements of the same model; its own model, judge and sampling then
     count. Raises :class:`RequestError` for concepts that the benchmark or the judge does not have, too few pictures, an
     unknown baseline, and prompts that leave a cell without a question; :class:`ForgetConceptError` where the
     unedited model draws nothing of a cell right.
     """
     check_baselines(baselines)
-    if not subjects:
+    if not targets:
         raise RequestError("There is no concept to evaluate: name at least one.")
-    drawings = drawings or Drawings(model, judge, sampling or SamplingSettings())
-    named = [bench.find(subject.concept) for subject in subjects]
+    cache = cache or SampleCache(model, judge, sampling or SamplingSettings())
+    named = [bench.find(subject.concept) for subject in targets]
     left_out = tuple(dict.fromkeys([one.name for one in named] + list(without)))
     plans = []
-    for subject, one in zip(subjects, named, strict=True):
-        cells = bench_cells(bench, judge.names, one.name, count, seed, left_out)
-        if not any(question.others() for question in cells.target):
+    for subject, one in zip(targets, named, strict=True):
+        cells = bench_questions(bench, judge.names, one.name, count, seed, left_out)
+        if not any(question.other_attributes() for question in cells.target):
             raise RequestError(
                 f"The first {count} prompts of '{one.name}' name nothing else that could be asked about: ask for more "
                 "pictures, or give it compositional prompts with a concept of another category."
             )
-        plan = EvaluationPlan(one.name, one.category, cells, variants_of(one.name, subject.patches, baselines))
-        plan.want(drawings)
+        plan = EvaluationPlan(one.name, one.category, cells, build_variants(one.name, subject.patches, baselines))
+        plan.request(cache)
         plans.append(plan)
-    drawings.make(progress)
-    return [measured(drawings, plan, baselines) for plan in plans]
+    cache.generate(progress)
+    return [score_plan(cache, plan, baselines) for plan in plans]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def run_bench(
     bench: ConceptBench,
     concepts: Sequence[str],
     patches: Callable[[BenchConcept, Progress], Patches],
-    drawings: Drawings,
+    cache: SampleCache,
     count: int = 24,
     seed: int = 0,
     *,
@@ -138,38 +138,42 @@ def run_bench(
     names = list(dict.fromkeys(bench.find(name).name for name in concepts))
     if not names:
         raise RequestError("There is no concept to measure: name at least one.")
-    order = [name for name in variants_of(names[0], (), baselines) if name != PATCHED] + [PATCHED]
-    cells: dict[str, Cells] = {
-        name: bench_cells(bench, judge.names, name, count, seed, without, listed.get(name, ())) for name in names
+    order = [name for name in build_variants(names[0], (), baselines) if name != PATCHED] + [PATCHED]
+    cells: dict[str, QuestionSets] = {
+        name: bench_questions(bench, judge.names, name, count, seed, without, listed.get(name, ())) for name in names
     }
     left = [(name, variant) for name in names for variant in order if (name, variant) not in done]
-    work = _Work(cells, left, drawings, progress)
+    tracker = _BenchProgress(cells, left, cache, progress)
     for name, variant in left:
         concept = bench.find(name)
-        found: Patches = patches(concept, work.passing) if variant == PATCHED else ()
-        variants = variants_of(name, found, baselines)
+        found: Patches = patches(concept, tracker.passing) if variant == PATCHED else ()
+        variants = build_variants(name, found, baselines)
         plan = EvaluationPlan(name, concept.category, cells[name], {v: variants[v] for v in (UNEDITED, variant)})
-        plan.want(drawings)
-        drawings.make(work.drawing)
-        work.next(name, variant)
+        plan.request(cache)
+        cache.generate(tracker.drawing)
+        tracker.next(name, variant)
         yield BenchRow(
             name,
             concept.category,
             variant,
             len(plan.cells.target),
-            len(plan.cells.same) + len(plan.cells.other),
-            shares(drawings, plan, variant),
-            drifted(drawings, plan, variant),
+            len(plan.cells.in_domain) + len(plan.cells.cross_domain),
+            score_variant(cache, plan, variant),
+            image_drift(cache, plan, variant),
         )
         if variant != UNEDITED:
-            drawings.drop(variants[variant])
+            cache.discard(variants[variant])
 
 
-class _Work:
+class _BenchProgress:
     """How much of all rows is done, in pictures, whichever of them is being drawn."""
 
     def __init__(
-        self, cells: Mapping[str, Cells], left: Sequence[tuple[str, str]], drawings: Drawings, progress: Progress | None
+        self,
+        cells: Mapping[str, QuestionSets],
+        left: Sequence[tuple[str, str]],
+        cache: SampleCache,
+        progress: Progress | None,
     ) -> None:
         self.progress = progress
         self.pictures = {name: {question.picture for question in some.all} for name, some in cells.items()}
@@ -177,26 +181,26 @@ class _Work:
         self.at = 0
         base = set().union(*(self.pictures[name] for name, _ in left)) if left else set()
         self.total = len(base) + sum(len(self.pictures[name]) for name, variant in left if variant != UNEDITED)
-        self.coming = 0
+        self.next_pictures = 0
         self.left = list(left)
-        self._foresee()
+        self._plan_next()
 
-    def _foresee(self) -> None:
+    def _plan_next(self) -> None:
         """How many pictures the next row takes."""
         if self.left:
             name, variant = self.left[0]
             fresh = len(self.pictures[name] - self.seen)
-            self.coming = fresh + (len(self.pictures[name]) if variant != UNEDITED else 0)
+            self.next_pictures = fresh + (len(self.pictures[name]) if variant != UNEDITED else 0)
 
     def next(self, name: str, variant: str) -> None:
         """A row is drawn."""
-        self.at += self.coming
+        self.at += self.next_pictures
         self.seen |= self.pictures[name]
         self.left.pop(0)
-        self._foresee()
+        self._plan_next()
 
     def drawing(self, event: ProgressEvent) -> None:
-        done = self.at + self.coming * event.step / max(event.total, 1)
+        done = self.at + self.next_pictures * event.step / max(event.total, 1)
         name, variant = self.left[0]
         report_progress(self.progress, ProgressEvent(int(done), self.total, message=f"{name}: {variant}"))
 

@@ -7,10 +7,10 @@ Inception, open_clip's CLIP and torchmetrics' LPIPS; on the embedded model its p
 from __future__ import annotations
 
 from .clip import clip_accuracy, clip_score, clip_similarities, zero_shot
-from .extra import EXTRA, needs
+from .extra import EXTRA, require
 from .features import FeatureExtractor, InceptionFeatures, ProbeFeatures, features_of
 from .frechet import FID, fid
-from .image_text import ImageText, OpenClip, ProbeWords, TransformersClip
+from .image_text import ImageText, OpenClip, ProbeImageText, TransformersClip
 from .kernel import KID, kid
 from .mean import Mean
 from .perceptual import LPIPS, PairDistance, ProbeDistance, layer_distance, perceptual_distance
@@ -28,7 +28,7 @@ __all__ = [
     "PairDistance",
     "ProbeDistance",
     "ProbeFeatures",
-    "ProbeWords",
+    "ProbeImageText",
     "TransformersClip",
     "clip_accuracy",
     "clip_score",
@@ -37,7 +37,7 @@ __all__ = [
     "fid",
     "kid",
     "layer_distance",
-    "needs",
     "perceptual_distance",
+    "require",
     "zero_shot",
 ]

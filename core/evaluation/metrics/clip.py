@@ -18,10 +18,10 @@ from .mean import Mean
 __all__ = ["clip_accuracy", "clip_score", "clip_similarities", "zero_shot"]
 
 # how a classifier is asked where nothing else is said
-ASKED = ("a photo of {}", "a picture of {}")
+DEFAULT_TEMPLATES = ("a photo of {}", "a picture of {}")
 
 
-def _looked_at(encoder: ImageText, images: Tensor, batch: int, progress: Progress | None) -> Tensor:
+def _image_features(encoder: ImageText, images: Tensor, batch: int, progress: Progress | None) -> Tensor:
     if batch < 1:
         raise RequestError(f"The batch must be at least 1, not {batch}.")
     if images.ndim != 4 or not len(images):
@@ -49,13 +49,13 @@ def clip_similarities(
     """
     if len(images) != len(prompts):
         raise RequestError(f"There are {len(images)} pictures and {len(prompts)} prompts: give one prompt a picture.")
-    seen = _unit(_looked_at(encoder, images, batch, progress))
+    seen = _unit(_image_features(encoder, images, batch, progress))
     rows = list(dict.fromkeys(prompts))
-    said = _unit(_read(encoder, rows, batch))
-    return (seen * said[[rows.index(prompt) for prompt in prompts]]).sum(1)
+    templates = _unit(_text_features(encoder, rows, batch))
+    return (seen * templates[[rows.index(prompt) for prompt in prompts]]).sum(1)
 
 
-def _read(encoder: ImageText, texts: Sequence[str], batch: int) -> Tensor:
+def _text_features(encoder: ImageText, texts: Sequence[str], batch: int) -> Tensor:
     return torch.cat([encoder.text_features(texts[i : i + batch]) for i in range(0, len(texts), batch)])
 
 
@@ -74,23 +74,23 @@ def zero_shot(
     encoder: ImageText,
     images: Tensor,
     labels: Sequence[str],
-    said: Sequence[str] = ASKED,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
     batch: int = 32,
     progress: Progress | None = None,
 ) -> list[str]:
     """For each picture the label whose prompts it is most like: Radford et al. (arXiv 2103.00020), §3.1.4.
 
-    ``said`` are templates with one ``{}``; a label's vector is the mean of its prompts' unit vectors. Raises
+    ``templates`` are templates with one ``{}``; a label's vector is the mean of its prompts' unit vectors. Raises
     :class:`RequestError` for fewer than two labels, a label twice, and a template without its place.
     """
     labels = list(labels)
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise RequestError("To choose among labels, give at least two of them, each once.")
-    if not said or any(template.count("{}") != 1 for template in said):
+    if not templates or any(template.count("{}") != 1 for template in templates):
         raise RequestError("The templates of labels must be one or more prompts with exactly one '{}' each.")
-    seen = _unit(_looked_at(encoder, images, batch, progress))
-    prompts = [template.format(label) for label in labels for template in said]
-    vectors = _unit(_read(encoder, prompts, batch)).view(len(labels), len(said), -1).mean(1)
+    seen = _unit(_image_features(encoder, images, batch, progress))
+    prompts = [template.format(label) for label in labels for template in templates]
+    vectors = _unit(_text_features(encoder, prompts, batch)).view(len(labels), len(templates), -1).mean(1)
     return [labels[i] for i in (seen @ _unit(vectors).T).argmax(1).tolist()]
 
 
@@ -99,7 +99,7 @@ def clip_accuracy(
     images: Tensor,
     wanted: Sequence[str],
     labels: Sequence[str],
-    said: Sequence[str] = ASKED,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
     batch: int = 32,
     progress: Progress | None = None,
 ) -> Score:
@@ -111,5 +111,5 @@ def clip_accuracy(
         raise RequestError(f"There are {len(images)} pictures and {len(wanted)} labels wanted: give one a picture.")
     if unknown := sorted(set(wanted) - set(labels)):
         raise RequestError(f"'{unknown[0]}' is wanted of a picture and is not among the labels to choose from.")
-    found = zero_shot(encoder, images, labels, said, batch, progress)
+    found = zero_shot(encoder, images, labels, templates, batch, progress)
     return Score.share([one == other for one, other in zip(found, wanted, strict=True)])

@@ -7,12 +7,12 @@ from typing import Any
 
 from ...errors import ModelError
 
-__all__ = ["EXTRA", "needs"]
+__all__ = ["EXTRA", "require"]
 
 EXTRA = 'pip install "forget-concept[evaluation]"'
 
 
-def needs(module: str, what: str, line: str = EXTRA) -> Any:
+def require(module: str, what: str, line: str = EXTRA) -> Any:
     """The module ``module``. Raises :class:`ModelError`, naming the pip line, where it cannot be imported.
 
     ``what`` is what needs it, as the beginning of a sentence. A module that is there and fails to import for the want

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import ModelError, RequestError
 from ...models.images import from_bytes, to_bytes
 from ...progress import Progress, ProgressEvent, report_progress
-from .extra import needs
+from .extra import require
 
 if TYPE_CHECKING:
     from ...mini.probe import Probe
@@ -97,8 +97,8 @@ class InceptionFeatures:
 
     def __init__(self, device: torch.device | str = "cpu", folder: str | os.PathLike[str] | None = None) -> None:
         what = "The Inception network of FID and KID"
-        network = needs("cleanfid.inception_torchscript", what)
-        self._resize: Any = needs("cleanfid.resize", what).build_resizer("clean")
+        network = require("cleanfid.inception_torchscript", what)
+        self._resize: Any = require("cleanfid.resize", what).build_resizer("clean")
         place = Path(folder) if folder is not None else Path(torch.hub.get_dir()) / "checkpoints"
         try:
             place.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,12 @@ from ...errors import ModelError, RequestError
 from ...mini.vocabulary import CATEGORIES, NONE, SENSES
 from ...mini.world import LABELS
 from ...models.images import to_bytes, to_pil
-from .extra import needs
+from .extra import require
 
 if TYPE_CHECKING:
     from ...mini.probe import Probe
 
-__all__ = ["ImageText", "OpenClip", "ProbeWords", "TransformersClip"]
+__all__ = ["ImageText", "OpenClip", "ProbeImageText", "TransformersClip"]
 
 
 class ImageText(Protocol):
@@ -51,7 +51,7 @@ class TransformersClip:
         device: torch.device | str = "cpu",
         local_only: bool = False,
     ) -> None:
-        clip = needs("transformers", "The CLIP score and the CLIP accuracy", 'pip install "forget-concept[cli]"')
+        clip = require("transformers", "The CLIP score and the CLIP accuracy", 'pip install "forget-concept[cli]"')
         try:
             self._model, found = clip.CLIPModel.from_pretrained(
                 model, output_loading_info=True, local_files_only=local_only
@@ -116,8 +116,8 @@ class OpenClip:
     def __init__(
         self, model: str = "ViT-B-32", pretrained: str | None = "openai", device: torch.device | str = "cpu"
     ) -> None:
-        clip = needs("open_clip", "The CLIP score and the CLIP accuracy")
-        needs("PIL.Image", "The CLIP score and the CLIP accuracy")
+        clip = require("open_clip", "The CLIP score and the CLIP accuracy")
+        require("PIL.Image", "The CLIP score and the CLIP accuracy")
         given: dict[str, Any] = {"require_pretrained": True}  # or open_clip would go on with random weights
         if ":" not in model:
             # some weights were trained with another activation than their architecture's name says
@@ -149,7 +149,7 @@ class OpenClip:
         return features
 
 
-class ProbeWords:
+class ProbeImageText:
     """The embedded model's probe in CLIP's place: its probabilities are a picture's vector, the words named a text's.
 
     Both have an entry for each class of each category of the probe. A text's entry is 1 where it says the class's name,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ModelError, RequestError
 from ...progress import Progress, ProgressEvent, report_progress
-from .extra import needs
+from .extra import require
 from .features import as_images
 from .mean import Mean
 
@@ -41,8 +41,8 @@ class LPIPS:
     """
 
     def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu") -> None:
-        needs("torchvision", "LPIPS")
-        metric = needs("torchmetrics.image.lpip", "LPIPS").LearnedPerceptualImagePatchSimilarity
+        require("torchvision", "LPIPS")
+        metric = require("torchmetrics.image.lpip", "LPIPS").LearnedPerceptualImagePatchSimilarity
         if network not in ("alex", "vgg", "squeeze"):
             raise RequestError(f"LPIPS knows no network '{network}': choose alex, vgg or squeeze.")
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...models.images import to_pil
 from ..attention_pictures import AttentionMap, AttentionPair
 from .contents import Pair
-from .verdict import fine, percent
+from .verdict import fine_percent, percent
 
 __all__ = ["Inline", "inline_map", "inline_pair"]
 
@@ -63,7 +63,7 @@ def _words(found: AttentionMap) -> str:
     height, width = found.mass.shape
     row, column = divmod(int(found.mass.argmax()), width)
     return (
-        f"{fine(found.share)} of the attention on average, at most {fine(float(found.mass.max()))}, "
+        f"{fine_percent(found.share)} of the attention on average, at most {fine_percent(float(found.mass.max()))}, "
         f"{percent((column + 0.5) / width)} from the left and {percent((row + 0.5) / height)} from the top"
     )
 

@@ -10,16 +10,16 @@ from ..intervals import Score
 from ..scores import NEGATIVE, PATCHED, Evaluation, Scores
 from .contents import Attack, Report
 
-__all__ = ["MOSTLY", "YES", "ConceptVerdict", "Verdict", "fine", "percent", "span", "verdict"]
+__all__ = ["PARTLY", "YES", "ConceptVerdict", "Verdict", "fine_percent", "percent", "span", "verdict"]
 
 # a share from here on is a "yes"; from the second on it is "partly"
-YES, MOSTLY = 0.9, 0.5
+YES, PARTLY = 0.9, 0.5
 # what is kept is missed sooner than what should be gone
 KEPT_PARTLY = 0.7
 # an attack that succeeds this often brings the concept back
 RETURNS = 0.1
 # concepts up to this many have a sentence each
-EACH = 3
+MAX_SENTENCES = 3
 
 Grade = Literal["yes", "partly", "no"]
 
@@ -30,7 +30,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %" if whole in ("0", "100") and float(whole) != 100 * value else f"{whole} %"
 
 
-def fine(value: float) -> str:
+def fine_percent(value: float) -> str:
     """A small share in percent, to two figures."""
     return f"{100 * value:.2g} %" if value < 0.0995 else percent(value)
 
@@ -75,16 +75,16 @@ def verdict(report: Report) -> Verdict:
     attacks: dict[str, list[Attack]] = {}
     for attack in report.attacks:
         attacks.setdefault(attack.concept, []).append(attack)
-    graded = tuple(_graded(one, attacks.get(one.concept, ())) for one in report.evaluations)
+    graded = tuple(_grade(one, attacks.get(one.concept, ())) for one in report.evaluations)
     if not graded:
         sentences = ["What was forgotten and what was kept was not scored here."]
-    elif len(graded) <= EACH:
-        sentences = [part for one in report.evaluations for part in _told(one)]
+    elif len(graded) <= MAX_SENTENCES:
+        sentences = [part for one in report.evaluations for part in _verdict_sentences(one)]
     else:
-        sentences = _summed(report.evaluations, graded)
+        sentences = _summary_sentences(report.evaluations, graded)
     if report.evaluations:
-        sentences += _baseline(report.evaluations)
-    sentences += _attacked(report.attacks)
+        sentences += _baseline_sentence(report.evaluations)
+    sentences += _attack_sentence(report.attacks)
     return Verdict(" ".join(sentences), graded)
 
 
@@ -93,12 +93,12 @@ def _kept(scores: Scores) -> Score:
     return min((scores.ira, scores.cra, scores.cra_target), key=lambda score: score.value)
 
 
-def _graded(one: Evaluation, attacks: Sequence[Attack]) -> ConceptVerdict:
+def _grade(one: Evaluation, attacks: Sequence[Attack]) -> ConceptVerdict:
     scores = one.scores[PATCHED]
     gone, kept = scores.ua.value, _kept(scores).value
     return ConceptVerdict(
         one.concept,
-        "yes" if gone >= YES else "partly" if gone >= MOSTLY else "no",
+        "yes" if gone >= YES else "partly" if gone >= PARTLY else "no",
         "yes" if kept >= YES else "partly" if kept >= KEPT_PARTLY else "no",
         max(attack.after.value for attack in attacks) >= RETURNS if attacks else None,
     )
@@ -108,8 +108,8 @@ GONE = {"yes": "is forgotten", "partly": "is partly forgotten", "no": "is not fo
 STAYS = {"yes": "The rest stays", "partly": "The rest suffers", "no": "The rest is damaged"}
 
 
-def _told(one: Evaluation) -> list[str]:
-    scores, grade = one.scores[PATCHED], _graded(one, ())
+def _verdict_sentences(one: Evaluation) -> list[str]:
+    scores, grade = one.scores[PATCHED], _grade(one, ())
     gone = round(scores.ua.value * scores.ua.n)
     return [
         f"“{one.concept}” {GONE[grade.forgotten]}: {gone} of {scores.ua.n} prompts that name it no longer show it "
@@ -118,7 +118,7 @@ def _told(one: Evaluation) -> list[str]:
     ]
 
 
-def _summed(evaluations: Sequence[Evaluation], graded: Sequence[ConceptVerdict]) -> list[str]:
+def _summary_sentences(evaluations: Sequence[Evaluation], graded: Sequence[ConceptVerdict]) -> list[str]:
     gone = sum(one.forgotten == "yes" for one in graded)
     kept = sum(one.kept == "yes" for one in graded)
     least = min(evaluations, key=lambda one: one.scores[PATCHED].ua.value)
@@ -132,7 +132,7 @@ def _summed(evaluations: Sequence[Evaluation], graded: Sequence[ConceptVerdict])
     ]
 
 
-def _baseline(evaluations: Sequence[Evaluation]) -> list[str]:
+def _baseline_sentence(evaluations: Sequence[Evaluation]) -> list[str]:
     """A patch that does not beat a negative prompt has no use."""
     both = [one for one in evaluations if NEGATIVE in one.scores]
     if not both:
@@ -156,7 +156,7 @@ def _baseline(evaluations: Sequence[Evaluation]) -> list[str]:
     return [f"A negative prompt alone {words}."]
 
 
-def _attacked(attacks: Sequence[Attack]) -> list[str]:
+def _attack_sentence(attacks: Sequence[Attack]) -> list[str]:
     if not attacks:
         return ["Whether it comes back with other words was not tested."]
     strongest = max(attacks, key=lambda attack: attack.after.value)

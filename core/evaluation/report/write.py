@@ -19,7 +19,7 @@ from ..attention_pictures import heat
 from .contents import Report
 from .images import inline_map, inline_pair
 from .plots import bars, interval, lines
-from .verdict import fine, percent, span, verdict
+from .verdict import fine_percent, percent, span, verdict
 
 __all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "render_html", "report_dict", "write_report"]
 
@@ -71,12 +71,12 @@ def render_html(report: Report) -> str:
     environment.filters.update(
         percent=lambda value: _bound(percent(value)),
         span=lambda score: _bound(span(score)),
-        fine=lambda value: _bound(fine(value)),
+        fine_percent=lambda value: _bound(fine_percent(value)),
         bound=_bound,
         interval=interval,
         pretty=_pretty,
         size=_size,
-        told=_told,
+        told=_setting_rows,
     )
     css = (HERE / "report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
@@ -122,7 +122,7 @@ def _pretty(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 
 
-def _told(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Settings by name, words as they are and everything else as JSON."""
     return [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in settings.items()]
 

@@ -104,7 +104,7 @@ def train(folder: Path, pictures: np.ndarray, steps: int = 1300, batch: int = 40
 @torch.no_grad()
 def accuracy(model: Probe, images: Tensor, targets: Tensor) -> dict[str, float]:
     """Share of right answers per category."""
-    seen = torch.tensor([dataset.label_indices(found) for found in model.see(images)])
+    seen = torch.tensor([dataset.label_indices(found) for found in model.classify(images)])
     return {k: (seen[:, i] == targets[:, i]).float().mean().item() for i, k in enumerate(_NAMES)}
 
 

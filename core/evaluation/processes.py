@@ -14,25 +14,25 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["ALONE", "Spread", "launched"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "launched_processes"]
 
 T = TypeVar("T")
 # one process may fit a method for long while the others wait
 PATIENCE = timedelta(days=2)
 
 
-class Spread:
+class ProcessGroup:
     """One process on its own: it does everything, and asks nobody."""
 
     count, index = 1, 0
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.index == 0
 
     @contextmanager
-    def share(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+    def split(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """This process' part of the items for the length of a ``with`` block."""
         yield items
 
@@ -40,7 +40,7 @@ class Spread:
         """What all processes found, one list after the other, for each of them."""
         return found
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What the main process makes, for each of them; it is made once."""
         return make()
 
@@ -48,21 +48,21 @@ class Spread:
         """Part with the others: nothing can be shared any more."""
 
 
-ALONE = Spread()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class _Launched(Spread):
+class _LaunchedProcesses(ProcessGroup):
     def __init__(self, device: torch.device) -> None:
         # not above: the metrics draw pictures themselves
-        from .metrics.extra import needs
+        from .metrics.extra import require
 
-        accelerate = needs("accelerate", "Spreading the pictures over processes")
-        self._utils: Any = needs("accelerate.utils", "Spreading the pictures over processes")
+        accelerate = require("accelerate", "Spreading the pictures over processes")
+        self._utils: Any = require("accelerate.utils", "Spreading the pictures over processes")
         self._state: Any = accelerate.PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
         self.count, self.index = self._state.num_processes, self._state.process_index
 
     @contextmanager
-    def share(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+    def split(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         with self._state.split_between_processes(list(items)) as mine:
             # with fewer items than processes, accelerate gives the last one to several
             yield mine if self.count <= len(items) or self.index < len(items) else []
@@ -71,9 +71,9 @@ class _Launched(Spread):
         gathered: list[T] = self._utils.gather_object(found)
         return gathered
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         made: list[Any] = [None, None]
-        if self.main:
+        if self.is_main:
             try:
                 made[0] = make()
             except Exception as error:  # said to all of them, and raised in all: nobody waits for what will not come
@@ -88,11 +88,11 @@ class _Launched(Spread):
         self._state.destroy_process_group()
 
 
-def launched(device: torch.device | str = "cpu") -> Spread:
+def launched_processes(device: torch.device | str = "cpu") -> ProcessGroup:
     """The processes that were started together with this one, by ``accelerate launch`` or ``torchrun``; else itself.
 
     Raises :class:`ModelError` where there are several and accelerate is missing.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
-        return ALONE
-    return _Launched(torch.device(device))
+        return SINGLE_PROCESS
+    return _LaunchedProcesses(torch.device(device))
