@@ -1,4 +1,4 @@
-"""Measuring what was forgotten and what was kept, on the embedded model with its probe and on checkpoints with CLIP."""
+"""Evaluation of concept erasure and retention, with the probe on the embedded model and with CLIP on checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One call that answers: is it gone, is the rest intact, does it come back with other words?
+"""Complete evaluation of a patched model in one call: erasure, retention and robustness to attacks.
 
-Every measurement of this folder on one model with patches on it, as one :class:`Report`. What looks at the
-pictures is given (:class:`Evaluators`), so that the embedded model and a person's checkpoint go the same way.
+Runs every measurement of this package on a model with patches and returns one :class:`Report`. The classifiers and
+metrics are passed as :class:`Evaluators`, so that the embedded model and any other checkpoint use the same code.
 """
 
 from __future__ import annotations
@@ -60,15 +60,20 @@ from .weight_drift import weight_drift
 
 __all__ = ["EvaluationSettings", "Evaluators", "assess"]
 
-# pictures of where a concept's word looks, for each concept
+# attention maps per concept
 ATTENTION_IMAGES = 2
 
 
 @dataclass(frozen=True)
 class Evaluators:
-    """What looks at pictures: the ``judge``, and for their quality ``features``, a ``distance`` and a CLIP (``words``).
+    """The models that evaluate images.
 
-    Each but the judge may be missing; ``missing`` then says why, by the part of a report that is left out for it.
+    Attributes:
+        judge: Classifies the images.
+        features: Feature extractor for FID and KID; ``None`` omits them.
+        distance: Perceptual distance of image pairs; ``None`` omits it.
+        image_text: CLIP or a substitute for the CLIP score; ``None`` omits it.
+        missing: Why a part of the report is omitted, by the name of the part.
     """
 
     judge: Judge
@@ -79,17 +84,24 @@ class Evaluators:
 
     @classmethod
     def embedded(cls, probe: Probe) -> Evaluators:
-        """The embedded model's: its probe in every part."""
+        """Return the evaluators of the embedded model, all of them based on its probe."""
         return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe))
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured: ``count`` pictures in each cell of UA, IRA and CRA, beside ``baselines``, under ``seed``.
+    """What to measure. The M-Score and the attacks take by far the longest.
 
-    ``quality``: FID, KID and the like of the kept pictures; ``drift``: how far the weights are moved; ``attention``:
-    where the concept's word looks; ``m_score``: by quick inversions, or by those of these settings; ``attacks``: a
-    budget or its name, ``None`` for no attacks. These last two take by far the longest.
+    Args:
+        count: Images in each cell of UA, IRA and CRA.
+        seed: Seed of prompts and images.
+        baselines: Baselines to compare the patch with.
+        sampling: Sampling settings.
+        quality: Whether to measure FID, KID, perceptual distance and CLIP score on the retain images.
+        drift: Whether to measure the relative weight change.
+        attention: Whether to compute attention maps of the concept's name.
+        m_score: Whether to measure the M-Score; inversion settings replace the quick default.
+        attacks: Attack budget or its name; ``None`` runs no attacks.
     """
 
     count: int = 100
@@ -118,7 +130,7 @@ class EvaluationSettings:
 
 
 class _ConceptJudge:
-    """A judge asked for one concept: the attacks' question."""
+    """Adapts a :class:`Judge` to the attacks' :class:`SuccessJudge`, for one concept."""
 
     def __init__(self, judge: Judge, name: str, category: str) -> None:
         self.judge, self.name, self.category = judge, name, category
@@ -132,7 +144,7 @@ class _ConceptJudge:
 
 
 class _Timer:
-    """How long each stage took, in the order in which they came."""
+    """Measures the duration of each stage in seconds, in order of execution."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -159,17 +171,29 @@ def assess(
     progress: Progress | None = None,
     workspace: Workspace | None = None,
 ) -> Report:
-    """Measure ``concepts`` on ``model`` with ``patches`` (each at a strength) on it.
+    """Evaluate ``concepts`` on a model with patches. The model is restored bit-exactly.
 
-    Questions come from ``bench``, or, on the embedded model, from its own world where there is none. ``earlier`` are
-    the patches of earlier steps of the same sequence, the first step first: what each request cost is then part of the
-    report (on the embedded model). ``without`` names what else is not to count as kept, ``files`` the patches' files.
-    With a ``workspace`` inversions and attacks that were cut short go on. What cannot be measured on this model is left
-    out, and the report says why.
+    Measurements that this model does not support are omitted, and the report states the reason.
 
-    Raises :class:`RequestError` for concepts that the judge or the benchmark does not know and for measures that make
-    no sense, :class:`PatchError` for a patch that does not fit, and
-    :class:`Cancelled` as everything that draws. The model is given back bit for bit.
+    Args:
+        model: The unedited model.
+        evaluators: Classifiers and metrics.
+        patches: Patches, each with its strength.
+        concepts: Names of the concepts to evaluate.
+        settings: What to measure. Default: :class:`EvaluationSettings`.
+        bench: Benchmark that provides the prompts. Default: the embedded model's world, for the embedded model only.
+        earlier: Patches of the earlier steps of the same sequence, in order; adds generalization erosion to the report
+            (embedded model only).
+        without: Further concepts to exclude from the retain set.
+        files: File names of the patches, for the report.
+        title: Title of the report. Default: derived from the concepts.
+        progress: Receives progress.
+        workspace: Caches results, so that interrupted inversions and attacks resume.
+
+    Raises:
+        RequestError: If the judge or the benchmark does not know a concept, or the settings are invalid.
+        PatchError: If a patch does not fit the model.
+        Cancelled: If ``progress`` cancels.
     """
     settings = settings or EvaluationSettings()
     names = list(dict.fromkeys(concepts))
@@ -179,7 +203,9 @@ def assess(
     for patch, _ in patches:
         patch.check_fits(model.survey)
     if earlier and not isinstance(evaluators.judge, WorldJudge):
-        raise RequestError("Erosion over a sequence is measured on the embedded model: leave the earlier patches out.")
+        raise RequestError(
+            "Erosion over a sequence is measured on the embedded model only: leave the earlier patches out."
+        )
     patches, left_out, timer = tuple(patches), dict(evaluators.missing), _Timer()
     baselines = tuple(dict.fromkeys((UNEDITED, *settings.baselines)))
     plans = _plans(evaluators.judge, patches, names, settings, baselines, bench, without)
@@ -205,8 +231,8 @@ def assess(
         if settings.m_score:
             with timer("M-Score"), _skip_unsupported(left_out, "m_scores"):
                 latents = concept_latents(model, concept, seed=settings.seed, progress=progress, workspace=workspace)
-                how = settings.m_score if isinstance(settings.m_score, InversionSettings) else None
-                found = m_score(model, concept, latents, patches, how, settings.seed, progress, workspace)
+                inversion = settings.m_score if isinstance(settings.m_score, InversionSettings) else None
+                found = m_score(model, concept, latents, patches, inversion, settings.seed, progress, workspace)
                 m_scores.append(MScore(found.concept, found.before, found.after))
         if settings.attacks is not None:
             with timer("attacks"), _skip_unsupported(left_out, "attacks"):
@@ -255,7 +281,7 @@ def _combined_patch(patches: Sequence[tuple[Patch, float]]) -> Patch:
 
 @contextmanager
 def _skip_unsupported(left_out: dict[str, str], part: str) -> Iterator[None]:
-    """What this model cannot be asked is left out, with the reason; a request that is wrong is still an error."""
+    """Record an unsupported measurement in ``left_out``; an invalid request still raises."""
     try:
         yield
     except RequestError:
@@ -275,7 +301,7 @@ def _plans(
 ) -> list[EvaluationPlan]:
     if bench is None:
         if not isinstance(judge, WorldJudge):
-            raise RequestError("This model has no world of its own to ask about: give a benchmark.")
+            raise RequestError("This model has no prompts of its own to evaluate: give a benchmark.")
         targets = [EvaluationTarget(name, patches) for name in names]
         return world_plans(targets, settings.count, settings.seed, without=without, baselines=baselines)
     found = []
@@ -291,15 +317,15 @@ def _plans(
 
 
 def _quality(evaluators: Evaluators, cache: SampleCache, plans: Sequence[EvaluationPlan]) -> tuple[Metric, ...]:
-    """Pictures of what is kept, each variant's against the unedited model's of the same prompts and seeds."""
+    """Image quality on the retain set: each variant against the unedited model on the same prompts and seeds."""
     pairs: dict[str, dict[object, tuple[str, Tensor, Tensor]]] = {}
     for plan in plans:
         for name, variant in plan.variants.items():
             if name == UNEDITED:
                 continue
-            asked = [question.picture for question in (*plan.cells.in_domain, *plan.cells.cross_domain)]
-            before, after = cache.get(plan.variants[UNEDITED], asked), cache.get(variant, asked)
-            for picture, was, now in zip(asked, before, after, strict=True):
+            pictures = [question.picture for question in (*plan.cells.in_domain, *plan.cells.cross_domain)]
+            before, after = cache.get(plan.variants[UNEDITED], pictures), cache.get(variant, pictures)
+            for picture, was, now in zip(pictures, before, after, strict=True):
                 pairs.setdefault(name, {})[variant.key, picture] = (picture.prompt, was.picture, now.picture)
     stacks = {
         name: (
@@ -310,24 +336,24 @@ def _quality(evaluators: Evaluators, cache: SampleCache, plans: Sequence[Evaluat
         for name, found in pairs.items()
     }
     n = len(stacks[PATCHED][0])
-    kept = f"{n} pictures of what is kept, against the unedited model's"
+    note = f"{n} images of the retain set, compared with the unedited model's"
     metrics: list[Metric] = []
     if evaluators.features is not None:
         extractor = evaluators.features
-        seen = {name: tuple(features_of(extractor, part) for part in parts[1:]) for name, parts in stacks.items()}
-        distances = {name: fid(now, was) for name, (was, now) in seen.items()}
+        features = {name: tuple(features_of(extractor, part) for part in parts[1:]) for name, parts in stacks.items()}
+        distances = {name: fid(now, was) for name, (was, now) in features.items()}
         metrics.append(
             Metric(
                 "FID",
                 {name: found.value for name, found in distances.items()},
                 n,
                 "lower",
-                "; ".join(filter(None, (kept, distances[PATCHED].note))),
+                "; ".join(filter(None, (note, distances[PATCHED].note))),
             )
         )
-        kernels = {name: kid(now, was) for name, (was, now) in seen.items()}
+        kernels = {name: kid(now, was) for name, (was, now) in features.items()}
         errors = {name: found.error for name, found in kernels.items() if found.error is not None}
-        metrics.append(Metric("KID", {name: found.value for name, found in kernels.items()}, n, "lower", kept, errors))
+        metrics.append(Metric("KID", {name: found.value for name, found in kernels.items()}, n, "lower", note, errors))
     if evaluators.distance is not None:
         means = {name: perceptual_distance(evaluators.distance, was, now) for name, (_, was, now) in stacks.items()}
         errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
@@ -344,7 +370,7 @@ def _quality(evaluators: Evaluators, cache: SampleCache, plans: Sequence[Evaluat
     if evaluators.image_text is not None:
         prompts, unedited, _ = stacks[PATCHED]
         means = {UNEDITED: clip_score(evaluators.image_text, unedited, prompts)}
-        means |= {name: clip_score(evaluators.image_text, now, said) for name, (said, _, now) in stacks.items()}
+        means |= {name: clip_score(evaluators.image_text, now, texts) for name, (texts, _, now) in stacks.items()}
         errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
         metrics.append(
             Metric(
@@ -352,7 +378,7 @@ def _quality(evaluators: Evaluators, cache: SampleCache, plans: Sequence[Evaluat
                 {name: mean.value for name, mean in means.items()},
                 n,
                 "higher",
-                f"{evaluators.image_text.name}; pictures of what is kept and their prompts",
+                f"{evaluators.image_text.name}; images of the retain set and their prompts",
                 errors,
             )
         )
@@ -374,7 +400,7 @@ def _attention(
         pictures += named[:ATTENTION_IMAGES]
         phrases += [plan.concept] * len(named[:ATTENTION_IMAGES])
     if not pictures:
-        left_out["attention"] = "no prompt says the concept by its name."
+        left_out["attention"] = "no prompt contains the concept's name."
         return ()
     with _skip_unsupported(left_out, "attention"):
         return tuple(attention_pairs(model, pictures, phrases, patches, sampling, progress))
@@ -384,7 +410,7 @@ def _attention(
 def _contains_phrase(model: LatentDiffusion, prompt: str, phrase: str) -> bool:
     try:
         return bool(token_positions(model.text, phrase, prompt))
-    except ForgetConceptError:  # it does not, or beyond what the encoder reads
+    except ForgetConceptError:  # the phrase does not occur, or is truncated
         return False
 
 
@@ -405,12 +431,12 @@ def _run_attacks(
         prompts = bench.find(plan.concept).prompts
         target = Target.named(Concept(plan.concept, plan.category), (*prompts["paraphrased"], *prompts["indirect"]))
     assert settings.attacks is not None
-    asked: SuccessJudge = _ConceptJudge(judge, plan.concept, plan.category)
+    concept_judge: SuccessJudge = _ConceptJudge(judge, plan.concept, plan.category)
     found = run_attacks(
         model,
         plan.variants[PATCHED],
         target,
-        asked,
+        concept_judge,
         settings.attacks,
         settings.seed,
         sampling=sampling,
@@ -442,10 +468,10 @@ def _measure_erosion(
     found = erosion(
         model, judge, steps, settings.count, settings.seed, settings.sampling, cache=cache, progress=progress
     )
-    before: set[str] = set()
-    told = []
+    forgotten: set[str] = set()
+    steps_of_report = []
     for step in found:
-        new = [name for name in step.forgotten if name not in before]
-        before |= set(step.forgotten)
-        told.append(ErosionStep(step.step, listed(new) if new else "nothing new", step.erosion.complement))
-    return tuple(told)
+        new = [name for name in step.forgotten if name not in forgotten]
+        forgotten |= set(step.forgotten)
+        steps_of_report.append(ErosionStep(step.step, listed(new) if new else "nothing new", step.erosion.complement))
+    return tuple(steps_of_report)

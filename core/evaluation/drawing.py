@@ -1,4 +1,4 @@
-"""Drawing many pictures: with and without patches, in the faster precision, each picture drawn and looked at once."""
+"""Batched sampling with and without patches, in the faster precision; each image is sampled and classified once."""
 
 from __future__ import annotations
 
@@ -34,24 +34,36 @@ __all__ = [
 ]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# bf16 also moves the pictures a little, so it must be worth it
-GAIN = 1.25
-_TIMED = 8
+# bf16 changes the images slightly, so it is used only for a clear speedup
+MIN_SPEEDUP = 1.25
+_TIMING_BATCH = 8
 
 
 class ImageClassifier(Protocol):
-    """Says what it sees in pictures ``(n, 3, 128, 128)`` in [-1, 1]: one :class:`Labels` each."""
+    """Classifies images ``(n, 3, 128, 128)`` in [-1, 1]."""
 
-    def classify(self, images: Tensor) -> list[Labels]: ...
+    def classify(self, images: Tensor) -> list[Labels]:
+        """Return one :class:`Labels` per image."""
+        ...
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are drawn: ``steps`` of a ``sampler``, ``guidance``, how many at a time, the UNet's precision.
+    """How images are sampled.
 
-    ``precision="auto"`` times a few pictures in fp32 and under bf16 autocast and takes bf16 where that is clearly
-    faster; on a CPU it then times one thread against all of torch's (on a busy machine many threads mostly wait for
-    each other). ``threads`` says how many instead; they are set while a batch is drawn and put back after it.
+    ``precision="auto"`` times a few images in fp32 and under bf16 autocast, and selects bf16 if it is clearly faster.
+    On a CPU it then times one thread against all of torch's threads, because threads contend on a busy machine.
+
+    Args:
+        steps: Sampling steps per image.
+        guidance: Classifier-free guidance scale.
+        batch: Images per batch.
+        precision: Precision of the UNet: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        sampler: Name of the sampler.
+        threads: torch threads while a batch is sampled, restored afterwards. ``None`` selects the number by timing.
+
+    Raises:
+        RequestError: If the precision is unknown, or ``batch`` or ``threads`` is below 1.
     """
 
     steps: int = 16
@@ -70,18 +82,18 @@ class SamplingSettings:
             raise RequestError(f"The number of threads must be at least 1, not {self.threads}.")
 
     def resolved(self, model: LatentDiffusion) -> SamplingSettings:
-        """The same with a precision that is no longer ``"auto"``, and the threads timed with it."""
+        """Return a copy in which ``precision="auto"`` and the thread count are replaced by the fastest choices."""
         if self.precision != "auto":
             return self
-        # which one is faster shows on a few pictures; the slower one would take seconds for all of them
-        precision = faster_precision(model, min(self.batch, _TIMED))
+        # a small batch is enough to compare precisions, and cheap in the slower one
+        precision = faster_precision(model, min(self.batch, _TIMING_BATCH))
         threads = faster_threads(model, precision, self.batch) if self.threads is None else self.threads
         return replace(self, precision=precision, threads=threads)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn: a prompt and the seed of its noise."""
+    """An image to sample: a prompt and the seed of its initial noise."""
 
     prompt: str
     seed: int
@@ -89,7 +101,7 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """What draws it: the model with ``patches`` on it (each at a strength), a negative prompt, safety guidance."""
+    """A variant of the model: ``patches`` (each with its strength), a negative prompt, and safety guidance."""
 
     patches: tuple[tuple[Patch, float], ...] = ()
     negative: str = ""
@@ -97,13 +109,13 @@ class Variant:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for variants that draw the same pictures; patches are told apart as objects."""
+        """Key that is equal for variants that sample the same images; patches are compared by identity."""
         return (self.negative, self.safe, *((id(patch), strength) for patch, strength in self.patches))
 
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """A picture ``(3, H, W)`` uint8 and what the probe finds in it."""
+    """An image ``(3, H, W)`` uint8 and the labels that the classifier assigns to it."""
 
     picture: Tensor
     labels: Labels
@@ -111,7 +123,7 @@ class LabeledImage:
 
 @torch.no_grad()
 def _seconds(model: LatentDiffusion, precision: str, batch: int, rounds: int, warm: int = 1) -> float:
-    """The shortest of ``rounds`` guided steps of ``batch`` pictures, after ``warm`` that do not count."""
+    """Shortest time in seconds of ``rounds`` guided steps with ``batch`` images, after ``warm`` warm-up steps."""
     states = encode_prompts(model.text, [""]).index([0] * 2 * batch)
     noise = torch.randn(2 * batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     steps = torch.full((2 * batch,), model.train_steps // 2)
@@ -119,35 +131,41 @@ def _seconds(model: LatentDiffusion, precision: str, batch: int, rounds: int, wa
     for _ in range(warm + rounds):
         began = time.perf_counter()
         with _autocast(model, precision):
-            # taking a value back waits for a device that works ahead
+            # reading a value synchronizes with an asynchronous device
             float(model.predict_noise(noise, steps, states).sum())
         times.append(time.perf_counter() - began)
     return min(times[warm:])
 
 
 def faster_precision(model: LatentDiffusion, batch: int = 32, rounds: int = 2) -> str:
-    """``"bfloat16"`` where a guided step of ``batch`` pictures is clearly faster so, else ``"float32"``."""
+    """Return ``"bfloat16"`` if a guided step of ``batch`` images is clearly faster under autocast, else ``"float32"``.
+
+    A model whose weights are not fp32 always gets ``"float32"``, which means no autocast.
+    """
     if model.dtype != torch.float32:
-        return "float32"  # the model's own dtype then decides
+        return "float32"
     single, half = (_seconds(model, precision, batch, rounds) for precision in ("float32", "bfloat16"))
-    return "bfloat16" if single > GAIN * half else "float32"
+    return "bfloat16" if single > MIN_SPEEDUP * half else "float32"
 
 
 def faster_threads(model: LatentDiffusion, precision: str, batch: int = 32, rounds: int = 2) -> int:
-    """One thread or as many as torch has now, whichever draws ``batch`` pictures sooner; the latter on a GPU."""
-    now = torch.get_num_threads()
-    if model.device.type != "cpu" or now == 1:
-        return now
-    # timed for the precision already, mostly: nothing is left to warm up
-    together = _seconds(model, precision, batch, rounds, 0)
+    """Return 1 or the current number of torch threads, whichever samples ``batch`` images faster.
+
+    On a GPU the current number is returned without timing.
+    """
+    current = torch.get_num_threads()
+    if model.device.type != "cpu" or current == 1:
+        return current
+    # the timing of the precision has usually warmed up the model already
+    multi_threaded = _seconds(model, precision, batch, rounds, 0)
     with torch_threads(1):
-        alone = _seconds(model, precision, batch, rounds, 0)
-    return 1 if alone < together else now
+        single_threaded = _seconds(model, precision, batch, rounds, 0)
+    return 1 if single_threaded < multi_threaded else current
 
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """So many of torch's threads for the length of a ``with`` block (``None``: as many as there are)."""
+    """Set the number of torch threads inside a ``with`` block; ``None`` keeps the current number."""
     before = torch.get_num_threads()
     if count in (None, before):
         yield
@@ -167,7 +185,7 @@ def _autocast(model: LatentDiffusion, precision: str) -> contextlib.AbstractCont
 
 @contextlib.contextmanager
 def patched(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]]) -> Iterator[None]:
-    """All of the patches on the model for the length of a ``with`` block."""
+    """Apply all patches to the model inside a ``with`` block."""
     with contextlib.ExitStack() as stack:
         for patch, strength in patches:
             stack.enter_context(patch.applied(model.survey, strength))
@@ -182,9 +200,19 @@ def draw(
     sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """Pictures, a batch after the other, ``(n, 3, H, W)`` uint8 on the CPU: what a file would hold.
+    """Sample images batch by batch.
 
-    The patches are on the model only while a batch is drawn. ``progress`` counts steps of single batches from 0.
+    The patches are applied only while a batch is sampled, so the model is unchanged between batches.
+
+    Args:
+        model: The model to sample from.
+        pictures: Prompts and seeds.
+        variant: Patches, negative prompt and safety guidance. Default: the unedited model.
+        sampling: Sampling settings. Default: :class:`SamplingSettings`.
+        progress: Receives the sampling steps of each batch, counted from 0.
+
+    Yields:
+        Images ``(n, 3, H, W)``, uint8, on the CPU.
     """
     variant, sampling = variant or Variant(), (sampling or SamplingSettings()).resolved(model)
     for start in range(0, len(pictures), sampling.batch):
@@ -207,11 +235,11 @@ def draw(
 
 
 class SampleCache:
-    """Pictures asked for by several measurements, each drawn and looked at once.
+    """Cache of sampled and classified images, shared by several measurements.
 
-    :meth:`want` says what will be needed, :meth:`make` draws it, :meth:`seen` gives it. So the pictures of the unedited
-    model serve every concept that is measured beside it. With a ``processes`` of several processes each draws its part,
-    and all of them have everything afterwards.
+    :meth:`request` registers images, :meth:`generate` samples those that are missing, and :meth:`get` returns them. The
+    images of the unedited model are therefore sampled once for all concepts. With several ``processes`` each samples
+    its share, and all of them hold every image afterwards.
     """
 
     def __init__(
@@ -227,13 +255,13 @@ class SampleCache:
         self._images: dict[tuple[tuple[object, ...], Picture], LabeledImage] = {}
 
     def request(self, variant: Variant, pictures: Sequence[Picture]) -> None:
-        """Ask for pictures of a variant; what is there or already asked for is not drawn again."""
+        """Register images of a variant; images that are cached or already registered are not sampled again."""
         self._variants.setdefault(variant.key, variant)
         wanted = self._pending.setdefault(variant.key, {})
         wanted.update((picture, None) for picture in pictures if (variant.key, picture) not in self._images)
 
     def generate(self, progress: Progress | None = None) -> None:
-        """Draw and look at everything asked for. Progress counts pictures' steps over all of it."""
+        """Sample and classify all registered images. Progress counts sampling steps times images over all of them."""
         if not any(self._pending.values()):
             return
         self.sampling = sampling = self.processes.broadcast(lambda: self.sampling.resolved(self.model))
@@ -263,11 +291,11 @@ class SampleCache:
         self._pending.clear()
 
     def discard(self, variant: Variant) -> None:
-        """Let go of a variant's pictures, which on large models fill the memory."""
+        """Discard a variant's images, which take much memory for large models."""
         self._pending.pop(variant.key, None)
         self._variants.pop(variant.key, None)
         self._images = {at: seen for at, seen in self._images.items() if at[0] != variant.key}
 
     def get(self, variant: Variant, pictures: Sequence[Picture]) -> list[LabeledImage]:
-        """What was asked for and made, in this order."""
+        """Return the cached images of a variant, in the order of ``pictures``."""
         return [self._images[variant.key, picture] for picture in pictures]

@@ -1,8 +1,10 @@
-"""Generalization erosion: what a sequence of requests does to concepts that none of them named.
+"""Generalization erosion: the loss of concepts that no request of a sequence names.
 
-DUGE (arXiv 2503.13769): after every request each kept concept is asked for again, and what is lost is counted against
-the base model, never against the step before, so that small losses which add up are seen. Beside it the two drifts that
-go before a loss: of the pictures at equal seeds, and of the weights.
+After every request each retained concept is evaluated again. The loss is counted against the base model and not
+against the previous step, so that small losses which accumulate remain visible. Two drifts that precede a loss are
+measured as well: of the images at equal seeds, and of the weights.
+
+Reference: DUGE, arXiv 2503.13769.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ __all__ = ["ErosionStep", "erosion"]
 
 @dataclass(frozen=True)
 class ErosionStep:
-    """What one step of a sequence has cost so far, against the base model on the same prompts and seeds.
+    """Cumulative erosion after one step of a sequence, against the base model on the same prompts and seeds.
 
-    - ``forgotten``: every name forgotten up to this step;
-    - ``erosion``: the share of what the base model draws right that is lost, over all kept concepts, with a 95 %
-      interval; below 0 where more is right than before;
-    - ``by_category``: the same for each category;
-    - ``by_concept``: of each kept concept the change in its share of right pictures, ``before − after``;
-    - ``distance``: root-mean-square difference of the pixels in [0, 1] between the step's picture and the base model's,
-      the mean over all kept prompts; ``perceptual`` the same by another distance, where one was given;
-    - ``weights``: how far the weights have moved.
+    Attributes:
+        step: Number of the step, from 1.
+        forgotten: All names forgotten up to this step.
+        erosion: Fraction of the base model's correct images that is lost, over all retained concepts, with a 95 %
+            interval. It is negative if the step has more correct images than the base model.
+        by_category: The same for each category.
+        by_concept: Change in accuracy of each retained concept, ``before - after``.
+        distance: Root-mean-square pixel difference, in [0, 1], between the images of this step and of the base model;
+            mean over all retained prompts.
+        weights: Relative change of the weights.
+        perceptual: The mean of another image distance, if one was given.
     """
 
     step: int
@@ -79,41 +84,63 @@ def erosion(
     cache: SampleCache | None = None,
     progress: Progress | None = None,
 ) -> list[ErosionStep]:
-    """Measure each of ``steps``, the whole patch (or history) as it stood after each request, with ``count`` pictures
-    of each category.
+    """Measure generalization erosion after each step of a sequence of requests.
 
-    What is forgotten is read from the patches' records; ``forgotten`` says it instead, the names up to each step. Kept
-    are all concepts of the world that no step forgets and that are not in ``without``: every step answers the same
-    questions. ``cache`` shares pictures with other measurements. Raises :class:`RequestError` for too few pictures,
-    no steps, names that the probe does not know and a category of which nothing is kept,
-    :class:`PatchError` for a patch without a record or for another model, and
-    :class:`ForgetConceptError` where the base model draws nothing of a category right.
+    The retain set is every concept of the embedded world that no step forgets and that is not in ``without``; all
+    steps are evaluated on the same questions.
+
+    Args:
+        model: The embedded model.
+        probe: Classifies the images.
+        steps: The complete patch (or history) after each request.
+        count: Images per category.
+        seed: Seed of the prompts and of the images.
+        sampling: Sampling settings. Default: :class:`SamplingSettings`.
+        forgotten: Names forgotten up to each step. Default: read from the patches' metadata.
+        without: Further names to exclude from the retain set.
+        perceptual: An additional image distance.
+        cache: Shares images with other measurements; its model, probe and sampling settings take precedence.
+        progress: Receives sampling progress.
+
+    Returns:
+        One :class:`ErosionStep` per step.
+
+    Raises:
+        RequestError: If there are too few images, no steps, unknown names, or a category with an empty retain set.
+        PatchError: If a patch has no request history or belongs to another model.
+        ForgetConceptError: If the base model draws no image of a category correctly.
+
+    Reference: DUGE, arXiv 2503.13769.
     """
     if count < MIN_COUNT:
-        raise RequestError(f"{count} pictures a category measure nothing: ask for at least {MIN_COUNT}.")
+        raise RequestError(f"{count} images per category are too few to measure: use at least {MIN_COUNT}.")
     if not steps:
-        raise RequestError("There is no step to measure: give at least one patch.")
+        raise RequestError("There are no steps to measure: pass at least one patch.")
     patches = [step.patch if isinstance(step, History) else step for step in steps]
     if forgotten is None:
         forgotten = [[concept.name for concept in read_history(patch.metadata).concepts] for patch in patches]
     if len(forgotten) != len(patches):
-        raise RequestError(f"There are {len(patches)} steps, and names of {len(forgotten)}: give the names of each.")
+        raise RequestError(
+            f"There are {len(patches)} steps but forgotten names for {len(forgotten)}: pass the names for each step."
+        )
     named = [*(name for names in forgotten for name in names), *without]
     gone = tuple(dict.fromkeys(find_concept(name)[0] for name in named))
     if empty := [c for c in CATEGORIES if all(word.name in gone for word in vocabulary.CATEGORIES[c])]:
-        raise RequestError(f"No {empty[0]} is kept, so there are no prompts to measure erosion with: forget fewer.")
+        raise RequestError(
+            f"The retain set contains no {empty[0]}, so erosion cannot be measured: forget fewer concepts."
+        )
     questions = {category: retain_questions(category, count, seed, gone) for category in CATEGORIES}
     drifts = [weight_drift(model.survey, patch) for patch in patches]
     cache = cache or SampleCache(model, probe, sampling or SamplingSettings())
     base, variants = Variant(), [Variant(((patch, 1.0),)) for patch in patches]
-    asked = [question for several in questions.values() for question in several]
-    pictures = [question.picture for question in asked]
+    all_questions = [question for several in questions.values() for question in several]
+    pictures = [question.picture for question in all_questions]
     for variant in (base, *variants):
         cache.request(variant, pictures)
     cache.generate(progress)
     before = cache.get(base, pictures)
     return [
-        _step(number + 1, names, asked, before, cache.get(variant, pictures), drift, perceptual)
+        _step(number + 1, names, all_questions, before, cache.get(variant, pictures), drift, perceptual)
         for number, (names, variant, drift) in enumerate(zip(forgotten, variants, drifts, strict=True))
     ]
 
@@ -121,35 +148,35 @@ def erosion(
 def _step(
     number: int,
     names: Sequence[str],
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     before: Sequence[LabeledImage],
     after: Sequence[LabeledImage],
     weights: WeightDrift,
     perceptual: PairDistance | None,
 ) -> ErosionStep:
-    rows = list(range(len(asked)))
-    was = [question.is_correct(seen) for question, seen in zip(asked, before, strict=True)]
-    still = [question.is_correct(seen) for question, seen in zip(asked, after, strict=True)]
+    rows = list(range(len(questions)))
+    correct_before = [question.is_correct(image) for question, image in zip(questions, before, strict=True)]
+    correct_after = [question.is_correct(image) for question, image in zip(questions, after, strict=True)]
 
-    def lost(some: Sequence[int]) -> Score:
-        return Score.ratio([still[i] for i in some], [was[i] for i in some]).complement
+    def loss(subset: Sequence[int]) -> Score:
+        return Score.ratio([correct_after[i] for i in subset], [correct_before[i] for i in subset]).complement
 
-    categories = {name: [i for i in rows if asked[i].category == name] for name in CATEGORIES}
+    categories = {name: [i for i in rows if questions[i].category == name] for name in CATEGORIES}
     concepts: dict[str, list[int]] = {}
     for i in rows:
-        concepts.setdefault(asked[i].expected, []).append(i)
+        concepts.setdefault(questions[i].expected, []).append(i)
     distance = None
     if perceptual is not None:
-        first, second = (torch.stack([seen.picture for seen in several]) for several in (before, after))
+        first, second = (torch.stack([image.picture for image in images]) for images in (before, after))
         distance = perceptual_distance(perceptual, first, second)
     return ErosionStep(
         number,
         tuple(names),
-        lost(rows),
-        {name: lost(some) for name, some in categories.items()},
+        loss(rows),
+        {name: loss(subset) for name, subset in categories.items()},
         {
-            name: (sum(was[i] for i in some) - sum(still[i] for i in some)) / len(some)
-            for name, some in concepts.items()
+            name: (sum(correct_before[i] for i in subset) - sum(correct_after[i] for i in subset)) / len(subset)
+            for name, subset in concepts.items()
         },
         image_distance(before, after),
         weights,

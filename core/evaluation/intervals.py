@@ -1,4 +1,4 @@
-"""95 % intervals of shares and of ratios of paired shares."""
+"""95 % confidence intervals of proportions and of ratios of paired proportions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Score:
-    """A measured fraction: its ``value``, a 95 % interval and the number ``n`` of trials behind it."""
+    """A measured proportion: its ``value``, the 95 % interval (``low``, ``high``) and the number ``n`` of trials."""
 
     value: float
     low: float
@@ -24,27 +24,33 @@ class Score:
 
     @classmethod
     def share(cls, outcomes: Sequence[bool]) -> Score:
-        """The share of ``True``, with Wilson's interval. Raises :class:`ForgetConceptError` where there is no trial."""
+        """Return the proportion of ``True`` with Wilson's interval.
+
+        Raises:
+            ForgetConceptError: If ``outcomes`` is empty.
+        """
         if not outcomes:
-            raise ForgetConceptError("There is nothing to take a share of: ask for more pictures.")
+            raise ForgetConceptError("There are no outcomes to compute a proportion of: increase the image count.")
         hits = sum(map(bool, outcomes))
         return cls(hits / len(outcomes), *wilson(hits, len(outcomes)), len(outcomes))
 
     @classmethod
     def ratio(cls, after: Sequence[bool], before: Sequence[bool]) -> Score:
-        """How often ``after`` is right, as a share of how often ``before`` is, trial by trial the same question.
+        """Return the accuracy of ``after`` relative to the accuracy of ``before`` on the same trials.
 
-        Raises :class:`ForgetConceptError` where ``before`` is never right: nothing can then be said of what is kept.
+        Raises:
+            ForgetConceptError: If ``before`` has no correct trial, so that retention is undefined.
         """
         if not any(before):
             raise ForgetConceptError(
-                "The unedited model draws none of these prompts right, so what is kept of them cannot be measured."
+                "The unedited model draws none of these prompts correctly, so retention cannot be measured on them: "
+                "use other prompts or more images."
             )
         return cls(*paired_ratio(after, before), len(before))
 
     @property
     def complement(self) -> Score:
-        """Of what is left of 1: the share of misses, or what is lost of what was kept."""
+        """The score subtracted from 1: the proportion of failures, or the loss for a retention."""
         return Score(1 - self.value, 1 - self.high, 1 - self.low, self.n)
 
     def as_dict(self) -> dict[str, float | int]:
@@ -52,9 +58,23 @@ class Score:
 
 
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), within [0, 1] and of positive width also at 0 and at ``n``."""
+    """Wilson score interval of a proportion; it lies within [0, 1] and never has zero width.
+
+    Args:
+        successes: Number of successes.
+        n: Number of trials.
+        z: Quantile of the normal distribution. Default: 95 % coverage.
+
+    Returns:
+        The lower and the upper bound.
+
+    Raises:
+        ValueError: If ``successes`` is not within 0 and ``n``, or ``n`` is 0.
+
+    Reference: Wilson 1927, *Probable inference, the law of succession, and statistical inference*.
+    """
     if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} of {n} is no share")
+        raise ValueError(f"{successes} of {n} is not a proportion")
     return _wilson(successes, n, z)
 
 
@@ -63,18 +83,30 @@ def _wilson(successes: float, n: float, z: float) -> tuple[float, float]:
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # at the ends the exact bound is 0 or 1; rounding must not push it past the share itself
+    # at the ends the exact bound is 0 or 1; rounding must not push it past the proportion itself
     low = 0.0 if successes == 0 else (middle - half) / scale
     high = 1.0 if successes == n else (middle + half) / scale
     return low, high
 
 
 def paired_ratio(after: Sequence[bool], before: Sequence[bool], z: float = Z95) -> tuple[float, float, float]:
-    """Ratio of two shares measured on the same trials, and its interval: ``(ratio, low, high)``.
+    """Ratio of two proportions measured on the same trials, with its confidence interval.
 
-    Bonett and Price 2006, *Confidence intervals for a ratio of binomial proportions based on paired data*: Wilson's
-    interval of each share, at a ``z`` shrunk so that their quotient has the coverage of one. Trials that neither gets
-    right say nothing about the ratio and drop out.
+    Combines the Wilson intervals of the two proportions at a ``z`` reduced so that the quotient has the nominal
+    coverage. Trials that fail in both carry no information about the ratio and are dropped.
+
+    Args:
+        after: Outcomes of the numerator.
+        before: Outcomes of the denominator, paired with ``after``.
+        z: Quantile of the normal distribution. Default: 95 % coverage.
+
+    Returns:
+        ``(ratio, low, high)``.
+
+    Raises:
+        ValueError: If the lengths differ or ``before`` has no success.
+
+    Reference: Bonett and Price 2006, *Confidence intervals for a ratio of binomial proportions based on paired data*.
     """
     if len(after) != len(before):
         raise ValueError(f"{len(after)} trials cannot be paired with {len(before)}")
@@ -83,7 +115,7 @@ def paired_ratio(after: Sequence[bool], before: Sequence[bool], z: float = Z95) 
     lost = sum(b and not a for a, b in zip(after, before, strict=True))
     first, second, trials = both + gained, both + lost, both + gained + lost
     if second == 0:
-        raise ValueError("the ratio to a share of 0 is not defined")
+        raise ValueError("the ratio to a proportion of 0 is undefined")
 
     def log_error(count: int) -> float:
         share = (count + 1) / (trials + 2)

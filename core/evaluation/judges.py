@@ -1,4 +1,4 @@
-"""Judges: what a picture shows, one name in each category. The embedded model has its probe, any other model CLIP."""
+"""Judges classify images by category: the probe for the embedded model, zero-shot CLIP for any other model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["NOTHING", "TEMPLATES", "ClipJudge", "Judge", "WorldJudge"]
 
-# several wordings make one class (Radford et al. 2021, section 3.1.4)
+# prompt ensembling: several templates per class (Radford et al. 2021, section 3.1.4)
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": ("a photo of a {}", "a picture of a {}", "a drawing of a {}", "a painting of a {}"),
     "style": ("a picture in the style of {}", "a painting in the style of {}", "a {} artwork", "art by {}"),
     "identity": ("a photo of {}", "a portrait of {}", "a picture of {}", "a painting of {}"),
 }
-# what a category's names compete with: a picture that shows none of them
+# the "none" class of each category
 NOTHING: dict[str, tuple[str, ...]] = {
     "object": ("a photo", "a picture of something else", "an empty background"),
     "style": ("a photo", "an ordinary photograph", "a picture in no particular style"),
@@ -35,9 +35,9 @@ NOTHING: dict[str, tuple[str, ...]] = {
 
 
 class Judge(Protocol):
-    """Says what it sees in pictures ``(n, 3, H, W)`` in [-1, 1]: one :class:`Labels` each, as a probe does.
+    """Classifies images ``(n, 3, H, W)`` in [-1, 1], like an :class:`ImageClassifier`, and knows its classes.
 
-    ``names`` are those it can tell apart, by category (*none* not among them); ``about`` says in words who judges.
+    ``names`` are the classes by category, without *none*; ``description`` names the judge in reports.
     """
 
     @property
@@ -46,11 +46,13 @@ class Judge(Protocol):
     @property
     def description(self) -> str: ...
 
-    def classify(self, images: Tensor) -> list[Labels]: ...
+    def classify(self, images: Tensor) -> list[Labels]:
+        """Return one :class:`Labels` per image."""
+        ...
 
 
 class WorldJudge:
-    """The embedded model's probe."""
+    """The embedded model's probe as a judge."""
 
     description = "the embedded model's probe"
 
@@ -63,13 +65,22 @@ class WorldJudge:
 
 
 class ClipJudge:
-    """Zero-shot classification by a CLIP: in each category the name whose text is nearest to the picture, or *none*.
+    """Zero-shot classification with CLIP: per category, the name with the most similar text embedding, or *none*.
 
-    A name's vector is the mean of the unit vectors of its ``templates``, *none*'s that of the phrases of ``nothing``
-    (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). Where a category has few names, a picture of something else
-    may still be nearest to one of them: hold every figure against the unedited model's. ``encoder`` is
-    :class:`OpenClip` or anything of its form. Raises :class:`RequestError` for unknown categories and where
-    there is no name at all.
+    A class embedding is the mean of the normalized embeddings of its prompts. In a category with few names, an image of
+    something else may still be most similar to one of them, so compare every score with the unedited model's.
+
+    Args:
+        encoder: :class:`OpenClip`, :class:`TransformersClip` or another :class:`ImageText`.
+        names: Class names by category.
+        templates: Prompt templates by category, each with one ``{}``.
+        nothing: Phrases of the *none* class by category.
+        batch: Images per batch.
+
+    Raises:
+        RequestError: If a category is unknown, there are no names, or ``batch`` is below 1.
+
+    Reference: Radford et al. 2021, arXiv 2103.00020, section 3.1.4.
     """
 
     def __init__(
@@ -81,12 +92,12 @@ class ClipJudge:
         batch: int = 64,
     ) -> None:
         if unknown := [category for category in names if category not in KINDS]:
-            raise RequestError(f"The category '{unknown[0]}' is not known: choose among {', '.join(KINDS)}.")
+            raise RequestError(f"The category '{unknown[0]}' is not known: choose from {', '.join(KINDS)}.")
         if batch < 1:
             raise RequestError(f"The batch must be at least 1, not {batch}.")
         self.names = {category: tuple(dict.fromkeys(found)) for category, found in names.items() if found}
         if not self.names:
-            raise RequestError("There is nothing to tell apart: the benchmark names no concept.")
+            raise RequestError("There are no classes to distinguish: use a benchmark that names at least one concept.")
         self.encoder, self.batch = encoder, batch
         self.description = f"zero-shot, {encoder.name}"
         self._texts = {
@@ -104,9 +115,9 @@ class ClipJudge:
     def classify(self, images: Tensor) -> list[Labels]:
         found: list[Labels] = []
         for part in images.split(self.batch):
-            seen = normalize(self.encoder.image_features(part).double(), dim=1)
-            # stable on a tie: a lower place wins, so a name does before "none"
-            winners = {category: (seen @ texts.T).argmax(1).tolist() for category, texts in self._texts.items()}
+            features = normalize(self.encoder.image_features(part).double(), dim=1)
+            # on a tie the lower index wins, so a name is preferred to "none"
+            winners = {category: (features @ texts.T).argmax(1).tolist() for category, texts in self._texts.items()}
             for row in range(len(part)):
                 labels = {category: (*self.names[category], NONE)[winner[row]] for category, winner in winners.items()}
                 found.append(Labels(**labels))

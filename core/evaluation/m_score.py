@@ -1,16 +1,17 @@
-"""The M-Score: does an inversion of the concept's pictures still find the concept's own words?
+"""M-Score: similarity of the concept's name to the embedding that textual inversion learns from the concept's images.
 
-Zhang et al., *Forget-Me-Not* (arXiv 2303.17591): textual inversion looks for the vectors that make a model draw what
-some pictures show. In a model that knows the concept they come out near the embedding of its name; in one that has
-forgotten it they do not. The score is the cosine of the two, with the unedited model and with the edited one, and what
-is read off is the drop between them. Both inversions start from the same random vectors, never from the name, and see
-the same pictures, times and noise.
+Textual inversion learns the vectors that make a model reproduce given images. In a model that knows the concept they
+are close to the embedding of its name; in a model that has forgotten it they are not. The score is the cosine
+similarity of the two, and the result is its drop from the unedited to the edited model. Both inversions start from the
+same random vectors, never from the name, and use the same images, time steps and noise.
 
-The paper leaves open in which space the cosine is taken. Here it is the input embeddings', between the mean of the
-inverted vectors and the mean of the name's sub-words, which told forgotten concepts from kept ones best on the embedded
-model (`benchmarks/m_score.csv`); the others of :data:`SPACES` come along in the result. And the vectors stay at the
-vocabulary's own scale: with many large steps they grow to several times a word's length, where an edit that was made
-for the words no longer reaches, and forgotten concepts may be found again (an attack, and no measure of this).
+The paper does not specify the space of the cosine. The default here is the input embedding space, between the mean of
+the learned vectors and the mean of the name's sub-words, which separated forgotten from retained concepts best on the
+embedded model (`benchmarks/m_score.csv`); the other :data:`SPACES` are part of the result. The vectors stay at the
+scale of the vocabulary: with many large steps they grow to several times the norm of a word embedding, where the edit
+has no effect and a forgotten concept may be recovered. That is an attack, which the M-Score does not measure.
+
+Reference: Zhang et al., *Forget-Me-Not*, arXiv 2303.17591.
 """
 
 from __future__ import annotations
@@ -38,17 +39,22 @@ from .drawing import patched
 __all__ = ["SPACES", "MScore", "concept_latents", "m_score", "quick_inversion", "similarities"]
 
 SPACES = ("input", "nearest", "output", "output_raw")
-# one restart was enough to tell every forgotten concept from every kept one
+# one restart was enough to separate every forgotten concept from every retained one
 PICTURES, DRAW_STEPS, RESTARTS = 8, 16, 1
 
 
 @dataclass(frozen=True)
 class MScore:
-    """The M-Score of one concept: ``before`` with the unedited model, ``after`` with the patches on; cosines.
+    """The M-Score of one concept.
 
-    ``similarities`` are both in every one of :data:`SPACES`, ``space`` is the one that ``before`` and ``after`` are of.
-    All are means over restarts, each from random vectors of its own; ``drops`` are the drops of each. ``pictures`` is
-    how many there were, ``settings`` and ``seed`` (the first restart's) are the inversions'.
+    Attributes:
+        concept: Name of the concept.
+        similarities: Cosines ``(before, after)`` in each of :data:`SPACES`, means over the restarts.
+        drops: ``before - after`` of each restart, in ``space``.
+        pictures: Number of images.
+        settings: Settings of the inversions.
+        seed: Seed of the first restart.
+        space: The space of ``before``, ``after`` and ``drop``.
     """
 
     concept: str
@@ -61,15 +67,17 @@ class MScore:
 
     @property
     def before(self) -> float:
+        """Cosine with the unedited model."""
         return self.similarities[self.space][0]
 
     @property
     def after(self) -> float:
+        """Cosine with the patched model."""
         return self.similarities[self.space][1]
 
     @property
     def drop(self) -> float:
-        """``before − after``: about 0 for a concept that is kept, and the higher, the less of it is left."""
+        """``before - after``: about 0 for a retained concept; larger values mean stronger erasure."""
         return self.before - self.after
 
     def as_dict(self) -> dict[str, object]:
@@ -88,21 +96,28 @@ class MScore:
 
 
 def quick_inversion(model: LatentDiffusion, kind: str = "object") -> InversionSettings:
-    """The settings of an inversion that only has to find a direction: one vector, 20 steps, the kind's own templates.
+    """Return inversion settings that only need to find a direction: one vector, 20 steps, the templates of the kind.
 
-    A step is 0.22 of the spread of the vocabulary's embeddings, whatever a model's scale is; it and the number of steps
-    were chosen on seven concepts of the embedded world (``CHOSE`` in `benchmarks/m_score.py`). The paper's own settings
-    are :class:`InversionSettings`' defaults. Raises :class:`ModelError` for another text encoder than a
-    CLIP of SD1 or SD2, and :class:`RequestError` for an unknown kind.
+    The learning rate is 0.22 times the standard deviation of the vocabulary's embeddings, so it adapts to the model's
+    scale. It and the number of steps were chosen on seven concepts of the embedded world (``CHOSE`` in
+    `benchmarks/m_score.py`). The paper's settings are the defaults of :class:`InversionSettings`.
+
+    Args:
+        model: The model to invert.
+        kind: Kind of the concept.
+
+    Raises:
+        ModelError: If the text encoder is not the CLIP of SD1 or SD2.
+        RequestError: If the kind is unknown.
     """
-    spread = float(_table(model).float().std(0).mean())
-    return InversionSettings(tokens=1, steps=20, lr=0.22 * spread, batch_size=4, templates=templates(kind))
+    deviation = float(_table(model).float().std(0).mean())
+    return InversionSettings(tokens=1, steps=20, lr=0.22 * deviation, batch_size=4, templates=templates(kind))
 
 
 def _clip(model: LatentDiffusion) -> CLIPText:
     if not isinstance(model.text, CLIPText):
         raise ModelError(
-            "The M-Score needs textual inversion, which works with SD1's and SD2's CLIP text encoder only, not with "
+            "The M-Score needs textual inversion, which supports the CLIP text encoder of SD1 and SD2 only, not "
             f"{type(model.text).__name__}: leave it out for this model."
         )
     return model.text
@@ -113,7 +128,7 @@ def _table(model: LatentDiffusion) -> Tensor:
     return table
 
 
-# -- the pictures -------------------------------------------------------------------------------------------------
+# -- images -------------------------------------------------------------------------------------------------------
 
 
 def concept_latents(
@@ -125,19 +140,33 @@ def concept_latents(
     progress: Progress | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Latents ``(n, 4, h, w)`` of pictures of a concept: of ``images``, or of ``count`` that the model draws itself.
+    """Return latents of images of a concept, either given or sampled by the unedited model.
 
-    ``images`` are ``(n, 3, H, W)`` in [-1, 1]. The model must be the unedited one; what it draws is kept in the
-    ``workspace``. Raises :class:`RequestError` for pictures that do not fit, for none, and where the model has no
-    autoencoder to read them with.
+    Args:
+        model: The unedited model.
+        concept: The concept.
+        images: Images ``(n, 3, H, W)`` in [-1, 1]. Default: sampled by the model.
+        count: Number of images to sample.
+        seed: Seed of the sampled images.
+        progress: Receives sampling progress.
+        workspace: Caches the sampled latents.
+
+    Returns:
+        Latents ``(n, 4, h, w)``, fp32, on the CPU.
+
+    Raises:
+        RequestError: If the images have the wrong shape or size, ``count`` is below 1, or images are given and the
+            model has no autoencoder.
     """
     if images is not None:
         if model.vae is None:
-            raise RequestError("Pictures were given, and this model has no autoencoder here to read them with.")
+            raise RequestError(
+                "This model has no autoencoder to encode the given images: load one, or leave the images out."
+            )
         check_images(images, 1, picture_size(model), f"'{concept.name}'")
         return torch.cat([model.vae.encode(images[i : i + 16]).float().cpu() for i in range(0, len(images), 16)])
     if count < 1:
-        raise RequestError(f"The M-Score of '{concept.name}' needs at least one picture, not {count}.")
+        raise RequestError(f"The M-Score of '{concept.name}' needs at least one image, not {count}.")
     prompt_templates = templates(concept.kind)
     prompts = [prompt_templates[i % len(prompt_templates)].format(concept.name) for i in range(count)]
     seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -151,23 +180,30 @@ def concept_latents(
     return latents
 
 
-# -- the cosines --------------------------------------------------------------------------------------------------
+# -- similarities -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def similarities(
     model: LatentDiffusion, vectors: Tensor, name: str, prompt_templates: Sequence[str] = ("{}",)
 ) -> dict[str, float]:
-    """Cosines between inverted ``vectors`` ``(n, d_token)`` and the concept's own words, for each of :data:`SPACES`.
+    """Return the cosine similarity of learned vectors and the concept's name in each of :data:`SPACES`.
 
-    - ``input``: of the mean vector and the mean of the name's sub-words, as input embeddings;
-    - ``nearest``: for each sub-word of the name the nearest vector, the mean over the sub-words;
-    - ``output``: of the text encoder's states at the end of the prompt, each less the state of the same template
-      without any concept; the mean over the templates in ``prompt_templates``;
-    - ``output_raw``: the same without taking that off.
+    - ``input``: input embeddings, mean of the vectors and mean of the name's sub-words;
+    - ``nearest``: input embeddings, the nearest vector of each sub-word, averaged over the sub-words;
+    - ``output``: text encoder states at the end of the prompt, minus the state of the same template without a concept;
+      mean over the templates;
+    - ``output_raw``: like ``output``, without the subtraction.
 
-    Raises :class:`ModelError` for another text encoder than a CLIP of SD1 or SD2, and
-    :class:`TokenError` where the name has no tokens or a prompt is cut off.
+    Args:
+        model: The model whose text encoder is used.
+        vectors: Learned vectors ``(n, d_token)``.
+        name: The concept's name.
+        prompt_templates: Templates with one ``{}`` for the output spaces.
+
+    Raises:
+        ModelError: If the text encoder is not the CLIP of SD1 or SD2.
+        TokenError: If the name has no tokens or a prompt is truncated.
     """
     encoder = _clip(model)
     end_position(encoder, name)
@@ -196,7 +232,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((normalize(a.double(), dim=-1) * normalize(b.double(), dim=-1)).sum(-1).mean())
 
 
-# -- the score ----------------------------------------------------------------------------------------------------
+# -- score --------------------------------------------------------------------------------------------------------
 
 
 def m_score(
@@ -211,14 +247,27 @@ def m_score(
     space: str = "input",
     restarts: int = RESTARTS,
 ) -> MScore:
-    """Invert ``latents`` ``(n, 4, h, w)`` of the concept (:func:`concept_latents`) without and with ``patches``.
+    """Measure the M-Score of a concept without and with patches. The model is restored bit-exactly.
 
-    ``settings`` default to :func:`quick_inversion`; ``restarts`` inversions of each, with the seeds from ``seed`` on,
-    are averaged. The model comes back bit for bit as it was. In a ``workspace`` each inversion is kept, and one that
-    was cut short goes on; those of the unedited model serve every patch. Without patches both are the same. Raises
-    :class:`RequestError` for settings that start from words (the score would measure how far an inversion moves away
-    from what it was told), for an unknown ``space``, for no restart, and as :func:`invert`
-    (:class:`ModelError` for SDXL, whose text cannot be inverted here).
+    Args:
+        model: The unedited model.
+        concept: The concept.
+        latents: Latents ``(n, 4, h, w)`` of its images, from :func:`concept_latents`.
+        patches: Patches, each with its strength. Without patches, ``before`` and ``after`` are the same.
+        settings: Inversion settings. Default: :func:`quick_inversion`. They must not start from words, because the
+            score would then measure the distance from the initialization.
+        seed: Seed of the first restart; the others use the following seeds.
+        progress: Receives inversion progress.
+        workspace: Caches inversions, which also resume when interrupted; those of the unedited model serve all patches.
+        space: One of :data:`SPACES`.
+        restarts: Inversions per model, which are averaged.
+
+    Raises:
+        RequestError: If the settings start from words, ``space`` is unknown, or ``restarts`` is below 1; also as
+            :func:`invert`.
+        ModelError: If the text encoder does not support inversion (SDXL).
+
+    Reference: Zhang et al., *Forget-Me-Not*, arXiv 2303.17591.
     """
     _clip(model)
     settings = settings or quick_inversion(model, concept.kind)
@@ -228,7 +277,7 @@ def m_score(
             "inversion."
         )
     if space not in SPACES:
-        raise RequestError(f"The M-Score knows no space '{space}': choose one of {', '.join(SPACES)}.")
+        raise RequestError(f"The M-Score has no space '{space}': choose one of {', '.join(SPACES)}.")
     if restarts < 1:
         raise RequestError(f"An M-Score needs at least one restart, not {restarts}.")
     end_position(model.text, concept.name)
@@ -236,7 +285,7 @@ def m_score(
 
     def inverted(variant: LatentDiffusion, side: int, restart: int) -> dict[str, float]:
         done = (side * restarts + restart) * settings.steps
-        message = f"inverting pictures of '{name}' {('before', 'after')[side]} forgetting"
+        message = f"inverting images of '{name}' {('before', 'after')[side]} forgetting"
 
         def inner(event: ProgressEvent) -> None:
             total = sides * restarts * settings.steps
@@ -266,7 +315,7 @@ def _mean(cosines: Sequence[Mapping[str, float]], space: str) -> float:
 
 
 def _edited(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]]) -> LatentDiffusion:
-    """The same model, its modules shared, under another hash: what is kept for it is not the unedited model's."""
+    """Shallow copy of the model with another hash, so that cached results are not taken for the unedited model's."""
     edited = copy.copy(model)
     edited.__dict__.pop("model_hash", None)
     parts = [[float(s), {key: [f.up, f.down] for key, f in patch.factors.items()}] for patch, s in patches]

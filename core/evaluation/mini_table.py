@@ -1,4 +1,4 @@
-"""How well the embedded model draws what it is asked for: the table every later figure rests on."""
+"""Accuracy of the unedited embedded model on held-out prompts, the reference for all later measurements."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from .scores import ATTRIBUTES
 
 __all__ = ["MiniTable", "mini_table"]
 
-SEED = 700_000  # away from the seeds of evaluations
+SEED = 700_000  # disjoint from the seeds of evaluations
 
 
 @dataclass(frozen=True)
 class MiniTable:
-    """The probe's share of right answers by category, over the prompts that name something of that category.
+    """Accuracy of the embedded model.
 
-    ``weakest`` is, by category, the concept drawn wrong most often (``None`` where none is), as ``(name, score)``.
+    Attributes:
+        prompts: Number of prompts.
+        sampling: The sampling settings used.
+        accuracy: Accuracy by category, over the prompts that name a concept of that category.
+        weakest: By category, the concept with the most errors and its accuracy; ``None`` if there were no errors.
     """
 
     prompts: int
@@ -53,23 +57,32 @@ def mini_table(
     sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
 ) -> MiniTable:
-    """Draw ``count`` held-out prompts (combinations never seen in training), ask the probe, count.
+    """Measure the embedded model's accuracy on held-out prompts.
 
-    Raises :class:`RequestError` where there are so few prompts that a category goes without one.
+    Args:
+        model: The embedded model.
+        probe: Classifies the images.
+        count: Number of prompts, with combinations that do not occur in training.
+        seed: Seed of the prompts and images.
+        sampling: Sampling settings. Default: 25 steps.
+        progress: Receives sampling progress.
+
+    Raises:
+        RequestError: If there are too few prompts to cover every category.
     """
-    asked = world.prompts(count, seed, held_out_only=True)
-    pictures = [Picture(prompt.text, seed + i) for i, prompt in enumerate(asked)]
+    prompts = world.prompts(count, seed, held_out_only=True)
+    pictures = [Picture(prompt.text, seed + i) for i, prompt in enumerate(prompts)]
     cache = SampleCache(model, probe, sampling or SamplingSettings(steps=25))
     cache.request(Variant(), pictures)
     cache.generate(progress)
     outcomes: dict[str, list[tuple[str, bool]]] = {attribute: [] for attribute in ATTRIBUTES}
-    for prompt, seen in zip(asked, cache.get(Variant(), pictures), strict=True):
+    for prompt, image in zip(prompts, cache.get(Variant(), pictures), strict=True):
         for attribute, answers in outcomes.items():
-            wanted = getattr(prompt.expected, attribute)
-            if wanted != vocabulary.NONE:
-                answers.append((wanted, getattr(seen.labels, attribute) == wanted))
+            expected = getattr(prompt.expected, attribute)
+            if expected != vocabulary.NONE:
+                answers.append((expected, getattr(image.labels, attribute) == expected))
     if missing := [attribute for attribute, answers in outcomes.items() if not answers]:
-        raise RequestError(f"Among {count} prompts none names a {missing[0]}: ask for more.")
+        raise RequestError(f"None of the {count} prompts names a {missing[0]}: increase the number of prompts.")
     return MiniTable(
         count,
         cache.sampling,

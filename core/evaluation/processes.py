@@ -1,7 +1,7 @@
-"""Work spread over the processes that ``accelerate launch`` started; accelerate does the spreading.
+"""Distribute work over the processes that ``accelerate launch`` started.
 
-A process on its own is the case of one. Everything is shared out whole batch by whole batch, so that each picture is
-worked out in the very batch it would be in alone, and the result is the same.
+A single process is the special case of one. Work is distributed in whole batches, so that each image is computed in
+the same batch as in a single process and the result is the same.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import torch
 __all__ = ["SINGLE_PROCESS", "ProcessGroup", "launched_processes"]
 
 T = TypeVar("T")
-# one process may fit a method for long while the others wait
-PATIENCE = timedelta(days=2)
+# one process may fit a method for a long time while the others wait
+TIMEOUT = timedelta(days=2)
 
 
 class ProcessGroup:
-    """One process on its own: it does everything, and asks nobody."""
+    """A group of processes; this base class is a group of one."""
 
     count, index = 1, 0
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process reports progress and writes files for the group."""
         return self.index == 0
 
     @contextmanager
     def split(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """This process' part of the items for the length of a ``with`` block."""
+        """Yield this process's share of the items."""
         yield items
 
     def gather(self, found: list[T]) -> list[T]:
-        """What all processes found, one list after the other, for each of them."""
+        """Return the concatenated lists of all processes, in every process."""
         return found
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """What the main process makes, for each of them; it is made once."""
+        """Call ``make`` in the main process only, and return its result in every process."""
         return make()
 
     def close(self) -> None:
-        """Part with the others: nothing can be shared any more."""
+        """Leave the group; no communication is possible afterwards."""
 
 
 SINGLE_PROCESS = ProcessGroup()
@@ -53,18 +53,18 @@ SINGLE_PROCESS = ProcessGroup()
 
 class _LaunchedProcesses(ProcessGroup):
     def __init__(self, device: torch.device) -> None:
-        # not above: the metrics draw pictures themselves
+        # a local import, because the metrics import this package
         from .metrics.extra import require
 
-        accelerate = require("accelerate", "Spreading the pictures over processes")
-        self._utils: Any = require("accelerate.utils", "Spreading the pictures over processes")
-        self._state: Any = accelerate.PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        accelerate = require("accelerate", "Sampling with several processes")
+        self._utils: Any = require("accelerate.utils", "Sampling with several processes")
+        self._state: Any = accelerate.PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
         self.count, self.index = self._state.num_processes, self._state.process_index
 
     @contextmanager
     def split(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         with self._state.split_between_processes(list(items)) as mine:
-            # with fewer items than processes, accelerate gives the last one to several
+            # with fewer items than processes, accelerate assigns the last item to several of them
             yield mine if self.count <= len(items) or self.index < len(items) else []
 
     def gather(self, found: list[T]) -> list[T]:
@@ -76,7 +76,7 @@ class _LaunchedProcesses(ProcessGroup):
         if self.is_main:
             try:
                 made[0] = make()
-            except Exception as error:  # said to all of them, and raised in all: nobody waits for what will not come
+            except Exception as error:  # broadcast and raised in all processes, so that the others do not hang
                 made[1] = error
         self._utils.broadcast_object_list(made)
         if made[1] is not None:
@@ -89,9 +89,10 @@ class _LaunchedProcesses(ProcessGroup):
 
 
 def launched_processes(device: torch.device | str = "cpu") -> ProcessGroup:
-    """The processes that were started together with this one, by ``accelerate launch`` or ``torchrun``; else itself.
+    """Return the group that ``accelerate launch`` or ``torchrun`` started, or :data:`SINGLE_PROCESS`.
 
-    Raises :class:`ModelError` where there are several and accelerate is missing.
+    Raises:
+        ModelError: If there are several processes and accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return SINGLE_PROCESS

@@ -1,9 +1,8 @@
-"""What was forgotten and what was kept: UA, IRA, CRA, measured by asking a probe about drawn pictures.
+"""Unlearning accuracy (UA) and in-domain and cross-domain retain accuracy (IRA, CRA) on classified samples.
 
-The words are UnlearnCanvas' (arXiv 2402.11846): unlearning accuracy, in-domain and cross-domain retain accuracy. Every
-picture has its own fixed seed, the same for each variant of the model, so that two variants are compared picture by
-picture. Baselines stand beside a patch: the unedited model, the concept as a negative prompt, and Safe Latent
-Diffusion's guidance away from it.
+The metrics are those of UnlearnCanvas (arXiv 2402.11846). Every image has a fixed seed that is the same for each
+variant of the model, so that variants are compared image by image. A patch is compared with baselines: the unedited
+model, the concept as a negative prompt, and Safe Latent Diffusion's guidance away from it.
 """
 
 from __future__ import annotations
@@ -58,23 +57,34 @@ MIN_COUNT, EXAMPLES = 4, 3
 
 
 def find_concept(name: str) -> tuple[str, str]:
-    """The name as the embedded model's world writes it, and its category.
+    """Look up a concept of the embedded model's world.
 
-    Raises :class:`RequestError` for a concept the probe cannot see, listing those it can.
+    Args:
+        name: The concept's name; case and articles are ignored.
+
+    Returns:
+        The canonical name and its category.
+
+    Raises:
+        RequestError: If the probe does not know the concept; the message lists the known ones.
     """
     for category, words in vocabulary.CATEGORIES.items():
         for word in words:
             if normalized_phrase(word.name) == normalized_phrase(name):
                 return word.name, category
     known = "; ".join(f"{c}: {', '.join(w.name for w in words)}" for c, words in vocabulary.CATEGORIES.items())
-    raise RequestError(f"The probe knows no concept '{name}', so it cannot be measured; it knows {known}.")
+    raise RequestError(f"The probe knows no concept '{name}', so it cannot be measured: choose one of {known}.")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A picture and the attribute that is asked about: does the judge find what the prompt says of ``category``?
+    """An image to sample and the category in which its label is checked against the prompt.
 
-    ``kind`` is that of the prompt, where a benchmark has several.
+    Attributes:
+        prompt: The prompt and the labels it names.
+        seed: Seed of the image.
+        category: The category that is checked.
+        kind: Kind of the prompt, for benchmarks with several kinds.
     """
 
     prompt: world.Prompt
@@ -84,64 +94,75 @@ class Question:
 
     @property
     def picture(self) -> Picture:
+        """The prompt and seed to sample."""
         return Picture(self.prompt.text, self.seed)
 
     @property
     def expected(self) -> str:
+        """The name in the checked category."""
         return str(getattr(self.prompt.expected, self.category))
 
-    def is_correct(self, seen: LabeledImage) -> bool:
-        """Whether the probe finds what was prompted."""
-        return bool(getattr(seen.labels, self.category) == self.expected)
+    def is_correct(self, image: LabeledImage) -> bool:
+        """Return whether the image's label matches the prompt in the checked category."""
+        return bool(getattr(image.labels, self.category) == self.expected)
 
     def other_attributes(self) -> list[str]:
-        """The other attributes that the prompt names."""
+        """Return the other categories in which the prompt names something."""
         return [a for a in ATTRIBUTES if a != self.category and getattr(self.prompt.expected, a) != vocabulary.NONE]
 
 
 def seed_of(*parts: object) -> int:
-    """A seed for what these parts name, the same in every run and on every machine."""
+    """Derive a seed from the given parts; it is the same in every run and on every machine."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little") // 2
 
 
 def _prompts(category: str, name: str, count: int, seed: int, without: tuple[str, ...] = ()) -> list[world.Prompt]:
-    about = {"object": None, "style": None, "identity": None, category: name}
+    fixed = {"object": None, "style": None, "identity": None, category: name}
     return world.prompts(
-        count, seed, object=about["object"], style=about["style"], identity=about["identity"], without=without
+        count, seed, object=fixed["object"], style=fixed["style"], identity=fixed["identity"], without=without
     )
 
 
 def target_questions(name: str, count: int, seed: int = 0) -> list[Question]:
-    """``count`` prompts that name the concept, each about the concept itself."""
+    """Return ``count`` questions whose prompts name the target concept, each checked for that concept."""
     name, category = find_concept(name)
-    asked = _prompts(category, name, count, seed_of("target", name, seed))
-    return [Question(p, seed_of("target", name, seed, i), category) for i, p in enumerate(asked)]
+    prompts = _prompts(category, name, count, seed_of("target", name, seed))
+    return [Question(p, seed_of("target", name, seed, i), category) for i, p in enumerate(prompts)]
 
 
 def retain_questions(category: str, count: int, seed: int = 0, without: Sequence[str] = ()) -> list[Question]:
-    """``count`` prompts about concepts of one category, evenly over all of them but those in ``without``.
+    """Return ``count`` questions about the retain set of one category, distributed evenly over its concepts.
 
-    No prompt names anything in ``without``. The same questions come first whatever the count.
+    A larger count extends the list and does not change its first questions.
+
+    Args:
+        category: Category of the concepts.
+        count: Number of questions.
+        seed: Seed of the prompts and images.
+        without: Concepts that no prompt names.
+
+    Raises:
+        RequestError: If a name in ``without`` is unknown, or a category has no concept left.
     """
-    left_out = tuple(find_concept(name)[0] for name in without)
-    # a prompt about one category also says something of the others
+    excluded = tuple(find_concept(name)[0] for name in without)
+    # a prompt about one category also names concepts of the others
     for each in (category, *CATEGORIES):
-        if all(word.name in left_out for word in vocabulary.CATEGORIES[each]):
-            raise RequestError(f"No {each} is left that could be kept: forget fewer of them.")
-    names = [word.name for word in vocabulary.CATEGORIES[category] if word.name not in left_out]
+        if all(word.name in excluded for word in vocabulary.CATEGORIES[each]):
+            raise RequestError(f"No {each} is left for the retain set: forget fewer concepts of this category.")
+    names = [word.name for word in vocabulary.CATEGORIES[category] if word.name not in excluded]
     order = np.random.default_rng(seed_of("order", category, seed)).permutation(len(names))
     found = []
     for i in range(count):
         name = names[order[i % len(names)]]
-        (prompt,) = _prompts(category, name, 1, seed_of("kept", category, seed, i), left_out)
+        (prompt,) = _prompts(category, name, 1, seed_of("kept", category, seed, i), excluded)
         found.append(Question(prompt, seed_of("kept", category, seed, i, prompt.text), category))
     return found
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """A concept to measure, and the patches (each at a strength) that are to have removed it."""
+    """A concept to evaluate and the patches, each with its strength, that are meant to remove it."""
 
     concept: str
     patches: tuple[tuple[Patch, float], ...]
@@ -149,13 +170,18 @@ class EvaluationTarget:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one variant of the model does, each a fraction with its interval and ``n``.
+    """Scores of one variant of the model, each a fraction with its interval and ``n``.
 
-    - ``ua``: share of the target's prompts in which the probe does not find the target;
-    - ``ira``, ``cra``: how often it finds the concept asked about in prompts *without* the target, for concepts of the
-      target's category and of the two others, as a share of the unedited model's on the same prompts and seeds;
-    - ``cra_target``: the same for everything else that the target's own prompts name (object, style, identity,
-      colour), each attribute a trial.
+    The retain accuracies are relative to the unedited model on the same prompts and seeds.
+
+    Attributes:
+        ua: Fraction of the target's prompts whose images the classifier does not label with the target.
+        ira: Retain accuracy on prompts without the target, for concepts of the target's category.
+        cra: Retain accuracy on prompts without the target, for concepts of the other categories.
+        cra_target: Retain accuracy for everything else that the target's own prompts name (object, style, identity,
+            colour); each attribute is one trial.
+
+    Reference: UnlearnCanvas, arXiv 2402.11846.
     """
 
     ua: Score
@@ -169,7 +195,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Example:
-    """The same prompt and seed before and after, for the eye: two ``(3, H, W)`` uint8 pictures."""
+    """Two images ``(3, H, W)``, uint8, of the same prompt and seed, without and with the patch."""
 
     prompt: str
     seed: int
@@ -179,16 +205,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One concept, measured: :class:`Scores` of each variant by name, counts, and a few pictures.
+    """Evaluation of one concept.
 
-    ``accuracy`` is the unedited model's own share of right answers behind ``ira``, ``cra`` and ``cra_target``.
-    ``drift``, by variant, is how far it moves the pictures of what is kept: the root-mean-square difference, over the
-    pixels and channels in [0, 1], between its picture and the unedited model's of the same prompt and seed, as the mean
-    over the ``n_kept`` prompts. It sees what the probe does not: a picture that still shows what was asked for, and is
-    another one.
-
-    A benchmark also gives UA ``by_kind`` of the target's prompts, then by variant, and of ``ira``, by variant, the part
-    that asks for ``neighbours``, where it names some and the unedited model draws any of them right.
+    Attributes:
+        concept: Name of the concept.
+        category: Its category.
+        n_target: Number of prompts that name it.
+        n_kept: Number of prompts about the retain set.
+        scores: :class:`Scores` by variant.
+        accuracy: The unedited model's absolute accuracy behind ``ira``, ``cra`` and ``cra_target``.
+        target_examples: A few images of prompts that name the concept.
+        kept_examples: A few images of prompts about the retain set.
+        drift: By variant, the root-mean-square pixel difference in [0, 1] from the unedited model's images of the same
+            prompts and seeds; mean over the ``n_kept`` retain prompts. It detects images that change but keep their
+            labels.
+        by_kind: UA by kind of prompt and variant, for benchmarks with several kinds.
+        neighbours: The part of ``ira`` about the concept's neighbours, by variant, if the benchmark names some and the
+            unedited model draws any of them correctly.
     """
 
     concept: str
@@ -217,9 +250,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class QuestionSets:
-    """What is asked about one concept: about itself, about others of its category, about those of other categories.
+    """The questions for one concept.
 
-    ``near`` names those of the same category that are its neighbours.
+    Attributes:
+        target: Questions about the concept itself.
+        in_domain: Questions about the retain set of its own category.
+        cross_domain: Questions about the retain set of the other categories.
+        neighbours: Names in ``in_domain`` that the benchmark lists as neighbours of the concept.
     """
 
     target: list[Question]
@@ -229,12 +266,13 @@ class QuestionSets:
 
     @property
     def all(self) -> list[Question]:
+        """All questions."""
         return [*self.target, *self.in_domain, *self.cross_domain]
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is to be drawn to measure one concept: the cells, by each variant of the model. One is :data:`UNEDITED`."""
+    """The questions and the model variants to evaluate for one concept; :data:`UNEDITED` is always a variant."""
 
     concept: str
     category: str
@@ -242,21 +280,21 @@ class EvaluationPlan:
     variants: Mapping[str, Variant]
 
     def request(self, cache: SampleCache) -> None:
-        """Ask for all its pictures."""
+        """Register all images of the plan in the cache."""
         for variant in self.variants.values():
             cache.request(variant, [question.picture for question in self.cells.all])
 
 
 def check_baselines(baselines: Sequence[str]) -> None:
-    """Raises :class:`RequestError` for a baseline that is none of :data:`BASELINES`."""
+    """Raise :class:`RequestError` for a name that is not in :data:`BASELINES`."""
     if unknown := [name for name in baselines if name not in BASELINES]:
-        raise RequestError(f"The baseline '{unknown[0]}' is not known: choose among {', '.join(BASELINES)}.")
+        raise RequestError(f"The baseline '{unknown[0]}' is not known: choose from {', '.join(BASELINES)}.")
 
 
 def build_variants(
     name: str, patches: tuple[tuple[Patch, float], ...], baselines: Sequence[str] = BASELINES
 ) -> dict[str, Variant]:
-    """The variants of the model that are compared about a concept; the unedited one is always among them."""
+    """Return the model variants to compare for a concept, by name; the unedited model is always included."""
     variants = {PATCHED: Variant(patches), UNEDITED: Variant()}
     if NEGATIVE in baselines:
         variants[NEGATIVE] = Variant(negative=name)
@@ -273,21 +311,21 @@ def world_plans(
     without: Sequence[str] = (),
     baselines: Sequence[str] = (UNEDITED, NEGATIVE),
 ) -> list[EvaluationPlan]:
-    """The questions of the embedded model's own world about each subject; see :func:`evaluate`, and what it raises."""
+    """Return the plan of each target on the embedded model's world; see :func:`evaluate` for the arguments."""
     if count < MIN_COUNT:
-        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {MIN_COUNT}.")
+        raise RequestError(f"{count} images per cell are too few to measure: use at least {MIN_COUNT}.")
     if not targets:
         raise RequestError("There is no concept to evaluate: name at least one.")
     check_baselines(baselines)
-    named = [find_concept(subject.concept) for subject in targets]
-    left_out = tuple(dict.fromkeys([name for name, _ in named] + [find_concept(name)[0] for name in without]))
-    pools = {category: retain_questions(category, count, seed, left_out) for category in CATEGORIES}
+    named = [find_concept(target.concept) for target in targets]
+    excluded = tuple(dict.fromkeys([name for name, _ in named] + [find_concept(name)[0] for name in without]))
+    pools = {category: retain_questions(category, count, seed, excluded) for category in CATEGORIES}
     plans = []
-    for subject, (name, category) in zip(targets, named, strict=True):
+    for target, (name, category) in zip(targets, named, strict=True):
         first, second = (c for c in CATEGORIES if c != category)
         other = [*pools[first][: count - count // 2], *pools[second][: count // 2]]
         cells = QuestionSets(target_questions(name, count, seed), pools[category], other)
-        plans.append(EvaluationPlan(name, category, cells, build_variants(name, subject.patches, baselines)))
+        plans.append(EvaluationPlan(name, category, cells, build_variants(name, target.patches, baselines)))
     return plans
 
 
@@ -304,14 +342,32 @@ def evaluate(
     progress: Progress | None = None,
     cache: SampleCache | None = None,
 ) -> list[Evaluation]:
-    """Measure every subject with ``count`` pictures in each of its three cells (target, same category, other ones).
+    """Evaluate every target on the embedded model's world: UA, IRA and CRA of each model variant.
 
-    Prompts about what is kept name none of the subjects nor of ``without``, so that all subjects share them and the
-    unedited model draws them once. ``baselines`` are any of :data:`UNEDITED`, :data:`NEGATIVE` and :data:`SAFE` (its
-    published medium configuration, which takes three passes a step for two). ``cache`` shares pictures with other
-    measurements of the same model; its own model, probe and sampling then count. Raises :class:`RequestError` for
-    concepts the probe does not know, too few pictures or an unknown baseline, and
-    :class:`ForgetConceptError` where the unedited model itself draws nothing right.
+    The retain prompts name none of the targets and nothing in ``without``, so that all targets share them and the
+    unedited model samples them once.
+
+    Args:
+        model: The embedded model.
+        probe: Classifies the images.
+        targets: Concepts and their patches.
+        count: Images in each of the three cells (target, in-domain, cross-domain).
+        seed: Seed of the prompts and images.
+        sampling: Sampling settings. Default: :class:`SamplingSettings`.
+        without: Further concepts to exclude from the retain set.
+        baselines: Any of :data:`UNEDITED`, :data:`NEGATIVE` and :data:`SAFE` (the published medium configuration, with
+            three UNet passes per step instead of two).
+        progress: Receives sampling progress.
+        cache: Shares images with other measurements; its model, probe and sampling settings take precedence.
+
+    Returns:
+        One :class:`Evaluation` per target.
+
+    Raises:
+        RequestError: If the probe does not know a concept, there are too few images, or a baseline is unknown.
+        ForgetConceptError: If the unedited model draws nothing of a cell correctly.
+
+    Reference: UnlearnCanvas, arXiv 2402.11846.
     """
     plans = world_plans(targets, count, seed, without=without, baselines=baselines)
     cache = cache or SampleCache(model, probe, sampling or SamplingSettings())
@@ -321,20 +377,21 @@ def evaluate(
     return [score_plan(cache, plan, baselines) for plan in plans]
 
 
-def _right(questions: Sequence[Question], seen: Sequence[LabeledImage]) -> list[bool]:
-    return [question.is_correct(one) for question, one in zip(questions, seen, strict=True)]
+def _correct(questions: Sequence[Question], images: Sequence[LabeledImage]) -> list[bool]:
+    return [question.is_correct(image) for question, image in zip(questions, images, strict=True)]
 
 
-def _right_otherwise(questions: Sequence[Question], seen: Sequence[LabeledImage]) -> list[bool]:
+def _correct_others(questions: Sequence[Question], images: Sequence[LabeledImage]) -> list[bool]:
+    """One outcome per attribute that a prompt names besides the checked one."""
     return [
-        getattr(one.labels, attribute) == getattr(question.prompt.expected, attribute)
-        for question, one in zip(questions, seen, strict=True)
+        getattr(image.labels, attribute) == getattr(question.prompt.expected, attribute)
+        for question, image in zip(questions, images, strict=True)
         for attribute in question.other_attributes()
     ]
 
 
 def image_distance(before: Sequence[LabeledImage], after: Sequence[LabeledImage]) -> float:
-    """Root-mean-square difference of the pixels in [0, 1] of pictures, pair by pair; the mean over the pairs."""
+    """Return the root-mean-square pixel difference, in [0, 1], of paired images; mean over the pairs."""
     distances = [
         float((b.picture.float() - a.picture.float()).square().mean().sqrt()) / 255
         for b, a in zip(before, after, strict=True)
@@ -343,23 +400,24 @@ def image_distance(before: Sequence[LabeledImage], after: Sequence[LabeledImage]
 
 
 def score_variant(cache: SampleCache, plan: EvaluationPlan, variant: str) -> dict[str, Score | None]:
-    """What one variant was drawn to do, counted part by part: the four of :class:`Scores`, ``neighbours`` and ``ua_*``.
+    """Score one variant of the model on the cached images of a plan.
 
-    The last are UA of each kind of the target's prompts. ``None`` where nothing can be said: no such question was
-    asked, or the unedited model answers none of them.
+    Returns:
+        The four :class:`Scores` fields, ``neighbours``, and ``ua_<kind>`` for each kind of target prompt. A value is
+        ``None`` if there are no such questions or the unedited model draws none of them correctly.
     """
     cells = plan.cells
 
     def outcomes(name: str) -> dict[str, list[bool]]:
-        def seen(questions: Sequence[Question]) -> list[LabeledImage]:
+        def images(questions: Sequence[Question]) -> list[LabeledImage]:
             return cache.get(plan.variants[name], [question.picture for question in questions])
 
-        same = _right(cells.in_domain, seen(cells.in_domain))
+        same = _correct(cells.in_domain, images(cells.in_domain))
         return {
-            "ua": [not found for found in _right(cells.target, seen(cells.target))],
+            "ua": [not found for found in _correct(cells.target, images(cells.target))],
             "ira": same,
-            "cra": _right(cells.cross_domain, seen(cells.cross_domain)),
-            "cra_target": _right_otherwise(cells.target, seen(cells.target)),
+            "cra": _correct(cells.cross_domain, images(cells.cross_domain)),
+            "cra_target": _correct_others(cells.target, images(cells.target)),
             "neighbours": [
                 right for right, q in zip(same, cells.in_domain, strict=True) if q.expected in cells.neighbours
             ],
@@ -376,28 +434,32 @@ def score_variant(cache: SampleCache, plan: EvaluationPlan, variant: str) -> dic
 
 
 def image_drift(cache: SampleCache, plan: EvaluationPlan, variant: str) -> float:
-    """How far one variant moves the pictures of what is kept: :attr:`Evaluation.drift`."""
+    """Return the image drift of one variant on the retain prompts; see :attr:`Evaluation.drift`."""
     pictures = [question.picture for question in (*plan.cells.in_domain, *plan.cells.cross_domain)]
     before, after = (cache.get(plan.variants[name], pictures) for name in (UNEDITED, variant))
     return image_distance(before, after)
 
 
 def score_plan(cache: SampleCache, plan: EvaluationPlan, baselines: Sequence[str] = BASELINES) -> Evaluation:
-    """What was drawn as planned, counted. :data:`UNEDITED` is among the scores where it is among ``baselines``.
+    """Score a plan whose images are in the cache.
 
-    Raises :class:`ForgetConceptError` where the unedited model draws nothing of a cell right, so that nothing
-    can be said of what is kept.
+    Args:
+        cache: Cache that holds all images of the plan.
+        plan: The plan.
+        baselines: :data:`UNEDITED` appears among the scores only if it is listed here.
+
+    Raises:
+        ForgetConceptError: If the unedited model draws nothing of a cell correctly, so that retention is undefined.
     """
     cells, variants = plan.cells, plan.variants
 
-    def seen(variant: str, questions: Sequence[Question]) -> list[LabeledImage]:
+    def images(variant: str, questions: Sequence[Question]) -> list[LabeledImage]:
         return cache.get(variants[variant], [question.picture for question in questions])
 
-    on_target = seen(UNEDITED, cells.target)
     base = {
-        "ira": _right(cells.in_domain, seen(UNEDITED, cells.in_domain)),
-        "cra": _right(cells.cross_domain, seen(UNEDITED, cells.cross_domain)),
-        "cra_target": _right_otherwise(cells.target, on_target),
+        "ira": _correct(cells.in_domain, images(UNEDITED, cells.in_domain)),
+        "cra": _correct(cells.cross_domain, images(UNEDITED, cells.cross_domain)),
+        "cra_target": _correct_others(cells.target, images(UNEDITED, cells.target)),
     }
     scores, drift, neighbours = {}, {}, {}
     by_kind: dict[str, dict[str, Score]] = {}
@@ -408,7 +470,7 @@ def score_plan(cache: SampleCache, plan: EvaluationPlan, baselines: Sequence[str
         near = found.pop("neighbours")
         for part, answers in base.items():
             if found[part] is None:
-                Score.ratio(answers, answers)  # raises, in words
+                Score.ratio(answers, answers)  # raises ForgetConceptError
         known = {part: score for part, score in found.items() if score is not None}
         scores[variant] = Scores(*(known[part] for part in ("ua", "ira", "cra", "cra_target")))
         for part, score in known.items():
@@ -419,10 +481,10 @@ def score_plan(cache: SampleCache, plan: EvaluationPlan, baselines: Sequence[str
         drift[variant] = image_drift(cache, plan, variant)
 
     def examples(questions: Sequence[Question]) -> tuple[Example, ...]:
-        before, after = seen(UNEDITED, questions), seen(PATCHED, questions)
+        before, after = images(UNEDITED, questions), images(PATCHED, questions)
         return tuple(Example(q.prompt.text, q.seed, b, a) for q, b, a in zip(questions, before, after, strict=True))
 
-    # one example of its own category and of each other one; concepts that share their prompts show different ones
+    # one example of each category; concepts that share their prompts get different examples
     at = CATEGORIES.index(plan.category)
     shown = [
         cells.in_domain[at],

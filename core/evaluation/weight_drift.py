@@ -1,7 +1,7 @@
-"""How far a patch moves the weights, site by site: ``‖ΔW‖ / ‖W‖`` in the Frobenius norm.
+"""Relative weight change ``‖ΔW‖ / ‖W‖`` (Frobenius norm) of a patch, per cross-attention site.
 
-Drift from the base is what destroys continual unlearning when it compounds (arXiv 2511.07970). ``ΔW = U V`` is never
-built: ``‖U V‖² = Σ (UᵀU) ∘ (V Vᵀ)``, sums of the rank's size, in fp64.
+Continual unlearning fails when the drift from the base weights compounds (arXiv 2511.07970). ``ΔW = U V`` is never
+materialized: ``‖U V‖² = Σ (UᵀU) ∘ (V Vᵀ)`` needs only rank × rank products, which are computed in fp64.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ __all__ = ["WeightDrift", "change_norm", "weight_drift"]
 
 @dataclass(frozen=True)
 class WeightDrift:
-    """Relative changes, each ``‖ΔW‖ / ‖W‖``.
+    """Relative weight changes, each ``‖ΔW‖ / ‖W‖``.
 
-    - ``projections``: of every weight that the patch changes, by its canonical key;
-    - ``sites``: of every cross-attention of the model by its name, its four projections together, 0 where untouched;
-    - ``whole``: of all cross-attentions together, changed or not;
-    - ``elsewhere``: of what the patch changes outside of them, together; 0 where that is nothing.
+    Attributes:
+        projections: Per changed weight, by its canonical key.
+        sites: Per cross-attention site, over its four projections; 0 for an unchanged site.
+        whole: Over all cross-attention sites, changed or not.
+        elsewhere: Over the changed weights outside cross-attention; 0 if there are none.
     """
 
     projections: Mapping[str, float]
@@ -45,9 +46,18 @@ class WeightDrift:
 
 
 def weight_drift(unet: nn.Module | UNetSurvey, patch: Patch, strength: float = 1.0) -> WeightDrift:
-    """The drift of a model's weights under a patch, from the patch's factors.
+    """Compute the relative weight change of a model under a patch, from the patch's factors.
 
-    Raises :class:`PatchError` where the patch does not fit the model, or the model has a layer of zeros there.
+    Args:
+        unet: The UNet, or its survey.
+        patch: The patch.
+        strength: Factor on the patch.
+
+    Returns:
+        The :class:`WeightDrift`.
+
+    Raises:
+        PatchError: If the patch does not fit the model, or it changes a layer whose weights are all zero.
     """
     survey = survey_of(unet)
     patch.check_fits(survey)
@@ -58,7 +68,10 @@ def weight_drift(unet: nn.Module | UNetSurvey, patch: Patch, strength: float = 1
         if key not in base:
             base[key] = _norm(survey.linear(key).weight)
         if base[key] == 0:
-            raise PatchError(f"The model's weights at {key} are all zero, so a change of them has no relative size.")
+            raise PatchError(
+                f"The model's weights at {key} are all zero, so their relative change is undefined: use a checkpoint "
+                "with trained weights there."
+            )
 
     def together(keys: list[str]) -> float:
         whole = sum(base[key] ** 2 for key in keys)
@@ -76,9 +89,9 @@ def weight_drift(unet: nn.Module | UNetSurvey, patch: Patch, strength: float = 1
 
 
 def change_norm(factor: LowRank) -> float:
-    """``‖U V‖`` of a low-rank change, without the product."""
+    """Return the Frobenius norm ``‖U V‖`` of a low-rank change without computing the product."""
     up, down = (t.detach().double().cpu() for t in (factor.up, factor.down))
-    # of parts that cancel each other, rounding may leave a little below 0
+    # rounding may leave a slightly negative sum when the factors cancel
     return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 

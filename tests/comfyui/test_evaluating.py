@@ -301,7 +301,7 @@ def test_a_checkpoint_is_judged_by_a_clip_that_is_here(comfyui: ComfyUI, tmp_pat
     comfyui.get("/probe/told")
     found = red(comfyui, graph)
     assert found.node == "evaluate"
-    assert "The unedited model draws none of these prompts right" in found.words
+    assert "The unedited model draws none of these prompts correctly" in found.words
     told = comfyui.get("/probe/told")["texts"]
     assert any(line.startswith("drawing 24 pictures") for line in told), told
 

@@ -301,7 +301,7 @@ def test_targets_that_make_no_sense_are_refused():
         ((Concept("star"), ("a starfish",)), "does not name"),
         ((Concept("star"), ()), "no prompt"),
         ((Concept(" "), ("a star",)), "name it"),
-        ((Concept("star"), ("a star",), ("a red Star",)), "no paraphrase of 'star'"),
+        ((Concept("star"), ("a star",), ("a red Star",)), "not a paraphrase of 'star'"),
         ((Concept("star"), ("a star",), (" ",)), "no paraphrase"),
     ):
         with pytest.raises(RequestError, match=words):
@@ -469,21 +469,21 @@ def test_what_a_model_cannot_be_put_to_is_left_out_in_words_or_refused():
     assert set(found.left_out) == set(WHITE_BOX)
     assert all("TinyText" in why for why in found.left_out.values())
     for name in WHITE_BOX:
-        with pytest.raises(ModelError, match=f"'{name}' cannot be made on 'tiny'.*TinyText"):
+        with pytest.raises(ModelError, match=f"'{name}' cannot run on 'tiny'.*TinyText"):
             run(model, attacks=[name])
     silent = Target.named(Concept("7"))
-    with pytest.raises(RequestError, match="No attack on '7' can be made here"):
+    with pytest.raises(RequestError, match="No attack on '7' can run"):
         run_attacks(model, (), silent, Reddish(), TINY, sampling=QUICK)
-    with pytest.raises(RequestError, match="'rephrased' cannot be made on '7': no paraphrases"):
+    with pytest.raises(RequestError, match="'rephrased' cannot run on '7': no paraphrases"):
         run_attacks(model, (), silent, Reddish(), TINY, attacks=["rephrased"], sampling=QUICK)
-    with pytest.raises(RequestError, match="'homoglyphs' cannot be made on '7'"):
+    with pytest.raises(RequestError, match="'homoglyphs' cannot run on '7'"):
         run_attacks(model, (), silent, Reddish(), TINY, attacks=["homoglyphs"], sampling=QUICK)
 
 
 def test_bad_input_is_refused_in_words(model):
     for arguments, words in (
-        ({"attacks": ["magic"]}, "'magic' is not known: choose among rephrased"),
-        ({"attacks": []}, "no attack to make"),
+        ({"attacks": ["magic"]}, "'magic' is not known: choose from rephrased"),
+        ({"attacks": []}, "no attack to run"),
         ({"images": rand(2, 3, 32, 32).tanh()}, "must be 64 × 64"),
         ({"images": torch.empty(0, 3, 64, 64)}, "too few pictures"),
     ):
@@ -511,7 +511,7 @@ def test_bad_input_is_refused_in_words(model):
         def shows(self, images):
             return [False] * len(images)
 
-    with pytest.raises(ForgetConceptError, match="draws no 'star' in 9 pictures"):
+    with pytest.raises(ForgetConceptError, match="draws no 'star' in 9 images"):
         run(model, attacks=["discrete"], judge=Blind())
     model.vae = None
     with pytest.raises(ModelError, match="no autoencoder"):

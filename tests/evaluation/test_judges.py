@@ -141,8 +141,8 @@ def test_a_clip_judge_agrees_with_zero_shot_classification():
     ("names", "batch", "says"),
     [
         ({"colour": ("red",)}, 8, "category 'colour'"),
-        ({"object": ()}, 8, "nothing to tell"),
-        ({}, 8, "nothing to tell"),
+        ({"object": ()}, 8, "no classes to distinguish"),
+        ({}, 8, "no classes to distinguish"),
     ],
 )
 def test_a_judge_of_nothing_is_refused(names, batch, says):
@@ -358,7 +358,7 @@ def test_a_part_that_cannot_be_measured_is_left_open_and_the_run_goes_on():
     rows = list(run_bench(judge, EMBEDDED, ["neon"], patches_of, SampleCache(blind, judge, QUICK), 12, baselines=()))
     assert all(row.scores["ira"] is None and row.scores["neighbours"] is None for row in rows)
     assert all(row.scores["cra"].value == 1 for row in rows)
-    with pytest.raises(ForgetConceptError, match="draws none of these prompts right"):
+    with pytest.raises(ForgetConceptError, match="draws none of these prompts correctly"):
         evaluate_bench(
             blind, judge, EMBEDDED, [EvaluationTarget("neon", patches_of(EMBEDDED.find("neon"), None))], 12, 0, QUICK
         )

@@ -205,10 +205,10 @@ def test_what_is_no_picture_is_said(probe):
         lambda images: perceptual_distance(distance, images, images),
     ]
     for images, said in (
-        (good[:0], "no pictures"),
+        (good[:0], "no images"),
         (good[0], "3 × 128 × 128"),
         (good[:, :1], "2 × 1 × 128 × 128"),
-        (good + 2, "go from 2 to 2"),
+        (good + 2, "range from 2 to 2"),
         (good / 0, "finite"),
         (good.int(), "8-bit"),
     ):
@@ -416,11 +416,11 @@ def test_the_probes_words_are_found_under_all_their_names():
 
 def test_labels_and_prompts_that_do_not_fit_are_said(probe):
     encoder, images = ProbeImageText(probe), torch.zeros(2, 3, 128, 128)
-    with pytest.raises(RequestError, match="2 pictures and 1 prompts"):
+    with pytest.raises(RequestError, match="2 images and 1 prompts"):
         clip_score(encoder, images, ["a star"])
-    with pytest.raises(RequestError, match="2 pictures and 1 labels"):
+    with pytest.raises(RequestError, match="2 images and 1 expected labels"):
         clip_accuracy(encoder, images, ["star"], ["star", "moon"])
-    with pytest.raises(RequestError, match="'fish' is wanted"):
+    with pytest.raises(RequestError, match="'fish' is not one of the labels"):
         clip_accuracy(encoder, images, ["star", "fish"], ["star", "moon"])
     for labels in (["star"], ["star", "star"]):
         with pytest.raises(RequestError, match="at least two"):

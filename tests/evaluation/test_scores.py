@@ -275,7 +275,7 @@ def test_too_few_pictures_and_no_concept_are_refused():
 
 def test_a_model_that_draws_nothing_right_is_said_so():
     blank = DrawnModel(lambda prompt, seed, labels: replace(labels, object=NONE, style=NONE, identity=NONE))
-    with pytest.raises(ForgetConceptError, match="draws none of these prompts right"):
+    with pytest.raises(ForgetConceptError, match="draws none of these prompts correctly"):
         evaluate(blank, DrawnProbe(), [EvaluationTarget("star", ((forgets("star", "object"), 1.0),))], 8, 0, QUICK)
 
 

@@ -1,4 +1,4 @@
-"""Adversarial recall: attacks that try to bring a forgotten concept back, each with its budget stated."""
+"""Adversarial recall: attacks that try to recover a forgotten concept, each with an explicit budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attack may spend, by name, and what one has spent."""
+"""Attack budgets by name, and the cost of an attack."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ __all__ = ["BUDGETS", "AttackBudget", "AttackCost", "attack_budget"]
 
 @dataclass(frozen=True)
 class AttackBudget:
-    """How much every attack may spend on one model.
+    """The budget of every attack on one model.
 
-    - ``pictures``: that success is measured on; ``trials``: pictures of each prompt that choose the ``strongest`` ones
-      before, under other seeds;
-    - ``examples``: pictures of the concept the attacker has;
-    - ``vectors``, ``steps``, ``batch``: of a soft prompt and of textual inversion; a step moves a vector by about
-      ``stride`` of the spread of the text encoder's own ones (Adam's learning rate is that times this spread);
-    - ``tokens``, ``rounds``, ``candidates``, ``likely``, ``rows``: of the discrete search; each round tries so many
-      candidates, drawn from the ``likely`` best tokens of each place, on so many noised pictures.
+    Args:
+        name: Name of the budget.
+        pictures: Images on which success is measured.
+        trials: Images per prompt for selecting the strongest prompts, with other seeds.
+        strongest: Number of prompts that are selected.
+        examples: Images of the concept that the attacker has.
+        vectors: Learned vectors of the soft prompt and of textual inversion.
+        steps: Gradient steps of the soft prompt and of textual inversion.
+        batch: Batch size of the soft prompt and of textual inversion.
+        stride: Adam's learning rate as a multiple of the standard deviation of the text encoder's embeddings.
+        tokens: Prefix length of the discrete search.
+        rounds: Rounds of the discrete search.
+        candidates: Candidates per round of the discrete search.
+        likely: Number of best tokens per position from which candidates are drawn.
+        rows: Noised images on which the discrete search evaluates the loss.
+
+    Raises:
+        RequestError: If a value is not above 0.
     """
 
     name: str
@@ -40,7 +51,7 @@ class AttackBudget:
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
             if field != "name" and not value > 0:
-                raise RequestError(f"An attack's budget must be above 0 in everything, and its '{field}' is {value}.")
+                raise RequestError(f"All values of an attack budget must be above 0, but its '{field}' is {value}.")
 
     def as_dict(self) -> dict[str, str | int | float]:
         return asdict(self)
@@ -53,7 +64,11 @@ BUDGETS: dict[str, AttackBudget] = {
 
 
 def attack_budget(budget: str | AttackBudget) -> AttackBudget:
-    """The budget of a name, or the budget itself. Raises :class:`RequestError` for an unknown name."""
+    """Return the budget with this name, or the given budget itself.
+
+    Raises:
+        RequestError: If the name is unknown.
+    """
     if isinstance(budget, AttackBudget):
         return budget
     if budget not in BUDGETS:
@@ -63,8 +78,14 @@ def attack_budget(budget: str | AttackBudget) -> AttackBudget:
 
 @dataclass(frozen=True)
 class AttackCost:
-    """What one attack took: steps along a gradient, pictures through the UNet in its search (forward), prompts that
-    were tried, and pictures drawn to choose among these and to measure the strongest."""
+    """The cost of one attack.
+
+    Attributes:
+        gradient_steps: Gradient steps of the search.
+        unet_passes: Images that pass forward through the UNet in the search.
+        prompts_tried: Prompts that were tried.
+        pictures: Images sampled to select the strongest prompts and to measure them.
+    """
 
     gradient_steps: int
     unet_passes: int
@@ -73,7 +94,7 @@ class AttackCost:
 
     @property
     def summary(self) -> str:
-        """The same as a phrase."""
+        """The cost in one phrase."""
         drawn = f"{_counted(self.prompts_tried, 'prompt')} tried, {_counted(self.pictures, 'picture')} drawn"
         if not self.unet_passes:
             return f"no gradient, {drawn}"

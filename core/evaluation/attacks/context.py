@@ -1,4 +1,4 @@
-"""What every attack is given: the model with the patches that are on it, pictures of the concept, and a budget."""
+"""Attack context: the patched model, images of the concept, and a budget."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ ROUNDS = 3
 
 
 def with_hash_of(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]]) -> LatentDiffusion:
-    """The same model, its modules shared, under the hash of the model with these patches on.
+    """Return a shallow copy of the model whose hash includes the patches; the patches are not applied.
 
-    What is kept in a work folder for one patch is then never taken for that of another. Nothing is put on.
+    Results cached in a workspace for one patch are then not used for another.
     """
     if not patches:
         return model
@@ -45,8 +45,15 @@ def with_hash_of(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]])
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What an attack's search yields: prompts, and the model that can read them (learned vectors may be among its
-    words). ``losses`` are what the search held itself to, from its start on, where it kept count."""
+    """The result of an attack's search.
+
+    Attributes:
+        prompts: The prompts found.
+        model: The model that encodes them, with learned vectors as placeholder words where there are any.
+        gradient_steps: Gradient steps of the search.
+        unet_passes: Images that passed forward through the UNet.
+        losses: Losses of the accepted candidates from the start on, if the search records them.
+    """
 
     prompts: tuple[str, ...]
     model: LatentDiffusion
@@ -57,9 +64,18 @@ class SearchResult:
 
 @dataclass(frozen=True, eq=False)
 class AttackContext:
-    """One model under attack: ``model`` itself is unchanged, :meth:`edited` puts ``variant``'s patches on for a while.
+    """A model under attack.
 
-    ``latents`` ``(m, 4, h, w)`` are of pictures that show the concept.
+    Attributes:
+        model: The unedited model; :meth:`edited` applies the patches temporarily.
+        variant: Patches, negative prompt and safety guidance.
+        target: The concept under attack.
+        judge: Decides whether an image shows the concept.
+        latents: Latents ``(m, 4, h, w)`` of images that show the concept.
+        budget: The attack budget.
+        sampling: Sampling settings.
+        seed: Seed of the attack.
+        workspace: Caches results.
     """
 
     model: LatentDiffusion
@@ -74,28 +90,32 @@ class AttackContext:
 
     @contextmanager
     def edited(self) -> Iterator[None]:
-        """The patches are on inside a ``with`` block, in which gradients can be taken whatever mode a host is in."""
+        """Apply the patches inside a ``with`` block and enable gradients even if the host is in inference mode."""
         with torch.inference_mode(False), patched(self.model, self.variant.patches):
             yield
 
     @property
     def clip(self) -> CLIPText:
-        """The text encoder, where gradients reach its words. Raises :class:`ModelError` for another one."""
+        """The CLIP text encoder.
+
+        Raises:
+            ModelError: If the model has another text encoder, because gradients cannot reach its embeddings.
+        """
         if not isinstance(self.model.text, CLIPText):
             raise ModelError(
-                "This attack needs gradients through the text encoder, which only SD1's and SD2's CLIP gives here, not "
-                f"{type(self.model.text).__name__}."
+                "This attack needs gradients through the text encoder, which are supported for the CLIP of SD1 and SD2 "
+                f"only, not for {type(self.model.text).__name__}: choose a black-box attack."
             )
         return self.model.text
 
     @property
     def stride(self) -> float:
-        """The learning rate of the budget's ``stride`` in this text encoder's own scale."""
+        """The learning rate: the budget's ``stride`` in units of the text encoder's embeddings."""
         return self.budget.stride * float(self.clip.model.get_input_embeddings().weight.detach().float().std(0).mean())
 
     @cached_property
     def text_key(self) -> str:
-        """Tells text encoders apart, which a model's hash does not."""
+        """Key of the text encoder, which the model's hash does not cover."""
         text = self.model.text
         return key_of(dict(text.model.state_dict()), text.layer) if isinstance(text, CLIPText) else type(text).__name__
 
@@ -111,14 +131,33 @@ def example_latents(
     progress: Progress | None = None,
     images: Tensor | None = None,
 ) -> Tensor:
-    """Latents ``(m, 4, h, w)`` of pictures of the concept: ``images`` if given, else ``count`` by the unedited model.
+    """Return latents of images of the concept, either given or sampled by the unedited model.
 
-    Of its own pictures only those count in which the judge finds the concept. Raises :class:`ModelError` where the
-    model cannot make pictures into latents, :class:`RequestError` for images of another size, and
-    :class:`ForgetConceptError` where it hardly draws the concept.
+    Sampled images are used only if the judge finds the concept in them.
+
+    Args:
+        model: The unedited model.
+        target: The concept under attack.
+        judge: Decides whether an image shows the concept.
+        count: Number of images to sample.
+        sampling: Sampling settings.
+        seed: Seed of the sampled images.
+        workspace: Caches the sampled images.
+        progress: Receives sampling progress.
+        images: Images ``(m, 3, H, W)`` in [-1, 1] to use instead.
+
+    Returns:
+        Latents ``(m, 4, h, w)``, fp32, on the CPU.
+
+    Raises:
+        ModelError: If the model has no autoencoder.
+        RequestError: If the images have another size.
+        ForgetConceptError: If the model does not draw the concept.
     """
     if model.vae is None:
-        raise ModelError(f"The model '{model.name}' has no autoencoder here, so there are no pictures to attack with.")
+        raise ModelError(
+            f"The model '{model.name}' has no autoencoder, so it cannot encode images for the attack: load one."
+        )
     if images is None:
         images = _generate_examples(model, target, judge, count, sampling, seed, workspace, progress)
     else:
@@ -139,8 +178,8 @@ def _generate_examples(
     progress: Progress | None,
 ) -> Tensor:
     s, prompts = sampling, target.prompts
-    about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type]
-    key = key_of("examples", model.model_hash, judge.description, list(prompts), count, seed, about)
+    conditions = [s.steps, s.guidance, s.precision, s.sampler, model.device.type]
+    key = key_of("examples", model.model_hash, judge.description, list(prompts), count, seed, conditions)
     if workspace is not None and (known := workspace.load("attack", key)) is not None:
         return from_bytes(known["images"])
     found: list[Tensor] = []
@@ -150,14 +189,14 @@ def _generate_examples(
             for i in range(turn * count, (turn + 1) * count)
         ]
         for images in draw(model, pictures, Variant(), sampling, progress):
-            right = judge.shows(from_bytes(images))
-            found += [image for image, shown in zip(images, right, strict=True) if shown]
+            verdicts = judge.shows(from_bytes(images))
+            found += [image for image, shown in zip(images, verdicts, strict=True) if shown]
         if len(found) >= count:
             break
     if not found:
         raise ForgetConceptError(
-            f"The unedited model draws no '{target.concept.name}' in {ROUNDS * count} pictures of '{prompts[0]}' and "
-            "the like, so whether it comes back cannot be asked: give pictures of it, or other prompts."
+            f"The unedited model draws no '{target.concept.name}' in {ROUNDS * count} images of '{prompts[0]}' and "
+            "similar prompts, so its recovery cannot be measured: give images of it, or other prompts."
         )
     chosen = torch.stack(found[:count])
     if workspace is not None:

@@ -1,7 +1,7 @@
-"""A fixed batch of noised pictures: how well a model denoises them under some words, always the same question.
+"""Denoising loss on a fixed batch of noised images, the objective of the attacks.
 
-The denoising loss of pictures of the concept is what the attacks make small: words that explain the pictures well are
-words that draw them (UnlearnDiffAtk, arXiv 2310.11868: the diffusion model as its own classifier).
+The attacks minimize the denoising loss of images of the concept: a prompt that explains the images well also generates
+them (UnlearnDiffAtk, arXiv 2310.11868, uses the diffusion model as its own classifier).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["NoisedRows", "denoising_losses", "noised_rows"]
 
 @dataclass(frozen=True, eq=False)
 class NoisedRows:
-    """``x_t`` and ``ε``, each ``(n, 4, h, w)``, and ``t``, ``(n,)``."""
+    """Noised latents ``x`` and their ``noise``, each ``(n, 4, h, w)``, at the time steps ``times`` ``(n,)``."""
 
     x: Tensor
     times: Tensor
@@ -30,9 +30,16 @@ class NoisedRows:
 
 
 def noised_rows(model: LatentDiffusion, latents: Tensor, count: int, generator: torch.Generator) -> NoisedRows:
-    """``count`` rows: the pictures in turn, each at a time of its own, spread evenly over the schedule."""
+    """Add noise to ``count`` latents, cycling through ``latents``, at stratified time steps.
+
+    Args:
+        model: Provides the noise schedule.
+        latents: Latents ``(m, 4, h, w)``.
+        count: Number of rows.
+        generator: CPU generator of noise and time steps.
+    """
     x0 = latents[torch.arange(count) % len(latents)].to(model.device)
-    # one from each of as many stretches of the schedule: losses of different times differ more than those of words
+    # stratified, because the loss varies more between time steps than between prompts
     share = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     times = (share * model.train_steps).long().clamp(max=model.train_steps - 1)
     times = times[torch.randperm(count, generator=generator)]
@@ -41,9 +48,12 @@ def noised_rows(model: LatentDiffusion, latents: Tensor, count: int, generator: 
 
 
 def denoising_losses(model: LatentDiffusion, rows: NoisedRows, states: TextStates) -> Tensor:
-    """Mean squared error of ``ε_θ(x_t, t, c)`` for each row, ``(n,)``; ``states`` has a row for each.
+    """Return the mean squared error of ``ε_θ(x_t, t, c)`` per row, ``(n,)``; differentiable.
 
-    Differentiable where gradients are on.
+    Args:
+        model: The model.
+        rows: Noised latents.
+        states: Text states, one row each.
     """
     error = model.predict_noise(rows.x, rows.times, states) - rows.noise
     return error.square().flatten(1).mean(1)

@@ -1,9 +1,11 @@
-"""White-box attack over the vocabulary: real words before the concept's prompt, found along the gradient.
+"""White-box attack over the vocabulary: a prefix of real words, found by greedy coordinate gradient search.
 
-Greedy coordinate gradient search (Zou et al., arXiv 2307.15043) on UnlearnDiffAtk's loss (arXiv 2310.11868), which is
-the denoising loss of pictures of the concept: the gradient with respect to the one-hot of each place of the prefix
-ranks the vocabulary, some of the best are tried, and the best of these is taken where it lowers the loss. What comes
-out is text that anyone can type: it is held to read as the very tokens that were searched for.
+The search minimizes UnlearnDiffAtk's loss (arXiv 2310.11868), the denoising loss of images of the concept. The gradient
+with respect to the one-hot vector of each prefix position ranks the vocabulary, some of the best tokens are tried, and
+the best of these is accepted if it lowers the loss. The result is plain text that tokenizes to exactly the tokens
+found.
+
+Reference: Zou et al., arXiv 2307.15043.
 """
 
 from __future__ import annotations
@@ -27,53 +29,65 @@ from .denoising import NoisedRows, denoising_losses, noised_rows
 
 __all__ = ["Prefixes", "discrete"]
 
-# pictures through the UNet at a time while candidates are compared
+# images per UNet pass while candidates are compared
 CHUNK = 64
 
 
 class Prefixes:
-    """Prefixes of whole words of a text encoder's vocabulary, put before some prompts.
+    """Prefixes of whole words from a text encoder's vocabulary.
 
-    ``words`` maps an id to how it is written, for every token that is a word of its own and can be shown.
+    ``words`` maps token ids to text, for every token that is a whole, printable word.
+
+    Args:
+        encoder: The text encoder.
+        prompts: Prompts that the prefixes are prepended to.
+
+    Raises:
+        ForgetConceptError: If the vocabulary has no whole words.
     """
 
     def __init__(self, encoder: CLIPText, prompts: Sequence[str]) -> None:
-        """Raises :class:`ForgetConceptError` where the vocabulary has no whole words."""
         self.encoder, self.prompts = encoder, list(prompts)
         tokenizer = encoder.tokenizer
         special = set(tokenizer.all_special_ids)
         self.words: dict[int, str] = {}
         for token, index in tokenizer.get_vocab().items():
-            # a piece that ends no word would grow together with what comes after it
+            # a token without "</w>" would merge with the next one
             if index not in special and token.endswith("</w>"):
                 word = tokenizer.decode([index]).strip()
-                # U+FFFD: a byte that is no character by itself
+                # U+FFFD marks a byte that is not a complete character
                 if word and word.isprintable() and "\ufffd" not in word and len(word.split()) == 1:
                     self.words[index] = word
         self.words = dict(sorted(self.words.items()))
         if not self.words:
-            raise ForgetConceptError("This text encoder's vocabulary has no whole words to attack with.")
+            raise ForgetConceptError(
+                "This text encoder's vocabulary has no whole words to attack with: leave the discrete attack out."
+            )
         self._prompt_ids = [list(encoder.phrase_ids(prompt)) for prompt in self.prompts]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The prefix as a person types it."""
+        """Return the prefix as text."""
         return " ".join(self.words[i] for i in ids)
 
     def prefixed(self, ids: Sequence[int]) -> list[str]:
-        """Each prompt with the prefix before it."""
+        """Return each prompt with the prefix prepended."""
         return [f"{self.text(ids)} {prompt}" for prompt in self.prompts]
 
     def reads_back(self, ids: Sequence[int]) -> bool:
-        """Whether the tokenizer reads the prompts' text as exactly these ids and the prompts' own."""
+        """Return whether the prefixed prompts tokenize to exactly ``ids`` followed by the prompts' own ids."""
         return all(
-            list(self.encoder.phrase_ids(text)) == [*ids, *meant]
-            for text, meant in zip(self.prefixed(ids), self._prompt_ids, strict=True)
+            list(self.encoder.phrase_ids(text)) == [*ids, *prompt_ids]
+            for text, prompt_ids in zip(self.prefixed(ids), self._prompt_ids, strict=True)
         )
 
 
 def discrete(context: AttackContext, progress: Progress | None = None) -> SearchResult:
-    """Words before the target's prompts. Raises :class:`ModelError` for an encoder without gradients and
-    :class:`TokenError` for prompts that are cut off."""
+    """Search for words to prepend to the target's prompts.
+
+    Raises:
+        ModelError: If the text encoder does not support gradients.
+        TokenError: If a prompt is truncated.
+    """
     encoder, budget = context.clip, context.budget
     prefixes = Prefixes(encoder, context.target.prompts)
     key = key_of(
@@ -95,12 +109,12 @@ def discrete(context: AttackContext, progress: Progress | None = None) -> Search
         if context.workspace is not None:
             context.workspace.save("attack", key, known)
     steps, passes = known["spent"].tolist()
-    said = prefixes.prefixed(known["ids"].tolist())
-    return SearchResult(tuple(said), context.model, steps, passes, tuple(known["losses"].tolist()))
+    prompts = prefixes.prefixed(known["ids"].tolist())
+    return SearchResult(tuple(prompts), context.model, steps, passes, tuple(known["losses"].tolist()))
 
 
 class _Search:
-    """The search itself; ``ids`` is the best prefix so far, ``losses`` those of every prefix that was taken."""
+    """The search; ``ids`` is the best prefix so far, ``losses`` are those of the accepted prefixes."""
 
     def __init__(
         self,
@@ -112,7 +126,7 @@ class _Search:
     ) -> None:
         self.model, self.encoder, self.prefixes, self.rows, self.generator = model, encoder, prefixes, rows, generator
         self.allowed = torch.tensor(list(prefixes.words))
-        self.prompt_of_row = [i % len(prefixes.prompts) for i in range(len(rows))]  # which prompt a row is asked under
+        self.prompt_of_row = [i % len(prefixes.prompts) for i in range(len(rows))]  # prompt index of each row
         self.table: Tensor = encoder.model.get_input_embeddings().weight.detach()
         self.ids: list[int] = []
         self.losses: list[float] = []
@@ -121,7 +135,7 @@ class _Search:
     def run(self, tokens: int, rounds: int, candidates: int, likely: int, progress: Progress | None) -> None:
         self.ids = self._start(tokens)
         for prompt in self.prefixes.prefixed(self.ids):
-            end_position(self.encoder, prompt)  # raises where it is cut off
+            end_position(self.encoder, prompt)  # raises TokenError if it is truncated
         (loss,) = self.losses_of([self.ids])
         self.losses.append(loss)
         tried = {tuple(self.ids)}
@@ -143,10 +157,12 @@ class _Search:
             ids = self.allowed[chosen].tolist()
             if self.prefixes.reads_back(ids):
                 return ids
-        raise ForgetConceptError("No words of this vocabulary can be put before the prompt and read back as they are.")
+        raise ForgetConceptError(
+            "No words of this vocabulary tokenize to themselves before the prompt: leave the discrete attack out."
+        )
 
     def changes(self) -> Tensor:
-        """The loss' gradient with respect to the one-hot of each place: ``(tokens, words)``, as in ``allowed``."""
+        """Gradient of the loss with respect to the one-hot vector of each position, ``(tokens, words)``."""
         vectors = self.table[self.ids].float().requires_grad_()
         text = InvertedText(self.encoder, {PLACEHOLDER: vectors})
         states = text.states([f"{PLACEHOLDER} {prompt}" for prompt in self.prefixes.prompts])
@@ -157,7 +173,7 @@ class _Search:
         return gradient @ self.table[self.allowed.to(self.table.device)].float().T
 
     def _ranked(self, likely: int) -> list[tuple[int, int]]:
-        """Places and tokens that lower the loss most, to first order."""
+        """Positions and tokens that lower the loss most, to first order."""
         best = self.changes().topk(min(likely, len(self.allowed)), dim=1, largest=False).indices.cpu()
         return [(place, int(self.allowed[i])) for place, row in enumerate(best) for i in row]
 
@@ -173,7 +189,7 @@ class _Search:
 
     @torch.no_grad()
     def losses_of(self, several: Sequence[Sequence[int]]) -> list[float]:
-        """The mean loss over the rows under each of several prefixes."""
+        """Mean loss over the rows for each prefix."""
         n, each = len(self.rows), len(self.prefixes.prompts)
         at_once = max(CHUNK // n, 1)
         means: list[float] = []

@@ -1,7 +1,7 @@
-"""Black-box attack with the name written otherwise: look-alike letters, invisible characters, hyphens, doubled letters.
+"""Black-box attack with other spellings: homoglyphs, invisible characters, hyphens and doubled letters.
 
-A person still reads the name; a byte-level tokenizer reads other tokens, which an edit of the name's own tokens has
-never seen. What the tokenizer itself undoes (upper case, often) is not tried.
+A person still reads the name, but a byte-level tokenizer produces other tokens, which an edit of the name's own tokens
+does not cover. Spellings that the tokenizer normalizes (often upper case) are not tried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .target import Target, with_name
 
 __all__ = ["LOOKALIKES", "homoglyphs", "other_spellings", "plain", "spellings"]
 
-# of other scripts, as Unicode's confusables (UTS 39) have them: Cyrillic, Greek, Armenian, IPA
+# Unicode confusables (UTS 39) from Cyrillic, Greek, Armenian and IPA
 LOOKALIKES: dict[str, str] = {
     "a": "\u0430",
     "b": "\u042c",
@@ -51,15 +51,17 @@ _LATIN = {lookalike.casefold(): letter for letter, lookalike in LOOKALIKES.items
 
 
 def plain(text: str) -> str:
-    """``text`` as a person reads it: look-alikes as Latin letters, without case, invisible characters, blanks, hyphens
-    and doubled letters. Every spelling of a name has the same as the name."""
-    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf").casefold()
-    latin = "".join(_LATIN.get(c, c) for c in seen)
+    """Normalize ``text`` so that all :func:`spellings` of a name become equal to the name.
+
+    Homoglyphs become Latin letters; case, invisible characters, blanks, hyphens and doubled letters are removed.
+    """
+    visible = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf").casefold()
+    latin = "".join(_LATIN.get(c, c) for c in visible)
     return re.sub(r"(.)\1+", r"\1", re.sub(r"[\s\-]+", "", latin))
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Ways to write ``name`` that are not the name, each once; the likeliest to pass for it first."""
+    """Return distinct alternative spellings of ``name``, most similar first."""
     letters = [i for i, c in enumerate(name) if c.isalpha()]
     if not letters:
         return ()
@@ -88,9 +90,9 @@ def _between(name: str, places: Sequence[int], mark: str) -> str:
 
 
 def other_spellings(encoder: TextEncoder, target: Target) -> tuple[str, ...]:
-    """The target's prompts, in turn, with each spelling in place of the name.
+    """Return the target's prompts, in turn, with each alternative spelling of the name.
 
-    Those spellings only whose tokens are neither the name's nor an earlier one's, and which are not cut off.
+    Spellings that tokenize like the name or an earlier spelling, and prompts that are truncated, are omitted.
     """
     name = target.concept.name
     found: list[str] = []
@@ -105,10 +107,15 @@ def other_spellings(encoder: TextEncoder, target: Target) -> tuple[str, ...]:
 
 
 def homoglyphs(context: AttackContext, progress: Progress | None = None) -> SearchResult:
-    """The other spellings as they are. Raises :class:`RequestError` where the text encoder knows none."""
+    """Return the prompts with other spellings of the name.
+
+    Raises:
+        RequestError: If every spelling tokenizes like the name.
+    """
     found = other_spellings(context.model.text, context.target)
     if not found:
         raise RequestError(
-            f"The text encoder reads every other spelling of '{context.target.concept.name}' as the name."
+            f"The text encoder tokenizes every other spelling of '{context.target.concept.name}' like the name itself: "
+            "leave the homoglyph attack out."
         )
     return SearchResult(found, context.model)

@@ -1,7 +1,9 @@
-"""White-box attack by textual inversion on the patched model: is the concept still in it, under any words?
+"""White-box attack by textual inversion on the patched model: tests whether any embedding still reaches the concept.
 
-Gal et al. (arXiv 2208.01618) as Pham et al. use it against concept erasure (arXiv 2308.01508): new vectors in place of
-the name, from a random start, learned on pictures of the concept through the patched model.
+New vectors replace the name; they start from random values and are learned on images of the concept through the patched
+model.
+
+Reference: Gal et al., arXiv 2208.01618; used against concept erasure by Pham et al., arXiv 2308.01508.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ __all__ = ["inversion_recall"]
 
 
 def inversion_recall(context: AttackContext, progress: Progress | None = None) -> SearchResult:
-    """Vectors in place of the name, in the templates of the concept's kind. Raises as :func:`invert`."""
-    _ = context.clip
+    """Learn vectors that replace the name in the templates of the concept's kind. Raises as :func:`invert`."""
+    _ = context.clip  # raises ModelError for other text encoders
     budget = context.budget
     prompt_templates = templates(context.target.concept.kind)
     settings = InversionSettings(

@@ -1,4 +1,4 @@
-"""Who says that an attack succeeded: whether a picture shows the concept."""
+"""Success criterion of an attack: whether an image shows the concept."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ __all__ = ["ProbeJudge", "SuccessJudge"]
 
 
 class SuccessJudge(Protocol):
-    """Finds the concept in pictures or not. ``about`` tells judges apart whose verdicts are kept."""
+    """Decides whether images show the concept."""
 
     @property
-    def description(self) -> str: ...
+    def description(self) -> str:
+        """Identifies the judge in the keys of cached verdicts."""
+        ...
 
     def shows(self, images: Tensor) -> list[bool]:
-        """Whether each of ``images`` ``(n, 3, H, W)`` in [-1, 1] shows the concept."""
+        """Return whether each of ``images`` ``(n, 3, H, W)`` in [-1, 1] shows the concept."""
+        ...
 
 
 class ProbeJudge:
-    """The embedded model's probe, asked for one concept of its world."""
+    """The embedded model's probe as a success criterion for one concept.
+
+    Args:
+        probe: The probe.
+        concept: Name of the concept.
+
+    Raises:
+        RequestError: If the probe does not know the concept.
+    """
 
     def __init__(self, probe: ImageClassifier, concept: str) -> None:
-        """Raises :class:`RequestError` for a concept that the probe does not know."""
         self.probe = probe
         self.concept, self.category = find_concept(concept)
         weights = key_of(dict(probe.state_dict())) if isinstance(probe, nn.Module) else type(probe).__name__

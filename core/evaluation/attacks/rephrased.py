@@ -1,4 +1,4 @@
-"""Black-box attack with other words: synonyms, descriptions without the name, indirect prompts."""
+"""Black-box attack with paraphrases: synonyms, descriptions without the name, and indirect prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ __all__ = ["rephrased"]
 
 
 def rephrased(context: AttackContext, progress: Progress | None = None) -> SearchResult:
-    """The target's paraphrases as they are. Raises :class:`RequestError` where there are none."""
+    """Return the target's paraphrases.
+
+    Raises:
+        RequestError: If there are none.
+    """
     if not context.target.paraphrases:
-        raise RequestError(f"No paraphrases of '{context.target.concept.name}' were given to attack with.")
+        raise RequestError(f"There are no paraphrases of '{context.target.concept.name}' to attack with: give some.")
     return SearchResult(context.target.paraphrases, context.model)

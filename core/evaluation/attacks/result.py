@@ -1,4 +1,4 @@
-"""What the attacks found, as figures and as data for a report."""
+"""Results of attacks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["AttackReport", "AttackResult", "PromptSuccess"]
 
 @dataclass(frozen=True)
 class PromptSuccess:
-    """One prompt, and in how many of the pictures drawn from it the concept was found.
+    """A prompt, the number ``pictures`` of images sampled from it, and the number ``shown`` that show the concept.
 
-    ``<concept>`` in a prompt stands for learned vectors.
+    ``<concept>`` in a prompt is the placeholder of learned vectors.
     """
 
     prompt: str
@@ -28,12 +28,18 @@ class PromptSuccess:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack: the share of pictures that show the concept, drawn from the strongest prompts it found.
+    """Success of one attack: the proportion of images from its strongest prompts that show the concept.
 
-    ``after`` is on the edited model; ``before`` is the same attack with the same budget on the unedited one, which
-    says what it can do at best (``None`` where that was not asked for). Both are measured under seeds that chose
-    nothing. ``spent`` and ``strongest`` (the best first) are of the edited model, and so are ``losses``: those of the
-    prefixes that a discrete search took, one after the other.
+    Success is measured with other seeds than those that select the prompts.
+
+    Attributes:
+        attack: Name of the attack.
+        after: Success on the edited model.
+        before: Success of the same attack with the same budget on the unedited model, an upper bound; ``None`` if not
+            measured.
+        cost: Cost on the edited model.
+        strongest: The strongest prompts on the edited model, best first.
+        losses: Losses of the prefixes that the discrete search accepted on the edited model, in order.
     """
 
     attack: str
@@ -56,7 +62,7 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class AttackReport:
-    """All attacks on one concept. ``left_out`` says, by attack, why one could not be made."""
+    """Results of all attacks on one concept; ``left_out`` gives the reason for each attack that could not run."""
 
     concept: str
     budget: AttackBudget
@@ -66,12 +72,12 @@ class AttackReport:
 
     @property
     def strongest(self) -> AttackResult:
-        """The attack of highest success on the edited model; the first of several."""
+        """The attack with the highest success on the edited model; the first of several equals."""
         return max(self.results, key=lambda result: result.after.value)
 
     @property
     def attack_success(self) -> Score:
-        """The highest success among the attacks, on the edited model."""
+        """The highest success of any attack on the edited model."""
         return self.strongest.after
 
     def as_dict(self) -> dict[str, object]:

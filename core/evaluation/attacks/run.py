@@ -1,4 +1,4 @@
-"""Every attack on one concept: does it come back?"""
+"""Run attacks on a forgotten concept and measure their success."""
 
 from __future__ import annotations
 
@@ -60,18 +60,33 @@ def run_attacks(
     workspace: Workspace | None = None,
     progress: Progress | None = None,
 ) -> AttackReport:
-    """Attack ``model`` with patches (each at its strength) on it, and with ``before`` also as it is.
+    """Attack a patched model and measure how often the concept is recovered.
 
-    A :class:`Variant` in their place may also have a negative prompt or safety guidance: the searches see
-    the patched model alone, and pictures are drawn under these as well.
+    The model is restored bit-exactly. The result is deterministic for a given seed and device.
 
-    ``attacks`` names some of :data:`ATTACKS`; without it all are made that can be, and the report says which cannot
-    and why. ``images`` ``(m, 3, H, W)`` in [-1, 1] are the attacker's pictures of the concept, in place of ones that
-    the unedited model draws. With a ``workspace`` nothing is done twice and what was cut short goes on. The model is
-    given back bit for bit; the result is the same for the same seed on one device. Raises
-    :class:`PatchError` for a patch that does not fit, :class:`RequestError` for an unknown attack or one
-    asked for without what it needs, :class:`ModelError` for one that this model's text encoder cannot be put to, and
-    :class:`ForgetConceptError` and :class:`Cancelled` as the sampling and training they use.
+    Args:
+        model: The unedited model.
+        edited: Patches, each with its strength. A :class:`Variant` may add a negative prompt or safety guidance, which
+            apply to sampling; the searches use the patched model alone.
+        target: The concept under attack.
+        judge: Decides whether an image shows the concept.
+        budget: Budget or its name.
+        seed: Seed of searches and images.
+        attacks: Names from :data:`ATTACKS`. Default: all that the model supports; the report gives the reason for each
+            attack that is left out.
+        images: The attacker's images of the concept ``(m, 3, H, W)`` in [-1, 1]. Default: sampled from the unedited
+            model.
+        before: Whether to attack the unedited model as well.
+        sampling: Sampling settings. Default: :class:`SamplingSettings`.
+        workspace: Caches results, so that an interrupted run resumes.
+        progress: Receives progress.
+
+    Raises:
+        PatchError: If a patch does not fit the model.
+        RequestError: If an attack is unknown, or a requested attack lacks its inputs.
+        ModelError: If a requested attack does not support the model's text encoder.
+        ForgetConceptError: If the unedited model does not draw the concept.
+        Cancelled: If ``progress`` cancels.
     """
     budget = attack_budget(budget)
     variant = edited if isinstance(edited, Variant) else Variant(tuple(edited))
@@ -91,7 +106,7 @@ def run_attacks(
     parts = _ProgressParts(progress, total)
     latents = torch.empty(0, *model.latent_shape)
     if examples:
-        with parts.part(cost, f"drawing pictures of {target.concept.name}") as inner:
+        with parts.part(cost, f"sampling images of {target.concept.name}") as inner:
             latents = example_latents(model, target, judge, budget.examples, sampling, seed, workspace, inner, images)
     plain = AttackContext(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in chosen}
@@ -121,30 +136,30 @@ def _select_attacks(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     wanted = tuple(ATTACKS) if attacks is None else tuple(dict.fromkeys(attacks))
     if not wanted:
-        raise RequestError(f"There is no attack to make: choose among {', '.join(ATTACKS)}.")
+        raise RequestError(f"There is no attack to run: choose from {', '.join(ATTACKS)}.")
     why: dict[str, str] = {}
     for name in wanted:
         if name not in ATTACKS:
-            raise RequestError(f"The attack '{name}' is not known: choose among {', '.join(ATTACKS)}.")
+            raise RequestError(f"The attack '{name}' is not known: choose from {', '.join(ATTACKS)}.")
         if name in WHITE_BOX and not isinstance(model.text, CLIPText):
-            why[name] = f"it needs gradients through the text encoder, which {type(model.text).__name__} does not give"
+            why[name] = f"it needs gradients through the text encoder, and {type(model.text).__name__} has none"
             if attacks is not None:
-                raise ModelError(f"The attack '{name}' cannot be made on '{model.name}': {why[name]}.")
+                raise ModelError(f"The attack '{name}' cannot run on '{model.name}': {why[name]}.")
         if name == "rephrased" and not target.paraphrases:
             why[name] = "no paraphrases were given"
             if attacks is not None:
-                raise RequestError(f"The attack '{name}' cannot be made on '{target.concept.name}': {why[name]}.")
+                raise RequestError(f"The attack '{name}' cannot run on '{target.concept.name}': {why[name]}.")
         if name == "homoglyphs" and not other_spellings(model.text, target):
-            why[name] = "the text encoder reads every other spelling as the name itself, or cuts it off"
+            why[name] = "the text encoder tokenizes every other spelling like the name itself, or truncates it"
             if attacks is not None:
-                raise RequestError(f"The attack '{name}' cannot be made on '{target.concept.name}': {why[name]}.")
+                raise RequestError(f"The attack '{name}' cannot run on '{target.concept.name}': {why[name]}.")
     left = tuple(name for name in wanted if name not in why)
     if not left:
-        raise RequestError(f"No attack on '{target.concept.name}' can be made here: give paraphrases of it.")
+        raise RequestError(f"No attack on '{target.concept.name}' can run on this model: give paraphrases of it.")
     return left, why
 
 
-# -- what it costs, in pictures through the UNet ---------------------------------------------------------------------
+# -- cost in images through the UNet ---------------------------------------------------------------------------------
 
 
 def _prompts_of(name: str, model: LatentDiffusion, target: Target) -> int:
@@ -156,7 +171,7 @@ def _prompts_of(name: str, model: LatentDiffusion, target: Target) -> int:
 
 
 def _search_cost(name: str, budget: AttackBudget) -> int:
-    # a gradient costs about twice the way there
+    # a backward pass costs about twice a forward pass
     if name == "discrete":
         return budget.rounds * budget.rows * (3 + budget.candidates)
     return 3 * budget.steps * budget.batch if name in WHITE_BOX else 0
@@ -168,7 +183,7 @@ def _cost(name: str, budget: AttackBudget, sampling: SamplingSettings, prompts: 
 
 
 class _ProgressParts:
-    """One count over all parts of the work, each with its share."""
+    """Combines the progress of all parts of the work, weighted by their cost."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
@@ -187,7 +202,7 @@ class _ProgressParts:
         inner(ProgressEvent(1, 1))
 
 
-# -- trying what was found -------------------------------------------------------------------------------------------
+# -- measuring the prompts -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,10 +214,10 @@ class _Outcome:
 
 
 def _measure_prompts(context: AttackContext, found: SearchResult, progress: Progress) -> _Outcome:
-    """Choose the strongest prompts by a few pictures of each, and measure them under other seeds."""
+    """Select the strongest prompts with a few images each, and measure these prompts with other seeds."""
     budget, prompts = context.budget, list(found.prompts)
     for prompt in prompts:
-        end_position(found.model.text, prompt)  # raises where it is cut off
+        end_position(found.model.text, prompt)  # raises TokenError if it is truncated
     first: list[Picture] = []
     if len(prompts) > budget.strongest:
         first = [
@@ -241,7 +256,7 @@ def _judge_pictures(
     start: int,
     total: int,
 ) -> list[bool]:
-    """Whether the judge finds the concept in each; verdicts are kept in the work folder."""
+    """Return whether each image shows the concept; verdicts are cached in the workspace."""
     if not pictures:
         return []
     s, key = context.sampling, ""

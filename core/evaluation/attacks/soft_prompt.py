@@ -1,9 +1,9 @@
 """White-box attack with a soft prompt: learned vectors before the concept's own prompt.
 
-The prefix of P4D and UnlearnDiffAtk (arXiv 2309.06135; arXiv 2310.11868), left as free input embeddings of the text
-encoder: ``E ‖ε - ε_θ'(x_t, t, c([v; prompt]))‖²`` on pictures of the concept is made small in ``v``, with gradients
-through the patched model ``θ'``. The name stays in the prompt, so what is asked is whether a disturbance undoes the
-edit of *that* name; :mod:`.inversion_recall` asks whether any words at all still reach the concept.
+The prefix of P4D and UnlearnDiffAtk (arXiv 2309.06135; arXiv 2310.11868) as free input embeddings ``v`` of the text
+encoder, which minimize ``E ‖ε - ε_θ'(x_t, t, c([v; prompt]))‖²`` on images of the concept, with gradients through the
+patched model ``θ'``. The name stays in the prompt, so the attack tests whether a perturbation undoes the edit of *that*
+name; :mod:`.inversion_recall` tests whether any embedding still reaches the concept.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ __all__ = ["soft_prompt"]
 
 
 def soft_prompt(context: AttackContext, progress: Progress | None = None) -> SearchResult:
-    """Vectors before the target's prompts. Raises as :func:`invert`."""
-    _ = context.clip
+    """Learn vectors to prepend to the target's prompts. Raises as :func:`invert`."""
+    _ = context.clip  # raises ModelError for other text encoders
     budget = context.budget
     templates = tuple(f"{{}} {prompt}" for prompt in context.target.prompts)
     settings = InversionSettings(

@@ -1,4 +1,4 @@
-"""What an attack wants back: the concept, prompts that name it, and prompts that mean it without its name."""
+"""Target of an attack: the concept, prompts that name it, and paraphrases without its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..scores import find_concept
 
 __all__ = ["Target", "with_name"]
 
-# what is shown in a style that is asked for in other words
+# subjects of the paraphrases of a style
 _SUBJECT, _OTHER_SUBJECT = "a house", "a cup"
 
 
@@ -21,21 +21,29 @@ def _named(name: str) -> re.Pattern[str]:
     return re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, name.split())) + r"(?!\w)", re.IGNORECASE)
 
 
-def with_name(prompt: str, name: str, instead: str) -> str:
-    """``prompt`` with every occurrence of ``name`` written as ``instead``."""
-    return _named(name).sub(lambda _: instead, prompt)
+def with_name(prompt: str, name: str, replacement: str) -> str:
+    """Return ``prompt`` with every occurrence of ``name`` replaced by ``replacement``."""
+    return _named(name).sub(lambda _: replacement, prompt)
 
 
 @dataclass(frozen=True)
 class Target:
-    """The concept under attack. ``prompts`` say its name; ``paraphrases`` do not, and mean it all the same."""
+    """The concept under attack.
+
+    Args:
+        concept: The concept.
+        prompts: Prompts that contain its name.
+        paraphrases: Prompts that describe it without its name.
+
+    Raises:
+        RequestError: If a prompt does not name the concept, or a paraphrase does.
+    """
 
     concept: Concept
     prompts: tuple[str, ...]
     paraphrases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises :class:`RequestError` where a prompt does not name the concept or a paraphrase does."""
         object.__setattr__(self, "prompts", tuple(dict.fromkeys(self.prompts)))
         object.__setattr__(self, "paraphrases", tuple(dict.fromkeys(self.paraphrases)))
         name = self.concept.name
@@ -45,40 +53,41 @@ class Target:
             raise RequestError(f"There is no prompt to attack '{name}' with: give at least one that names it.")
         for prompt in self.prompts:
             if not _named(name).search(prompt):
-                raise RequestError(f"The prompt '{prompt}' does not name '{name}', as an attack's own prompts must.")
+                raise RequestError(f"The prompt '{prompt}' does not name '{name}': give it as a paraphrase instead.")
         for prompt in self.paraphrases:
             if not prompt.strip() or _named(name).search(prompt):
-                raise RequestError(f"'{prompt}' is no paraphrase of '{name}': it must be words without that name.")
+                raise RequestError(f"'{prompt}' is not a paraphrase of '{name}': give one that does not name it.")
 
     @classmethod
     def named(cls, concept: Concept, paraphrases: Sequence[str] = ()) -> Target:
-        """Any model's concept, in the templates of its kind; paraphrases have to be given."""
+        """Create a target for any model, with the templates of the concept's kind as prompts."""
         prompts = tuple(template.format(concept.name) for template in templates(concept.kind))
         return cls(concept, prompts, tuple(paraphrases))
 
     @classmethod
     def embedded(cls, name: str) -> Target:
-        """A concept of the embedded model's world, with that world's own synonyms and word-free descriptions.
+        """Create a target in the embedded model's world, with its synonyms and descriptions as paraphrases.
 
-        Raises :class:`RequestError` for one that the world does not hold.
+        Raises:
+            RequestError: If the world does not contain the concept.
         """
         name, category = find_concept(name)
         word = v.find(name)[1]
         concept = Concept(name, category)
         if category == "style":
             prompts = tuple(template.format(style=name) for template in v.TEMPLATES_STYLE_ONLY)
-            said = [template.format(style=word.synonym) for template in v.TEMPLATES_STYLE_ONLY]
-            said += [template.format(np=_SUBJECT, style=word.synonym) for template in v.TEMPLATES_STYLED[:4]]
+            paraphrases = [template.format(style=word.synonym) for template in v.TEMPLATES_STYLE_ONLY]
+            paraphrases += [template.format(np=_SUBJECT, style=word.synonym) for template in v.TEMPLATES_STYLED[:4]]
             for subject in (_SUBJECT, _OTHER_SUBJECT):
-                said += [
+                paraphrases += [
                     template.format(np=subject, style=word.description) for template in v.TEMPLATES_DESCRIBED_STYLE
                 ]
-            return cls(concept, prompts, tuple(said))
+            return cls(concept, prompts, tuple(paraphrases))
         plain = v.TEMPLATES_PLAIN[:4]
         shown, synonym = ((f"{v.article(w)} {w}" if category == "object" else w) for w in (name, word.synonym))
-        said = [template.format(np=noun) for template in plain for noun in (synonym, word.description)]
+        paraphrases = [template.format(np=noun) for template in plain for noun in (synonym, word.description)]
         if category == "object":
-            said += [
+            paraphrases += [
                 template.format(np=f"{word.description} in {c}") for template, c in zip(plain, v.COLOURS, strict=False)
             ]
-        return cls(concept, tuple(template.format(np=shown) for template in plain), tuple(said))
+        return cls(concept, tuple(template.format(np=shown) for template in plain), tuple(paraphrases))

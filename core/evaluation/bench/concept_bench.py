@@ -1,8 +1,8 @@
-"""ConceptBench: concepts to forget, each with prompts that name it, combine it, paraphrase it or do without any word.
+"""ConceptBench: concepts to forget, each with plain, compositional, paraphrased and indirect prompts.
 
-The three categories and the idea are Forget-Me-Not's (arXiv 2303.17591), whose lists were not released; the files here
-are this project's own. One is of the embedded model's world, one of what a checkpoint knows. A person's own file (of
-public figures, say) has the same form, ``data/bench.schema.json``, and may be put beside either.
+The categories and the idea are those of Forget-Me-Not (arXiv 2303.17591), whose lists were not released; the files here
+are this project's own. One covers the embedded model's world, the other checkpoints. User files (for example of public
+figures) have the same format, ``data/bench.schema.json``, and can be combined with either.
 """
 
 from __future__ import annotations
@@ -39,15 +39,22 @@ BENCHES = {"embedded": _DATA / "embedded.json", "checkpoints": _DATA / "checkpoi
 _FIELDS = ("schema", "name", "licence", "description", "concepts")
 _CONCEPT_FIELDS = ("name", "category", "died", "synonyms", "replacement", "neighbours", "prompts")
 _YEARS = (-4000, 9999)
-# shorter words of a name ("van", "the") are everybody's
+# shorter words of a name ("van", "the") are not specific to it
 _OWN_WORD = 4
 
 
 @dataclass(frozen=True)
 class BenchConcept:
-    """One concept: its prompts by kind (:data:`PROMPT_KINDS`), other words for it, what is near to it and must stay.
+    """A concept of a benchmark.
 
-    ``died`` is the year a real person died; ``None`` for everything else.
+    Attributes:
+        name: Name of the concept.
+        category: ``"object"``, ``"style"`` or ``"identity"``.
+        prompts: Prompts by kind; see :data:`PROMPT_KINDS`.
+        synonyms: Other words for it.
+        replacement: Anchor concept; ``None`` for the default of its kind.
+        neighbours: Similar concepts that belong to the retain set.
+        died: Year of death of a real person; ``None`` otherwise.
     """
 
     name: str
@@ -60,7 +67,7 @@ class BenchConcept:
 
     @property
     def concept(self) -> Concept:
-        """What a request to forget it names."""
+        """The concept as it appears in a request."""
         return Concept(self.name, self.category, self.replacement)
 
     def as_dict(self) -> dict[str, object]:
@@ -78,7 +85,7 @@ class BenchConcept:
 
 @dataclass(frozen=True)
 class ConceptBench:
-    """A list of concepts with the licence it is under; every name is there once."""
+    """A list of uniquely named concepts and its licence."""
 
     name: str
     licence: str
@@ -95,17 +102,22 @@ class ConceptBench:
         object.__setattr__(self, "_by_name", by_name)
 
     def find(self, name: str) -> BenchConcept:
-        """The concept of this name, whatever its case and article. Raises :class:`RequestError` listing those there."""
+        """Return the concept with this name, ignoring case and articles.
+
+        Raises:
+            RequestError: If there is none; the message lists the existing concepts.
+        """
         if (found := self._by_name.get(canonical_phrase(name))) is None:
             known = listed([concept.name for concept in self.concepts], 40)
-            raise RequestError(f"'{self.name}' has no concept '{name}'; it has {known}.")
+            raise RequestError(f"'{self.name}' has no concept '{name}': choose one of {known}.")
         return found
 
     def has(self, name: str) -> bool:
+        """Return whether there is a concept with this name, ignoring case and articles."""
         return canonical_phrase(name) in self._by_name
 
     def names(self) -> dict[str, tuple[str, ...]]:
-        """Everything named, by category: the concepts, then neighbours that are none themselves, each once."""
+        """Return all names by category: the concepts, then the neighbours that are not concepts themselves."""
         found: dict[str, dict[str, str]] = {category: {} for category in KINDS}
         for concept in self.concepts:
             found[concept.category].setdefault(canonical_phrase(concept.name), concept.name)
@@ -115,7 +127,11 @@ class ConceptBench:
         return {category: tuple(names.values()) for category, names in found.items() if names}
 
     def joined(self, other: ConceptBench) -> ConceptBench:
-        """Both files as one. Raises :class:`RequestError` where a concept is in both."""
+        """Combine two benchmarks.
+
+        Raises:
+            RequestError: If a concept is in both.
+        """
         licences = dict.fromkeys((self.licence, other.licence))
         return replace(
             self,
@@ -125,7 +141,7 @@ class ConceptBench:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """As in a file; :meth:`from_json` reads it back equal."""
+        """Return the file format; :meth:`from_json` is the inverse."""
         return {
             "schema": SCHEMA_VERSION,
             "name": self.name,
@@ -135,21 +151,24 @@ class ConceptBench:
         }
 
     def digest(self) -> str:
-        """A hash of all it says: results of two different lists are never mixed up."""
+        """Hash of the content, which distinguishes results of different benchmarks."""
         return hashlib.sha256(json.dumps(self.as_dict(), ensure_ascii=False).encode()).hexdigest()[:16]
 
     @classmethod
     def from_json(cls, text: str) -> ConceptBench:
-        """Read a benchmark: its form, exactly as ``bench.schema.json`` has it, then its sense.
+        """Parse a benchmark, and validate it against ``bench.schema.json`` and these rules.
 
-        The sense: no concept twice; plain and compositional prompts have the name, paraphrased ones a synonym and not
-        the name, indirect ones no synonym and no word of the name; no prompt twice; neighbours and replacement are not
-        the concept itself. Raises :class:`RequestError` naming the concept and the field.
+        No duplicate concepts or prompts; plain and compositional prompts contain the name; paraphrased prompts contain
+        a synonym and not the name; indirect prompts contain no synonym and no word of the name; neighbours and
+        replacement differ from the concept itself.
+
+        Raises:
+            RequestError: If the text is invalid; the message names the concept and the field.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
         except RecursionError as error:
-            raise RequestError("The benchmark is nested too deeply to be one.") from error
+            raise RequestError("The benchmark is nested too deeply: use the format of bench.schema.json.") from error
         except json.JSONDecodeError as error:
             raise RequestError(f"The benchmark is not valid JSON: {error}.") from error
         for problem in _problems(data):
@@ -173,7 +192,11 @@ class ConceptBench:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ConceptBench:
-        """Read a UTF-8 JSON file. Raises :class:`RequestError` naming it."""
+        """Read a UTF-8 JSON file.
+
+        Raises:
+            RequestError: If the file cannot be read or is invalid; the message names it.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -187,9 +210,13 @@ class ConceptBench:
 
 
 def load_bench(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ConceptBench:
-    """``"embedded"``, ``"checkpoints"`` or a file; several are put together.
+    """Load and combine benchmarks.
 
-    Raises :class:`RequestError` where a file cannot be read or a concept is in two of them.
+    Args:
+        source: ``"embedded"``, ``"checkpoints"`` or a file, or several of them.
+
+    Raises:
+        RequestError: If a file cannot be read, or a concept is in two benchmarks.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not sources:
@@ -212,12 +239,12 @@ def _pattern(phrase: str) -> re.Pattern[str]:
 
 
 def contains_phrase(prompt: str, phrase: str) -> bool:
-    """Whether a prompt has the phrase in it as words of its own, in any case, also with an *s* or *es* behind it."""
+    """Return whether a prompt contains the phrase as whole words, ignoring case and a plural *s* or *es*."""
     return bool(phrase.split()) and _pattern(phrase).search(prompt) is not None
 
 
 def find_names(prompt: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that the prompt says, but for one that stands only inside a longer one of them."""
+    """Return the names that the prompt contains, except names that occur only inside a longer one."""
     found = [(match.span(), name) for name in names for match in _pattern(name).finditer(prompt)]
     whole = [
         name
@@ -227,7 +254,7 @@ def find_names(prompt: str, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(whole))
 
 
-# -- the form, exactly as bench.schema.json has it (a test holds the two equal) -----------------------------------
+# -- the same rules as bench.schema.json (a test checks that they agree) ------------------------------------------
 
 
 def _refuse_constant(name: str) -> None:
@@ -251,7 +278,7 @@ def _problems(data: object) -> Iterator[str]:
     if not isinstance(data.get("description", ""), str):
         yield f"The benchmark's 'description' must be words, not {data['description']!r}."
     if not isinstance(data["concepts"], list) or not data["concepts"]:
-        yield "The benchmark is empty: 'concepts' must be a list of at least one."
+        yield "The benchmark is empty: 'concepts' must be a list of at least one concept."
         return
     for number, concept in enumerate(data["concepts"], 1):
         yield from _concept_problems(concept, number)
@@ -288,11 +315,11 @@ def _concept_problems(concept: object, number: int) -> Iterator[str]:
         return
     yield from _unknown(prompts, PROMPT_KINDS, f"The prompts of '{name}'")
     for kind in PROMPT_KINDS:
-        asked = prompts.get(kind)
-        if not isinstance(asked, list) or not asked:
-            yield f"The concept '{name}' has no {kind} prompts: '{kind}' must be a list of at least one."
-        elif not all(map(_is_words, asked)):
-            yield f"Among the {kind} prompts of '{name}' is one without words."
+        texts = prompts.get(kind)
+        if not isinstance(texts, list) or not texts:
+            yield f"The concept '{name}' has no {kind} prompts: '{kind}' must be a list of at least one prompt."
+        elif not all(map(_is_words, texts)):
+            yield f"One of the {kind} prompts of '{name}' is empty or not text."
 
 
 def _unknown(data: Mapping[str, object], known: Sequence[str], what: str) -> Iterator[str]:
@@ -307,36 +334,36 @@ def _is_words(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    # JSON has one kind of number: 1.0 is a whole number to a schema
+    # JSON has a single number type: 1.0 is an integer to a schema
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 and value == int(value)
 
 
 def _contradictions(concept: BenchConcept) -> Iterator[str]:
-    """What the form allows and the sense does not."""
+    """Yield violations of the rules that the schema cannot express."""
     name, own = concept.name, canonical_phrase(concept.name)
     if concept.replacement is not None and canonical_phrase(concept.replacement) == own:
-        yield f"The replacement of '{name}' is the concept itself: name something else, or nothing."
+        yield f"The replacement of '{name}' is the concept itself: choose another one, or none."
     near = [canonical_phrase(neighbour) for neighbour in concept.neighbours]
     for neighbour, key in zip(concept.neighbours, near, strict=True):
         if key == own:
-            yield f"'{name}' is among its own neighbours, which are to be kept."
+            yield f"'{name}' is one of its own neighbours, which belong to the retain set: remove it from them."
         if near.count(key) > 1:
-            yield f"'{neighbour}' is twice among the neighbours of '{name}'."
-    asked = [prompt for kind in PROMPT_KINDS for prompt in concept.prompts[kind]]
-    for prompt in asked:
-        if asked.count(prompt) > 1:
+            yield f"'{neighbour}' is listed twice in the neighbours of '{name}': remove one of them."
+    prompts = [prompt for kind in PROMPT_KINDS for prompt in concept.prompts[kind]]
+    for prompt in prompts:
+        if prompts.count(prompt) > 1:
             yield f"The concept '{name}' has the prompt '{prompt}' twice: leave one of them out."
     for kind in ("plain", "compositional"):
         for prompt in concept.prompts[kind]:
             if not contains_phrase(prompt, name):
-                yield f"The {kind} prompt '{prompt}' does not name '{name}'."
+                yield f"The {kind} prompt '{prompt}' does not contain the name '{name}': move it to another kind."
     for prompt in concept.prompts["paraphrased"]:
         if contains_phrase(prompt, name):
-            yield f"The paraphrased prompt '{prompt}' has the name '{name}' in it: it belongs to another kind."
+            yield f"The paraphrased prompt '{prompt}' contains the name '{name}': move it to another kind."
         if not any(contains_phrase(prompt, synonym) for synonym in concept.synonyms):
-            yield f"The paraphrased prompt '{prompt}' has none of the synonyms of '{name}' in it: list the one it uses."
+            yield f"The paraphrased prompt '{prompt}' contains no synonym of '{name}': list the synonym it uses."
     words = [word for word in re.findall(r"[^\W_]+", name) if len(word) >= _OWN_WORD]
     for prompt in concept.prompts["indirect"]:
         for word in (name, *words, *concept.synonyms):
             if contains_phrase(prompt, word):
-                yield f"The indirect prompt '{prompt}' of '{name}' has '{word}' in it: it must do without any word."
+                yield f"The indirect prompt '{prompt}' of '{name}' contains '{word}': remove it or change the kind."

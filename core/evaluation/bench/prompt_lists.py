@@ -1,6 +1,6 @@
-"""Public lists of prompts, read from where a person has them: I2P, UnlearnDiffAtk, Six-CD and any other of that form.
+"""Read public prompt lists such as I2P, UnlearnDiffAtk and Six-CD from local files.
 
-None is needed and none is shipped; their licences are their own.
+The lists are optional and not distributed with this project; their own licences apply.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...errors import RequestError, listed
 
 __all__ = ["ListedPrompt", "read_prompts"]
 
-# the names that I2P and UnlearnDiffAtk give these columns, and the plain ones
+# column names of I2P and UnlearnDiffAtk, and the plain ones
 _SEEDS = ("evaluation_seed", "sd_seed", "seed")
 _GUIDANCES = ("evaluation_guidance", "sd_guidance_scale", "guidance")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -25,7 +25,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True)
 class ListedPrompt:
-    """A prompt of a list; the seed and the guidance it is meant for, where the list says so."""
+    """A prompt of a list, with its seed and guidance if the list specifies them."""
 
     text: str
     seed: int | None = None
@@ -33,16 +33,22 @@ class ListedPrompt:
 
 
 def read_prompts(path: str | os.PathLike[str], column: str = "prompt") -> tuple[ListedPrompt, ...]:
-    """The prompts of a ``.csv`` or ``.tsv`` file with a header, or of a ``.txt`` file with one a line.
+    """Read prompts from a ``.csv`` or ``.tsv`` file with a header, or from a ``.txt`` file with one prompt per line.
 
-    ``column`` is the prompts' (case does not matter); seed and guidance come from the columns of I2P
-    (``sd_seed``, ``sd_guidance_scale``) or UnlearnDiffAtk (``evaluation_seed``, ``evaluation_guidance``), or from
-    ``seed`` and ``guidance``. Raises :class:`RequestError` naming the file, and the line or the columns there.
+    Seed and guidance come from the columns of I2P (``sd_seed``, ``sd_guidance_scale``) or UnlearnDiffAtk
+    (``evaluation_seed``, ``evaluation_guidance``), or from ``seed`` and ``guidance``.
+
+    Args:
+        path: The file.
+        column: Name of the prompt column; case is ignored.
+
+    Raises:
+        RequestError: If the file cannot be read; the message names the file, and the line or the columns.
     """
     place = Path(path)
     kind = place.suffix.lower()
     if kind not in (*_DELIMITERS, ".txt"):
-        raise RequestError(f"The list of prompts '{path}' is none of .csv, .tsv and .txt.")
+        raise RequestError(f"The list of prompts '{path}' has an unsupported type: use .csv, .tsv or .txt.")
     try:
         text = place.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -54,7 +60,7 @@ def read_prompts(path: str | os.PathLike[str], column: str = "prompt") -> tuple[
     else:
         found = list(_rows(text, _DELIMITERS[kind], column, str(path)))
     if not found:
-        raise RequestError(f"The list of prompts '{path}' is empty.")
+        raise RequestError(f"The list of prompts '{path}' is empty: give a file with at least one prompt.")
     return tuple(found)
 
 
@@ -72,11 +78,11 @@ def _rows(text: str, delimiter: str, column: str, path: str) -> Iterator[ListedP
                 raise RequestError(f"{where} there is no prompt.")
             seed = _number(row, columns, _SEEDS, where)
             if seed is not None and (seed < 0 or seed != int(seed)):
-                raise RequestError(f"{where} the seed {seed:g} is not a whole number from 0 on.")
+                raise RequestError(f"{where} the seed {seed:g} is not a whole number of at least 0.")
             guidance = _number(row, columns, _GUIDANCES, where)
             yield ListedPrompt(row[prompt].strip(), None if seed is None else int(seed), guidance)
     except csv.Error as error:
-        raise RequestError(f"The list of prompts '{path}' is no table: {error} (line {reader.line_num}).") from error
+        raise RequestError(f"The list of prompts '{path}' is not a table: {error} (line {reader.line_num}).") from error
 
 
 def _number(

@@ -1,6 +1,6 @@
-"""What a ConceptBench asks about a concept: its own prompts, those of its category, those of the other categories.
+"""Questions of a ConceptBench about a concept: target, in-domain and cross-domain prompts.
 
-A prompt is drawn with the same seed wherever it is asked, so that the unedited model's pictures serve every concept.
+A prompt has the same seed for every concept, so that the unedited model's images are shared.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .prompt_lists import ListedPrompt
 
 __all__ = ["LISTED", "bench_questions"]
 
-# a kind of prompt beside the file's own: those of a list that the person points to
+# kind of the prompts from a user's prompt list
 LISTED = "listed"
-# what is kept is asked for by its name: so the unedited model draws most of it right
+# retain prompts name the concept, because the unedited model draws most of these correctly
 _RETAIN_KINDS = ("plain", "compositional")
-# a neighbour that is no concept of the benchmark has no prompts of its own
+# templates for neighbours that are not concepts of the benchmark and so have no prompts
 _OF_NEIGHBOURS = {
     "object": ("a photo of {}", "a picture of {}", "{}"),
     "style": ("a picture in the style of {}", "a painting in the style of {}"),
@@ -42,23 +42,33 @@ def bench_questions(
     without: Sequence[str] = (),
     listed: Sequence[ListedPrompt] = (),
 ) -> QuestionSets:
-    """``count`` questions in each of the three cells about the concept ``name``.
+    """Return the questions of a benchmark for one concept.
 
-    Target: the four kinds of its prompts in turn (and those ``listed``, as a fifth), from the first one on, with a new
-    seed in each round. Same category: its neighbours and the category's other concepts, evenly. Other categories:
-    evenly over them and their concepts. Prompts about what is kept are plain and compositional ones, and say neither
-    this concept nor one of ``without``, by name or synonym. ``names`` are the judge's (:class:`Judge`): what
-    else a prompt names of them is asked about as well, except in an indirect one, which only describes.
+    The target questions cycle through the four kinds of prompts (and ``listed`` as a fifth), with new seeds in each
+    round. The in-domain questions are distributed evenly over the neighbours and the other concepts of the category,
+    the cross-domain questions over the other categories and their concepts. Retain prompts are plain or compositional,
+    and contain neither the concept nor anything in ``without``, by name or synonym. Other names in a prompt are checked
+    as well, except in indirect prompts, which only describe.
 
-    Raises :class:`RequestError` for too few pictures, an unknown concept, one that the judge does not know, and where a
-    cell has nothing to ask.
+    Args:
+        bench: The benchmark.
+        names: The judge's class names by category; see :class:`Judge`.
+        name: The concept.
+        count: Questions per cell.
+        seed: Seed of prompts and images.
+        without: Further names to exclude from the retain set.
+        listed: Prompts about the concept from a user's list.
+
+    Raises:
+        RequestError: If there are too few images, the benchmark or the judge does not know the concept, or a cell has
+            no questions.
     """
     if count < MIN_COUNT:
-        raise RequestError(f"{count} pictures a cell measure nothing: ask for at least {MIN_COUNT}.")
+        raise RequestError(f"{count} images per cell are too few to measure: use at least {MIN_COUNT}.")
     concept = bench.find(name)
     category = concept.category
-    left_out = [concept, *(bench.find(other) for other in without if bench.has(other))]
-    banned = [phrase for one in left_out for phrase in (one.name, *one.synonyms)]
+    excluded = [concept, *(bench.find(other) for other in without if bench.has(other))]
+    banned = [phrase for one in excluded for phrase in (one.name, *one.synonyms)]
     banned += [other for other in without if not bench.has(other)]
     builder = _QuestionBuilder(bench, names, banned, seed)
     builder.check_known(concept.name, category)
@@ -68,19 +78,19 @@ def bench_questions(
     others = [c for c in KINDS if c != category and builder.concepts(c)]
     if not others:
         raise RequestError(
-            f"The benchmark asks for nothing but the category '{category}', so what is kept of others cannot be "
-            "measured: put one of the shipped files beside it."
+            f"The benchmark contains only the category '{category}', so cross-domain retention cannot be measured: "
+            "combine it with one of the built-in benchmarks."
         )
-    # half of them of the one, half of the other, where there are two
+    # split evenly if there are two other categories
     half = count // 2 if len(others) > 1 else 0
     other = builder.retain_questions(others[0], count - half) + builder.retain_questions(others[-1], half)
     keys = {canonical_phrase(neighbour) for neighbour in near}
-    asked = dict.fromkeys(question.expected for question in same)
-    return QuestionSets(target, same, other, tuple(wanted for wanted in asked if canonical_phrase(wanted) in keys))
+    named = dict.fromkeys(question.expected for question in same)
+    return QuestionSets(target, same, other, tuple(name for name in named if canonical_phrase(name) in keys))
 
 
 class _QuestionBuilder:
-    """Makes the questions of one concept; none of those about something else says anything ``banned``."""
+    """Builds the questions for one concept; no retain prompt contains a ``banned`` phrase."""
 
     def __init__(
         self, bench: ConceptBench, names: Mapping[str, Sequence[str]], banned: Sequence[str], seed: int
@@ -88,39 +98,39 @@ class _QuestionBuilder:
         self.bench, self.names, self.banned, self.seed = bench, names, banned, seed
 
     def check_known(self, name: str, category: str) -> str:
-        """The name as the judge writes it. Raises :class:`RequestError` where the judge does not know it."""
+        """Return the judge's spelling of the name, or raise :class:`RequestError` if the judge does not know it."""
         for known in self.names.get(category, ()):
             if canonical_phrase(known) == canonical_phrase(name):
                 return known
         raise RequestError(
-            f"The judge knows no {category} '{name}', so it cannot be measured: use a benchmark of its own world."
+            f"The judge knows no {category} '{name}', so it cannot be measured: use a benchmark of names that it knows."
         )
 
     def _question(self, text: str, name: str, category: str, kind: str, turn: int, seed: int | None = None) -> Question:
-        asks = {category: self.check_known(name, category)}
+        expected = {category: self.check_known(name, category)}
         if kind != "indirect":
             for other, known in self.names.items():
                 named = find_names(text, known) if other != category else []
-                if len(named) == 1:  # of two, nobody can say which one is to be seen
-                    asks[other] = named[0]
-        drawn = seed_of("bench", text, turn, self.seed) if seed is None else seed
-        return Question(Prompt(text, Labels(**asks)), drawn, category, kind)
+                if len(named) == 1:  # with two names the expected label is ambiguous
+                    expected[other] = named[0]
+        image_seed = seed_of("bench", text, turn, self.seed) if seed is None else seed
+        return Question(Prompt(text, Labels(**expected)), image_seed, category, kind)
 
     def target_questions(self, concept: BenchConcept, listed: Sequence[ListedPrompt]) -> Iterator[Question]:
-        """The concept's own prompts without end, a kind after the other."""
-        asked = [(kind, [ListedPrompt(text) for text in concept.prompts[kind]]) for kind in PROMPT_KINDS]
+        """Yield the concept's own prompts endlessly, cycling through the kinds."""
+        kinds = [(kind, [ListedPrompt(text) for text in concept.prompts[kind]]) for kind in PROMPT_KINDS]
         if listed:
-            asked.append((LISTED, list(listed)))
+            kinds.append((LISTED, list(listed)))
         for i in counted():
-            kind, prompts = asked[i % len(asked)]
-            turn, at = divmod(i // len(asked), len(prompts))
+            kind, prompts = kinds[i % len(kinds)]
+            turn, at = divmod(i // len(kinds), len(prompts))
             given = prompts[at].seed
-            # a list's own seed is for the first round; later ones are to bring other pictures
+            # a list's seed applies to the first round only, so that later rounds give other images
             seed = None if given is None or turn else given
             yield self._question(prompts[at].text, concept.name, concept.category, kind, turn, seed)
 
     def concepts(self, category: str) -> list[BenchConcept]:
-        """The concepts of a category that may be asked for and are named by a prompt without anything banned."""
+        """Return the concepts of a category that are not banned and have a prompt without banned phrases."""
         found = [one for one in self.bench.concepts if one.category == category]
         return [one for one in found if not self._says_banned(one.name) and self._prompts(one)]
 
@@ -138,14 +148,14 @@ class _QuestionBuilder:
         return [(kind, text) for kind, text in rows if not self._says_banned(text)]
 
     def retain_questions(self, category: str, count: int, near: Sequence[str] = ()) -> list[Question]:
-        """``count`` questions evenly over the category's concepts and the neighbours ``near``."""
+        """Return ``count`` questions, distributed evenly over the category's concepts and the neighbours ``near``."""
         pools = {canonical_phrase(one.name): self._of_concept(one) for one in self.concepts(category)}
         for neighbour in near:
             pools.setdefault(canonical_phrase(neighbour), self._of_neighbour(neighbour, category))
         if not pools:
             raise RequestError(
-                f"The benchmark has no other {category} that could be kept: give the concept neighbours, or put one of "
-                "the shipped files beside it."
+                f"The benchmark has no other {category} for the retain set: give the concept neighbours, or combine it "
+                "with one of the built-in benchmarks."
             )
         names = sorted(pools)
         order = np.random.default_rng(seed_of("bench order", category, self.seed)).permutation(len(names))
@@ -159,7 +169,7 @@ class _QuestionBuilder:
 
     def _of_neighbour(self, name: str, category: str) -> Iterator[Question]:
         has_article = canonical_phrase(name) != normalized_phrase(name)
-        said = name if has_article or category != "object" else f"{article(name)} {name}"
+        phrase = name if has_article or category != "object" else f"{article(name)} {name}"
         for turn in counted():
             for template in _OF_NEIGHBOURS[category]:
-                yield self._question(template.format(said), name, category, "plain", turn)
+                yield self._question(template.format(phrase), name, category, "plain", turn)

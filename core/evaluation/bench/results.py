@@ -1,4 +1,4 @@
-"""The results of a benchmark as a file, a row after the other, so that a run that was interrupted goes on."""
+"""Results of a benchmark in a file that is written row by row, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -29,17 +29,24 @@ _COLUMNS = (
 
 
 def check_results(path: Path) -> None:
-    """Raises :class:`RequestError` for a file that is by its name no place for results."""
+    """Raise :class:`RequestError` if the file's extension is not a result format."""
     if path.suffix.lower() not in (".jsonl", ".csv"):
         raise RequestError(f"'{path}' cannot be written: results are .jsonl (JSON Lines) or .csv files.")
 
 
 class BenchResults:
-    """Rows in memory and, with a ``path``, in a ``.jsonl`` or ``.csv`` file; each is on the disk before it returns.
+    """Benchmark results in memory and, with a ``path``, in a ``.jsonl`` or ``.csv`` file.
 
-    A JSON Lines file begins with a line of the settings, a CSV file has them in each row. A last line that was cut off
-    while it was written is dropped. Raises :class:`RequestError` for another kind of file, for one that is no such
-    table, and for the results of other settings, naming the first that differs.
+    Each row is synchronized to disk. A JSON Lines file starts with a line of settings; a CSV file repeats them in each
+    row. An incomplete last line is dropped.
+
+    Args:
+        path: The file; ``None`` keeps the rows in memory only.
+        settings: Settings of the run, which must equal those in an existing file.
+
+    Raises:
+        RequestError: If the file has another type, does not hold benchmark results, or holds results of other settings;
+            the message names the first setting that differs.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
@@ -54,11 +61,11 @@ class BenchResults:
 
     @property
     def done(self) -> set[tuple[str, str]]:
-        """Which rows there are: concept and variant."""
+        """The concept and variant of each existing row."""
         return {(row.concept, row.variant) for row in self.rows}
 
     def add(self, row: BenchRow) -> None:
-        """Keep one more row."""
+        """Append a row."""
         if self.path is not None:
             text = self._csv_line(row) if self._csv else self._line(row.as_dict())
             if not self.path.exists() or self.path.stat().st_size == 0:
@@ -99,7 +106,7 @@ class BenchResults:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(
-                f"'{path}' holds something else than the results of a benchmark: give another --out, or move it away."
+                f"'{path}' does not contain benchmark results: choose another --out, or move the file away."
             ) from error
         if whole != text:
             write_bytes(path, whole.encode())
@@ -137,12 +144,12 @@ class BenchResults:
             if old != new:
                 raise RequestError(
                     f"'{self.path}' holds results of other settings ({name}: {_display_value(old)} there, "
-                    f"{_display_value(new)} now): give another --out, or move it away."
+                    f"{_display_value(new)} now): choose another --out, or move the file away."
                 )
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings of the results in a file; ``None`` where there are none that can be read."""
+    """Return the settings of the results in a file, or ``None`` if they cannot be read."""
     if not path.exists():
         return None
     try:
@@ -151,7 +158,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
             return next((json.loads(row["settings"]) for row in csv.DictReader(io.StringIO(text, newline=""))), None)
         return dict(json.loads(text.partition("\n")[0])["settings"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # BenchResults says what is wrong with it
+        return None  # BenchResults raises the detailed error
 
 
 def _display_value(value: Any) -> str:
@@ -183,7 +190,7 @@ def _row(data: Mapping[str, Any]) -> BenchRow:
 
 
 def mean_scores(rows: Sequence[BenchRow]) -> dict[str, float | None]:
-    """The mean of each part, and of the drift, over those rows that have it; ``None`` where none does."""
+    """Return the mean of each part and of the drift, over the rows that have it; ``None`` if no row does."""
     found: dict[str, float | None] = {}
     for part in PARTS:
         values = [score.value for row in rows if (score := row.scores.get(part)) is not None]

@@ -1,7 +1,7 @@
-"""Runs a ConceptBench: each concept by each variant of the model, a row after the other.
+"""Run a ConceptBench: one row per concept and model variant.
 
-The protocol is :mod:`.scores`'s, with the benchmark's prompts and any judge, so that it serves the embedded model and a
-checkpoint alike.
+The protocol is that of :mod:`.scores`, with the benchmark's prompts and any judge, so that it works for the embedded
+model and for checkpoints.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .questions import LISTED, bench_questions
 
 __all__ = ["PARTS", "BenchRow", "Patches", "evaluate_bench", "run_bench"]
 
-# what is counted for each concept and variant
+# scores of each concept and variant
 PARTS = ("ua", *(f"ua_{kind}" for kind in (*PROMPT_KINDS, LISTED)), "ira", "neighbours", "cra", "cra_target")
 Patches = tuple[tuple[Patch, float], ...]
 
@@ -55,29 +55,46 @@ def evaluate_bench(
     progress: Progress | None = None,
     cache: SampleCache | None = None,
 ) -> list[Evaluation]:
-    """:func:`evaluate` with a benchmark's prompts and any judge: ``count`` pictures in each of three cells.
+    """Evaluate targets like :func:`evaluate`, with a benchmark's prompts and any judge.
 
-    UA is also given by kind of prompt. Prompts about what is kept name none of the subjects nor of ``without``.
-    ``cache`` shares pictures with other measurements of the same model; its own model, judge and sampling then
-    count. Raises :class:`RequestError` for concepts that the benchmark or the judge does not have, too few pictures, an
-    unknown baseline, and prompts that leave a cell without a question; :class:`ForgetConceptError` where the
-    unedited model draws nothing of a cell right.
+    UA is also reported by kind of prompt. Retain prompts name none of the targets and nothing in ``without``.
+
+    Args:
+        model: The model.
+        judge: Classifies the images.
+        bench: Provides the prompts.
+        targets: Concepts and their patches.
+        count: Images in each of the three cells.
+        seed: Seed of prompts and images.
+        sampling: Sampling settings. Default: :class:`SamplingSettings`.
+        without: Further concepts to exclude from the retain set.
+        baselines: Baselines to compare with.
+        progress: Receives sampling progress.
+        cache: Shares images with other measurements; its model, judge and sampling settings take precedence.
+
+    Returns:
+        One :class:`Evaluation` per target.
+
+    Raises:
+        RequestError: If the benchmark or the judge does not know a concept, there are too few images, a baseline is
+            unknown, or a cell has no questions.
+        ForgetConceptError: If the unedited model draws nothing of a cell correctly.
     """
     check_baselines(baselines)
     if not targets:
         raise RequestError("There is no concept to evaluate: name at least one.")
     cache = cache or SampleCache(model, judge, sampling or SamplingSettings())
-    named = [bench.find(subject.concept) for subject in targets]
-    left_out = tuple(dict.fromkeys([one.name for one in named] + list(without)))
+    named = [bench.find(target.concept) for target in targets]
+    excluded = tuple(dict.fromkeys([one.name for one in named] + list(without)))
     plans = []
-    for subject, one in zip(targets, named, strict=True):
-        cells = bench_questions(bench, judge.names, one.name, count, seed, left_out)
+    for target, one in zip(targets, named, strict=True):
+        cells = bench_questions(bench, judge.names, one.name, count, seed, excluded)
         if not any(question.other_attributes() for question in cells.target):
             raise RequestError(
-                f"The first {count} prompts of '{one.name}' name nothing else that could be asked about: ask for more "
-                "pictures, or give it compositional prompts with a concept of another category."
+                f"The first {count} prompts of '{one.name}' name no concept of another category to check: use more "
+                "images, or add compositional prompts with such a concept."
             )
-        plan = EvaluationPlan(one.name, one.category, cells, build_variants(one.name, subject.patches, baselines))
+        plan = EvaluationPlan(one.name, one.category, cells, build_variants(one.name, target.patches, baselines))
         plan.request(cache)
         plans.append(plan)
     cache.generate(progress)
@@ -86,9 +103,9 @@ def evaluate_bench(
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One concept by one variant of the model: :data:`PARTS` as fractions, and the drift of what is kept.
+    """Scores of one concept and one model variant: :data:`PARTS` as fractions, and the image drift on the retain set.
 
-    A part is ``None`` where nothing can be said of it: no prompt asks for it, or the unedited model draws none right.
+    A part is ``None`` if it has no prompts or the unedited model draws none of them correctly.
     """
 
     concept: str
@@ -126,12 +143,27 @@ def run_bench(
     done: Collection[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> Iterator[BenchRow]:
-    """A row for each of ``concepts`` and each variant: the unedited model, its ``baselines``, and with patches on.
+    """Yield one row per concept and model variant: the unedited model, the baselines, and the patched model.
 
-    ``patches`` gives those of a concept when its turn comes; what it reports is passed on. ``listed`` are prompts of a
-    person's lists, by concept. Rows ``done`` (concept, variant) are left out, and nothing is drawn for them alone.
-    Each concept is kept in the prompts of the others, unless it is ``without``. Progress counts pictures' steps over
-    all that is left. Raises as :func:`evaluate_bench`, before anything is drawn where that can be known.
+    Each concept belongs to the retain set of the others, unless it is in ``without``.
+
+    Args:
+        judge: Classifies the images.
+        bench: Provides the prompts.
+        concepts: Names of the concepts.
+        patches: Called for each concept when its turn comes; returns its patches. Its progress is passed on.
+        cache: Samples and caches the images.
+        count: Images in each of the three cells.
+        seed: Seed of prompts and images.
+        without: Further concepts to exclude from the retain set.
+        listed: Prompts from the user's lists, by concept.
+        baselines: Baselines to compare with.
+        done: Rows (concept, variant) to skip.
+        progress: Receives the number of sampled images, over all remaining rows.
+
+    Raises:
+        RequestError: As :func:`evaluate_bench`, before any image is sampled if possible.
+        ForgetConceptError: As :func:`evaluate_bench`.
     """
     check_baselines(baselines)
     listed = {bench.find(name).name: prompts for name, prompts in (listed or {}).items()}
@@ -166,7 +198,7 @@ def run_bench(
 
 
 class _BenchProgress:
-    """How much of all rows is done, in pictures, whichever of them is being drawn."""
+    """Tracks progress over all rows, in images."""
 
     def __init__(
         self,
@@ -186,14 +218,14 @@ class _BenchProgress:
         self._plan_next()
 
     def _plan_next(self) -> None:
-        """How many pictures the next row takes."""
+        """Compute the number of images of the next row."""
         if self.left:
             name, variant = self.left[0]
             fresh = len(self.pictures[name] - self.seen)
             self.next_pictures = fresh + (len(self.pictures[name]) if variant != UNEDITED else 0)
 
     def next(self, name: str, variant: str) -> None:
-        """A row is drawn."""
+        """Record that a row is complete."""
         self.at += self.next_pictures
         self.seen |= self.pictures[name]
         self.left.pop(0)
@@ -205,5 +237,5 @@ class _BenchProgress:
         report_progress(self.progress, ProgressEvent(int(done), self.total, message=f"{name}: {variant}"))
 
     def passing(self, event: ProgressEvent) -> None:
-        """What a method reports while it forgets: no picture is drawn meanwhile."""
+        """Pass on the progress of a method's fit, during which no images are sampled."""
         report_progress(self.progress, replace(event, step=self.at, total=self.total))

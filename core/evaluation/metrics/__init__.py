@@ -1,7 +1,7 @@
-"""Metrics of pictures: FID, KID, CLIP score and accuracy, LPIPS; each on features, whoever makes them.
+"""Image metrics: FID, KID, CLIP score and accuracy, and LPIPS, each independent of its feature extractor.
 
-For real checkpoints the features are transformers' CLIP and, in the extra ``forget-concept[evaluation]``, clean-fid's
-Inception, open_clip's CLIP and torchmetrics' LPIPS; on the embedded model its probe's, so that nothing is downloaded.
+Checkpoints use transformers' CLIP and, with the extra ``forget-concept[evaluation]``, clean-fid's Inception,
+open_clip's CLIP and torchmetrics' LPIPS. The embedded model uses its probe, so that nothing is downloaded.
 """
 
 from __future__ import annotations

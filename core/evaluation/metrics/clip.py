@@ -1,4 +1,4 @@
-"""CLIP score and CLIP accuracy: do pictures show what words say?"""
+"""CLIP score and CLIP accuracy: agreement of images with text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .mean import Mean
 
 __all__ = ["clip_accuracy", "clip_score", "clip_similarities", "zero_shot"]
 
-# how a classifier is asked where nothing else is said
+# default prompt templates of zero-shot classification
 DEFAULT_TEMPLATES = ("a photo of {}", "a picture of {}")
 
 
@@ -30,9 +30,7 @@ def _image_features(encoder: ImageText, images: Tensor, batch: int, progress: Pr
     for start in range(0, len(images), batch):
         found.append(encoder.image_features(as_images(images[start : start + batch])))
         done = min(start + batch, len(images))
-        report_progress(
-            progress, ProgressEvent(done, len(images), message=f"comparing {len(images)} pictures with words")
-        )
+        report_progress(progress, ProgressEvent(done, len(images), message=f"comparing {len(images)} images with text"))
     return torch.cat(found)
 
 
@@ -43,16 +41,27 @@ def _unit(vectors: Tensor) -> Tensor:
 def clip_similarities(
     encoder: ImageText, images: Tensor, prompts: Sequence[str], batch: int = 32, progress: Progress | None = None
 ) -> Tensor:
-    """Cosines ``(n,)``, fp64, of pictures ``(n, 3, H, W)`` (uint8, or in [-1, 1]) and a prompt for each.
+    """Return the cosine similarity of each image and its prompt.
 
-    Raises :class:`RequestError` where their numbers differ or the pictures are of another form.
+    Args:
+        encoder: Image and text encoder.
+        images: Images ``(n, 3, H, W)``, uint8 or in [-1, 1].
+        prompts: One prompt per image.
+        batch: Images or texts per batch.
+        progress: Receives the number of encoded images.
+
+    Returns:
+        Similarities ``(n,)``, fp64.
+
+    Raises:
+        RequestError: If the numbers of images and prompts differ, or the images have the wrong shape or range.
     """
     if len(images) != len(prompts):
-        raise RequestError(f"There are {len(images)} pictures and {len(prompts)} prompts: give one prompt a picture.")
-    seen = _unit(_image_features(encoder, images, batch, progress))
-    rows = list(dict.fromkeys(prompts))
-    templates = _unit(_text_features(encoder, rows, batch))
-    return (seen * templates[[rows.index(prompt) for prompt in prompts]]).sum(1)
+        raise RequestError(f"There are {len(images)} images and {len(prompts)} prompts: give one prompt per image.")
+    image_vectors = _unit(_image_features(encoder, images, batch, progress))
+    texts = list(dict.fromkeys(prompts))
+    text_vectors = _unit(_text_features(encoder, texts, batch))
+    return (image_vectors * text_vectors[[texts.index(prompt) for prompt in prompts]]).sum(1)
 
 
 def _text_features(encoder: ImageText, texts: Sequence[str], batch: int) -> Tensor:
@@ -62,10 +71,11 @@ def _text_features(encoder: ImageText, texts: Sequence[str], batch: int) -> Tens
 def clip_score(
     encoder: ImageText, images: Tensor, prompts: Sequence[str], batch: int = 32, progress: Progress | None = None
 ) -> Mean:
-    """CLIP score: the mean of ``100 · max(cos, 0)`` of each picture with its prompt, from 0 to 100.
+    """Return the CLIP score: the mean of ``100 · max(cos, 0)`` of each image and its prompt, from 0 to 100.
 
-    Hessel et al. (arXiv 2104.08718), with the factor 100 that is now usual in place of their 2.5. Raises as
-    :func:`clip_similarities`.
+    Arguments and errors are those of :func:`clip_similarities`.
+
+    Reference: Hessel et al., arXiv 2104.08718, with the now usual factor 100 instead of 2.5.
     """
     return Mean.of(100 * clip_similarities(encoder, images, prompts, batch, progress).clamp(min=0))
 
@@ -78,38 +88,55 @@ def zero_shot(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> list[str]:
-    """For each picture the label whose prompts it is most like: Radford et al. (arXiv 2103.00020), §3.1.4.
+    """Return the most similar label of each image.
 
-    ``templates`` are templates with one ``{}``; a label's vector is the mean of its prompts' unit vectors. Raises
-    :class:`RequestError` for fewer than two labels, a label twice, and a template without its place.
+    Args:
+        encoder: Image and text encoder.
+        images: Images ``(n, 3, H, W)``, uint8 or in [-1, 1].
+        labels: At least two distinct labels.
+        templates: Prompt templates with one ``{}`` each; the normalized text vectors of a label are averaged.
+        batch: Images or texts per batch.
+        progress: Receives the number of encoded images.
+
+    Raises:
+        RequestError: If there are fewer than two distinct labels, a label is repeated, or a template is invalid.
+
+    Reference: Radford et al., arXiv 2103.00020, section 3.1.4.
     """
     labels = list(labels)
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise RequestError("To choose among labels, give at least two of them, each once.")
+        raise RequestError("Zero-shot classification needs at least two labels, each given once.")
     if not templates or any(template.count("{}") != 1 for template in templates):
-        raise RequestError("The templates of labels must be one or more prompts with exactly one '{}' each.")
-    seen = _unit(_image_features(encoder, images, batch, progress))
+        raise RequestError("The label templates must be one or more prompts with exactly one '{}' each.")
+    image_vectors = _unit(_image_features(encoder, images, batch, progress))
     prompts = [template.format(label) for label in labels for template in templates]
     vectors = _unit(_text_features(encoder, prompts, batch)).view(len(labels), len(templates), -1).mean(1)
-    return [labels[i] for i in (seen @ _unit(vectors).T).argmax(1).tolist()]
+    return [labels[i] for i in (image_vectors @ _unit(vectors).T).argmax(1).tolist()]
 
 
 def clip_accuracy(
     encoder: ImageText,
     images: Tensor,
-    wanted: Sequence[str],
+    expected: Sequence[str],
     labels: Sequence[str],
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     batch: int = 32,
     progress: Progress | None = None,
 ) -> Score:
-    """CLIP accuracy: the share of pictures that are taken, among ``labels``, for the one ``wanted`` of each.
+    """Return the CLIP accuracy: the proportion of images that :func:`zero_shot` assigns to their ``expected`` label.
 
-    Raises :class:`RequestError` as :func:`zero_shot`, and where something is wanted that is no label.
+    The other arguments are those of :func:`zero_shot`.
+
+    Raises:
+        RequestError: As :func:`zero_shot`, and if there is not one expected label, out of ``labels``, per image.
     """
-    if len(images) != len(wanted):
-        raise RequestError(f"There are {len(images)} pictures and {len(wanted)} labels wanted: give one a picture.")
-    if unknown := sorted(set(wanted) - set(labels)):
-        raise RequestError(f"'{unknown[0]}' is wanted of a picture and is not among the labels to choose from.")
+    if len(images) != len(expected):
+        raise RequestError(
+            f"There are {len(images)} images and {len(expected)} expected labels: give one label per image."
+        )
+    if unknown := sorted(set(expected) - set(labels)):
+        raise RequestError(
+            f"The expected label '{unknown[0]}' is not one of the labels to choose from: add it to them."
+        )
     found = zero_shot(encoder, images, labels, templates, batch, progress)
-    return Score.share([one == other for one, other in zip(found, wanted, strict=True)])
+    return Score.share([one == other for one, other in zip(found, expected, strict=True)])

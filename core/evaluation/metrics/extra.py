@@ -1,4 +1,4 @@
-"""Libraries that only the evaluation needs: found when they are asked for, and missed in words."""
+"""Lazy imports of the optional libraries of the evaluation, with errors that name the package to install."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ EXTRA = 'pip install "forget-concept[evaluation]"'
 
 
 def require(module: str, what: str, line: str = EXTRA) -> Any:
-    """The module ``module``. Raises :class:`ModelError`, naming the pip line, where it cannot be imported.
+    """Import an optional module.
 
-    ``what`` is what needs it, as the beginning of a sentence. A module that is there and fails to import for the want
-    of another one, or because it was built for another torch, is missed as well, and that is said.
+    Args:
+        module: Name of the module.
+        what: What needs it, as the subject of the error's sentence.
+        line: The pip command that installs it.
+
+    Raises:
+        ModelError: If the module is missing or fails to import, for example because it was built for another torch.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Pictures to features: one protocol, with the embedded model's probe and the field's Inception behind it."""
+"""Image feature extractors: the embedded model's probe, and Inception."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ INCEPTION_FILE = "inception-2015-12-05.pt"
 
 
 class FeatureExtractor(Protocol):
-    """Pictures ``(n, 3, H, W)`` in [-1, 1] to features ``(n, d)``, fp32 on the CPU; ``name`` says whose they are.
-
-    Distances of features are comparable under one name only.
-    """
+    """Extracts image features. Distances are comparable only between features of the same ``name``."""
 
     name: str
 
-    def features(self, images: Tensor) -> Tensor: ...
+    def features(self, images: Tensor) -> Tensor:
+        """Return features ``(n, d)``, fp32 on the CPU, of images ``(n, 3, H, W)`` in [-1, 1]."""
+        ...
 
 
 def as_images(images: Tensor) -> Tensor:
-    """Pictures ``(n, 3, H, W)``, fp32 in [-1, 1], of such or of uint8 ones. Raises :class:`RequestError` in words."""
+    """Convert images ``(n, 3, H, W)``, uint8 or floating point in [-1, 1], to fp32 in [-1, 1].
+
+    Raises:
+        RequestError: If the images have another shape, dtype or range, or there are none.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         shape = " × ".join(map(str, images.shape)) or "a single number"
-        raise RequestError(f"The pictures must be (number, 3, height, width), red, green and blue; these are {shape}.")
+        raise RequestError(f"The images must be RGB of shape (number, 3, height, width), not {shape}.")
     if not len(images):
-        raise RequestError("There are no pictures to measure: give at least one.")
+        raise RequestError("There are no images to measure: give at least one.")
     if images.dtype == torch.uint8:
         return from_bytes(images)
     if not images.dtype.is_floating_point or not bool(torch.isfinite(images).all()):
-        raise RequestError("The pictures must be 8-bit values, or finite numbers in [-1, 1].")
+        raise RequestError("The images must be 8-bit values, or finite numbers in [-1, 1].")
     if float(images.min()) < -1 or float(images.max()) > 1:
         raise RequestError(
-            f"The pictures' values must lie in [-1, 1], and these go from {float(images.min()):g} to "
+            f"The images' values must be in [-1, 1], but they range from {float(images.min()):g} to "
             f"{float(images.max()):g}."
         )
     return images.float()
@@ -56,9 +59,19 @@ def as_images(images: Tensor) -> Tensor:
 def features_of(
     extractor: FeatureExtractor, images: Tensor, batch: int = 32, progress: Progress | None = None
 ) -> Tensor:
-    """Features ``(n, d)``, fp32, of pictures ``(n, 3, H, W)``: uint8, or in [-1, 1]; ``batch`` of them at a time.
+    """Extract features of images in batches.
 
-    Progress counts pictures. Raises :class:`RequestError` for pictures of another form or with values out of range.
+    Args:
+        extractor: The feature extractor.
+        images: Images ``(n, 3, H, W)``, uint8 or in [-1, 1].
+        batch: Images per batch.
+        progress: Receives the number of processed images.
+
+    Returns:
+        Features ``(n, d)``, fp32.
+
+    Raises:
+        RequestError: If the images have the wrong shape, dtype or range, or ``batch`` is below 1.
     """
     if batch < 1:
         raise RequestError(f"The batch must be at least 1, not {batch}.")
@@ -68,12 +81,14 @@ def features_of(
     for start in range(0, len(images), batch):
         found.append(extractor.features(as_images(images[start : start + batch])).float().cpu())
         done = min(start + batch, len(images))
-        report_progress(progress, ProgressEvent(done, len(images), message=f"looking at {len(images)} pictures"))
+        report_progress(
+            progress, ProgressEvent(done, len(images), message=f"extracting features of {len(images)} images")
+        )
     return torch.cat(found)
 
 
 class ProbeFeatures:
-    """The last hidden layer of the embedded model's probe, 128 wide."""
+    """The last hidden layer of the embedded model's probe, of width 128."""
 
     name = "probe"
 
@@ -86,11 +101,19 @@ class ProbeFeatures:
 
 
 class InceptionFeatures:
-    """The 2,048 features of the Inception network that FID and KID are published with, as clean-fid reads them.
+    """The 2,048 Inception features of the published FID and KID, with clean-fid's preprocessing.
 
-    Parmar et al. (arXiv 2104.11222): 8-bit pictures, resized with anti-aliasing. The network (91 MB) is looked for in
-    ``folder``, torch's own folder for such files by default, and else downloaded there by clean-fid. Raises
-    :class:`ModelError` where the extra is missing or the network cannot be had.
+    Images are converted to 8 bits and resized with anti-aliasing.
+
+    Args:
+        device: Device of the network.
+        folder: Folder of the network's file (91 MB), which clean-fid downloads if it is missing. Default: torch's
+            checkpoint folder.
+
+    Raises:
+        ModelError: If clean-fid is not installed, or the network can be neither loaded nor downloaded.
+
+    Reference: Parmar et al., arXiv 2104.11222.
     """
 
     name = "inception"

@@ -1,4 +1,4 @@
-"""Pictures and words in one space: CLIP by transformers or by open_clip, or the embedded model's probe in its place."""
+"""Joint image and text encoders: CLIP by transformers or open_clip, or the embedded model's probe as a substitute."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ __all__ = ["ImageText", "OpenClip", "ProbeImageText", "TransformersClip"]
 
 
 class ImageText(Protocol):
-    """Pictures ``(n, 3, H, W)`` in [-1, 1] and texts to vectors ``(n, d)`` of one space, fp32 on the CPU."""
+    """Encodes images and texts in one vector space."""
 
     name: str
 
-    def image_features(self, images: Tensor) -> Tensor: ...
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return vectors ``(n, d)``, fp32 on the CPU, of images ``(n, 3, H, W)`` in [-1, 1]."""
+        ...
 
-    def text_features(self, texts: Sequence[str]) -> Tensor: ...
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Return vectors ``(n, d)``, fp32 on the CPU, of texts."""
+        ...
 
 
 def _first_line(error: Exception) -> str:
@@ -38,11 +42,18 @@ def _first_line(error: Exception) -> str:
 
 
 class TransformersClip:
-    """A CLIP by transformers: ``model`` is its name on the Hugging Face hub, or a folder of one's own.
+    """CLIP by transformers.
 
-    What is not on this machine transformers downloads, unless ``local_only``. Pictures are resized with anti-aliasing,
-    cut to a square about the centre and normalised as the model's own configuration says; a text is read up to the
-    model's 77 tokens. Raises :class:`ModelError` where transformers is missing or the model cannot be had whole.
+    Images are resized with anti-aliasing, center-cropped and normalized as the model's configuration specifies; texts
+    are truncated to the model's 77 tokens.
+
+    Args:
+        model: Name on the Hugging Face hub, or a local folder.
+        device: Device of the model.
+        local_only: Whether to use local files only and never download.
+
+    Raises:
+        ModelError: If transformers is not installed, or the model cannot be loaded completely.
     """
 
     def __init__(
@@ -65,16 +76,19 @@ class TransformersClip:
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             if local_only:
                 raise ModelError(
-                    f"The CLIP model '{model}' is not on this machine, or is none ({_first_line(error)}): nothing is "
-                    "downloaded here. Give a folder with one, or the name of one that was downloaded before."
+                    f"The CLIP model '{model}' is not on this machine, or is not a CLIP ({_first_line(error)}), and "
+                    "downloads are off here: give a local folder, or the name of a model that was downloaded before."
                 ) from error
             raise ModelError(
                 f"The CLIP model '{model}' can neither be read nor downloaded ({error}): give the name of a CLIP on "
-                "the Hugging Face hub, or a folder with one."
+                "the Hugging Face hub, or a local folder."
             ) from error
         if lacking := found["missing_keys"]:
-            # transformers would go on with random ones
-            raise ModelError(f"The CLIP model '{model}' lacks {len(lacking)} of its weights: it is damaged or no CLIP.")
+            # transformers would continue with random weights
+            raise ModelError(
+                f"The CLIP model '{model}' lacks {len(lacking)} of its weights, so it is damaged or not a CLIP: "
+                "download it again, or choose another one."
+            )
         self._model = self._model.to(device).eval()
         self.device = torch.device(device)
         self.name = f"clip {Path(model).name}"
@@ -89,7 +103,7 @@ class TransformersClip:
         height, width = pixels.shape[2:]
         scale = self._short / min(height, width)
         size = max(int(height * scale), self._short), max(int(width * scale), self._short)
-        # whole 8-bit values, as Pillow gives them
+        # rounded to 8-bit values, as Pillow does
         pixels = interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
         top, left = (size[0] - self._side[0]) // 2, (size[1] - self._side[1]) // 2
         pixels = pixels[:, :, top : top + self._side[0], left : left + self._side[1]]
@@ -98,19 +112,23 @@ class TransformersClip:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         length = int(self._model.config.text_config.max_position_embeddings)
-        said = self._tokenizer(
+        tokens = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
-        features: Tensor = self._model.get_text_features(**said).float().cpu()
+        features: Tensor = self._model.get_text_features(**tokens).float().cpu()
         return features
 
 
 class OpenClip:
-    """A CLIP by open_clip, with the preprocessing it was trained with.
+    """CLIP by open_clip, with the preprocessing of its training. open_clip downloads missing weights.
 
-    ``model`` and ``pretrained`` are open_clip's names, or a path of weights for the latter; a folder of one's own is
-    ``model="local-dir:<folder>"``. What is not on this machine open_clip downloads. Raises :class:`ModelError` where
-    the extra is missing or the model cannot be had.
+    Args:
+        model: open_clip's name of the architecture, or ``"local-dir:<folder>"``.
+        pretrained: open_clip's name of the weights, or a path.
+        device: Device of the model.
+
+    Raises:
+        ModelError: If open_clip is not installed, or the model can be neither loaded nor downloaded.
     """
 
     def __init__(
@@ -118,9 +136,9 @@ class OpenClip:
     ) -> None:
         clip = require("open_clip", "The CLIP score and the CLIP accuracy")
         require("PIL.Image", "The CLIP score and the CLIP accuracy")
-        given: dict[str, Any] = {"require_pretrained": True}  # or open_clip would go on with random weights
+        given: dict[str, Any] = {"require_pretrained": True}  # otherwise open_clip continues with random weights
         if ":" not in model:
-            # some weights were trained with another activation than their architecture's name says
+            # some weights were trained with another activation than the architecture's default
             known = clip.get_pretrained_cfg(model, pretrained) if pretrained else {}
             quick = bool((known or {}).get("quick_gelu", False))
             given |= {"pretrained": pretrained, "force_quick_gelu": quick or model.endswith("-quickgelu")}
@@ -130,7 +148,7 @@ class OpenClip:
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise ModelError(
                 f"The CLIP model '{model}' ({pretrained}) can neither be read nor downloaded ({error}): "
-                "open_clip.list_pretrained() lists the names; a folder of one's own is 'local-dir:<folder>'."
+                "choose a name from open_clip.list_pretrained(), or a local folder as 'local-dir:<folder>'."
             ) from error
         settings = clip.transform.PreprocessCfg(**self._model.visual.preprocess_cfg)
         self._prepare: Any = clip.transform.image_transform_v2(settings, is_train=False)
@@ -150,11 +168,11 @@ class OpenClip:
 
 
 class ProbeImageText:
-    """The embedded model's probe in CLIP's place: its probabilities are a picture's vector, the words named a text's.
+    """The embedded model's probe as a substitute for CLIP.
 
-    Both have an entry for each class of each category of the probe. A text's entry is 1 where it says the class's name,
-    synonym or description, and 0 elsewhere, also for *none*: what nobody sees in a picture makes it less like any text.
-    Raises :class:`RequestError` for a text that names nothing of the world.
+    An image's vector contains the probe's probabilities of all classes of all categories. A text's vector is 1 for each
+    class whose name, synonym or description it contains, and 0 otherwise, including *none*. Encoding a text that names
+    no class raises :class:`RequestError`.
     """
 
     name = "probe"
@@ -169,11 +187,11 @@ class ProbeImageText:
         classes = [label for labels in LABELS.values() for label in labels]
         for at, label in enumerate(classes):
             if label != NONE:
-                self._places |= dict.fromkeys((said.casefold() for said in ways.get(label, (label,))), at)
+                self._places |= dict.fromkeys((term.casefold() for term in ways.get(label, (label,))), at)
         self.width = len(classes)
-        # the longest first: a description may hold another one's name
-        said = sorted(self._places, key=len, reverse=True)
-        self._said = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, said))})(?!\w)", re.IGNORECASE)
+        # longest first, because a description may contain the name of another class
+        terms = sorted(self._places, key=len, reverse=True)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, terms))})(?!\w)", re.IGNORECASE)
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -183,8 +201,11 @@ class ProbeImageText:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         found = torch.zeros(len(texts), self.width)
         for row, text in enumerate(texts):
-            for match in self._said.finditer(text):
+            for match in self._pattern.finditer(text):
                 found[row, self._places[match[0].casefold()]] = 1
             if not found[row].any():
-                raise RequestError(f"The prompt '{text}' names nothing that the probe knows, so it cannot be compared.")
+                raise RequestError(
+                    f"The prompt '{text}' names nothing that the probe knows, so it cannot be compared: name a concept "
+                    "of the embedded world."
+                )
         return found

@@ -14,7 +14,7 @@ __all__ = ["Mean"]
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean ``value`` of ``n`` numbers and its standard error; ``None`` where there is only one."""
+    """The mean ``value`` of ``n`` numbers and its standard ``error``, which is ``None`` for a single number."""
 
     value: float
     error: float | None
@@ -22,12 +22,16 @@ class Mean:
 
     @classmethod
     def of(cls, values: Tensor) -> Mean:
-        """Of ``(n,)``. Raises :class:`RequestError` for none, and for values that are not finite."""
+        """Compute the mean of ``values`` ``(n,)`` in fp64.
+
+        Raises:
+            RequestError: If there are no values, or a value is not finite.
+        """
         values = values.detach().double().flatten().cpu()
         if not len(values):
-            raise RequestError("There is nothing to take a mean of: give at least one picture.")
+            raise RequestError("There are no values to average: give at least one image.")
         if not bool(values.isfinite().all()):
-            raise RequestError("Some of the pictures' values are not finite numbers, so they have no mean.")
+            raise RequestError("Some of the images' values are not finite, so they have no mean: check the images.")
         error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(float(values.mean()), error, len(values))
 

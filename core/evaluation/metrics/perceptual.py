@@ -1,7 +1,9 @@
-"""Perceptual distance of pairs of pictures: LPIPS by torchmetrics, or the same on the embedded model's probe.
+"""Perceptual distance of image pairs: LPIPS by torchmetrics, or the same formula on the embedded model's probe.
 
-Zhang et al. (arXiv 1801.03924), equation 1: unit-normalised activations of two pictures, layer by layer, their squared
-differences weighted by channel, averaged over space and summed over layers.
+The activations of both images are normalized over the channels; their squared differences are weighted by channel,
+averaged over space and summed over layers.
+
+Reference: Zhang et al., arXiv 1801.03924, equation 1.
 """
 
 from __future__ import annotations
@@ -26,25 +28,33 @@ __all__ = ["LPIPS", "PairDistance", "ProbeDistance", "layer_distance", "perceptu
 
 
 class PairDistance(Protocol):
-    """Distances ``(n,)``, fp32 on the CPU, of two times ``n`` pictures ``(n, 3, H, W)`` in [-1, 1], pair by pair."""
+    """Computes distances of image pairs."""
 
     name: str
 
-    def distances(self, first: Tensor, second: Tensor) -> Tensor: ...
+    def distances(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return distances ``(n,)``, fp32 on the CPU, of paired images, each ``(n, 3, H, W)`` in [-1, 1]."""
+        ...
 
 
 class LPIPS:
-    """LPIPS by torchmetrics, with ``network`` ``"alex"``, ``"vgg"`` or ``"squeeze"``.
+    """LPIPS by torchmetrics. torchvision downloads missing ImageNet weights.
 
-    torchvision downloads the network's ImageNet weights where they are not on this machine. Raises :class:`ModelError`
-    where the extra is missing or the weights cannot be had.
+    Args:
+        network: ``"alex"``, ``"vgg"`` or ``"squeeze"``.
+        device: Device of the network.
+
+    Raises:
+        ModelError: If torchmetrics or torchvision is not installed, or the weights can be neither loaded nor
+            downloaded.
+        RequestError: If the network is unknown.
     """
 
     def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu") -> None:
         require("torchvision", "LPIPS")
         metric = require("torchmetrics.image.lpip", "LPIPS").LearnedPerceptualImagePatchSimilarity
         if network not in ("alex", "vgg", "squeeze"):
-            raise RequestError(f"LPIPS knows no network '{network}': choose alex, vgg or squeeze.")
+            raise RequestError(f"LPIPS has no network '{network}': choose alex, vgg or squeeze.")
         try:
             self._metric: Any = metric(net_type=network, reduction="none").to(device)
         except (OSError, URLError, RuntimeError) as error:
@@ -64,7 +74,7 @@ class LPIPS:
 
 
 class ProbeDistance:
-    """LPIPS' formula on the layers of the embedded model's probe, all channels of equal weight."""
+    """The LPIPS formula on the layers of the embedded model's probe, with equal channel weights."""
 
     name = "probe"
 
@@ -81,9 +91,14 @@ class ProbeDistance:
 def layer_distance(
     first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """``Σ_l mean_hw Σ_c w_lc (ŷ¹ − ŷ²)²`` of layers' activations ``(n, c, h, w)``: ``(n,)``.
+    """Return ``Σ_l mean_hw Σ_c w_lc (ŷ¹ - ŷ²)²``, ``(n,)``, where ``ŷ`` is normalized over the channels.
 
-    ``ŷ`` are unit vectors over the channels; ``weights`` are ``(c,)`` a layer, all 1 by default.
+    Args:
+        first: Activations ``(n, c, h, w)`` per layer.
+        second: Activations of the paired images.
+        weights: Channel weights ``(c,)`` per layer. Default: 1.
+
+    Reference: Zhang et al., arXiv 1801.03924, equation 1.
     """
     total = torch.zeros(len(first[0]), device=first[0].device, dtype=first[0].dtype)
     for number, (one, other) in enumerate(zip(first, second, strict=True)):
@@ -101,13 +116,22 @@ def _directions(activations: Tensor) -> Tensor:
 def perceptual_distance(
     metric: PairDistance, first: Tensor, second: Tensor, batch: int = 32, progress: Progress | None = None
 ) -> Mean:
-    """The mean distance of pairs of pictures, ``(n, 3, H, W)`` each, uint8 or in [-1, 1].
+    """Return the mean distance of image pairs.
 
-    Raises :class:`RequestError` where the two are of different shapes, or are no pictures.
+    Args:
+        metric: The distance.
+        first: Images ``(n, 3, H, W)``, uint8 or in [-1, 1].
+        second: The paired images.
+        batch: Pairs per batch.
+        progress: Receives the number of processed pairs.
+
+    Raises:
+        RequestError: If the shapes differ, the tensors are not images, or ``batch`` is below 1.
     """
     if first.shape != second.shape:
         raise RequestError(
-            f"Pictures are compared pair by pair, and these are {tuple(first.shape)} and {tuple(second.shape)}."
+            "Images are compared pair by pair, so both tensors must have one shape, not "
+            f"{tuple(first.shape)} and {tuple(second.shape)}."
         )
     if batch < 1:
         raise RequestError(f"The batch must be at least 1, not {batch}.")
@@ -118,5 +142,5 @@ def perceptual_distance(
         part = slice(start, start + batch)
         found.append(metric.distances(as_images(first[part]), as_images(second[part])))
         done = min(start + batch, len(first))
-        report_progress(progress, ProgressEvent(done, len(first), message=f"comparing {len(first)} pairs of pictures"))
+        report_progress(progress, ProgressEvent(done, len(first), message=f"comparing {len(first)} image pairs"))
     return Mean.of(torch.cat(found))
