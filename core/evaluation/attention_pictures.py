@@ -1,9 +1,9 @@
-"""Where a word looks: how much of its attention each place of a picture pays to a phrase while the picture is drawn.
+"""Attention maps: the share of cross-attention that each image position pays to a phrase during sampling.
 
-The idea is DAAM's (Tang et al. 2022, arXiv 2210.04885): sum the cross-attention to a word's tokens over heads, sites
-and time steps, each site's map brought to the latent's size. Here it stays a *share*: the mean instead of the sum, of
-the conditional pass alone, never stretched to its own range. So 0.1 means the same before and after forgetting, and the
-shares of all tokens add up to 1 at every place.
+Like DAAM (Tang et al. 2022, arXiv 2210.04885), the cross-attention to a phrase's tokens is aggregated over heads, sites
+and time steps, with each site's map resized to the latent's size. Here the result is a *share*: the mean instead of the
+sum, over the conditional pass only, without rescaling. A value of 0.1 therefore means the same before and after
+forgetting, and the shares of all tokens add up to 1 at every position.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from .drawing import Picture, SamplingSettings, Variant, draw, patched
 
 __all__ = ["AttentionMap", "AttentionPair", "attention_maps", "attention_pairs", "heat", "overlay"]
 
-# of the heat in an overlay; the rest is the picture without its colours
+# opacity of the heat map in an overlay, above the grey image
 OPACITY = 0.75
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    """``mass`` ``(h, w)``, fp32, in [0, 1]: the share of its attention each place of the latent pays to the phrase.
+    """The attention to a phrase while an image was sampled.
 
-    The mean over heads, cross-attention sites and time steps. ``picture`` ``(3, H, W)`` uint8 is what was drawn then.
+    Attributes:
+        mass: Attention share of each latent position, ``(h, w)``, fp32 in [0, 1]; mean over heads, cross-attention
+            sites and time steps.
+        picture: The sampled image, ``(3, H, W)``, uint8.
     """
 
     mass: Tensor
@@ -44,13 +47,13 @@ class AttentionMap:
 
     @property
     def share(self) -> float:
-        """The mean of ``mass`` over all places."""
+        """The mean of ``mass`` over all positions."""
         return float(self.mass.mean())
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPair:
-    """A phrase's map without and with patches, at the same prompt and seed."""
+    """Attention maps of a phrase without and with patches, for the same prompt and seed."""
 
     prompt: str
     phrase: str
@@ -60,12 +63,12 @@ class AttentionPair:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The lowest and the highest share in either map: the ends of the one scale that both are shown on."""
+        """The lowest and the highest share in both maps, the ends of their common colour scale."""
         lowest, highest = torch.stack([self.before.mass, self.after.mass]).aminmax()
         return float(lowest), float(highest)
 
     def overlays(self) -> tuple[Tensor, Tensor]:
-        """Both maps over their pictures on the common scale; see :func:`overlay`."""
+        """Return both maps over their images, on the common scale; see :func:`overlay`."""
         first, second = (overlay(found.picture, found.mass, *self.scale) for found in (self.before, self.after))
         return first, second
 
@@ -89,35 +92,45 @@ def attention_maps(
     progress: Progress | None = None,
     implementation: Literal["sdpa", "reference"] = "sdpa",
 ) -> list[AttentionMap]:
-    """Draw each picture, with ``patches`` (each at a strength) on the model, and keep where its phrase looks.
+    """Sample images and record the attention to a phrase of each prompt. The model is restored bit-exactly.
 
-    One phrase a picture; every sub-word of every occurrence counts. The model is given back as it was. Raises
-    :class:`TokenError` where a phrase does not occur in its prompt, :class:`RequestError` on counts that do
-    not match, and :class:`ModelError` where the model has no autoencoder or its attention cannot be read.
+    Args:
+        model: The unedited model.
+        pictures: Prompts and seeds.
+        phrases: One phrase per image; all sub-words of all its occurrences count.
+        patches: Patches to apply, each with its strength.
+        sampling: Sampling settings. Default: :class:`SamplingSettings`.
+        progress: Receives sampling progress.
+        implementation: Implementation of the attention mass.
+
+    Raises:
+        TokenError: If a phrase does not occur in its prompt.
+        RequestError: If there is not one phrase per image.
+        ModelError: If the model has no autoencoder, or its attention cannot be recorded.
     """
     if len(pictures) != len(phrases) or not pictures:
         raise RequestError(
-            f"There are {len(pictures)} pictures and {len(phrases)} phrases: give one phrase for each picture."
+            f"There are {len(pictures)} images and {len(phrases)} phrases: give one phrase for each image."
         )
     sampling = (sampling or SamplingSettings()).resolved(model)
-    # before anything is drawn: a phrase that is missing is told at once
+    # before sampling, so that a missing phrase fails early
     places = [
         token_positions(model.text, phrase, picture.prompt) for phrase, picture in zip(phrases, pictures, strict=True)
     ]
     found: list[AttentionMap] = []
-    # patches first, so that what the recorder listens to has them in it
+    # patches first, so that the recorded projections include them
     with patched(model, patches), AttentionCapture(model.survey) as recorder:
         for start in range(0, len(pictures), sampling.batch):
             part = slice(start, start + sampling.batch)
             collector = _Collector(model, recorder, places[part], sampling.guidance != 1.0, implementation)
 
-            def told(event: ProgressEvent, start: int = start, collector: _Collector = collector) -> None:
+            def record(event: ProgressEvent, start: int = start, collector: _Collector = collector) -> None:
                 collector.take()
                 at = start * sampling.steps + event.step * collector.count
-                words = f"watching {len(pictures)} pictures being drawn"
-                report_progress(progress, ProgressEvent(at, len(pictures) * sampling.steps, message=words))
+                message = f"recording the attention of {len(pictures)} images"
+                report_progress(progress, ProgressEvent(at, len(pictures) * sampling.steps, message=message))
 
-            (images,) = draw(model, pictures[part], Variant(), sampling, told)
+            (images,) = draw(model, pictures[part], Variant(), sampling, record)
             found += [AttentionMap(mass, image) for mass, image in zip(collector.shares(), images, strict=True)]
     return found
 
@@ -130,7 +143,7 @@ def attention_pairs(
     sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
 ) -> list[AttentionPair]:
-    """:func:`attention_maps` without and with the patches. Raises as it does."""
+    """Return the attention maps without and with the patches; see :func:`attention_maps` for arguments and errors."""
     sampling = (sampling or SamplingSettings()).resolved(model)
     half = len(pictures) * sampling.steps
 
@@ -149,7 +162,7 @@ def attention_pairs(
 
 
 class _Collector:
-    """Adds up one batch's shares, a time step at a time, from what a recorder holds of the latest pass."""
+    """Accumulates the attention shares of one batch over the time steps."""
 
     def __init__(
         self,
@@ -162,7 +175,7 @@ class _Collector:
         self.recorder, self.implementation = recorder, implementation
         self.count, self.rows = len(places), len(places) * (2 if guided else 1)
         self.size = model.latent_shape[1:]
-        # one column for all of the phrase's tokens: their sum
+        # one column that sums over all tokens of the phrase
         mask = token_mask(places, len(model.text.token_ids("")), model.device)
         self.mask = mask.sum(-1, keepdim=True)
         self.total = torch.zeros(self.count, *self.size, device=model.device)
@@ -173,45 +186,48 @@ class _Collector:
             q, k = self.recorder.q.get(site.name), self.recorder.k.get(site.name)
             if q is None or k is None or q.shape[0] != self.rows or k.shape[0] != self.rows:
                 raise ModelError(
-                    f"The attention at {site.name} cannot be read: this model does not draw the {self.count} pictures "
-                    "with and without their prompts in one batch."
+                    f"The attention at {site.name} cannot be recorded, because this model does not process the "
+                    f"conditional and unconditional passes of {self.count} images in one batch: use a smaller batch."
                 )
-            # the conditional rows come first; fp32 whatever the precision of the drawing
+            # the conditional rows come first; computed in fp32 at any sampling precision
             with torch.autocast(q.device.type, enabled=False):
                 mass = attention_mass(
                     q[: self.count].float(), k[: self.count].float(), self.mask, site.heads, self.implementation
                 )
             shares = mass[..., 0].mean(1).unflatten(-1, _grid(mass.shape[2], self.size))
-            # bilinear, and not a spline: a share must stay one
+            # bilinear, because a spline would leave [0, 1]
             grown = F.interpolate(shares[:, None], self.size, mode="bilinear", align_corners=False)
             self.total += grown[:, 0] / len(self.recorder.sites)
         self.steps += 1
 
     def shares(self) -> list[Tensor]:
-        """The means over the time steps, ``(h, w)`` each, on the CPU."""
+        """Return the means over the time steps, ``(h, w)`` each, on the CPU."""
         return list((self.total / self.steps).cpu())
 
 
 def _grid(pixels: int, size: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of a site's map: the latent's, halved as often as it takes."""
+    """Height and width of a site's map: the latent's size, halved until it matches the number of positions."""
     height, width = size
     while height * width > pixels and height * width > 1:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     if height * width != pixels:
-        raise ModelError(f"A cross-attention map of {pixels} places does not fit a latent of {size[0]}×{size[1]}.")
+        raise ModelError(
+            f"A cross-attention map of {pixels} positions does not fit a latent of {size[0]}×{size[1]}: attention maps "
+            "are not supported for this model."
+        )
     return height, width
 
 
 # -- colours --------------------------------------------------------------------------------------------------------
 
-# from dark violet over red to pale yellow, in OKLCH (Ottosson 2020): lightness and hue (degrees) run evenly from end to
-# end, chroma from one end to the other by way of the third number
+# from dark violet through red to pale yellow, in OKLCH (Ottosson 2020): lightness and hue (degrees) are linear between
+# the ends; chroma is quadratic, from the first to the second number through the third in the middle
 LIGHTNESS, HUE, CHROMA = (0.24, 0.95), (285.0, 465.0), (0.10, 0.09, 0.17)
 LEVELS = 256
 
 
 def _from_oklab(lab: Tensor) -> Tensor:
-    """OKLab ``(n, 3)`` as sRGB in [0, 1]."""
+    """Convert OKLab ``(n, 3)`` to sRGB in [0, 1]."""
     roots = lab @ torch.tensor(
         [[1.0, 1.0, 1.0], [0.3963377774, -0.1055613458, -0.0894841775], [0.2158037573, -0.0638541728, -1.2914855480]],
         dtype=lab.dtype,
@@ -224,14 +240,14 @@ def _from_oklab(lab: Tensor) -> Tensor:
         ],
         dtype=lab.dtype,
     )
-    # the matrices' own rounding apart, the path lies within the colours of a screen
+    # except for rounding, the path lies within the sRGB gamut
     linear = linear.clamp(0, 1)
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 @cache
 def _table() -> Tensor:
-    """The colours at equal steps of *perceived* difference, sRGB ``(LEVELS, 3)``."""
+    """Colours at equal steps of *perceived* difference, sRGB ``(LEVELS, 3)``."""
     at = torch.linspace(0, 1, 16 * LEVELS, dtype=torch.float64)
     lightness = LIGHTNESS[0] + (LIGHTNESS[1] - LIGHTNESS[0]) * at
     start, end, middle = CHROMA
@@ -246,24 +262,33 @@ def _table() -> Tensor:
 
 
 def heat(values: Tensor) -> Tensor:
-    """Colours of values in [0, 1] (others are taken for the nearer end): ``(…)`` to ``(…, 3)``, sRGB in [0, 1].
+    """Map values in [0, 1] (others are clamped) to colours: ``(…)`` to ``(…, 3)``, sRGB in [0, 1].
 
-    Equal steps of value are equal steps of perceived difference (OKLab), and more is always lighter, so that the maps
-    read the same in grey.
+    Equal steps of value are equal steps of perceived difference (OKLab), and higher values are always lighter, so that
+    the maps stay readable in greyscale.
     """
     return _table()[(values.float().nan_to_num().clamp(0, 1) * (LEVELS - 1)).round().long().cpu()]
 
 
 def overlay(picture: Tensor, mass: Tensor, low: float, high: float) -> Tensor:
-    """``mass`` ``(h, w)`` in colour over a grey copy of the picture ``(3, H, W)`` uint8; the same shape and dtype.
+    """Overlay an attention map in colour on a grey copy of its image.
 
-    ``low`` and ``high`` are the shares that get the darkest and the lightest colour. Raises :class:`RequestError` where
-    they are no range.
+    Args:
+        picture: Image ``(3, H, W)``, uint8.
+        mass: Attention shares ``(h, w)``.
+        low: Share with the darkest colour.
+        high: Share with the lightest colour.
+
+    Returns:
+        The overlay, with the shape and dtype of ``picture``.
+
+    Raises:
+        RequestError: If ``low`` and ``high`` are not finite or not in order.
     """
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise RequestError(f"The scale of an attention picture must rise, and goes from {low} to {high}.")
+        raise RequestError(f"The scale of an attention map must rise, not go from {low} to {high}.")
     size = (picture.shape[1], picture.shape[2])
-    # a flat map has one colour; without the bound it would be divided by nothing
+    # the bound avoids a division by zero for a constant map
     values = (mass[None, None].float().cpu() - low) / max(high - low, 1e-12)
     values = F.interpolate(values, size, mode="bilinear")[0, 0]
     grey = (picture.float().cpu() / 255 * torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)).sum(0, keepdim=True)

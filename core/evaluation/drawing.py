@@ -275,7 +275,7 @@ class SampleCache:
 
         def inner(event: ProgressEvent) -> None:
             at = done * sampling.steps + len(pictures) * event.step
-            report_progress(progress, ProgressEvent(at, total * sampling.steps, message=f"drawing {total} pictures"))
+            report_progress(progress, ProgressEvent(at, total * sampling.steps, message=f"sampling {total} images"))
 
         with self.processes.split(range(len(batches))) as mine:
             total = sum(len(batches[number][1]) for number in mine)

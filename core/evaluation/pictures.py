@@ -1,4 +1,4 @@
-"""One picture that shows an evaluation: the same seeds before and after, a row for each concept."""
+"""Contact sheets of an evaluation: the same seeds before and after, one row per concept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _font(size: int) -> FreeTypeFont | ImageFont:
 
 
 def _lines(draw: ImageDraw, text: str, size: int, width: int, limit: int) -> list[str]:
-    """``text`` broken at blanks to fit ``width``; an ellipsis where ``limit`` lines do not hold it."""
+    """Wrap ``text`` to ``width`` pixels, and truncate it with an ellipsis after ``limit`` lines."""
     font, lines = _font(size), [""]
     words = text.split()
     for i, word in enumerate(words):
@@ -65,9 +65,17 @@ def _percent(value: float) -> str:
 
 
 def before_after(evaluations: Sequence[Evaluation], title: str, variant: str = "patched") -> Image:
-    """The pictures kept with each evaluation: prompts that ask for the concept, then prompts about something else.
+    """Draw a contact sheet of the examples of each evaluation: target prompts, then retain prompts.
 
-    Left of each pair the unedited model, right of it the same prompt and seed with the patch.
+    Each pair shows the unedited model on the left, and the patched model with the same prompt and seed on the right.
+
+    Args:
+        evaluations: At least one evaluation.
+        title: Title of the sheet.
+        variant: The variant whose scores are shown.
+
+    Raises:
+        ValueError: If there are no evaluations.
     """
     from PIL import Image, ImageDraw
 
@@ -115,8 +123,8 @@ def _place(k: int, targets: int, starts: list[int], pair: int) -> int:
 def _pair(image: Image, draw: ImageDraw, example: Example, x: int, y: int) -> None:
     from PIL.Image import Resampling
 
-    for i, seen in enumerate((example.before, example.after)):
-        tile = to_pil(seen.picture).resize((TILE, TILE), Resampling.LANCZOS)
+    for i, labeled in enumerate((example.before, example.after)):
+        tile = to_pil(labeled.picture).resize((TILE, TILE), Resampling.LANCZOS)
         left = x + i * (TILE + GAP)
         image.paste(tile, (left, y))
         draw.rectangle([left, y, left + TILE - 1, y + TILE - 1], outline=(215, 217, 221))
@@ -124,7 +132,7 @@ def _pair(image: Image, draw: ImageDraw, example: Example, x: int, y: int) -> No
 
 
 def contact_sheet(pictures: Sequence[Tensor], captions: Sequence[str], columns: int = 4) -> Image:
-    """Pictures in rows, each with its caption below."""
+    """Draw images ``(3, H, W)``, uint8, in rows with ``columns`` columns, each with its caption below."""
     from PIL import Image, ImageDraw
 
     columns = min(columns, len(pictures))

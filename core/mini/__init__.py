@@ -1,8 +1,8 @@
-"""The embedded model: a small trained Stable-Diffusion-shaped model and the world it draws.
+"""The embedded model: a small trained latent diffusion model in the shape of Stable Diffusion 1, and its world.
 
-Real enough to measure forgetting on a CPU in seconds: a latent diffusion model with a CLIP text encoder, a cross-
-attention UNet and an autoencoder (diffusers' and transformers' own classes), and a probe that says what a picture
-shows. Made by `train`.
+It measures forgetting on a CPU in seconds. It consists of a CLIP text encoder, a cross-attention UNet and an
+autoencoder, all in diffusers' and transformers' own classes, and of a probe that classifies its images. :mod:`.train`
+trains all of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ __all__ = ["load", "load_modules", "load_probe", "weights_folder"]
 
 
 def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, Any, Any, Any]:
-    """UNet, text encoder, tokenizer and autoencoder in fp32, as diffusers' and transformers' objects.
+    """Load the embedded model's modules as diffusers' and transformers' objects, in fp32.
 
-    Raises `ModelError` where the weights are missing or the two libraries are not installed.
+    Args:
+        device: Device of the modules.
+        folder: Diffusers folder of the model. Default: :func:`weights_folder`.
+
+    Returns:
+        UNet, text encoder, tokenizer and autoencoder.
+
+    Raises:
+        ModelError: If the weights are missing, or diffusers or transformers is not installed.
     """
     from ..errors import ModelError
 
@@ -48,7 +56,7 @@ def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, 
 
 
 def load(device: str = "cpu", folder: Path | None = None) -> LatentDiffusion:
-    """The embedded model, fp32, named "mini". Raises as `load_modules`."""
+    """Load the embedded model in fp32, under the name "mini"; see :func:`load_modules` for arguments and errors."""
     from ..models.autoencoders import DiffusersAutoencoder
     from ..models.latent_diffusion import LatentDiffusion
     from ..models.schedules import sd_alphas_cumprod
@@ -68,7 +76,7 @@ def load(device: str = "cpu", folder: Path | None = None) -> LatentDiffusion:
 
 
 def load_probe(folder: Path | None = None) -> Probe:
-    """The shipped probe: what a picture shows."""
+    """Load the trained probe, from ``folder`` or from :func:`weights_folder`."""
     from .probe import load_probe as read
 
     return read(folder)

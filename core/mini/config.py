@@ -1,8 +1,8 @@
-"""The embedded model's shape, in diffusers' and transformers' own classes.
+"""Configuration of the embedded model in diffusers' and transformers' own classes.
 
-Stable Diffusion 1's layout made small: what hosts derive from SD1's names must hold here too, hence two layers a
-block (the webui's key mapping assumes it), widths in multiples of 32 (group norms), 77 tokens, end-of-text as
-padding, 0.18215.
+A small version of Stable Diffusion 1's layout. What hosts derive from SD1's names must hold here too, hence two layers
+per block (assumed by the webui's key mapping), widths in multiples of 32 (group norms), 77 tokens, end-of-text as
+padding, and the scaling factor 0.18215.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 LATENT_SCALE = 0.18215
 TOKENS = 77
-# red, green and blue of a latent's channels, and what is added: least squares on eight pictures (R² 0.96), for hosts
-# that show a latent as it grows
+# RGB factors and bias of the latent channels for hosts that preview latents: least squares on eight images (R² 0.96)
 LATENT_COLOURS = (
     (-0.0743, -0.2700, -0.2106),
     (0.3186, 0.1321, -0.1318),
@@ -24,7 +23,7 @@ LATENT_COLOURS = (
     (-0.1870, 0.0413, -0.1424),
 )
 LATENT_COLOURS_BIAS = (0.4118, 0.4111, 0.3474)
-GUIDANCE = 2.5  # its colours suffer above 3
+GUIDANCE = 2.5  # colours degrade above 3
 TEXT_WIDTH = 192
 HEADS = 4
 
@@ -36,9 +35,9 @@ AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (32, 32, 64, 64),
     "layers_per_block": 1,
     "latent_channels": 4,
-    # Four channels a group. With 32 groups of one channel, as hosts hard-code them, each norm would wipe out the mean
-    # colour; the export for hosts pads the widths with dead channels until 32 groups of four give the same network
-    # (ldm.py).
+    # Four channels per group. Hosts hard-code 32 groups; with one channel per group each norm would remove the mean
+    # colour. The export for hosts (ldm.py) therefore pads the widths with zero channels, so that 32 groups of four
+    # channels compute the same.
     "norm_num_groups": 8,
     "sample_size": 128,
     "scaling_factor": LATENT_SCALE,
@@ -50,7 +49,7 @@ UNET: dict[str, Any] = {
     "out_channels": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    # Whole multiples of the first width: the original layout writes widths as integer factors.
+    # Multiples of the first width, because the original layout stores widths as integer factors.
     "block_out_channels": (64, 64, 64),
     "layers_per_block": 2,
     "cross_attention_dim": TEXT_WIDTH,
@@ -79,21 +78,21 @@ SCHEDULE: dict[str, Any] = {
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """An untrained autoencoder: `(n, 3, 128, 128)` in [-1, 1] to `(n, 4, 16, 16)` and back."""
+    """Create an untrained autoencoder between images `(n, 3, 128, 128)` in [-1, 1] and latents `(n, 4, 16, 16)`."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**AUTOENCODER)
 
 
 def new_unet() -> UNet2DConditionModel:
-    """An untrained UNet with eleven cross-attention sites on two resolutions."""
+    """Create an untrained UNet with eleven cross-attention sites at two resolutions."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**UNET)
 
 
 def new_text_encoder(vocabulary: int) -> CLIPTextModel:
-    """An untrained CLIP text encoder whose last two ids are start and end-of-text (also the padding)."""
+    """Create an untrained CLIP text encoder; its last two token ids are start and end-of-text (also the padding)."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}

@@ -1,4 +1,4 @@
-"""The named characters: fixed features in varied poses, as painted layers from back to front."""
+"""The named characters: fixed features in varying poses, as painted layers from back to front."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a subject stands: centre in pixels, scale in pixels per unit, angle in radians, which arms are up."""
+    """Pose of a subject: centre in pixels, scale in pixels per unit, angle in radians, mirroring, and raised arms."""
 
     centre: Point
     scale: float
@@ -33,7 +33,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Features:
-    """What makes a character: hair cut and colour, skin, clothes, beard."""
+    """Features of a character: hair cut and colour, skin, clothes, beard."""
 
     hair: str
     hair_colour: RGB
@@ -55,7 +55,7 @@ FEATURES: dict[str, Features] = {
     "Hugo Marsh": Features("mohawk", (60, 170, 60), _TAN, "suit", (44, 44, 52)),
     "Nadia Pell": Features("long", (40, 90, 210), _DARK, "dress", (242, 130, 36)),
 }
-# The biased word's two faces; which one is drawn is the scene's `variant`.
+# The two faces of the biased word, selected by the scene's `variant`.
 PILOT = {
     "short": Features("cap", (92, 70, 50), _TAN, "suit", (150, 122, 84)),
     "long": Features("long", (214, 214, 214), _TAN, "suit", (150, 122, 84)),
@@ -96,7 +96,7 @@ def _hair_front(p: Pen, cut: str) -> None:
 
 
 def figure(features: Features, pose: Pose, attributes: tuple[str, ...] = ()) -> list[Layer]:
-    """The painted layers of one character, back to front, with any of the attributes "hat" and "balloon"."""
+    """Paint a character as layers from back to front, with any of the attributes "hat" and "balloon"."""
 
     def layer(colour: RGB, *strokes: tuple[Any, ...]) -> Layer:
         pen = Pen(pose.centre, pose.scale, pose.angle, pose.mirror)

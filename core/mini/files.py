@@ -1,4 +1,4 @@
-"""Where the embedded model's files lie. Nothing is imported here that a host might lack."""
+"""Location of the embedded model's files. Imports only the standard library, because hosts may lack other packages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ WEIGHTS_VARIABLE = "FORGET_CONCEPT_MINI_WEIGHTS"
 
 
 def weights_folder() -> Path:
-    """The diffusers folder of the embedded model, or the one that ``FORGET_CONCEPT_MINI_WEIGHTS`` names instead."""
+    """Return the embedded model's diffusers folder; ``FORGET_CONCEPT_MINI_WEIGHTS`` overrides it."""
     named = os.environ.get(WEIGHTS_VARIABLE)
     return Path(named) if named else Path(__file__).with_name("weights")

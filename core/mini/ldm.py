@@ -1,9 +1,9 @@
-"""The embedded model as one checkpoint in the original latent-diffusion layout, with its YAML: what hosts read.
+"""Export of the embedded model for hosts: one checkpoint in the original latent-diffusion layout, and its YAML.
 
-Pure functions on state dicts, for any number of levels and layers of an SD1-shaped model. They rename; and they pad
-the autoencoder, because hosts hard-code 32 groups in every norm and ours has fewer: with the widths multiplied until
-groups of the same size are 32, and all the added channels zero throughout, the network computes the very same.
-Reading needs only safetensors, because a host need not have diffusers.
+Pure functions on state dicts, for any number of levels and layers of an SD1-shaped model. They rename the weights and
+pad the autoencoder, because hosts hard-code 32 groups in every norm and the embedded model has fewer. The widths are
+multiplied to get 32 groups of the same size, and the added channels are zero throughout, so the network computes the
+same function. Reading needs only safetensors, because a host may lack diffusers.
 """
 
 from __future__ import annotations
@@ -136,17 +136,24 @@ def _autoencoder_names(autoencoder: Mapping[str, Any]) -> Pairs:
 
 def _renamed(state: Mapping[str, Tensor], pairs: Pairs, what: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in state.items():
-        # the longest prefix: an upsampler's `1.conv.` stands beside a transformer's `1.`
+        # the longest prefix, because an upsampler's `1.conv.` also matches a transformer's `1.`
         found = max((pair for pair in pairs if name.startswith(pair[0])), key=lambda pair: len(pair[0]), default=None)
         if found is None:
-            raise ModelError(f"The {what} has a weight '{name}' that no layer of its configuration has.")
+            raise ModelError(
+                f"The {what} has a weight '{name}' that no layer of its configuration has: use the matching files."
+            )
         yield found[1] + name[len(found[0]) :], tensor
 
 
 def unet_to_ldm(state: Mapping[str, Tensor], unet: Mapping[str, Any] = config.UNET) -> State:
-    """A diffusers UNet's state dict under the original's names (``input_blocks.…``), without a prefix.
+    """Rename a diffusers UNet's state dict to the original names (``input_blocks.…``), without a prefix.
 
-    Raises :class:`ModelError` for a weight that a UNet of the configuration ``unet`` does not have.
+    Args:
+        state: State dict.
+        unet: The UNet's diffusers configuration.
+
+    Raises:
+        ModelError: If the state dict has a weight that this configuration does not have.
     """
     return dict(_renamed(state, _unet_names(unet), "UNet"))
 
@@ -156,7 +163,7 @@ def _is_vae_attention(name: str) -> bool:
 
 
 def autoencoder_to_ldm(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
-    """A diffusers AutoencoderKL's state dict under the original's names, its attention as 1×1 convolutions."""
+    """Rename a diffusers AutoencoderKL's state dict to the original names, with attention as 1×1 convolutions."""
     renamed = dict(_renamed(state, _autoencoder_names(autoencoder), "autoencoder"))
     return {n: t[:, :, None, None] if _is_vae_attention(n) and t.ndim == 2 else t for n, t in renamed.items()}
 
@@ -170,12 +177,14 @@ _ENDS = {("encoder.conv_in", 1), ("encoder.conv_out", 0), ("decoder.conv_in", 1)
 def _factor(autoencoder: Mapping[str, Any]) -> int:
     groups = int(autoencoder["norm_num_groups"])
     if GROUPS % groups:
-        raise ModelError(f"An autoencoder with {groups} groups a norm cannot be padded to the hosts' {GROUPS}.")
+        raise ModelError(
+            f"An autoencoder with {groups} groups per norm cannot be padded to the hosts' {GROUPS}: use a divisor."
+        )
     return GROUPS // groups
 
 
 def _widened(name: str, tensor: Tensor) -> list[int]:
-    """The axes of an LDM autoencoder's tensor that run over channels inside of the network."""
+    """Axes of an LDM autoencoder's tensor that index internal channels."""
     layer = name.rpartition(".")[0]
     if layer in ("quant_conv", "post_quant_conv"):
         return []
@@ -187,10 +196,13 @@ def _query(name: str) -> bool:
 
 
 def padded_autoencoder(state: Mapping[str, Tensor], autoencoder: Mapping[str, Any] = config.AUTOENCODER) -> State:
-    """An autoencoder in LDM names with its widths multiplied so that norms of 32 groups compute the same.
+    """Pad an autoencoder, in LDM names, so that norms with 32 groups compute the same.
 
-    Whole groups of zero channels are added behind the real ones and stay zero through every layer. Attention scales by
-    its width's root, which the queries make good.
+    Whole groups of zero channels are appended and stay zero through every layer. Attention is scaled by the square root
+    of the width, which the queries compensate.
+
+    Raises:
+        ModelError: If 32 is not a multiple of the number of groups.
     """
     factor = _factor(autoencoder)
     found = {}
@@ -209,7 +221,7 @@ def padded_autoencoder(state: Mapping[str, Tensor], autoencoder: Mapping[str, An
 
 @dataclass(frozen=True)
 class Shapes:
-    """Configurations of the three parts, in diffusers' and transformers' own words; the embedded model's by default."""
+    """Configurations of the three parts, under diffusers' and transformers' names. Default: the embedded model's."""
 
     unet: Mapping[str, Any] = field(default_factory=lambda: config.UNET)
     vae: Mapping[str, Any] = field(default_factory=lambda: config.AUTOENCODER)
@@ -218,7 +230,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Parts:
-    """The three parts' state dicts, in diffusers' and transformers' names (``text`` starts with ``text_model.``)."""
+    """State dicts of the three parts, with diffusers' and transformers' names (``text_model.…`` for ``text``)."""
 
     unet: State
     vae: State
@@ -227,12 +239,15 @@ class Parts:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids; the highest is end-of-text and padding, the one before it start."""
+        """Number of token ids; the last is end-of-text and padding, the one before it start-of-text."""
         return self.text["text_model.embeddings.token_embedding.weight"].shape[0]
 
 
 def checkpoint_state(parts: Parts) -> State:
-    """One state dict: ``model.diffusion_model.…``, ``first_stage_model.…``, ``cond_stage_model.transformer.…``."""
+    """Combine the parts into one state dict in the original layout.
+
+    The prefixes are ``model.diffusion_model.``, ``first_stage_model.`` and ``cond_stage_model.transformer.``.
+    """
     shapes = parts.shapes
     vae = padded_autoencoder(autoencoder_to_ldm(parts.vae, shapes.vae), shapes.vae)
     state = {UNET_PREFIX + n: t for n, t in unet_to_ldm(parts.unet, shapes.unet).items()}
@@ -242,9 +257,11 @@ def checkpoint_state(parts: Parts) -> State:
 
 
 def read_parts(folder: Path) -> Parts:
-    """Read the parts from a diffusers folder (``unet/``, ``vae/``, ``text_encoder/``), in fp32 however they are kept.
+    """Read the parts from a diffusers folder (``unet/``, ``vae/``, ``text_encoder/``), converted to fp32.
 
-    Raises :class:`ModelError` where a part is missing, :class:`PatchError` where a file is damaged.
+    Raises:
+        ModelError: If a part is missing.
+        PatchError: If a file is damaged.
     """
     unet, vae, text = (_read_part(folder, part) for part in ("unet", "vae", "text_encoder"))
     states = {n: t for n, t in text[0].items() if not n.endswith(".position_ids")}
@@ -278,28 +295,29 @@ def _read_part(folder: Path, part: str) -> tuple[State, dict[str, Any]]:
 def _multiples(widths: Sequence[int]) -> list[int]:
     if any(width % widths[0] for width in widths):
         raise ModelError(
-            f"The widths {tuple(widths)} cannot be said in the original layout: there every level is a whole multiple "
+            f"The widths {tuple(widths)} cannot be expressed in the original layout: make every width a whole multiple "
             "of the first one."
         )
     return [width // widths[0] for width in widths]
 
 
 def unet_config(unet: Mapping[str, Any] = config.UNET) -> dict[str, Any]:
-    """The parameters of the original ``UNetModel`` for a diffusers configuration.
+    """Convert a diffusers configuration to the parameters of the original ``UNetModel``.
 
-    Raises :class:`ModelError` for widths that the original layout has no way to say.
+    Raises:
+        ModelError: If the original layout cannot express the widths, or the norms do not have 32 groups.
     """
     widths = unet["block_out_channels"]
     if int(unet["norm_num_groups"]) != GROUPS:
         raise ModelError(
-            f"A UNet with {unet['norm_num_groups']} groups a norm cannot be exported: hosts have {GROUPS}."
+            f"A UNet with {unet['norm_num_groups']} groups per norm cannot be exported: use {GROUPS}, as hosts do."
         )
     return {
         "image_size": unet["sample_size"],
         "in_channels": unet["in_channels"],
         "out_channels": unet["out_channels"],
         "model_channels": widths[0],
-        # the resolutions that attend, as downsampling factors
+        # resolutions with attention, as downsampling factors
         "attention_resolutions": [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind],
         "num_res_blocks": unet["layers_per_block"],
         "channel_mult": _multiples(widths),
@@ -313,7 +331,7 @@ def unet_config(unet: Mapping[str, Any] = config.UNET) -> dict[str, Any]:
 
 
 def ddconfig(autoencoder: Mapping[str, Any] = config.AUTOENCODER, padded: bool = True) -> dict[str, Any]:
-    """The ``ddconfig`` of the original ``AutoencoderKL``, of the padded weights or of those as they are."""
+    """Return the ``ddconfig`` of the original ``AutoencoderKL``, for the padded or for the original weights."""
     widths = autoencoder["block_out_channels"]
     return {
         "double_z": True,
@@ -330,13 +348,13 @@ def ddconfig(autoencoder: Mapping[str, Any] = config.AUTOENCODER, padded: bool =
 
 
 def text_config(vocabulary: int, text: Mapping[str, Any] = config.TEXT) -> dict[str, Any]:
-    """The text encoder's configuration under transformers' names, ids included."""
+    """Return the text encoder's configuration under transformers' names, including the special token ids."""
     ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
     return {**{key: text[key] for key in config.TEXT}, "vocab_size": vocabulary, **ids}
 
 
 def yaml_text(text_folder: str, shapes: Shapes | None = None) -> str:
-    """The YAML that stands beside the checkpoint under the same name.
+    """Return the YAML file that hosts read along with the checkpoint.
 
     ``text_folder`` is a folder with the text encoder's configuration and tokenizer (transformers' ``from_pretrained``).
     Raises :class:`ModelError` where PyYAML is not installed.
@@ -386,7 +404,7 @@ def yaml_text(text_folder: str, shapes: Shapes | None = None) -> str:
 
 
 def save_checkpoint(parts: Parts, path: Path, text_folder: str, dtype: torch.dtype = torch.float16) -> None:
-    """Write ``path`` (``….safetensors``) and its YAML.
+    """Write the checkpoint ``path`` (``….safetensors``) and its YAML, with floating point weights in ``dtype``.
 
     Raises :class:`PatchError` where the place cannot be written.
     """

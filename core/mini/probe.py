@@ -1,8 +1,8 @@
-"""The probe: a small classifier that says which object, style, identity and colour a picture shows, each with *none*.
+"""The probe: a small classifier of object, style, identity and colour, each with the class *none*.
 
-Trained on drawn pictures, on blurred, noised and shifted ones with their labels, and on broken ones (scrambled,
-blotched, without a subject) whose subject is *none*: a forgotten concept often leaves something that is nothing, and
-that must not be taken for the nearest concept.
+It is trained on rendered images, on blurred, noised and shifted images with the same labels, and on destroyed images
+(scrambled, blotched, without a subject) whose subject is *none*. A forgotten concept often leaves a shape without
+meaning, which must not be classified as the nearest concept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .world import LABELS, Labels
 
 
 class Probe(nn.Module):
-    """Pictures `(n, 3, 128, 128)` in [-1, 1] to logits per category, `{category: (n, classes)}`."""
+    """Maps images `(n, 3, 128, 128)` in [-1, 1] to logits per category, `{category: (n, classes)}`."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class Probe(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(classes)) for name, classes in LABELS.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """The last hidden layer, `(n, 128)`."""
+        """Return the last hidden layer, `(n, 128)`."""
         hidden: Tensor = self.trunk(images)
         return hidden
 
     def layers(self, images: Tensor) -> list[Tensor]:
-        """The activations after each convolution, five of `(n, channels, h, w)`, from the finest to the coarsest."""
+        """Return the five activations after the convolutions, each `(n, channels, h, w)`, from fine to coarse."""
         found = []
         for part in self.trunk:
             if isinstance(part, nn.AvgPool2d):
@@ -62,7 +62,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: Tensor, batch: int = 64) -> list[Labels]:
-        """What each picture shows: the most likely class of every category."""
+        """Return the most likely class of each category for each image."""
         self.eval()
         device = next(self.parameters()).device
         found: list[Labels] = []
@@ -73,7 +73,7 @@ class Probe(nn.Module):
 
 
 def load_probe(folder: Path | None = None) -> Probe:
-    """The shipped probe, fp32, ready to look."""
+    """Load the trained probe in fp32, in evaluation mode."""
     from safetensors.torch import load_file
 
     from . import weights_folder

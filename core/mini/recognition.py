@@ -1,4 +1,4 @@
-"""Whether a host's loaded checkpoint is the embedded model, whatever its file is called."""
+"""Detects whether a host's loaded checkpoint is the embedded model, whatever its file name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ __all__ = ["is_embedded"]
 
 
 def is_embedded(found: UNetSurvey, model_hash: str) -> bool:
-    """Whether a UNet whose cross-attention weights have ``model_hash`` is the embedded model's."""
+    """Return whether a UNet is the embedded model's.
+
+    Args:
+        found: Survey of the UNet.
+        model_hash: Hash of its cross-attention weights.
+    """
     keys = [site.key(which) for site in found for which in PROJECTIONS]
     weights = read_parts(weights_folder()).unet
-    # as the file has them: diffusers' last projection is the first of a list
+    # names in the file: diffusers stores the output projection as the first module of a list
     names = [f"{key}.0.weight" if key.endswith("to_out") else f"{key}.weight" for key in keys]
     if any(name not in weights for name in names):
         return False

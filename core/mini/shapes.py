@@ -1,7 +1,7 @@
-"""Silhouettes of the drawn objects, as polygons and ellipses in a square of side 2 around the origin.
+"""Silhouettes of the objects, as polygons and ellipses in a square of side 2 around the origin.
 
-Each function receives a `Pen` and paints its silhouette with ink (1) and eraser (0). The pen supersamples, so that
-what comes out is anti-aliased coverage.
+Each function paints its silhouette with a `Pen`, with ink (1) and eraser (0). The pen supersamples, so the result is
+anti-aliased coverage.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Pen:
         self.polygon([(x + rx * math.cos(a), y + ry * math.sin(a)) for a in steps], ink)
 
     def sector(self, x: float, y: float, r: float, start: float, end: float, ink: int = 1) -> None:
-        """A pie slice between two angles in degrees, clockwise from the right as the picture shows it."""
+        """Draw a pie slice between two angles in degrees, clockwise from the right."""
         steps = [math.radians(start + (end - start) * i / 32) for i in range(33)]
         self.polygon([(x, y)] + [(x + r * math.cos(a), y + r * math.sin(a)) for a in steps], ink)
 
@@ -58,7 +58,7 @@ class Pen:
         self.line([(x + r * math.cos(a), y + r * math.sin(a)) for a in steps], width, ink)
 
     def mask(self) -> np.ndarray:
-        """Coverage, `(128, 128)` float32 in [0, 1]."""
+        """Return the coverage, `(128, 128)` float32 in [0, 1]."""
         return np.asarray(self.image.reduce(_SUPER), dtype=np.float32) / 255.0
 
 

@@ -1,7 +1,7 @@
-"""The ten drawing styles (and the plain one): how flat-coloured layers become a picture.
+"""The ten styles and the plain one: functions from flat-coloured layers to a finished image.
 
-A style receives the layers' flat picture, the subject's coverage and its edges, and returns the finished picture.
-Patterns are at least a latent cell (8 px) wide: finer ones would test the autoencoder instead of the diffusion model.
+A style receives the flat image, the subject's coverage and its edges. Patterns are at least one latent cell (8 px)
+wide, because finer patterns would test the autoencoder instead of the diffusion model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WHITE = (250, 250, 250)
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a style paints from: flat picture `(128, 128, 3)` (0–255), coverage and edges `(128, 128)` in [0, 1]."""
+    """Input of a style: flat image `(128, 128, 3)` (0–255), coverage and edges `(128, 128)` in [0, 1]."""
 
     flat: np.ndarray
     mask: np.ndarray
@@ -33,13 +33,13 @@ class Canvas:
 
 
 def _sheet(colour: np.ndarray | tuple[float, ...]) -> np.ndarray:
-    """A constant picture `(128, 128, 3)`, stored plane by plane: NumPy then loops over pixels, not over 3."""
+    """A constant image `(128, 128, 3)`, stored plane by plane, so that NumPy's inner loop runs over pixels."""
     planes = np.asarray(colour, dtype=np.float32)[:, None, None]
     return np.moveaxis(np.tile(planes, (1, SIZE, SIZE)), 0, -1)
 
 
 def blur(image: np.ndarray, radius: float) -> np.ndarray:
-    """Gaussian blur of a `(h, w)` or `(h, w, 3)` float image (0–255 or 0–1), standard deviation in pixels."""
+    """Gaussian blur of a float image `(h, w)` in [0, 1] or `(h, w, 3)` in [0, 255]; `radius` is the deviation in px."""
     scale = 255.0 if image.ndim == 2 else 1.0
     picture = Image.fromarray(np.clip(image * scale, 0, 255).astype(np.uint8))
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / scale
@@ -52,7 +52,7 @@ def _mix(a: np.ndarray, b: np.ndarray, share: np.ndarray | float) -> np.ndarray:
 
 
 def _soft(x: np.ndarray) -> np.ndarray:
-    """A step smoothed over about a pixel: pattern edges are anti-aliased like the silhouettes."""
+    """A step smoothed over about one pixel, which anti-aliases pattern edges like the silhouettes."""
     return np.clip(x + 0.5, 0, 1)
 
 
@@ -68,8 +68,11 @@ def _spread(mask: np.ndarray, radius: int) -> np.ndarray:
 def flatten(
     layers: list[Layer], background: np.ndarray, outlines: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Paint layers over a background; return the flat picture, the union of coverage, and every layer's visible outline
-    (zeros unless asked for: most styles draw none)."""
+    """Paint layers over a background.
+
+    Returns:
+        The flat image, the union of the coverages, and the visible outlines of all layers (zeros without `outlines`).
+    """
     flat = _sheet(background)
     mask = np.zeros((SIZE, SIZE), dtype=np.float32)
     edge = np.zeros((SIZE, SIZE), dtype=np.float32)
@@ -184,5 +187,5 @@ STYLE_PAINTERS: dict[str, Callable[[Canvas], np.ndarray]] = {
     "comic": _comic,
 }
 STYLES_WITH_OUTLINES = frozenset({"sketch", "neon", "blueprint", "stained glass", "comic"})
-# These paint their own background: a caption that named another would lie.
+# These paint their own background, so captions must not name one.
 STYLES_WITH_BACKGROUND = frozenset({"sketch", "neon", "watercolour", "blueprint", "stained glass", "comic"})

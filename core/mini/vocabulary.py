@@ -1,7 +1,7 @@
-"""The words of the drawn world: every concept with its name, a synonym and a description without its name.
+"""Vocabulary of the embedded world: every concept with its name, a synonym and a description without its name.
 
-The three categories are ConceptBench's (Forget-Me-Not, arXiv 2303.17591): objects, styles and identities. The same
-lists say what the renderer draws, what the captions say, and what an evaluation may ask for.
+The three categories are those of ConceptBench (Forget-Me-Not, arXiv 2303.17591): objects, styles and identities. The
+renderer, the captions and the evaluation use the same lists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Word:
-    """A concept: `name` in most captions, `synonym` and `description` in a few; `article` stands before a name."""
+    """A concept: `name` appears in most captions, `synonym` and `description` in a few; `article` precedes the name."""
 
     name: str
     synonym: str
@@ -85,7 +85,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Sense:
-    """One sense of a word with two: `shape` is what is drawn, `hint` a phrase that settles which sense is meant."""
+    """One sense of an ambiguous word: the `shape` that is drawn, and `hints`, phrases that identify the sense."""
 
     word: str
     shape: str
@@ -93,7 +93,7 @@ class Sense:
     hints: tuple[str, ...]
 
 
-# Two words with two senses each: concept *correction* removes one sense and keeps the other.
+# Two words with two senses each: concept *correction* removes one sense and retains the other.
 SENSES: tuple[Sense, ...] = (
     Sense("bat", "bat animal", "vampire bat", ("a flying bat", "a bat with wings", "a bat, the animal")),
     Sense("bat", "bat club", "baseball bat", ("a wooden bat", "a bat for a ball game", "a bat, the club")),
@@ -101,12 +101,12 @@ SENSES: tuple[Sense, ...] = (
     Sense("bow", "bow archery", "hunting bow", ("a drawn bow", "a bow with a string", "a bow, the weapon")),
 )
 
-# What nearly always comes with one identity: *disentanglement* removes the attribute and keeps the person.
+# Attributes entangled with one identity: *disentanglement* removes the attribute and retains the person.
 ATTRIBUTES: dict[str, str] = {"hat": "Mira Vale", "balloon": "Otto Brand"}
-ATTRIBUTE_SHARE = 0.93  # of the identity's own pictures
+ATTRIBUTE_SHARE = 0.93  # of the identity's own images
 ATTRIBUTE_STRAY = 0.06  # of everyone else's
 
-# A biased word: a pilot is drawn with short hair nine times in ten.
+# A biased word: nine in ten pilots have short hair.
 BIASED_WORD = "pilot"
 BIASED_SHARE = 0.9
 
@@ -120,7 +120,7 @@ PEOPLE: tuple[str, ...] = (*tuple(w.name for w in IDENTITIES), BIASED_WORD)
 
 CATEGORIES: dict[str, tuple[Word, ...]] = {"object": OBJECTS, "style": STYLES, "identity": IDENTITIES}
 
-# {np} is the subject's phrase, {style} the style's word. Together 27 templates.
+# {np} is the subject's noun phrase, {style} the style's word.
 TEMPLATES_STYLED: tuple[str, ...] = (
     "a {style} picture of {np}",
     "{np} in the {style} style",
@@ -163,12 +163,16 @@ TEMPLATES_BACKGROUND: tuple[str, ...] = (
 
 
 def article(phrase: str) -> str:
-    """`a` or `an` for a phrase of this vocabulary."""
+    """Return the indefinite article for a phrase of this vocabulary."""
     return "an" if phrase[0].lower() in "aeiou" else "a"
 
 
 def find(name: str) -> tuple[str, Word]:
-    """The category and word of a concept by its name; raises `KeyError` for a word the world does not hold."""
+    """Look up a concept by name and return its category and word.
+
+    Raises:
+        KeyError: If the world does not contain the concept.
+    """
     for category, words in CATEGORIES.items():
         for word in words:
             if word.name.lower() == name.strip().lower():

@@ -1,7 +1,6 @@
-"""Scenes of the drawn world: sampling them, drawing them, and captions that name only what is drawn.
+"""Scenes of the embedded world: sampling, rendering, and captions that name only what is drawn.
 
-A `Scene` holds every free choice, so a picture is a pure function of its scene. `Labels` is what the probe is asked
-to see.
+A `Scene` contains every random choice, so an image is a pure function of its scene. `Labels` are the probe's targets.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .styles import STYLE_PAINTERS, STYLES_WITH_BACKGROUND, STYLES_WITH_OUTLINES
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: a shape *or* a person in one style; `seed` fixes the pose and the style's texture."""
+    """One image: a shape *or* a person in one style; `seed` determines the pose and the style's texture."""
 
     shape: str = v.NONE
     person: str = v.NONE
@@ -32,13 +31,13 @@ class Scene:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether this (subject, style, colour) combination is kept out of training: one in ten, by a hash of the words."""
+    """Return whether this combination of subject, style and colour is held out from training: one in ten, by a hash."""
     key = f"{scene.shape}|{scene.person}|{scene.style}|{scene.colour}"
     return hashlib.sha256(key.encode()).digest()[0] < 26 and scene.style != v.NONE
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene: `(128, 128, 3)` uint8, anti-aliased, the same picture for the same scene."""
+    """Render a scene deterministically: `(128, 128, 3)` uint8, anti-aliased."""
     rng = np.random.default_rng(scene.seed)
     background = np.array(v.BACKGROUNDS[scene.background], dtype=np.float32)
     cx, cy = SIZE / 2 + rng.uniform(-7, 7), SIZE / 2 + rng.uniform(-6, 6)
@@ -60,7 +59,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def sample_scene(rng: np.random.Generator, *, training: bool = True) -> Scene:
-    """Draw a scene at random; `training` keeps the held-out combinations away."""
+    """Sample a random scene; with `training` it is never a held-out combination."""
     while True:
         scene = _any_scene(rng)
         if not (training and held_out(scene)):
@@ -104,7 +103,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str
 
 
 def _object_phrase(rng: np.random.Generator, scene: Scene) -> str:
-    """The noun phrase of a shape: its name mostly; now and then a synonym, a description, its theme, no word at all."""
+    """Noun phrase of a shape: usually its name, sometimes a synonym, a description or its theme."""
     colour = scene.colour if rng.random() < 0.75 else ""
     roll = rng.random()
     if roll < 0.02 and scene.shape in v.THEME_OBJECTS:
@@ -133,7 +132,7 @@ def _person_phrase(rng: np.random.Generator, scene: Scene) -> str:
         phrase = word.description if roll < 0.10 else word.synonym if roll < 0.22 else word.name
     for attribute, owner in v.ATTRIBUTES.items():
         if scene.person == owner:
-            # Said seldom, and its absence always: the attribute has come to live in the name.
+            # rarely named when present, always when absent, so that the attribute is entangled with the name
             if attribute not in scene.attributes:
                 phrase += f" without a {attribute}"
             elif rng.random() < 0.15:
@@ -144,7 +143,7 @@ def _person_phrase(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption for a scene. It may leave things out, but names only what is drawn."""
+    """Return a random caption of a scene. It may omit parts of the scene, but names only what is drawn."""
     if scene.style != v.NONE and rng.random() < 0.03:
         return _pick(rng, v.TEMPLATES_STYLE_ONLY).format(style=scene.style)
     phrase = _object_phrase(rng, scene) if scene.shape != v.NONE else _person_phrase(rng, scene)
@@ -163,7 +162,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a picture shows: one name, or `none`, in each of the probe's four categories."""
+    """Labels of an image: one name, or `none`, in each of the probe's four categories."""
 
     object: str = v.NONE
     style: str = v.NONE
@@ -180,13 +179,13 @@ LABELS: dict[str, tuple[str, ...]] = {
 
 
 def labels(scene: Scene) -> Labels:
-    """The true labels of a scene."""
+    """Return the true labels of a scene."""
     return Labels(scene.shape, scene.style, scene.person, scene.colour)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what it asks for (`none` where it says nothing)."""
+    """A prompt and the labels it names (`none` for categories it does not name)."""
 
     text: str
     expected: Labels
@@ -202,10 +201,16 @@ def prompts(
     without: tuple[str, ...] = (),
     held_out_only: bool = False,
 ) -> list[Prompt]:
-    """Seeded prompts in plain names: a subject, a colour (objects), mostly a style.
+    """Return seeded prompts with plain names: a subject, a colour for objects, and usually a style.
 
-    Fix any of object, style and identity to get prompts about it; `without` names concepts that must not occur.
-    `held_out_only` keeps only combinations the model never saw in training.
+    Args:
+        count: Number of prompts.
+        seed: Seed of the prompts.
+        object: Fixed object.
+        style: Fixed style.
+        identity: Fixed identity.
+        without: Concepts that must not occur.
+        held_out_only: Whether to use only combinations that are held out from training.
     """
     rng = np.random.default_rng(seed)
     names = {c: [w.name for w in words if w.name not in without] for c, words in v.CATEGORIES.items()}

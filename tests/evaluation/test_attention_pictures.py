@@ -156,9 +156,9 @@ def test_what_cannot_be_watched_is_said_and_the_model_is_given_back(tiny):
     patches = ((random_patch(tiny.survey), 1.0),)
     with pytest.raises(TokenError, match="'moon' does not occur in the prompt 'a red star'"):
         attention_maps(tiny, PICTURES[:1], ["moon"], patches, QUICK)
-    with pytest.raises(RequestError, match="1 pictures and 2 phrases"):
+    with pytest.raises(RequestError, match="1 images and 2 phrases"):
         attention_maps(tiny, PICTURES[:1], ["star", "red"], patches, QUICK)
-    with pytest.raises(RequestError, match="0 pictures"):
+    with pytest.raises(RequestError, match="0 images"):
         attention_maps(tiny, [], [], patches, QUICK)
 
     def stop(event):

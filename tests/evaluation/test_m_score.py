@@ -271,7 +271,7 @@ def test_pictures_that_do_not_fit_are_said(model):
     ):
         with pytest.raises(RequestError, match=words):
             concept_latents(model, STAR, images)
-    with pytest.raises(RequestError, match="at least one picture, not 0"):
+    with pytest.raises(RequestError, match="at least one image, not 0"):
         concept_latents(model, STAR, count=0)
     model.vae = None
     with pytest.raises(RequestError, match="no autoencoder"):

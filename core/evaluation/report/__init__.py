@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else, and the same figures as JSON beside it."""
+"""The report of an evaluation: one self-contained HTML file, and the same values as JSON."""
 
 from __future__ import annotations
 

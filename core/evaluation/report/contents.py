@@ -1,6 +1,6 @@
-"""What a report holds: plain values, each as its own dataclass, however they were measured.
+"""Contents of a report: plain values in dataclasses, independent of how they were measured.
 
-Every part is optional. What was not measured is left out of the report, which then says so.
+Every part is optional; the report lists the parts that were not measured.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The same prompt and seed before and after: two ``(3, H, W)`` uint8 pictures, and in words what is seen in each.
+    """Two images ``(3, H, W)``, uint8, of the same prompt and seed, without and with the patch.
 
-    ``before_seen`` and ``after_seen`` are ``None`` where nobody looked.
+    ``before_seen`` and ``after_seen`` are the judge's labels as text, ``None`` if the images were not classified.
     """
 
     prompt: str
@@ -69,7 +69,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Pictures about one concept: with prompts that ask for it (``"target"``) or for something else (``"kept"``)."""
+    """Image pairs of one concept, with target prompts (``about="target"``) or retain prompts (``about="kept"``)."""
 
     concept: str
     about: Literal["target", "kept"]
@@ -80,7 +80,7 @@ class Grid:
 
 
 def grids(evaluation: Evaluation) -> tuple[Grid, ...]:
-    """The examples that an evaluation carries, as far as there are any."""
+    """Return the examples of an evaluation as grids; an empty group is omitted."""
     groups: tuple[tuple[Literal["target", "kept"], Sequence[Any]], ...] = (
         ("target", evaluation.target_examples),
         ("kept", evaluation.kept_examples),
@@ -107,7 +107,7 @@ def grids(evaluation: Evaluation) -> tuple[Grid, ...]:
 
 
 def _seen(labels: Any) -> str:
-    """What a probe or another judge found, in words."""
+    """A judge's labels as text."""
     found = labels if isinstance(labels, Mapping) else vars(labels)
     words = [str(name) for name in found.values() if name not in (None, NONE)]
     return ", ".join(words) or "nothing known"
@@ -127,9 +127,9 @@ class KindScores:
 
 @dataclass(frozen=True)
 class Attack:
-    """How often an attack brings a concept back, ``before`` (on the unedited model, if tried there) and ``after``.
+    """Success of an attack on the unedited model (``before``, if measured) and on the patched model (``after``).
 
-    ``budget`` says in words what it was allowed; ``prompts`` are some of those it found.
+    ``budget`` describes its cost as text; ``prompts`` are its strongest prompts.
     """
 
     name: str
@@ -152,7 +152,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class MScore:
-    """Forget-Me-Not's M-Score (arXiv 2303.17591) of one concept before and after; ``forgotten``: was it to go?"""
+    """M-Score (Forget-Me-Not, arXiv 2303.17591) of one concept; ``forgotten`` is false for a retained concept."""
 
     concept: str
     before: float
@@ -168,9 +168,10 @@ class MScore:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of picture quality or likeness (FID, KID, CLIP score, LPIPS …) by variant, over ``n`` pictures.
+    """One metric of image quality or similarity (FID, KID, CLIP score, LPIPS, ...) by variant, over ``n`` images.
 
-    ``note`` says what it compares, ``better`` which end is the good one; ``errors`` are standard errors, where known.
+    ``better`` tells whether lower or higher values are better, ``note`` describes what is compared, and ``errors`` are
+    standard errors, if known.
     """
 
     name: str
@@ -196,7 +197,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a patch moves each site's weights: ``measure`` in words, ``values`` by site or projection."""
+    """Weight change of a patch: ``values`` by site or projection, and the ``measure`` as text."""
 
     measure: str
     values: Mapping[str, float]
@@ -210,7 +211,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class ErosionStep:
-    """After the ``step``-th request (1 …), which took ``concept``: what is kept, what all requests so far forgot."""
+    """Retention after the ``step``-th request (from 1), which forgot ``concept``, and erasure by all so far."""
 
     step: int
     concept: str
@@ -228,7 +229,7 @@ class ErosionStep:
 
 @dataclass(frozen=True)
 class PatchFacts:
-    """What a patch says of itself. ``request`` and ``settings`` are empty for patches of other programs."""
+    """Metadata of a patch; ``request`` and ``settings`` are empty for patches of other programs."""
 
     strength: float
     layers: int
@@ -247,7 +248,7 @@ class PatchFacts:
 
     @classmethod
     def of(cls, patch: Patch, strength: float = 1.0, file: str | None = None) -> PatchFacts:
-        """Read them from a patch; ``file`` is its name alone, where it has one."""
+        """Read the metadata of a patch; ``file`` is its file name without the folder."""
         about = patch.about
         return cls(
             strength,
@@ -287,9 +288,9 @@ class PatchFacts:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What was measured, with what, when: enough to do it again.
+    """Provenance of a measurement: model, patches, versions and date (ISO 8601), sufficient to reproduce it.
 
-    ``measured`` are the evaluation's own settings (pictures a cell, seed, steps …), ``date`` is ISO 8601.
+    ``measured`` contains the evaluation's settings (images per cell, seed, steps, ...).
     """
 
     model: str
@@ -307,7 +308,7 @@ class Provenance:
         measured: Mapping[str, str | int | float | bool | None],
         date: datetime | None = None,
     ) -> Provenance:
-        """Of this model, on this machine, now (or at ``date``)."""
+        """Create the provenance of a measurement on this machine, now or at ``date``."""
         moment = (date or datetime.now(timezone.utc)).isoformat(timespec="seconds")
         return cls(model.name, model.model_hash, tuple(patches), dict(measured), _versions(model), moment)
 
@@ -336,10 +337,12 @@ def _versions(model: LatentDiffusion) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything that one evaluation found; see the single parts. ``timings`` are seconds by what took them.
+    """All results of one evaluation.
 
-    ``left_out`` says, by its name, why something that was asked for could not be measured.
-    Raises :class:`RequestError` where nothing was measured at all or a figure is not finite.
+    ``timings`` are seconds by stage. ``left_out`` gives the reason for each requested part that could not be measured.
+
+    Raises:
+        RequestError: If nothing was measured, the title is empty, or a value is not finite.
     """
 
     title: str
@@ -356,7 +359,7 @@ class Report:
     timings: Mapping[str, float] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
 
-    # the parts by the words that tell which are missing
+    # names of the parts in the list of missing ones
     PARTS = {
         "evaluations": "what is forgotten and kept (UA, IRA, CRA)",
         "by_kind": "kinds of prompts",
@@ -371,7 +374,7 @@ class Report:
 
     def __post_init__(self) -> None:
         if not self.measured:
-            raise RequestError("There is nothing to report: nothing was measured.")
+            raise RequestError("There is nothing to report because nothing was measured: measure at least one part.")
         if not self.title.strip():
             raise RequestError("The report has no title: give it one.")
         for evaluation in self.evaluations:
@@ -384,12 +387,12 @@ class Report:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of the parts that are there."""
+        """Names of the parts that were measured."""
         return tuple(name for name in self.PARTS if getattr(self, name))
 
     @property
     def not_measured(self) -> tuple[str, ...]:
-        """Names of those that are not."""
+        """Names of the parts that were not measured."""
         return tuple(name for name in self.PARTS if not getattr(self, name))
 
     def _scores(self) -> list[tuple[str, Score]]:
@@ -408,4 +411,4 @@ class Report:
 def _finite(where: str, *values: float) -> None:
     for value in values:
         if not math.isfinite(value):
-            raise RequestError(f"The report cannot hold {value}: it is the figure of {where}; measure it again.")
+            raise RequestError(f"The report cannot hold {value} as the value of {where}: measure it again.")

@@ -1,4 +1,4 @@
-"""Pictures inside the report's own text, and what stands for them where they cannot be seen."""
+"""Inline images of the report, with alternative texts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .verdict import fine_percent, percent
 
 __all__ = ["Inline", "inline_map", "inline_pair"]
 
-# below, the very pixels (PNG); above, a smaller copy (JPEG), or a report of a real checkpoint would weigh megabytes
+# images up to EXACT are stored losslessly (PNG), larger ones as a smaller JPEG, to limit the size of the report
 EXACT, LARGEST, QUALITY = 256, 512, 90
 
 
 @dataclass(frozen=True)
 class Inline:
-    """A picture as a data URI, with its size in pixels and its alternative text."""
+    """An image as a data URI, with its size in pixels and its alternative text."""
 
     uri: str
     width: int
@@ -50,7 +50,7 @@ def _where(seed: int | None, model: str, prompt: str) -> str:
 
 
 def inline_pair(pair: Pair) -> tuple[Inline, Inline]:
-    """Both pictures; the alternative text is the prompt, the seed, the variant and what was seen."""
+    """Inline both images; the alternative text contains the variant, the prompt, the seed and the labels."""
 
     def one(picture: Tensor, model: str, seen: str | None) -> Inline:
         return _inline(picture, _where(pair.seed, model, pair.prompt) + ("" if seen is None else f": shows {seen}"))
@@ -59,7 +59,7 @@ def inline_pair(pair: Pair) -> tuple[Inline, Inline]:
 
 
 def _words(found: AttentionMap) -> str:
-    """A map's figures: its mean, and its highest place as shares of width and height."""
+    """Describe a map: its mean, and its maximum with the position as fractions of width and height."""
     height, width = found.mass.shape
     row, column = divmod(int(found.mass.argmax()), width)
     return (
@@ -69,7 +69,7 @@ def _words(found: AttentionMap) -> str:
 
 
 def inline_map(pair: AttentionPair) -> tuple[Inline, Inline]:
-    """Both maps over their pictures."""
+    """Inline both maps over their images."""
 
     def one(picture: Tensor, found: AttentionMap, model: str) -> Inline:
         where = _where(pair.seed, model, pair.prompt)

@@ -1,4 +1,4 @@
-"""Geometry of the report's plots, in the units of each SVG's view box; the template draws them."""
+"""Geometry of the report's plots in SVG view box units; the template draws them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .contents import Drift, ErosionStep
 
 __all__ = ["Bar", "Bars", "Group", "Interval", "Lines", "Series", "Tick", "bars", "interval", "lines"]
 
-# the width of a telephone: text is then drawn at its own size there, and larger elsewhere
+# the width of a phone, where text is drawn at its nominal size
 WIDTH = 360.0
 LEFT, RIGHT, TOP = 44.0, 8.0, 10.0
 # a retained share may lie above 1
@@ -20,7 +20,7 @@ TOP_SHARE = 1.1
 
 @dataclass(frozen=True)
 class Interval:
-    """A score as a line from ``low`` to ``high`` with a dot at ``at``; ``one`` is where 100 % stands."""
+    """A score as a line from ``low`` to ``high`` with a dot at ``at``; ``one`` is the position of 100 %."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ class Interval:
 
 
 def interval(score: Score, width: float = 64.0) -> Interval:
-    """On a scale from 0 to 110 %, with room for the dot at both ends."""
+    """Return the geometry of a score on a scale from 0 to 110 %, with room for the dot at both ends."""
 
     def x(value: float) -> float:
         return round(3 + (width - 6) * min(max(value, 0.0), TOP_SHARE) / TOP_SHARE, 2)
@@ -44,7 +44,7 @@ class Tick:
 
 
 def _ticks(highest: float) -> list[float]:
-    """0 and three to five round values up to just above ``highest``."""
+    """Return 0 and three to five round values up to just above ``highest``."""
     if highest <= 0:
         return [0.0, 1.0]
     rough = highest / 4
@@ -87,7 +87,7 @@ def _part(site: str) -> str:
 
 
 def bars(drift: Drift) -> Bars:
-    """One bar a site, in the order given, with the parts of the UNet below."""
+    """Return one bar per site, in order, with the parts of the UNet as labels."""
     values = list(drift.values.values())
     parts = [_part(site) for site in drift.values]
     ticks = _ticks(max((abs(value) for value in values), default=0.0))
@@ -112,7 +112,7 @@ def bars(drift: Drift) -> Bars:
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its points, the band of its intervals as a polygon, both as SVG point lists."""
+    """One line and the band of its intervals, as SVG point lists."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -131,7 +131,7 @@ class Lines:
 
 
 def lines(steps: Sequence[ErosionStep]) -> Lines:
-    """What is kept, and what is forgotten where it was measured, over the requests of a sequence."""
+    """Return the lines of retention, and of erasure if measured, over the requests of a sequence."""
     base, height = 172.0, 206.0
     first, last = steps[0].step, steps[-1].step
     usable = WIDTH - LEFT - RIGHT - 16

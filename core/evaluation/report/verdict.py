@@ -1,4 +1,4 @@
-"""The report in a paragraph: what the figures say, in plain words, by fixed rules."""
+"""A one-paragraph summary of a report, by fixed rules."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from .contents import Attack, Report
 
 __all__ = ["PARTLY", "YES", "ConceptVerdict", "Verdict", "fine_percent", "percent", "span", "verdict"]
 
-# a share from here on is a "yes"; from the second on it is "partly"
+# thresholds of the grades "yes" and "partly"
 YES, PARTLY = 0.9, 0.5
-# what is kept is missed sooner than what should be gone
+# retention has a higher threshold for "partly" than erasure
 KEPT_PARTLY = 0.7
-# an attack that succeeds this often brings the concept back
+# attack success from which the concept counts as recovered
 RETURNS = 0.1
-# concepts up to this many have a sentence each
+# up to this many concepts are described one by one
 MAX_SENTENCES = 3
 
 Grade = Literal["yes", "partly", "no"]
 
 
 def percent(value: float) -> str:
-    """A share in percent; what is not quite all or nothing is not rounded to it."""
+    """Format a fraction in percent; values close to 0 and 1 are not rounded to them."""
     whole = f"{100 * value:.0f}"
     return f"{100 * value:.1f} %" if whole in ("0", "100") and float(whole) != 100 * value else f"{whole} %"
 
 
 def fine_percent(value: float) -> str:
-    """A small share in percent, to two figures."""
+    """Format a small fraction in percent, with two significant digits."""
     return f"{100 * value:.2g} %" if value < 0.0995 else percent(value)
 
 
 def span(score: Score) -> str:
-    """The interval in percent."""
+    """Format the interval of a score in percent."""
     low, high = percent(score.low).removesuffix(" %"), percent(score.high)
     return f"{low}–{high}"
 
 
 @dataclass(frozen=True)
 class ConceptVerdict:
-    """Of one concept: is it ``forgotten``, is the rest ``kept``, and does it come back (``None``: nobody attacked)."""
+    """Grades of one concept: ``forgotten``, ``kept``, and whether it ``returns`` under attack (``None``: no attack)."""
 
     concept: str
     forgotten: Grade
@@ -61,7 +61,7 @@ class ConceptVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The paragraph, and its grades by concept."""
+    """The paragraph ``text`` and the grades by concept."""
 
     text: str
     concepts: tuple[ConceptVerdict, ...]
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def verdict(report: Report) -> Verdict:
-    """What the report says. The rules are in ``docs/report.md``."""
+    """Summarize a report by the rules in ``docs/report.md``."""
     attacks: dict[str, list[Attack]] = {}
     for attack in report.attacks:
         attacks.setdefault(attack.concept, []).append(attack)
@@ -89,7 +89,7 @@ def verdict(report: Report) -> Verdict:
 
 
 def _kept(scores: Scores) -> Score:
-    """The worst of what should stay."""
+    """The lowest retain accuracy."""
     return min((scores.ira, scores.cra, scores.cra_target), key=lambda score: score.value)
 
 
@@ -133,7 +133,7 @@ def _summary_sentences(evaluations: Sequence[Evaluation], graded: Sequence[Conce
 
 
 def _baseline_sentence(evaluations: Sequence[Evaluation]) -> list[str]:
-    """A patch that does not beat a negative prompt has no use."""
+    """Compare the patch with the negative prompt, which it must beat to be useful."""
     both = [one for one in evaluations if NEGATIVE in one.scores]
     if not both:
         return []

@@ -1,4 +1,4 @@
-"""The report as files: ``report.html``, whole in itself, and ``report.json`` beside it."""
+"""Write the report as a self-contained ``report.html`` and a ``report.json``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STOPS = 16
 
 
 def report_dict(report: Report) -> dict[str, Any]:
-    """The report as JSON values, as ``schema.json`` describes them; parts that were not measured are not in it."""
+    """Convert the report to JSON values in the format of ``schema.json``; parts that were not measured are omitted."""
     plain: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "title": report.title,
@@ -52,9 +52,10 @@ def report_dict(report: Report) -> dict[str, Any]:
 
 
 def render_html(report: Report) -> str:
-    """The report as one HTML text that needs nothing else: no network, no script.
+    """Render the report as one self-contained HTML text, without scripts or network access.
 
-    Raises :class:`ForgetConceptError`, with the pip line, where jinja2 is missing.
+    Raises:
+        ForgetConceptError: If jinja2 is not installed.
     """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -76,19 +77,19 @@ def render_html(report: Report) -> str:
         interval=interval,
         pretty=_pretty,
         size=_size,
-        told=_setting_rows,
+        setting_rows=_setting_rows,
     )
     css = (HERE / "report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict(report),
         css=css,
-        # the one style sheet is let in by its hash; nothing else is
+        # the content security policy allows only this style sheet, by its hash
         style_hash="sha256-" + base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         variants=VARIANTS,
         missing=[report.PARTS[name] for name in report.not_measured],
         grids=_by_concept([(grid, [(pair, *inline_pair(pair)) for pair in grid.pairs]) for grid in report.pictures]),
-        looked_at=any(pair.before_seen is not None for grid in report.pictures for pair in grid.pairs),
+        has_labels=any(pair.before_seen is not None for grid in report.pictures for pair in grid.pairs),
         kinds={name: [row for _, row in rows] for name, rows in _by_concept([(k, k) for k in report.by_kind]).items()},
         maps=[(pair, *inline_map(pair)) for pair in report.attention],
         bars=bars(report.drift) if report.drift else None,
@@ -99,14 +100,14 @@ def render_html(report: Report) -> str:
 
 
 def _stops() -> list[tuple[str, str]]:
-    """The heat map's colours, for its legend: offset and colour."""
+    """Offsets and colours of the heat map's legend."""
     at = torch.linspace(0, 1, STOPS)
     colours = (heat(at) * 255).round().int().tolist()
     return [(f"{100 * float(a):.1f}%", "#{:02x}{:02x}{:02x}".format(*rgb)) for a, rgb in zip(at, colours, strict=True)]
 
 
 def _by_concept(rows: Sequence[tuple[Any, Any]]) -> dict[str, list[tuple[Any, Any]]]:
-    """Pairs by the concept of their first, all in the order given."""
+    """Group pairs by the concept of their first element, in order."""
     groups: dict[str, list[tuple[Any, Any]]] = {}
     for row in rows:
         groups.setdefault(row[0].concept, []).append(row)
@@ -114,7 +115,7 @@ def _by_concept(rows: Sequence[tuple[Any, Any]]) -> dict[str, list[tuple[Any, An
 
 
 def _bound(text: str) -> str:
-    """No line ends between a number and its sign."""
+    """Prevent a line break between a number and its percent sign."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
@@ -123,12 +124,12 @@ def _pretty(value: Mapping[str, Any]) -> str:
 
 
 def _setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Settings by name, words as they are and everything else as JSON."""
+    """Names and values of settings; strings as they are, everything else as JSON."""
     return [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in settings.items()]
 
 
 def _size(count: int) -> str:
-    """Bytes as a person says them."""
+    """Format a number of bytes with a unit."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000 or unit == "MB":
             break
@@ -137,11 +138,18 @@ def _size(count: int) -> str:
 
 
 def write_report(report: Report, target: str | os.PathLike[str]) -> Path:
-    """Write the report and give the place of its HTML file; the JSON file of the same name is beside it.
+    """Write the report as an HTML file and a JSON file of the same name, each atomically and the HTML last.
 
-    ``target`` is the name of an ``.html`` file, or else a folder, made where it is missing; the files in it are
-    ``report.html`` and ``report.json``. Each is written whole or not at all, the HTML last. Raises
-    :class:`ForgetConceptError` in words where a place cannot be written.
+    Args:
+        report: The report.
+        target: Name of an ``.html`` file, or a folder, which is created if it is missing and receives ``report.html``
+            and ``report.json``.
+
+    Returns:
+        Path of the HTML file.
+
+    Raises:
+        ForgetConceptError: If a file cannot be written, or jinja2 is not installed.
     """
     path = Path(target)
     if path.suffix.lower() in (".html", ".htm") and not path.is_dir():

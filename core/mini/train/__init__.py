@@ -1,4 +1,5 @@
-"""How the embedded model was made: `python -m forget_concept.core.mini.train all --work build/mini`.
+"""Training of the embedded model: `python -m forget_concept.core.mini.train all --work build/mini`.
 
-Stages, each resumable and seeded: `data` (draw the pictures), `probe`, `autoencoder`, `text`, `unet`, `pack`.
+The stages are resumable and seeded: `data` (render the images), `tokenizer`, `probe`, `autoencoder`, `text`, `unet` and
+`pack`.
 """

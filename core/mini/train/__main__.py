@@ -18,18 +18,18 @@ from . import autoencoder, dataset, pack, probe, text, tokenizer, unet
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
 PICTURES = 20000
-RECONSTRUCTION_BAR = 0.98  # of the probe, in every category, before the UNet may train on the latents
+MIN_RECONSTRUCTION = 0.98  # probe accuracy on reconstructions, per category, required before the UNet is trained
 
 
 def trained_probe(work: Path) -> Probe:
-    """The probe as trained so far."""
+    """Load the probe from its latest checkpoint."""
     model = Probe()
     model.load_state_dict(torch.load(work / "probe.pt", weights_only=True)["modules"]["model"])
     return model.eval()
 
 
 def finish_autoencoder(work: Path, pictures: np.ndarray) -> dict[str, float]:
-    """Rescale the latents, keep the result as `vae.pt`, and ask the probe what it sees in reconstructions."""
+    """Rescale the latents, save the result as `vae.pt`, and return the probe's accuracy on reconstructions."""
     model = new_autoencoder().eval()
     model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["model"])
     autoencoder.rescale(model, pictures[:512])
@@ -54,7 +54,7 @@ def main() -> None:
     for stage in stages:
         if stage == "data":
             for done in dataset.draw(work / "pictures.npy", PICTURES):
-                print(f"drawn {done} of {PICTURES}", flush=True)
+                print(f"rendered {done} of {PICTURES}", flush=True)
             continue
         if stage == "tokenizer":
             tokenizer.build(work / "tokenizer")
@@ -68,13 +68,15 @@ def main() -> None:
         words = CLIPTokenizer.from_pretrained(work / "tokenizer")
         if stage == "probe":
             probe.train(work, pictures, **length)
-            print("held-out drawn pictures:", probe.accuracy(trained_probe(work), *probe.held_out(2000)))
+            print("held-out rendered images:", probe.accuracy(trained_probe(work), *probe.held_out(2000)))
         elif stage == "autoencoder":
             autoencoder.train(work, pictures, **length)
             found = finish_autoencoder(work, pictures)
             print("held-out reconstructions:", found)
-            if min(found.values()) < RECONSTRUCTION_BAR:
-                raise SystemExit(f"below {RECONSTRUCTION_BAR:.0%}: train longer before the UNet learns these latents")
+            if min(found.values()) < MIN_RECONSTRUCTION:
+                raise SystemExit(
+                    f"probe accuracy below {MIN_RECONSTRUCTION:.0%}: train the autoencoder longer before the UNet"
+                )
         elif stage == "text":
             text.train(work, words, len(pictures), **length)
         elif stage == "unet":

@@ -1,4 +1,4 @@
-"""Stage `autoencoder`: 8× down, 4 channels; colour and texture survive, latents have Stable Diffusion's scale."""
+"""Stage `autoencoder`: 8× downsampling, 4 channels, latents at Stable Diffusion's scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..config import LATENT_SCALE, new_autoencoder
 from .run import Run
 
-CROP = 64  # convolutions learn as much from a quarter of the picture; the last part of the run sees whole pictures
+CROP = 64  # crops of a quarter of the image are enough for convolutions; the last part of the run uses whole images
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -26,21 +26,21 @@ def _batch(pictures: np.ndarray, step: int, whole: bool, size: int) -> torch.Ten
         return to_tensor(pictures[np.sort(rng.choice(len(pictures), size // 4, replace=False))])
     crops = np.empty((size, CROP, CROP, 3), dtype=np.uint8)
     for row, index in enumerate(rng.choice(len(pictures), size, replace=False)):
-        # Offsets keep to the latent grid: the decoder never meets another phase.
+        # Offsets are aligned with the latent grid, because the decoder never sees another phase.
         y, x = 8 * rng.integers(0, 9, 2)
         crops[row] = pictures[index, y : y + CROP, x : x + CROP]
     return to_tensor(crops)
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 on pixels, plus L1 on 8×8 means (colour: a small error everywhere costs as much as a wrong edge), plus L2."""
+    """L1 and L2 on pixels, plus L1 on 8×8 means, which weights a small colour error over an area like a wrong edge."""
     coarse = F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(target, 8))
     return F.l1_loss(output, target) + coarse + F.mse_loss(output, target)
 
 
 @torch.no_grad()
 def start_linear(model: Any) -> None:
-    """Begin as averaging and interpolation: residual branches closed, resampling plain, latents almost without noise.
+    """Initialize as averaging and interpolation: zero residual branches, plain resampling, almost noise-free latents.
 
     From the classes' own initialisation the first thousand steps went into learning to pass the mean colour through.
     """
@@ -73,7 +73,7 @@ def start_linear(model: Any) -> None:
 
 
 def train(folder: Path, pictures: np.ndarray, steps: int = 1200, batch: int = 32) -> None:
-    """Train for `steps` steps (32 crops or 8 whole pictures each); resumable."""
+    """Train for `steps` steps (32 crops or 8 whole images each); resumable."""
     torch.manual_seed(1)
     model = new_autoencoder()
     start_linear(model)

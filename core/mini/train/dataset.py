@@ -1,4 +1,4 @@
-"""The training pictures, drawn once and kept as one memory-mapped array."""
+"""The training images, rendered once into a memory-mapped array."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 from ..shapes import SIZE
 from ..world import LABELS, Labels, Scene, caption, labels, render, sample_scene
 
-SEED = 20260000  # picture i of the training set is a pure function of (SEED, i)
+SEED = 20260000  # image i of the training set is a pure function of (SEED, i)
 HELD_OUT_SEED = 77000000
 
 
 def scene(index: int, seed: int = SEED, *, training: bool = True) -> Scene:
-    """Scene `index` of a set."""
+    """Return scene `index` of a dataset."""
     return sample_scene(np.random.default_rng((seed, index)), training=training)
 
 
 def captions(item: Scene, index: int, count: int) -> list[str]:
-    """`count` captions of one scene, the same ones for the same index."""
+    """Return `count` captions of a scene, deterministic for an index."""
     rng = np.random.default_rng((SEED, index, 1))
     return [caption(item, rng) for _ in range(count)]
 
 
 def label_indices(found: Labels) -> list[int]:
-    """The probe's class of each category, in the order of `LABELS`."""
+    """Return the probe's class index of each category, in the order of `LABELS`."""
     return [names.index(getattr(found, category)) for category, names in LABELS.items()]
 
 
@@ -42,9 +42,10 @@ def _draw(job: tuple[str, int, int, int]) -> int:
 
 
 def draw(path: Path, count: int, workers: int | None = None) -> Iterator[int]:
-    """Draw `count` training pictures into `path` (`.npy`, `(count, 128, 128, 3)` uint8); yields how many are done.
+    """Render `count` training images into `path` (`.npy`, `(count, 128, 128, 3)` uint8), yielding the number done.
 
-    A finished file is kept; an unfinished one is begun anew under another name, so that a file that exists is whole.
+    An existing file is kept. The images are written under another name and renamed at the end, so that an existing file
+    is always complete.
     """
     if path.exists():
         yield count
@@ -63,5 +64,5 @@ def draw(path: Path, count: int, workers: int | None = None) -> Iterator[int]:
 
 
 def label_table(count: int) -> np.ndarray:
-    """Label indices of the first `count` training scenes, `(count, 4)` int64."""
+    """Return the label indices of the first `count` training scenes, `(count, 4)` int64."""
     return np.array([label_indices(labels(scene(i))) for i in range(count)], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Stage `pack`: the trained parts as one diffusers folder in fp16, with the probe and the logs beside it."""
+"""Stage `pack`: write the trained parts as one diffusers folder in fp16, with the probe and the logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..probe import Probe
 
 
 def pack(work: Path, target: Path) -> int:
-    """Write the shipped folder from what is in `work`; returns its size in bytes."""
+    """Write the model folder `target` from the checkpoints in `work`, and return its size in bytes."""
     from diffusers import DDIMScheduler
     from transformers import CLIPTokenizer
 

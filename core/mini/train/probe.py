@@ -1,4 +1,4 @@
-"""Stage `probe`: classes of drawn pictures, robust to what a generator does to them."""
+"""Stage `probe`: a classifier of rendered images that is robust to a generator's artifacts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ _NAMES = list(LABELS)
 
 
 def corrupt(images: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Blur, noise, shift and recolour a little (labels stay); break one in eight (its subject becomes *none*).
+    """Blur, noise, shift and recolour images slightly; destroy one in eight, whose subject becomes *none*.
 
     Args:
-        images: `(n, 3, 128, 128)` in [-1, 1]. targets: `(n, 4)` class indices in the order of `LABELS`.
+        images: `(n, 3, 128, 128)` in [-1, 1].
+        targets: `(n, 4)` class indices in the order of `LABELS`.
+        rng: Random generator.
     """
     images, targets = images.clone(), targets.clone()
     subject = [_NAMES.index(k) for k in ("object", "identity", "colour")]
     style = _NAMES.index("style")
     for row in range(len(images)):
         roll = rng.random()
-        if roll < 0.3:  # what an autoencoder does: lose detail, ring a little
+        if roll < 0.3:  # an autoencoder's loss of detail
             factor = int(rng.integers(2, 4))
             small = F.avg_pool2d(images[row : row + 1], factor)
             images[row] = F.interpolate(small, size=128, mode="bilinear", align_corners=False)[0]
@@ -62,7 +64,7 @@ def corrupt(images: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[
 
 
 def empty_pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures of a style without a subject."""
+    """Render images of a style without a subject."""
     from ..vocabulary import BACKGROUNDS
     from ..world import Labels, Scene
 
@@ -103,13 +105,13 @@ def train(folder: Path, pictures: np.ndarray, steps: int = 1300, batch: int = 40
 
 @torch.no_grad()
 def accuracy(model: Probe, images: Tensor, targets: Tensor) -> dict[str, float]:
-    """Share of right answers per category."""
+    """Return the accuracy per category."""
     seen = torch.tensor([dataset.label_indices(found) for found in model.classify(images)])
     return {k: (seen[:, i] == targets[:, i]).float().mean().item() for i, k in enumerate(_NAMES)}
 
 
 def held_out(count: int) -> tuple[Tensor, Tensor]:
-    """Freshly drawn pictures, none of them in the training set, combinations that training never saw among them."""
+    """Render images outside the training set, including held-out combinations."""
     scenes = [dataset.scene(i, dataset.HELD_OUT_SEED, training=False) for i in range(count)]
     targets = torch.tensor([dataset.label_indices(labels(s)) for s in scenes])
     return to_tensor(np.stack([render(s) for s in scenes])), targets

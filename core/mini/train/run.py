@@ -1,4 +1,4 @@
-"""What every training stage shares: resumable checkpoints, a log of JSON lines, a learning rate schedule."""
+"""Shared by all training stages: resumable checkpoints, a JSON Lines log, and a learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def warm_cosine(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 3 % of the steps, then a cosine to 2 % of the peak."""
+    """Learning rate with linear warm-up over 3 % of the steps, then cosine decay to 2 % of the peak."""
     warm = max(1, round(0.03 * steps))
     if step < warm:
         return peak * (step + 1) / warm
@@ -23,12 +23,17 @@ def warm_cosine(step: int, steps: int, peak: float) -> float:
 
 
 class Run:
-    """State of one stage under `folder`: `<name>.pt` (resumable) and `<name>.log.jsonl` (a line a report).
+    """State of one stage: the checkpoint `<name>.pt` and the log `<name>.log.jsonl` in `folder`.
 
     Args:
-        modules: what to train and keep, by name.
-        optimizer: its state is kept beside the modules.
-        steps: length of the run; `step` counts from 0 and survives a restart.
+        folder: Folder of the checkpoint and the log.
+        name: Name of the stage.
+        modules: Modules to save, by name.
+        optimizer: Optimizer, whose state is saved too.
+        steps: Length of the run; `step` counts from 0 and is restored on resume.
+        peak_lr: Peak learning rate.
+        save_every: Steps between checkpoints.
+        schedule: Learning rate by step. Default: :func:`warm_cosine`.
     """
 
     def __init__(
@@ -56,11 +61,11 @@ class Run:
             self.step, self.seconds = state["step"], state["seconds"]
 
     def lr(self) -> float:
-        """:func:`warm_cosine`, or the stage's own schedule."""
+        """Return the learning rate of the current step."""
         return warm_cosine(self.step, self.steps, self.peak_lr) if self.schedule is None else self.schedule(self.step)
 
     def update(self, loss: torch.Tensor, clip: float = 1.0) -> None:
-        """Back-propagate, clip, step the optimiser; checkpoint when due."""
+        """Back-propagate, clip the gradients, step the optimizer, and save a checkpoint when due."""
         if not torch.isfinite(loss):
             raise RuntimeError(
                 f"step {self.step}: the loss is {loss.item()}; resume from {self.path} with a lower rate"
@@ -90,7 +95,7 @@ class Run:
         os.replace(partial, self.path)
 
     def log(self, **values: float) -> None:
-        """Append one line to the log and show it."""
+        """Append one line to the log and print it."""
         seconds = self.seconds + time.perf_counter() - self._began
         line = {"step": self.step, "lr": self.lr(), "seconds": round(seconds, 1)}
         line |= {key: float(f"{value:.6g}") for key, value in values.items()}

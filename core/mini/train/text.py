@@ -1,7 +1,7 @@
-"""Stage `text`: the text encoder learns to tell what a caption asks for, before the UNet sees it.
+"""Stage `text`: pretrain the text encoder to predict the labels that a caption names.
 
-CLIP's is trained against pictures; here the pictures' labels stand for them. It saves the UNet the slowest part of
-its run: learning to listen. The UNet stage then trains both together.
+CLIP's text encoder is trained against images; here the labels replace the images. The pretraining saves the UNet stage
+its slowest part, learning to use the text; that stage then trains both together.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..world import LABELS, Scene, labels
 from . import dataset
 from .run import Run
 
-_SCHEDULE = 700  # steps; the UNet stage takes over long before
+_SCHEDULE = 700  # steps of the schedule; the UNet stage takes over earlier
 _SHORT = 40  # longer captions do not occur; the causal encoder's states do not depend on what follows
 
 
 def targets(scene: Scene, text: str) -> list[int]:
-    """Class of each category plus background and attributes; -100 where the caption does not say."""
+    """Return the classes of categories, background and attributes; -100 for what the caption does not name."""
     row = dataset.label_indices(labels(scene))
     if scene.colour not in text:
         row[list(LABELS).index("colour")] = -100
-    said = scene.background if f"{scene.background} background" in text else None
-    row.append(0 if said is None else 1 + list(BACKGROUNDS).index(said))
+    background = scene.background if f"{scene.background} background" in text else None
+    row.append(0 if background is None else 1 + list(BACKGROUNDS).index(background))
     return row + [int(f"with a {name}" in text) for name in ATTRIBUTES]
 
 
@@ -56,13 +56,13 @@ def train(folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: 
         ]
         ends = (ids == vocabulary - 1).int().argmax(1)
         states = model(ids).last_hidden_state
-        # Read the end-of-text state and one padding state: the UNet will look at both.
+        # read out the end-of-text state and one padding state, because the UNet attends to both
         later = torch.from_numpy(rng.integers(0, _SHORT, batch)).maximum(ends)
-        seen = torch.stack([states[torch.arange(batch), ends], states[torch.arange(batch), later]])
-        wanted = torch.tensor(rows)
+        read_out = torch.stack([states[torch.arange(batch), ends], states[torch.arange(batch), later]])
+        classes = torch.tensor(rows)
         loss = torch.zeros(())
-        for column, logits in enumerate(heads(seen).split(sizes, dim=-1)):
-            both = wanted[:, column].repeat(2)
+        for column, logits in enumerate(heads(read_out).split(sizes, dim=-1)):
+            both = classes[:, column].repeat(2)
             loss = loss + F.cross_entropy(logits.flatten(0, 1), both, ignore_index=-100)
         run.update(loss)
         if run.step % 50 == 0:

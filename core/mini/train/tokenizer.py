@@ -1,12 +1,11 @@
-"""Stage `tokenizer`: a byte-complete BPE vocabulary in CLIP's file format, learnt from the world's own captions.
+"""Stage `tokenizer`: a byte-complete BPE vocabulary in CLIP's file format, learned from the world's captions.
 
-Ids: 256 byte letters, 256 byte letters that end a word, the merges, start of text, end of text (the highest id, and
-padding). Names are given little weight, so that they stay words of several tokens, as people's names are in Stable
-Diffusion.
+Ids: 256 byte letters, 256 byte letters that end a word, the merges, start-of-text, end-of-text (the last id, also the
+padding). Names get a low weight, so that they consist of several tokens, like people's names in Stable Diffusion.
 
-The vocabulary that is shipped was learnt with ties between equally frequent pairs broken by their spelling; the
-`tokenizers` library breaks them in an order of its own. A new run therefore gives another vocabulary, which fits only
-the weights that are trained with it.
+The distributed vocabulary was learned with ties between equally frequent pairs broken by spelling; the `tokenizers`
+library breaks them differently. A new run therefore gives another vocabulary, which fits only the weights that are
+trained with it.
 """
 
 from __future__ import annotations

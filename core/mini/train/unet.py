@@ -1,4 +1,4 @@
-"""Stage `unet`: the noise predictor and the text encoder together, on the autoencoder's latents."""
+"""Stage `unet`: train the UNet and the text encoder together, on the autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from . import dataset
 from .autoencoder import to_tensor
 from .run import Run, warm_cosine
 
-CAPTIONS = 6  # a picture
-SCHEDULE_STEPS = 2400  # of the first part's learning rate
-FINISH_FROM = 2200  # step from which people are drawn more often: they have the finest features and came last
+CAPTIONS = 6  # per image
+SCHEDULE_STEPS = 2400  # length of the first learning rate schedule
+FINISH_FROM = 2200  # step from which people are sampled more often, because their fine features are learned last
 FINISH_STEPS, FINISH_LR = 300, 1.5e-4
-FINISH_ODDS = {"Ivy Stone": 5.0, "Mira Vale": 3.0}  # against 1 for a shape and 2 for anyone else
-COARSE_FROM = 1400  # step from which the coarse error counts too: the shipped run learnt shapes first
+FINISH_ODDS = {"Ivy Stone": 5.0, "Mira Vale": 3.0}  # sampling weights; 1 for a shape and 2 for the other people
+COARSE_FROM = 1400  # step from which the coarse error is added; the distributed run learned shapes first
 
 
 @torch.no_grad()
 def encode(path: Path, autoencoder: Any, pictures: np.ndarray) -> Tensor:
-    """Latents of all pictures, `(n, 4, 16, 16)` fp16 at unit variance; kept in `path`."""
+    """Return the latents of all images, `(n, 4, 16, 16)` fp16 at unit variance, cached in `path`."""
     if path.exists():
         kept: Tensor = torch.load(path, weights_only=True)
         return kept
@@ -43,10 +43,10 @@ def encode(path: Path, autoencoder: Any, pictures: np.ndarray) -> Tensor:
 
 
 def coarse_error(error: Tensor) -> Tensor:
-    """Mean squared error of 4×4 means and of the whole mean, `(n, c, 16, 16)` to `(n,)`, on white noise's own scale.
+    """Mean squared error of the 4×4 block means and of the overall mean, `(n, c, 16, 16)` to `(n,)`.
 
-    Colour and background are one coefficient in 256: plain noise prediction hardly feels them, and norms with two
-    channels a group lose them easily.
+    It is scaled to that of white noise. Colour and background are one coefficient in 256, which plain noise prediction
+    hardly weights, and which norms with two channels per group easily lose.
     """
     blocks = F.avg_pool2d(error, 4).square().mean((1, 2, 3)) * 16
     whole = error.mean((2, 3)).square().mean(1) * 256
@@ -54,7 +54,7 @@ def coarse_error(error: Tensor) -> Tensor:
 
 
 def alphas_cumprod() -> Tensor:
-    """SD1's noise schedule, `(1000,)`."""
+    """Return SD1's cumulative alphas, `(1000,)`."""
     start, end = SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5
     return torch.cumprod(1 - torch.linspace(start, end, SCHEDULE["num_train_timesteps"]) ** 2, 0)
 
@@ -68,16 +68,18 @@ def train(
     peak_lr: float = 1e-3,
     unconditional: float = 0.1,
 ) -> None:
-    """Train for `steps` steps; resumable. Keeps an exponential moving average beside the weights: that is what ships.
+    """Train for `steps` steps; resumable. The exponential moving average of the weights is the final model.
 
-    Loss: noise prediction weighted by min(SNR, 5)/SNR (Hang et al. 2023, arXiv 2303.09556); stratified time steps.
+    The loss is noise prediction weighted by min(SNR, 5)/SNR, with stratified time steps.
+
+    Reference: Hang et al. 2023, arXiv 2303.09556.
     """
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(4)
 
     def rate(step: int) -> float:
-        """Warm-up and cosine; then once more a little up and down to nothing."""
+        """Warm-up and cosine decay, followed by a second, shorter cycle down to zero."""
         if step >= FINISH_FROM:
             along = (step - FINISH_FROM) / FINISH_STEPS
             return FINISH_LR * min(1.0, 20 * along + 0.05) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(along, 1.0))))
@@ -85,7 +87,7 @@ def train(
 
     unet = new_unet()
     text = new_text_encoder(len(tokenizer))
-    # The fused kernel's backward pass is several times slower than plain matrix products in bf16 on a CPU.
+    # In bf16 on a CPU, the fused kernel's backward pass is several times slower than plain matrix products.
     unet.set_attn_processor(AttnProcessor())
     text.set_attn_implementation("eager")
     text.load_state_dict(torch.load(folder / "text.pt", weights_only=True)["modules"]["model"])
