@@ -134,7 +134,7 @@ def test_fid_of_singular_covariances_is_exact():
 
 def test_fid_says_where_there_are_too_few_pictures():
     assert fid(rand(13, 12), rand(14, 12)).note == ""
-    assert "12 pictures are fewer than the 13" in fid(rand(12, 12), rand(14, 12)).note
+    assert "12 images are fewer than the 13" in fid(rand(12, 12), rand(14, 12)).note
     assert "12 pictures" in fid(rand(14, 12), rand(12, 12)).as_dict()["note"]
 
 

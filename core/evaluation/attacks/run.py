@@ -263,9 +263,9 @@ def _judge_pictures(
     if context.workspace is not None:
         safe = context.variant.safe
         under = [context.variant.negative, None if safe is None else asdict(safe)]
-        about = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.description, *under]
-        asked = [[picture.prompt, picture.seed] for picture in pictures]
-        key = key_of("verdicts", model.model_hash, context.text_key, asked, about)
+        conditions = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.description, *under]
+        samples = [[picture.prompt, picture.seed] for picture in pictures]
+        key = key_of("verdicts", model.model_hash, context.text_key, samples, conditions)
         if (known := context.workspace.load("attack", key)) is not None:
             return known["shown"].tolist()
     found: list[bool] = []

@@ -1,12 +1,14 @@
-"""Fréchet distance of two sets of features: FID.
+"""Fréchet distance (FID) of two sets of features: ``‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½)``.
 
-Heusel et al. (arXiv 1706.08500), equation 6: ``‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½)``. With ``X`` the centred features
-over ``√(n − 1)``, ``C = XᵀX``, and ``tr (C₁C₂)^½`` is the sum of the singular values of ``X₁X₂ᵀ``, ``(n, m)``.
+With ``X`` the centered features divided by ``√(n − 1)``, ``C = XᵀX``, and ``tr (C₁C₂)^½`` is the sum of the singular
+values of ``X₁X₂ᵀ``, ``(n, m)``.
 
-torchmetrics' ``FrechetInceptionDistance``, which a test compares this with, takes the eigenvalues of the ``(d, d)``
-product ``C₁C₂`` instead. That product is singular with fewer pictures than features, as in every evaluation here with
-Inception's 2,048: 64 pictures then took 20 s instead of 0.04 s on one CPU core, with a relative error of 1e-5 and a
-distance below 0 for equal sets.
+torchmetrics' ``FrechetInceptionDistance``, which a test compares this with, computes the eigenvalues of the ``(d, d)``
+product ``C₁C₂`` instead. That product is singular with fewer images than features, as in every evaluation here with
+Inception's 2,048 features: for 64 images it took 20 s instead of 0.04 s on one CPU core, with a relative error of 1e-5
+and a negative distance for equal sets.
+
+Reference: Heusel et al., arXiv 1706.08500, equation 6.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ __all__ = ["FID", "fid"]
 
 @dataclass(frozen=True)
 class FID:
-    """The distance ``value`` of ``n`` pictures from ``n_reference`` others by features of ``width``.
+    """The distance ``value`` of ``n`` images from ``n_reference`` others, with features of ``width`` dimensions.
 
-    ``note`` warns, and is empty where nothing is to be said.
+    ``note`` is a warning about the value, or empty.
     """
 
     value: float
@@ -44,27 +46,33 @@ class FID:
         }
 
 
-def check_features(features: Tensor, reference: Tensor, fewest: int) -> None:
-    """Raise :class:`RequestError`, in words, unless both are ``(n, d)`` of one width, finite, and of enough rows."""
+def check_features(features: Tensor, reference: Tensor, min_rows: int) -> None:
+    """Raise :class:`RequestError` unless both are finite, of equal width, and have at least ``min_rows`` rows."""
     for one in (features, reference):
         if one.ndim != 2 or one.shape[1] == 0:
-            raise RequestError(f"Features must be (pictures, width), and these are {tuple(one.shape)}.")
-        if len(one) < fewest:
-            raise RequestError(f"A distance of two sets of pictures needs at least {fewest} in each, not {len(one)}.")
+            raise RequestError(f"Features must have the shape (images, width), not {tuple(one.shape)}.")
+        if len(one) < min_rows:
+            raise RequestError(f"A distance of two image sets needs at least {min_rows} images each, not {len(one)}.")
         if not bool(torch.isfinite(one).all()):
-            raise RequestError("The features hold values that are not finite numbers.")
+            raise RequestError("The features contain values that are not finite: check the images.")
     if features.shape[1] != reference.shape[1]:
         raise RequestError(
-            f"Features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared: take both from the "
-            "same extractor."
+            f"Features of width {features.shape[1]} and {reference.shape[1]} cannot be compared: use the "
+            "same extractor for both."
         )
 
 
 def fid(features: Tensor, reference: Tensor) -> FID:
-    """FID of ``features`` ``(n, d)`` from ``reference`` ``(m, d)``, in fp64.
+    """Compute the FID of two sets of features, in fp64. It has an upward bias of order ``1/n``: compare equal ``n``.
 
-    It is biased upwards by some ``1/n``: compare values of equal ``n`` only. Raises :class:`RequestError` for fewer
-    than two rows, other widths or values that are not finite.
+    Args:
+        features: Features ``(n, d)``.
+        reference: Reference features ``(m, d)``.
+
+    Raises:
+        RequestError: If a set has fewer than two rows, the widths differ, or a value is not finite.
+
+    Reference: Heusel et al., arXiv 1706.08500, equation 6.
     """
     check_features(features, reference, 2)
     (mean, spread), (mean_reference, spread_reference) = (_moments(one) for one in (features, reference))
@@ -76,8 +84,8 @@ def fid(features: Tensor, reference: Tensor) -> FID:
     note = ""
     if fewest <= width:
         note = (
-            f"{fewest} pictures are fewer than the {width + 1} that features of width {width} need for a covariance of "
-            "full rank: the value is much too high in itself, and good for comparing sets of this size only."
+            f"{fewest} images are fewer than the {width + 1} that features of width {width} need for a covariance of "
+            "full rank: the value is much too high, and only comparable between sets of this size."
         )
     # of equal sets rounding may leave a little below 0
     return FID(max(float(value), 0.0), len(features), len(reference), width, note)

@@ -1,11 +1,13 @@
-"""Kernel distance (KID) of two sets of features of the same prompts and seeds, unbiased, with its standard error.
+"""Unbiased kernel distance (KID), with its standard error, of two sets of features of the same prompts and seeds.
 
-Bińkowski et al. (arXiv 1801.01401), equation 4: the squared maximum mean discrepancy under
-``k(x, y) = (xᵀy / d + 1)³``, by the U-statistic, which is unbiased at every number of pictures and may be below 0.
+The squared maximum mean discrepancy under ``k(x, y) = (xᵀy / d + 1)³``, estimated by the U-statistic, which is unbiased
+for any number of images and may be negative.
 
-torchmetrics' ``KernelInceptionDistance`` is for independent sets. An edit is measured on pairs, the same prompt and
-seed without and with it: these are no independent draws, so a row must not be compared with its own partner, which
-torchmetrics has no way to leave out; the estimate would lie far below 0.
+torchmetrics' ``KernelInceptionDistance`` assumes independent sets. An edit is measured on pairs with the same prompt
+and seed, which are not independent, so a row must not be compared with its own partner. torchmetrics cannot exclude
+these pairs, and its estimate would be far below 0.
+
+Reference: Bińkowski et al., arXiv 1801.01401, equation 4.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ __all__ = ["KID", "kid"]
 
 @dataclass(frozen=True)
 class KID:
-    """The distance ``value`` of ``n`` pictures from their ``n_reference`` partners, and its standard ``error``.
+    """The distance ``value`` of ``n`` images from their ``n_reference`` partners, and its standard ``error``.
 
-    The error comes from ``subsets`` disjoint parts; ``None`` where there are too few pictures for two.
+    The error is estimated from ``subsets`` disjoint subsets; it is ``None`` if there are too few images for two.
     """
 
     value: float
@@ -47,15 +49,15 @@ class KID:
 
 
 def kid(features: Tensor, reference: Tensor, subsets: int = 10, seed: int = 0) -> KID:
-    """KID of ``features`` from ``reference``, over all pairs of rows but partners.
+    """Compute the KID of ``features`` and ``reference``, over all pairs of rows except partners.
 
     Args:
         features: ``(n, d)``, computed in fp64.
-        reference: ``(n, d)``, row for row of the same prompt and seed as ``features``.
+        reference: ``(n, d)``; row by row the same prompt and seed as ``features``.
         subsets: Number of disjoint random parts for the error, which is the standard error of the mean of the parts'
             own estimates and slightly more than that of the value. Overlapping subsets, as often reported, understate
             it.
-        seed: Of the random parts.
+        seed: Seed of the random parts.
 
     Raises:
         RequestError: For fewer than two rows, unequal shapes, values that are not finite, or fewer than two subsets.
@@ -63,7 +65,7 @@ def kid(features: Tensor, reference: Tensor, subsets: int = 10, seed: int = 0) -
     check_features(features, reference, 2)
     if len(features) != len(reference):
         raise RequestError(
-            f"KID compares pairs of pictures: give as many of each, not {len(features)} and {len(reference)}."
+            f"KID compares image pairs: give the same number of each, not {len(features)} and {len(reference)}."
         )
     if subsets < 2:
         raise RequestError(f"The error of a KID needs at least two subsets, not {subsets}.")
