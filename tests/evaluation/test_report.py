@@ -267,9 +267,9 @@ def test_every_picture_says_what_it_is(page, report):
         ):
             assert alt == f"{model}, prompt “{pair.prompt}”, seed {pair.seed}: shows {seen}"
     first, second = (image["alt"] for image in images[-2:])
-    assert first == ("Where “star” looks. Unedited model, prompt “a star”, seed 7: 5 % of the attention on average, at "
+    assert first == ("Attention to “star”. Unedited model, prompt “a star”, seed 7: 5 % of the attention on average, at "
                      "most 9 %, 88 % from the left and 88 % from the top")  # fmt: skip
-    assert second.startswith("Where “star” looks. With the patch") and "at most 3 %" in second
+    assert second.startswith("Attention to “star”. With the patch") and "at most 3 %" in second
 
 
 def test_drawings_and_tables_are_named(page):
@@ -554,7 +554,7 @@ def test_a_real_evaluation_becomes_a_report(tmp_path, schema):
     assert data["evaluations"] == [json.loads(json.dumps(found.as_dict()))]
     page = Page(html.read_text(encoding="utf-8"))
     assert len(page.all("img")) == 12
-    assert ["Method", "not said"] in cells(page)
+    assert ["Method", "not stated"] in cells(page)
 
 
 def test_nothing_known_is_said_where_a_judge_finds_nothing():

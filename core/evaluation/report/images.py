@@ -73,7 +73,7 @@ def inline_map(pair: AttentionPair) -> tuple[Inline, Inline]:
 
     def one(picture: Tensor, found: AttentionMap, model: str) -> Inline:
         where = _where(pair.seed, model, pair.prompt)
-        return _inline(picture, f"Where “{pair.phrase}” looks. {where}: {_words(found)}")
+        return _inline(picture, f"Attention to “{pair.phrase}”. {where}: {_words(found)}")
 
     first, second = pair.overlays()
     return one(first, pair.before, "Unedited model"), one(second, pair.after, "With the patch")
