@@ -213,7 +213,7 @@ def test_scores_are_counted_picture_by_picture(name, category):
 
     scores = found.scores[PATCHED]
     assert scores.ua.value == sum(not right(q, True) for q in cells.target) / 40
-    for score, questions in ((scores.ira, cells.in_domain), (scores.cra, cells.other)):
+    for score, questions in ((scores.ira, cells.in_domain), (scores.cra, cells.cross_domain)):
         before = sum(right(q, False) for q in questions)
         assert score.value == pytest.approx(sum(right(q, True) for q in questions) / before)
     trials = [(q, a) for q in cells.target for a in q.other_attributes()]
