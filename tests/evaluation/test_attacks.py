@@ -302,7 +302,7 @@ def test_targets_that_make_no_sense_are_refused():
         ((Concept("star"), ()), "no prompt"),
         ((Concept(" "), ("a star",)), "name it"),
         ((Concept("star"), ("a star",), ("a red Star",)), "not a paraphrase of 'star'"),
-        ((Concept("star"), ("a star",), (" ",)), "no paraphrase"),
+        ((Concept("star"), ("a star",), (" ",)), "not a paraphrase"),
     ):
         with pytest.raises(RequestError, match=words):
             Target(*arguments)

@@ -135,7 +135,7 @@ def test_fid_of_singular_covariances_is_exact():
 def test_fid_says_where_there_are_too_few_pictures():
     assert fid(rand(13, 12), rand(14, 12)).note == ""
     assert "12 images are fewer than the 13" in fid(rand(12, 12), rand(14, 12)).note
-    assert "12 pictures" in fid(rand(14, 12), rand(12, 12)).as_dict()["note"]
+    assert "12 images" in fid(rand(14, 12), rand(12, 12)).as_dict()["note"]
 
 
 # -- KID ----------------------------------------------------------------------------------------------------------
@@ -607,5 +607,5 @@ def test_a_kid_of_pairs_is_unbiased_where_that_of_strangers_is_not():
     true = kid(before + 0.1 * torch.randn(400, 6, generator=draws), torch.randn(400, 6, generator=draws)).value
     assert abs(float(paired.mean()) - true) < 4 * error + 0.1
     assert float(apart.mean()) < -0.5
-    with pytest.raises(RequestError, match="compares pairs"):
+    with pytest.raises(RequestError, match="compares image pairs"):
         kid(before, before[:5])
