@@ -303,7 +303,7 @@ def test_a_checkpoint_is_judged_by_a_clip_that_is_here(comfyui: ComfyUI, tmp_pat
     assert found.node == "evaluate"
     assert "The unedited model draws none of these prompts correctly" in found.words
     told = comfyui.get("/probe/told")["texts"]
-    assert any(line.startswith("drawing 24 pictures") for line in told), told
+    assert any(line.startswith("sampling 24 images") for line in told), told
 
 
 # -- looked at ----------------------------------------------------------------------------------------------------

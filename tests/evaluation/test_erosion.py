@@ -247,10 +247,14 @@ def test_what_cannot_be_measured_is_said(sequence):
     for calls, error, words in (
         ({"steps": []}, RequestError, "at least one patch"),
         ({"count": 3}, RequestError, "at least 4"),
-        ({"forgotten": [["star"]]}, RequestError, "2 steps, and names of 1"),
+        ({"forgotten": [["star"]]}, RequestError, "2 steps but forgotten names for 1"),
         ({"without": ["dragon"]}, RequestError, "no concept 'dragon'"),
-        ({"without": [w.name for ws in CATEGORIES.values() for w in ws]}, RequestError, "No object is kept"),
-        ({"without": [w.name for w in CATEGORIES["identity"]]}, RequestError, "No identity is kept"),
+        (
+            {"without": [w.name for ws in CATEGORIES.values() for w in ws]},
+            RequestError,
+            "retain set contains no object",
+        ),
+        ({"without": [w.name for w in CATEGORIES["identity"]]}, RequestError, "retain set contains no identity"),
         ({"steps": [random_patch(model.survey)]}, PatchError, "does not say which requests"),
         (
             {"steps": [random_patch(tiny_model(cross_attention_dim=48).survey, metadata=record("star"))]},

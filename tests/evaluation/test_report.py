@@ -267,8 +267,8 @@ def test_every_picture_says_what_it_is(page, report):
         ):
             assert alt == f"{model}, prompt “{pair.prompt}”, seed {pair.seed}: shows {seen}"
     first, second = (image["alt"] for image in images[-2:])
-    assert first == ("Attention to “star”. Unedited model, prompt “a star”, seed 7: 5 % of the attention on average, at "
-                     "most 9 %, 88 % from the left and 88 % from the top")  # fmt: skip
+    assert first == ("Attention to “star”. Unedited model, prompt “a star”, seed 7: 5 % of the attention on average, "
+                     "at most 9 %, 88 % from the left and 88 % from the top")  # fmt: skip
     assert second.startswith("Attention to “star”. With the patch") and "at most 3 %" in second
 
 
