@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType, ModuleType
 
 from ..errors import Cancelled, ForgetConceptError
+from ..files.names import check_unicode
 from ..version import VERSION
 from . import bench, demo, evaluate, export, forget, generate, inspect, methods, mini_table, restore
 from .options import Parser
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
+        for argument in sys.argv[1:] if argv is None else argv:
+            check_unicode(argument, "The argument")
         args = build_parser().parse_args(argv)
         from .console import Console
 

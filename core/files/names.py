@@ -9,11 +9,33 @@ from pathlib import Path
 
 from ..errors import ForgetConceptError, RequestError
 
-__all__ = ["fresh_file", "patch_name"]
+__all__ = ["check_unicode", "fresh_file", "is_unicode", "patch_name"]
 
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST = 120
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: it has no surrogates, as bytes of another encoding leave them."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Check that a text can be written as UTF-8.
+
+    Args:
+        text: The text.
+        what: What it is, to begin the message with.
+
+    Raises:
+        RequestError: It has surrogates.
+    """
+    if not is_unicode(text):
+        raise RequestError(
+            f"{what} {text!a} is not valid Unicode: it has bytes that are not UTF-8, or half of a character. "
+            "Write it in UTF-8."
+        )
 
 
 def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folder") -> tuple[str, ...]:
@@ -23,6 +45,7 @@ def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folde
 
     Raises :class:`RequestError` for a place outside of the folder, and for names that not every system can have.
     """
+    check_unicode(prefix or "", "The name of the file")
     slug = re.sub(r"[^\w]+", "-", "-".join(concepts[:3]).casefold()).strip("-_")[:60] or "concept"
     if len(concepts) > 3:
         slug += f"-and-{len(concepts) - 3}-more"

@@ -10,6 +10,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.token_positions import end_position
 from ..patch.patch import Patch
 from ..progress import Progress
+from ..request.concept import normalized_phrase
 from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from ..version import VERSION
@@ -26,17 +27,20 @@ MIN_IMAGES = 3
 def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs) -> Inputs:
     """The inputs with the images of the request loaded, and all images checked."""
     size = picture_size(model)
+    names = {normalized_phrase(concept.name): concept.name for concept in request.concepts}
+    given = {names.get(normalized_phrase(name), name): pictures for name, pictures in inputs.images.items()}
+    if len(given) < len(inputs.images):
+        raise RequestError("The pictures of one concept are given under two spellings of its name: use one of them.")
     images = {
         concept.name: load_images(concept.images, size)
         for concept in request.concepts
-        if concept.images and concept.name not in inputs.images
-    } | dict(inputs.images)
-    names = [concept.name for concept in request.concepts]
+        if concept.images and concept.name not in given
+    } | given
     for name, pictures in images.items():
-        if name not in names:
+        if name not in names.values():
             raise RequestError(
                 f"There are pictures of '{name}', which is not to be forgotten: leave them out, or name one of "
-                f"{', '.join(names)}."
+                f"{', '.join(names.values())}."
             )
         check_images(pictures, MIN_IMAGES, size, f"'{name}'")
     return dataclasses.replace(inputs, images=images)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..request.concept import normalized_phrase
+
 NONE = "none"
 
 
@@ -175,6 +177,6 @@ def find(name: str) -> tuple[str, Word]:
     """
     for category, words in CATEGORIES.items():
         for word in words:
-            if word.name.lower() == name.strip().lower():
+            if normalized_phrase(word.name) == normalized_phrase(name):
                 return category, word
     raise KeyError(name)

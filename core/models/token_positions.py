@@ -10,6 +10,7 @@ import re
 import unicodedata
 
 from ..errors import TokenError
+from ..files.names import check_unicode
 from .text_encoders import TextEncoder
 
 __all__ = ["end_position", "phrase_span", "tail_positions", "token_positions"]
@@ -97,6 +98,7 @@ def end_position(encoder: TextEncoder, prompt: str) -> int:
     It is counted, not searched by id, because SD1 pads with the end-of-text token. Raises :class:`TokenError` if the
     prompt is truncated.
     """
+    check_unicode(prompt, "The prompt")
     words = len(encoder.phrase_ids(prompt))
     if words + 2 > encoder.max_length:
         raise TokenError(

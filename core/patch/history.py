@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import PatchError, RequestError
-from ..request.concept import Concept
+from ..request.concept import Concept, normalized_phrase
 from ..request.parsing import split_list
 from ..request.request import ForgetRequest
 from ..version import VERSION
@@ -227,11 +227,11 @@ def requests_to_restore(text: str, records: Sequence[RequestRecord]) -> list[int
     Raises:
         RequestError: The list is empty.
     """
-    names = {concept.name.casefold() for record in records for concept in record.request.concepts}
+    names = {normalized_phrase(concept.name) for record in records for concept in record.request.concepts}
     wanted: list[int | str] = []
     for entry in split_list(text):
         number = re.fullmatch(r"#?\s*(\d{1,6})", entry)
-        wanted.append(int(number[1]) if number and entry.casefold() not in names else entry)
+        wanted.append(int(number[1]) if number and normalized_phrase(entry) not in names else entry)
     if not wanted:
         raise RequestError("Nothing is named to be taken back: write a concept, or the number of its request.")
     return wanted

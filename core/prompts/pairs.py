@@ -146,20 +146,20 @@ def given_pairs(forget: Sequence[str], retain: Sequence[str], concept: Concept |
 
 def mentions(name: str, prompt: str) -> bool:
     """Whether ``prompt`` contains the words of ``name`` in a row, in any case, without its article, or in plural."""
-    return _finder(name).search(prompt.casefold()) is not None
+    return _finder(normalized_phrase(name)).search(normalized_phrase(prompt)) is not None
 
 
 @lru_cache(maxsize=256)
 def _finder(name: str) -> re.Pattern[str]:
-    words = re.findall(r"\w+", name.casefold())
+    words = re.findall(r"[^\W_]+", name)  # a tag joins its words by underscores
     if len(words) > 1 and words[0] in _ARTICLES:
         words = words[1:]
     if not words or not name.isascii():  # scripts without blanks between words
-        return re.compile(r"\s+".join(map(re.escape, normalized_phrase(name).split(" "))))
+        return re.compile(r"\s+".join(map(re.escape, name.split(" "))))
     last = words[-1]
     nouns = {last, last + "s", last + "es", re.sub("s$", "", last), re.sub("es$", "", last)} - {""}
     ends = "|".join(sorted(map(re.escape, nouns)))
-    return re.compile(r"(?<!\w)" + r"\W+".join([*map(re.escape, words[:-1]), f"(?:{ends})"]) + r"(?!\w)")
+    return re.compile(r"(?<!\w)" + r"[\W_]+".join([*map(re.escape, words[:-1]), f"(?:{ends})"]) + r"(?!\w)")
 
 
 def _choice(what: str, value: str, known: Sequence[str]) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from dataclasses import dataclass
 
 from ..errors import RequestError
 
-__all__ = ["KINDS", "Concept", "canonical_phrase", "default_replacement", "normalized_phrase", "templates"]
+__all__ = [
+    "KINDS",
+    "Concept",
+    "canonical_phrase",
+    "default_replacement",
+    "normalized_phrase",
+    "templates",
+    "unescaped",
+]
 
 KINDS = ("object", "style", "identity")
+
+_ESCAPED = re.compile(r"\\([()\[\]])")
 
 _TEMPLATES = {
     "object": ("a photo of {}", "a photo of a {}", "a picture of a {}", "{}"),
@@ -47,9 +59,16 @@ def default_replacement(kind: str) -> str:
     return ""
 
 
+def unescaped(phrase: str) -> str:
+    """``phrase`` with brackets as they are read: prompts escape them, as in ``saber \\(fate\\)``."""
+    return _ESCAPED.sub(r"\1", phrase)
+
+
 def normalized_phrase(phrase: str) -> str:
-    """``phrase`` for comparison: case-folded, without outer blanks, with single blanks between words."""
-    return " ".join(phrase.casefold().split())
+    """``phrase`` for comparison: one Unicode form (NFC) and case, brackets without escapes, single blanks."""
+    # case folding can leave a composed form, and composes nothing: Unicode's caseless matching decomposes first
+    folded = unicodedata.normalize("NFD", unescaped(phrase)).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 def canonical_phrase(phrase: str) -> str:

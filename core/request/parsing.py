@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ..errors import RequestError
-from .concept import KINDS, Concept
+from .concept import KINDS, Concept, unescaped
 from .request import ForgetRequest
 
 __all__ = ["parse_request", "split_list"]
@@ -15,7 +15,8 @@ __all__ = ["parse_request", "split_list"]
 # commas of Latin, Chinese, Japanese and Arabic script
 _SEPARATOR = re.compile("[,\uff0c\u3001\u060c\\r\\n]")
 _ARROW = re.compile("->|\u2192")
-_KIND = re.compile(rf"\s*\(({'|'.join(KINDS)})\)$")
+# the blank tells a kind from a name that ends in brackets, as tags do: neon (style), but poster_(object)
+_KIND = re.compile(rf"(?:^|\s+)\(({'|'.join(KINDS)})\)$")
 # direction marks and byte order marks, which come along invisibly with copied text
 _INVISIBLE = "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
@@ -41,6 +42,8 @@ def parse_request(
 
     Args:
         concept: List of concepts; an entry may state its kind and replacement, as in ``neon (style) -> sketch``.
+            A kind needs a blank before its bracket, which is not escaped: ``poster_(object)``, ``saber_(fate)`` and
+            ``poster \\(object\\)`` are names.
         kind: Kind of the concepts that state none.
         replacement: Replacement of the concepts that state none: one for all, or a list with one for each.
         preserve: List of the retain set.
@@ -68,7 +71,7 @@ def _parse_concepts(text: str, kind: str, replacement: str) -> tuple[Concept, ..
             "An entry of the concepts has nothing before its arrow or its kind: write what is to be forgotten, as in "
             "'neon (style) -> sketch'."
         )
-    shared = split_list(replacement)
+    shared = [unescaped(entry) for entry in split_list(replacement)]
     count = sum(own is None for _, _, own in entries)
     if shared and not count:
         raise RequestError("Every concept has a replacement after its arrow: leave the replacement empty.")
@@ -90,7 +93,8 @@ def _parse_entry(entry: str) -> tuple[str, str | None, str | None]:
     """Name, kind and replacement of one concept; ``None`` for what the entry does not state."""
     name, *replacement = (part.strip() for part in _ARROW.split(entry, maxsplit=1))
     kind = _KIND.search(name)
-    return _KIND.sub("", name), kind[1] if kind else None, replacement[0] if replacement else None
+    stated = unescaped(replacement[0]) if replacement else None
+    return unescaped(_KIND.sub("", name)), kind[1] if kind else None, stated
 
 
 def _parse_settings(text: str) -> dict[str, Any]:

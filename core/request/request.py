@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..files.names import is_unicode
 from .concept import KINDS, Concept, canonical_phrase, templates
 
 __all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest"]
@@ -189,8 +190,25 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check_form(data: object) -> None:
+    _check_texts(data)
     for problem in _problems(data):
         raise RequestError(problem)
+
+
+def _check_texts(data: object) -> None:
+    """Raise for a text that no JSON file can hold; a schema sees only documents that are valid Unicode."""
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and not is_unicode(value):
+            raise RequestError(
+                f"The request contains {value!a}, which is not valid Unicode: it has bytes that are not UTF-8, or "
+                "half of a character. Write it in UTF-8."
+            )
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
 
 
 def _problems(data: object) -> Iterator[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from ..errors import PatchError, listed
 from ..patch.history import HistoryRecord, read_history
 from ..patch.metadata import CombinedPart, PatchMetadata, own_entries
 from ..patch.patch import Patch
-from ..request.concept import Concept
+from ..request.concept import KINDS, Concept
 from ..request.request import ForgetRequest
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _MANY = 12
+_LIKE_A_KIND = re.compile(rf"(.*[^\s_].*)\(({'|'.join(KINDS)})\)", re.DOTALL)
 
 
 def _amount(count: int) -> str:
@@ -48,10 +50,23 @@ def fit_summary(request: ForgetRequest, patch: Patch, seconds: float, title: str
     size = _amount(patch.nbytes)
     lines.append(f"patch: {len(patch)} weights, rank {patch.rank}, {size}, made in {seconds:.1f} s")
     lines.append(f"base model: {(patch.about.base_model or '')[:12]}")
-    lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {note}" for note in (*_read_as(request), *notes)]
     if patch.about.note:
         lines.append(f"note: {patch.about.note}")
     return "\n".join(lines)
+
+
+def _read_as(request: ForgetRequest) -> list[str]:
+    """How the names were read that end like a concept with its kind, as the tag ``poster_(object)`` does."""
+    notes = []
+    for concept in request.concepts:
+        if (found := _LIKE_A_KIND.fullmatch(concept.name)) is not None:
+            other = f"{found[1].rstrip('_ ')} ({found[2]})"
+            notes.append(
+                f"'{concept.name}' was read as a name, brackets included, of the kind {concept.kind}; the kind is "
+                f"stated with a blank before its bracket: '{other}'"
+            )
+    return notes
 
 
 def surviving_share_summary(share: tuple[float, str] | None) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import CLIPText, TextStates
 from ..models.token_positions import end_position
 from ..progress import Progress
+from ..request.concept import normalized_phrase
 from .frozen import frozen
 from .loop import Checkpoint, Term, Terms, TrainingSettings, train
 from .losses import noise_matching
@@ -56,7 +58,7 @@ class InvertedText:
         self.vectors: dict[str, Tensor] = {}
         self._ids: dict[str, list[int]] = {}
         for words, several in vectors.items():
-            name = _normalised(words)
+            name = normalized_phrase(words)
             if not name or name in self._ids:
                 raise RequestError(f"The words '{words}' that vectors stand in for are empty or given twice.")
             if several.ndim != 2 or several.shape[1] != width or not len(several):
@@ -75,9 +77,10 @@ class InvertedText:
         )
 
     def phrase_ids(self, phrase: str) -> list[int]:
+        phrase = unicodedata.normalize("NFC", phrase)
         ids, at = [], 0
         for match in self._words.finditer(phrase):
-            ids += self._plain(phrase[at : match.start()]) + self._ids[_normalised(match[0])]
+            ids += self._plain(phrase[at : match.start()]) + self._ids[normalized_phrase(match[0])]
             at = match.end()
         return ids + self._plain(phrase[at:])
 
@@ -85,7 +88,7 @@ class InvertedText:
         return self.encoder.phrase_ids(words) if words.strip() else []
 
     def token_ids(self, prompt: str) -> list[int]:
-        if self._words.search(prompt) is None:
+        if self._words.search(unicodedata.normalize("NFC", prompt)) is None:
             return self.encoder.token_ids(prompt)
         start, end, *padding = self.encoder.token_ids("")
         words = self.phrase_ids(prompt)[: self.max_length - 2]
@@ -114,10 +117,6 @@ class InvertedText:
             return self.encoder.states(plain)
         finally:
             handle.remove()
-
-
-def _normalised(words: str) -> str:
-    return " ".join(words.casefold().split())
 
 
 def _pattern(name: str) -> str:

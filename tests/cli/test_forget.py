@@ -12,6 +12,7 @@ from console import LONG
 from safetensors.torch import load_file
 from tiny import fit, flags, state_hash
 
+from forget_concept.core.cli import options
 from forget_concept.core.formats import load_patch
 from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.request.concept import Concept
@@ -184,3 +185,19 @@ def test_an_interrupted_training_goes_on_from_its_work_folder(run, tiny, monkeyp
     assert made == [1, 2, 2, 3]
     whole, resumed = (load_patch(f"{name}.safetensors") for name in ("whole", "p"))
     assert all(torch.equal(f.up, resumed.factors[key].up) for key, f in whole.factors.items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--concept", "star", "--out", "caf\udce9.safetensors"),
+        ("--concept", "caf\udce9"),
+        ("--concept", "star", "--replacement", "\udce9"),
+        ("--concept", "star", "--set", "templates=\udce9 {}"),
+        ("--concept", "star", "--model", "caf\udce9"),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_refused_before_a_model_is_loaded(run, monkeypatch, arguments):
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run("forget", *arguments) == 1
+    assert "not valid Unicode" in run.err and "udce9" in run.err and run.left == set()

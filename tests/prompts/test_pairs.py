@@ -294,3 +294,18 @@ def test_no_concept_no_prompts():
 )
 def test_mentions(name, prompt, there):
     assert mentions(name, prompt) is there
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("caf\u00e9", "a photo of a cafe\u0301"),
+        ("cafe\u0301", "a photo of a CAF\u00c9"),
+        ("hatsune_miku", "a drawing of Hatsune Miku"),
+        ("hatsune miku", "1girl, hatsune_miku, smile"),
+        ("saber_(fate)", r"1girl, saber_\(fate\), sword"),
+        ("saber (fate)", "1girl, saber_(fate)"),
+    ],
+)
+def test_a_prompt_names_a_concept_in_every_spelling_of_it(name, prompt):
+    assert mentions(name, prompt)

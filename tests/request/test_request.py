@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,13 @@ from forget_concept.core.request.request import SCHEMA_PATH, ForgetRequest, _pro
         (ForgetRequest((Concept("star", replacement="a star"),)), "itself"),
         (ForgetRequest((Concept("star"), Concept("STAR"))), "twice"),
         (ForgetRequest((Concept("star", replacement="circle"), Concept("circle"))), "itself to be forgotten"),
+        (ForgetRequest((Concept("caf\u00e9"), Concept("cafe\u0301"))), "twice"),
+        (ForgetRequest((Concept("caf\u00e9", replacement="CAFE\u0301"),)), "itself"),
+        (ForgetRequest((Concept("caf\u00e9"),), preserve=("a photo of a cafe\u0301",)), "contains"),
+        (ForgetRequest((Concept("saber_(fate)"), Concept(r"saber_\(fate\)"))), "twice"),
+        (ForgetRequest((Concept("caf\udce9"),)), "not valid Unicode"),
+        (ForgetRequest((Concept("star", replacement="\ud800"),)), "not valid Unicode"),
+        (ForgetRequest((Concept("star"),), settings={"x": ["\udfff"]}), "not valid Unicode"),
         (ForgetRequest((Concept("star"),), preserve=("moon", "STAR")), "contains 'STAR'"),
         (ForgetRequest((Concept("star"),), preserve=("A photo of a star",)), "contains"),
         (ForgetRequest((Concept("star"),), preserve=("",)), "must be words"),
@@ -196,3 +204,36 @@ def test_pictures_are_found_from_the_requests_file_and_stay_this_machines_busine
     assert "mine" not in request.without_images().to_json() and str(tmp_path) not in request.without_images().to_json()
     with pytest.raises(RequestError, match="must be a list"):
         Concept("star", images="mine")
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip))
+def test_every_unicode_form_of_a_name_is_one_concept(name):
+    """Canonically equivalent texts look the same, so nobody can mean two things by them."""
+    forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
+    assert len({normalized_phrase(form) for form in (name, *forms)}) == 1
+
+
+@given(
+    st.sampled_from(["\ud800", "\udce9", "\udfff"]), st.sampled_from(["name", "preserve", "setting", "key", "method"])
+)
+def test_half_characters_are_refused_wherever_they_stand_in_json(half, place):
+    document = {
+        "schema": 1,
+        "concepts": [{"name": "star"}],
+        "preserve": ["moon"],
+        "method": "uce",
+        "settings": {"a": 1},
+    }
+    if place == "name":
+        document["concepts"][0]["name"] += half
+    elif place == "preserve":
+        document["preserve"].append(half)
+    elif place == "setting":
+        document["settings"]["a"] = ["b", half]
+    elif place == "key":
+        document["settings"][half] = 1
+    else:
+        document["method"] = half
+    with pytest.raises(RequestError, match="not valid Unicode") as refused:
+        ForgetRequest.from_json(json.dumps(document))
+    str(refused.value).encode()  # the message itself can be printed

@@ -16,7 +16,7 @@ from forget_concept.core.methods.sequence import History
 from forget_concept.core.patch.history import requests_to_restore
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import ProgressEvent
-from forget_concept.core.request.concept import Concept
+from forget_concept.core.request.concept import KINDS, Concept
 from forget_concept.core.request.parsing import parse_request, split_list
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.service.progress_text import ProgressText
@@ -61,6 +61,35 @@ def test_a_concept_says_its_own_kind_and_replacement() -> None:
         Concept("fish", "object", "arrow"),
     )
     assert parse_request("neon (style)", "object", "sketch").concepts == (Concept("neon", "style", "sketch"),)
+
+
+@given(
+    st.from_regex(r"[a-z]{1,6}(_[a-z]{1,6})?", fullmatch=True),
+    st.sampled_from(["", "_"]),
+    st.sampled_from([*KINDS, "fate", "series"]),
+    st.booleans(),
+)
+def test_a_tag_with_its_qualifier_is_a_name(word: str, joint: str, qualifier: str, escaped: bool) -> None:
+    """Booru tags qualify names in brackets; only a blank before the bracket makes it a kind."""
+    tag = f"{word}{joint}({qualifier})"
+    typed = tag.replace("(", r"\(").replace(")", r"\)") if escaped else tag
+    (concept,) = parse_request(f"{typed} -> {typed}x", "identity").concepts
+    assert concept == Concept(tag, "identity", f"{tag}x")
+    (concept,) = parse_request(f"{typed} (style)", "identity").concepts
+    assert concept == Concept(tag, "style")
+    assert parse_request("moon", replacement=typed).concepts == (Concept("moon", "object", tag),)
+
+
+def test_an_escaped_bracket_never_states_a_kind() -> None:
+    assert parse_request(r"poster \(object\)", "style").concepts == (Concept("poster (object)", "style"),)
+
+
+def test_a_name_that_looks_like_a_kind_is_explained(model) -> None:
+    asked = parse_request("poster_(object), hatsune_miku, moon (object)", "style")
+    patch = fit(model, request())
+    notes = [line for line in fit_summary(asked, patch, 1.0, "T").splitlines() if "was read as a name" in line]
+    assert len(notes) == 1 and "'poster_(object)'" in notes[0] and "kind style" in notes[0]
+    assert "'poster (object)'" in notes[0]
 
 
 @pytest.mark.parametrize(

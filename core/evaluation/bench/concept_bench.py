@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -233,18 +234,19 @@ def load_bench(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @lru_cache(maxsize=4096)
 def _pattern(phrase: str) -> re.Pattern[str]:
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    words = r"\s+".join(re.escape(word) for word in unicodedata.normalize("NFC", phrase).split())
     # letters and digits make words; a plural names it too
     return re.compile(rf"(?<![^\W_]){words}(?:e?s)?(?![^\W_])", re.IGNORECASE)
 
 
 def contains_phrase(prompt: str, phrase: str) -> bool:
     """Return whether a prompt contains the phrase as whole words, ignoring case and a plural *s* or *es*."""
-    return bool(phrase.split()) and _pattern(phrase).search(prompt) is not None
+    return bool(phrase.split()) and _pattern(phrase).search(unicodedata.normalize("NFC", prompt)) is not None
 
 
 def find_names(prompt: str, names: Iterable[str]) -> list[str]:
     """Return the names that the prompt contains, except names that occur only inside a longer one."""
+    prompt = unicodedata.normalize("NFC", prompt)
     found = [(match.span(), name) for name in names for match in _pattern(name).finditer(prompt)]
     whole = [
         name

@@ -15,6 +15,7 @@ from ...errors import ModelError, RequestError
 from ...mini.vocabulary import CATEGORIES, NONE, SENSES
 from ...mini.world import LABELS
 from ...models.images import to_bytes, to_pil
+from ...request.concept import normalized_phrase
 from .extra import require
 
 if TYPE_CHECKING:
@@ -187,11 +188,11 @@ class ProbeImageText:
         classes = [label for labels in LABELS.values() for label in labels]
         for at, label in enumerate(classes):
             if label != NONE:
-                self._places |= dict.fromkeys((term.casefold() for term in ways.get(label, (label,))), at)
+                self._places |= dict.fromkeys((normalized_phrase(term) for term in ways.get(label, (label,))), at)
         self.width = len(classes)
         # longest first, because a description may contain the name of another class
         terms = sorted(self._places, key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, terms))})(?!\w)", re.IGNORECASE)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, terms))})(?!\w)")
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -201,8 +202,8 @@ class ProbeImageText:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         found = torch.zeros(len(texts), self.width)
         for row, text in enumerate(texts):
-            for match in self._pattern.finditer(text):
-                found[row, self._places[match[0].casefold()]] = 1
+            for match in self._pattern.finditer(normalized_phrase(text)):
+                found[row, self._places[match[0]]] = 1
             if not found[row].any():
                 raise RequestError(
                     f"The prompt '{text}' names nothing that the probe knows, so it cannot be compared: name a concept "
