@@ -1,4 +1,4 @@
-"""Run by ComfyUI's manager and by the webui after the requirements: there is nothing left to do.
+"""Run by ComfyUI's manager and by the webui after the requirements are installed. It does nothing.
 
-Kept so that it stays so: nothing here may install, move or import a host's own packages.
+The file is kept on purpose: installation must never install, upgrade or import packages of the host.
 """

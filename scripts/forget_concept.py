@@ -1,7 +1,7 @@
-"""The webui's door to this extension: the package under a name of its own, whatever the folder and the neighbours.
+"""The webui's entry point: imports the package under a unique name, independent of the folder's name.
 
-Other extensions have a ``core`` too, and the webui imports all of them into one process. The root's ``__init__.py``,
-ComfyUI's door, is not run.
+The webui imports all extensions into one process, and others have a package ``core`` too. The root's ``__init__.py``,
+which is ComfyUI's entry point, is not run.
 """
 
 import hashlib

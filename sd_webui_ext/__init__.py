@@ -1,4 +1,4 @@
-"""The extension for AUTOMATIC1111's webui and for Forge; :func:`register` is its door. Imports nothing of a host."""
+"""The extension for AUTOMATIC1111's webui and for Forge. Importing it imports no host; :func:`register` does."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _running: WebUI | None = None
 
 
 def running() -> WebUI:
-    """The webui that this runs in: one object as long as it runs, since it knows what is in the weights."""
+    """The adapter to the running webui, created once: it keeps track of what is in the weights."""
     global _running
     if _running is None:
-        _running = _found()
+        _running = _detect()
     return _running
 
 
-def _found() -> WebUI:
+def _detect() -> WebUI:
     if find_spec("modules_forge") is not None and find_spec("backend") is not None:
         try:
             from .host_forge import Forge
         except ImportError as error:
-            log.warning("Forget Concept: this fork of Forge is not known (%s); its patches work as LoRAs.", error)
+            log.warning("Forget Concept: this fork of Forge is not supported (%s); patches only work as LoRAs.", error)
         else:
             return Forge()
     if find_spec("modules_forge") is None and find_spec("modules.sd_hijack") is not None:
@@ -41,9 +41,12 @@ def _found() -> WebUI:
 
 
 def register() -> type:
-    """Tell the webui of everything here, and give the class of the always-on script.
+    """Register tab, REST routes and settings with the webui.
 
-    To be called each time the webui runs its scripts: Reload UI forgets what it was told.
+    Call it each time the webui runs its scripts, because Reload UI drops the callbacks.
+
+    Returns:
+        The class of the always-on script.
     """
     from .always_on import script_of
     from .webui import api_auth, listen, serves_api

@@ -1,4 +1,4 @@
-"""Patches that go into every picture by way of its prompt, and into its infotext, so that the picture tells of them."""
+"""The always-on script: adds patches to every prompt as ``<lora:…>``, and records them in the infotext."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _ENTRY = re.compile(r"\s*(?P<name>[^:]+):(?P<weight>[-+.\deE]+):(?P<hash>[0-9a-f
 
 
 def write_infotext(entries: Sequence[tuple[str, float, str]]) -> str:
-    """Name, weight and hash of each patch as the picture's infotext has them: ``name:weight:hash, …``."""
+    """Format name, weight and hash of each patch for the infotext: ``name:weight:hash, …``."""
     return ", ".join(f"{name}:{weight:g}:{digest}" for name, weight, digest in entries)
 
 
 def read_infotext(text: str) -> list[tuple[str, float, str]]:
-    """What :func:`write_infotext` wrote; what cannot be read is left out."""
+    """Parse the output of :func:`write_infotext`; malformed entries are skipped."""
     return [(match["name"], float(match["weight"]), match["hash"]) for match in _ENTRY.finditer(text)]
 
 
 def script_of(host: WebUI) -> type:
-    """The script's class, as the webui wants it: one that finds its host without being told."""
+    """Create the script's class for a host: the webui instantiates it without arguments."""
 
     class ForgetConcept(scripts.Script):
         """Arguments through the API: a list of patch names, and one strength."""
@@ -51,7 +51,7 @@ def script_of(host: WebUI) -> type:
                         label="Patches in every picture",
                         multiselect=True,
                         value=[],
-                        # gradio 4 refuses those that were saved since the page was made
+                        # gradio 4 otherwise rejects patches that were saved after the page was built
                         allow_custom_value=not gr.__version__.startswith("3."),
                         elem_id=self.elem_id("names"),
                         **choices(),
@@ -66,7 +66,7 @@ def script_of(host: WebUI) -> type:
         def before_process_batch(self, p: Any, names: Any, strength: Any, **arguments: Any) -> None:
             chosen = _chosen(host, p, names, strength)
             for at, prompt in enumerate(p.prompts):
-                # what the prompt says itself holds
+                # the prompt's own <lora:…> takes precedence
                 left = [one for one in chosen if not any(f"<lora:{one[0]}{end}" in prompt for end in ":>")]
                 p.prompts[at] = prompt + "".join(f"<lora:{name}:{weight:g}>" for name, weight, _ in left)
             p.extra_generation_params.pop(FIELD, None)
@@ -74,13 +74,13 @@ def script_of(host: WebUI) -> type:
                 p.extra_generation_params[FIELD] = write_infotext(chosen)
 
         def process_batch(self, p: Any, names: Any, strength: Any, **arguments: Any) -> None:
-            # the second pass of a hires fix has prompts of its own
+            # the second pass of hires fix has its own prompts
             data = getattr(p, "hr_extra_network_data", None)
             if not getattr(p, "enable_hr", False) or data is None:
                 return
-            said = {parameters.items[0] for parameters in data["lora"]}
+            in_prompt = {parameters.items[0] for parameters in data["lora"]}
             for name, weight, _ in _chosen(host, p, names, strength):
-                if name not in said:
+                if name not in in_prompt:
                     data["lora"].append(ExtraNetworkParams(items=[name, f"{weight:g}"]))
 
     def _pasted_names(parameters: Mapping[str, Any]) -> Any:
@@ -100,18 +100,18 @@ def script_of(host: WebUI) -> type:
 
 
 def _chosen(host: WebUI, p: Any, names: Any, strength: Any) -> list[tuple[str, float, str]]:
-    """Name, weight and hash of what is to go into this picture; what cannot is said below it and in its infotext.
+    """Name, weight and hash of the patches for this picture; problems are reported below it and in its infotext.
 
-    The webui swallows what a script raises, and the picture would be drawn without a word.
+    Raising instead would go unnoticed: the webui swallows a script's exceptions and generates the picture anyway.
     """
     p.extra_generation_params.pop(MISSING, None)
     if names is not None and not isinstance(names, (str, list, tuple)):
-        p.comment(f"{FIELD}: drawn without any patch: their names must be a list, not {names!r}.")
+        p.comment(f"{FIELD}: generated without patches: the patch names must be a list, not {names!r}.")
         p.extra_generation_params[MISSING] = repr(names)
         return []
     wanted = list(dict.fromkeys([names] if isinstance(names, str) else [str(name) for name in names or []]))
     if wanted and (isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength)):
-        p.comment(f"{FIELD}: drawn without its patches: the strength must be a number, not {strength!r}.")
+        p.comment(f"{FIELD}: generated without patches: the strength must be a number, not {strength!r}.")
         p.extra_generation_params[MISSING] = ", ".join(wanted)
         return []
     known = host.prompt_patches()
@@ -123,8 +123,8 @@ def _chosen(host: WebUI, p: Any, names: Any, strength: Any) -> list[tuple[str, f
             known[name].read_hash()
     if missing := [name for name in wanted if name not in known]:
         p.comment(
-            f"{FIELD}: drawn without {listed(missing)}: there is no such patch in the Lora folder, or the built-in "
-            "Lora extension is switched off."
+            f"{FIELD}: generated without {listed(missing)}: the Lora folder has no such patch, or the built-in Lora "
+            "extension is disabled."
         )
         p.extra_generation_params[MISSING] = ", ".join(missing)
     return [(name, float(strength), str(known[name].shorthash or "")) for name in wanted if name in known]

@@ -1,7 +1,8 @@
-"""AUTOMATIC1111's webui: its loaded model as the core's, and patches in its weights.
+"""Adapter to AUTOMATIC1111's webui: its loaded model as the core's, and patches in its weights.
 
-The built-in Lora extension writes ``<lora:…>`` into the weights when a layer next runs, from a backup that it made when
-it first did so. What is written here must therefore take that backup with it, or it is lost with the next picture.
+The built-in Lora extension merges ``<lora:…>`` into a layer's weights when the layer next runs, starting from a backup
+that it made the first time. Code that changes weights must therefore discard that backup, or the next picture undoes
+the change.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from ..core.service.live_weights import LiveWeights
 from .prompts import WebText
-from .webui import WebUI, habits, lora_extension
+from .webui import WebUI, lora_extension, usual_size_and_guidance
 
 __all__ = ["A1111"]
 
@@ -42,7 +43,7 @@ _SIZES = 3 * 2 * 256  # SDXL's size conditions: three pairs of 256 sines and cos
 
 @dataclass(frozen=True)
 class _Resident:
-    """A model object with the checkpoint that is in it now."""
+    """A model object with the checkpoint that it currently holds."""
 
     key: int
     survey: UNetSurvey
@@ -62,7 +63,7 @@ class A1111(WebUI):
     # -- the model -----------------------------------------------------------------------------------------------
 
     def _loaded(self) -> Any:
-        model = shared.sd_model  # loads the chosen checkpoint where none was asked for yet
+        model = shared.sd_model  # loads the selected checkpoint if none is loaded yet
         if model is None:
             raise ModelError("No checkpoint is loaded: choose one at the top of the page.")
         return model
@@ -72,11 +73,12 @@ class A1111(WebUI):
             unet = getattr(getattr(model, "model", None), "diffusion_model", None)
             if not isinstance(unet, nn.Module):
                 raise ModelError(
-                    f"The loaded model ({type(model).__name__}) has no diffusion model that is known here."
+                    f"The loaded model ({type(model).__name__}) has no supported diffusion model: load a Stable "
+                    "Diffusion 1, 2 or XL checkpoint."
                 )
             found = survey(unet)
-            made = _Resident(next(self._keys), found, LiveWeights(found, _settle, _settled))
-            known = self._residents.setdefault(model, made)  # another thread may have come first
+            made = _Resident(next(self._keys), found, LiveWeights(found, _restore_original, _original_weight))
+            known = self._residents.setdefault(model, made)  # another thread may have been first
         return known
 
     def model_loaded(self, model: Any) -> None:
@@ -93,7 +95,7 @@ class A1111(WebUI):
     def apply(self, name: str, patch: Patch, strength: float) -> None:
         with self.alone():
             resident = self._resident(self._loaded())
-            _check_plain(resident.survey)
+            _check_dtype(resident.survey)
             resident.live.apply(name, patch, strength)
 
     def remove(self, name: str) -> None:
@@ -117,13 +119,13 @@ class A1111(WebUI):
         resident = self._resident(model)
         if shared.cmd_opts.lowvram:
             raise ModelError(
-                "The webui was started with --lowvram, which keeps the model in pieces: start it with --medvram or "
-                "without either to make a model forget."
+                "The webui was started with --lowvram, which splits the model between devices: start it with --medvram "
+                "or without either option to make a model forget."
             )
-        _check_plain(resident.survey)
+        _check_dtype(resident.survey)
         with ExitStack() as stack:
             stack.enter_context(_torch_unet())
-            stack.enter_context(_untiled())
+            stack.enter_context(_without_tiling())
             stack.enter_context(_without_hypernetworks())
             stack.enter_context(_without_loras(model))
             stack.enter_context(resident.live.aside())
@@ -135,7 +137,7 @@ class A1111(WebUI):
             yield _diffusion(model, resident.survey)
 
 
-def _check_plain(found: UNetSurvey) -> None:
+def _check_dtype(found: UNetSurvey) -> None:
     if (dtype := coarse_dtype(found)) is not None:
         raise ModelError(
             f"The model's weights are stored in {dtype}, which is too coarse to work on: set 'FP8 weight' to 'Disable' "
@@ -146,8 +148,8 @@ def _check_plain(found: UNetSurvey) -> None:
 # -- the built-in Lora extension ----------------------------------------------------------------------------------
 
 
-def _settle(module: nn.Module) -> None:
-    """A layer without any ``<lora:…>`` in it, and without the backup that the next one would start from."""
+def _restore_original(module: nn.Module) -> None:
+    """Restore a layer's weights without any ``<lora:…>``, and drop the backup that the next one would start from."""
     networks = lora_extension()
     if networks is None or not hasattr(module, "network_current_names"):
         return
@@ -156,22 +158,22 @@ def _settle(module: nn.Module) -> None:
     networks.network_reset_cached_weight(module)
 
 
-def _settled(module: nn.Module) -> Tensor:
+def _original_weight(module: nn.Module) -> Tensor:
     backup = getattr(module, "network_weights_backup", None)
-    # while a picture is drawn a layer may be written to just now
+    # while a picture is generated, the layer may be in the middle of a change
     busy = bool(getattr(module, "network_current_names", ())) or bool(shared.state.job)
     return backup if busy and isinstance(backup, Tensor) else module.weight  # type: ignore[return-value]
 
 
 @contextmanager
 def _without_loras(model: nn.Module) -> Iterator[None]:
-    """The weights without what the last picture's ``<lora:…>`` left in them; afterwards with it again."""
+    """Take the last picture's ``<lora:…>`` out of the weights, and merge them again afterwards."""
     networks = lora_extension()
     if networks is None:
         yield
         return
     loaded = list(networks.loaded_networks)
-    left = [(module, module.network_current_names) for module in model.modules() if _named(module)]
+    left = [(module, module.network_current_names) for module in model.modules() if _has_loras(module)]
     wanted = tuple((x.name, x.te_multiplier, x.unet_multiplier, x.dyn_dim) for x in loaded)
     try:
         networks.loaded_networks[:] = []
@@ -179,7 +181,7 @@ def _without_loras(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         networks.loaded_networks[:] = loaded
-        # those with older ones in them wait for the next picture, which brings them up to date
+        # layers with outdated LoRAs are updated by the next picture
         _apply_loras(module for module, names in left if names == wanted)
 
 
@@ -190,7 +192,7 @@ def _apply_loras(modules: Iterable[nn.Module]) -> None:
         networks.network_apply_weights(module)
 
 
-def _named(module: nn.Module) -> bool:
+def _has_loras(module: nn.Module) -> bool:
     return bool(getattr(module, "network_current_names", ()))
 
 
@@ -199,7 +201,7 @@ def _named(module: nn.Module) -> bool:
 
 @contextmanager
 def _torch_unet() -> Iterator[None]:
-    """The checkpoint's own UNet, where an extension runs another one in its place (TensorRT)."""
+    """Use the checkpoint's own UNet where an extension has replaced it (TensorRT)."""
     option = sd_unet.current_unet_option
     if option is None:
         yield
@@ -212,7 +214,7 @@ def _torch_unet() -> Iterator[None]:
 
 
 @contextmanager
-def _untiled() -> Iterator[None]:
+def _without_tiling() -> Iterator[None]:
     hijack = sd_hijack.model_hijack
     circular = hijack.circular_enabled
     hijack.apply_circular(False)
@@ -234,7 +236,7 @@ def _without_hypernetworks() -> Iterator[None]:
 
 @contextmanager
 def _on_device(model: Any) -> Iterator[None]:
-    """With ``--medvram``: the UNet stays where it is worked on, whatever else is sent there beside it."""
+    """With ``--medvram``, keep the UNet on the device while other parts are moved there too."""
     if not lowvram.is_enabled(model):
         yield
         return
@@ -249,7 +251,7 @@ def _on_device(model: Any) -> Iterator[None]:
 
 def _keep_unet(model: Any) -> None:
     if lowvram.is_enabled(model):
-        # the webui sends away what it has on record before it sends the next part
+        # before it moves the next part in, the webui moves out the part that it has on record
         if lowvram.module_in_gpu is model.model:
             lowvram.module_in_gpu = None
         else:
@@ -263,7 +265,10 @@ def _diffusion(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
     unet = model.model.diffusion_model
     parameterization = getattr(model, "parameterization", "eps")
     if parameterization not in ("eps", "v"):
-        raise ModelError(f"This model predicts '{parameterization}'; only noise and v prediction are supported.")
+        raise ModelError(
+            f"This model's prediction type '{parameterization}' is not supported: only epsilon- and v-prediction "
+            "models are."
+        )
     prediction = "epsilon" if parameterization == "eps" else "v_prediction"
     sizes: dict[tuple[int, int], Tensor] = {}
 
@@ -284,11 +289,11 @@ def _diffusion(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
         return model.apply_model(x, timesteps, {"crossattn": states.hidden, "vector": vector})
 
     model_hash = hash_of_unet(found)
-    side, guidance = habits(found, model_hash, prediction)
+    side, guidance = usual_size_and_guidance(found, model_hash, prediction)
     return HostLatentDiffusion(
         unet,
         _text(model, found),
-        # during a picture the webui may put a rescaled or halved schedule in its place
+        # while it generates a picture, the webui may replace it by a rescaled or half-precision schedule
         getattr(model, "alphas_cumprod_original", model.alphas_cumprod),
         prediction,
         device=devices.device,
@@ -308,7 +313,10 @@ def _text(model: Any, found: UNetSurvey) -> WebText:
     if not hasattr(engine, "tokenize_line"):
         engine = next((part for part in getattr(conditioner, "embedders", ()) if hasattr(part, "tokenize_line")), None)
     if engine is None or engine.id_end is None:
-        raise ModelError(f"This model's text encoder ({type(conditioner).__name__}) is none that is known here.")
+        raise ModelError(
+            f"This model's text encoder ({type(conditioner).__name__}) is not supported: load a Stable Diffusion 1, 2 "
+            "or XL checkpoint."
+        )
     skip = int(shared.opts.CLIP_stop_at_last_layers)
     if getattr(model, "is_sdxl", False):
         layer = f"sdxl:layer=-{skip}" if shared.opts.sdxl_clip_l_skip is True else "sdxl:penultimate,no_final_norm"
@@ -331,7 +339,7 @@ def _text(model: Any, found: UNetSurvey) -> WebText:
 
 
 class _Autoencoder:
-    """The loaded VAE at the scale of the latents; the posterior's mean."""
+    """The loaded VAE as the core's autoencoder, with latents at the UNet's scale; encodes to the posterior's mean."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -346,13 +354,16 @@ class _Autoencoder:
             with devices.without_autocast():
                 if self._model.is_sdxl:
                     first.to(devices.device)
-                    # the class in use draws from the posterior; its parent gives it
+                    # the class in use samples from the posterior; its parent returns the posterior
                     parent: Any = super(type(first), first)
                     posterior = parent.encode(pixels)
                 else:
                     posterior = first.encode(pixels)
             if not hasattr(posterior, "mode"):
-                raise ModelError("The loaded VAE is none of a Stable Diffusion model: pictures cannot be read with it.")
+                raise ModelError(
+                    "The loaded VAE is not one of a Stable Diffusion model and cannot encode pictures: select "
+                    "'Automatic' under Settings > VAE."
+                )
             found.append(posterior.mode().float() * self._model.scale_factor)
         return torch.cat(found)
 

@@ -1,7 +1,7 @@
-"""Forge: its loaded model as the core's, and patches in its weights.
+"""Adapter to Forge: its loaded model as the core's, and patches in its weights.
 
-Forge merges patches into weights when a model is loaded, from originals that it keeps itself, and builds the patched
-model of each picture on ``forge_objects_original``. A patch that stands there is under every ``<lora:…>``.
+Forge merges patches into weights when it loads a model, starting from originals that it keeps itself, and derives the
+patched model of each picture from ``forge_objects_original``. A patch added there is below every ``<lora:…>``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from .prompts import WebText
-from .webui import WebUI, habits
+from .webui import WebUI, usual_size_and_guidance
 
 __all__ = ["Forge"]
 
@@ -42,8 +42,13 @@ _UNET = "diffusion_model."
 
 @dataclass
 class _Resident:
-    """A loaded checkpoint: Forge makes another object of each. ``own`` is its UNet without any patch, ``now`` with
-    those of ``patches``; ``written`` are the weights that this gave, by canonical key."""
+    """A loaded checkpoint; Forge creates a new object for each.
+
+    Attributes:
+        own: Its UNet patcher without any patch.
+        now: Its UNet patcher with ``patches``.
+        written: The weights that applying ``patches`` produced, by canonical key.
+    """
 
     key: int
     survey: UNetSurvey
@@ -51,7 +56,7 @@ class _Resident:
     now: Any
     patches: dict[str, tuple[Patch, float]] = field(default_factory=dict)
     written: dict[str, Tensor] = field(default_factory=dict)
-    unpatched: bool = False  # its patches are out of the weights for the length of a job; no picture is drawn then
+    unpatched: bool = False  # during a job the patches are out of the weights; no picture is generated then
 
     def path(self, key: str) -> str:
         return f"{_UNET}{self.survey.layer(key).path}.weight"
@@ -82,17 +87,17 @@ class Forge(WebUI):
             own = model.forge_objects_original.unet
             if not hasattr(own, "lora_loader"):
                 raise ModelError(
-                    "This Forge puts patches into a model in a way that is not known here: make the patch in ComfyUI "
-                    "or with the command line, and use it here as a LoRA, by <lora:name:1>."
+                    "This version of Forge applies patches in an unsupported way: make the patch in ComfyUI or with "
+                    "the command line, and use it here as a LoRA, with <lora:name:1>."
                 )
             made = _Resident(next(self._numbers), survey(own.model.diffusion_model), own, own)
-            known = self._residents.setdefault(model, made)  # another thread may have come first
+            known = self._residents.setdefault(model, made)  # another thread may have been first
         return known
 
     def model(self) -> LoadedModel:
         data = sd_models.model_data
         model = data.sd_model
-        # Forge loads what was chosen when it is next needed
+        # Forge loads the selected checkpoint only when it is needed
         if data.forge_hash != str(data.forge_loading_parameters) or getattr(model, "forge_objects", None) is None:
             with self.alone():
                 model = self._loaded()
@@ -105,7 +110,7 @@ class Forge(WebUI):
         with self.alone():
             model = self._loaded()
             resident = self._resident(model)
-            _check_plain(resident)
+            _check_dtype(resident)
             patch.check_fits(resident.survey)
             patch.scaled(strength)
             before, known = resident.written, resident.patches
@@ -120,7 +125,7 @@ class Forge(WebUI):
                 self._write(model, resident, known)
                 raise PatchError(
                     f"The patch '{name}' changes nothing here: at strength {strength:g} all of it is lost in the "
-                    "rounding of this model's weights."
+                    "rounding of this model's weights. Use a higher strength."
                 )
 
     def remove(self, name: str) -> None:
@@ -135,21 +140,24 @@ class Forge(WebUI):
         made = resident.own.clone() if wanted else resident.own
         for name, (patch, strength) in wanted.items():
             entries = _entries(resident, patch)
-            # Forge knows what is in the weights by these names: never the same one for another content
+            # Forge identifies merged patches by this name: use a new one for each content
             title = f"forget-concept/{name}/{next(self._numbers)}"
             taken = set(made.add_patches(filename=title, patches=entries, strength_patch=strength))
             if lost := {resident.path(key) for key in patch.factors} - taken:
-                raise PatchError(f"Forge did not take the patch '{name}': it has no weight {sorted(lost)[0]}.")
+                raise PatchError(
+                    f"The patch '{name}' does not fit the loaded model, which has no weight {sorted(lost)[0]}: make it "
+                    "again on this model."
+                )
         try:
-            _put(made)
-        except BaseException:  # some are written by now, and Forge would take all of them for the old ones
+            _merge_patches(made)
+        except BaseException:  # some weights have changed, but Forge would take all of them for the old ones
             now = resident.now
             now.lora_loader.refresh(now.lora_patches, offload_device=now.offload_device, force_refresh=True)
             raise
         keys = dict.fromkeys(key for patch, _ in wanted.values() for key in patch.factors)
         resident.written = {key: _weight(resident, key).detach().to("cpu", copy=True) for key in keys}
         resident.patches, resident.now = wanted, made
-        # what the last picture's <lora:…> made is gone: the next picture builds it anew, on top of this
+        # this drops the last picture's <lora:…>; the next picture applies its own on top of the patches
         model.forge_objects_original.unet = made
         model.forge_objects_after_applying_lora = model.forge_objects_original.shallow_copy()
         model.forge_objects = model.forge_objects_original.shallow_copy()
@@ -161,10 +169,10 @@ class Forge(WebUI):
         if resident is None or not resident.patches:
             return []
         in_force = resident.unpatched or model.forge_objects_original.unet is resident.now
-        # while a picture is drawn Forge moves weights about; it is built on what stands there, which is enough
+        # while it generates a picture, Forge moves weights; the picture uses the patcher checked above, which suffices
         if in_force and call_queue.queue_lock.acquire(blocking=False):
             try:
-                in_force = resident.unpatched or _holds(model, resident)
+                in_force = resident.unpatched or _weights_match(model, resident)
             finally:
                 call_queue.queue_lock.release()
         return [ActivePatch(name, strength, in_force) for name, (_, strength) in resident.patches.items()]
@@ -176,19 +184,19 @@ class Forge(WebUI):
         self.check_job()
         model = self._loaded()
         resident = self._resident(model)
-        _check_plain(resident)
+        _check_dtype(resident)
         with ExitStack() as stack:
-            stack.enter_context(_bare(model, resident))
+            stack.enter_context(_without_patches(model, resident))
             unet = resident.own.model.diffusion_model
             stack.enter_context(detached_view(unet))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_checkpointing(unet))
-            stack.enter_context(_copied_before_norms(unet))
+            stack.enter_context(_norm_inputs_copied(unet))
             yield _diffusion(model, resident)
 
 
-def _check_plain(resident: _Resident) -> None:
+def _check_dtype(resident: _Resident) -> None:
     if (dtype := coarse_dtype(resident.survey)) is not None:
         raise ModelError(
             f"The model's weights are stored in {dtype}, which is too coarse to work on: set 'Diffusion in Low Bits' "
@@ -197,7 +205,7 @@ def _check_plain(resident: _Resident) -> None:
 
 
 def _entries(resident: _Resident, patch: Patch) -> dict[str, Any]:
-    """The patch as this Forge reads a LoRA file; its forks differ in what they make of one."""
+    """The patch in the form that this Forge's LoRA loader returns, which differs between forks."""
     paths = {key.replace(".", "_"): resident.path(key) for key in patch.factors}
     state = {}
     for key, factor in patch.factors.items():
@@ -210,29 +218,29 @@ def _weight(resident: _Resident, key: str) -> Tensor:
     return resident.survey.linear(key).weight
 
 
-def _put(patcher: Any) -> None:
-    """Have the weights be those of ``patcher`` now, and Forge know that no other one is loaded."""
+def _merge_patches(patcher: Any) -> None:
+    """Merge the patches of ``patcher`` into the weights now, and unload all other clones of the model."""
     memory_management.unload_model_clones(patcher)
     patcher.refresh_loras()
 
 
-def _carried(patcher: Any) -> str:
-    """What Forge's loader would say of the weights with this patcher's patches in them."""
+def _lora_hash(patcher: Any) -> str:
+    """The hash that Forge's LoRA loader has after merging the patches of this patcher."""
     return str(list(patcher.lora_patches.keys()))
 
 
-def _holds(model: Any, resident: _Resident) -> bool:
-    """Whether the weights are those that were written, or, with LoRAs on top, what these make of the originals."""
+def _weights_match(model: Any, resident: _Resident) -> bool:
+    """Whether the weights are the written ones or, with LoRAs on top, the originals with patches and LoRAs merged."""
     loader = resident.own.lora_loader
-    if loader.loaded_hash == _carried(resident.now):
+    if loader.loaded_hash == _lora_hash(resident.now):
         return all(
             torch.equal(_weight(resident, key).detach().cpu(), written) for key, written in resident.written.items()
         )
     known = (model.forge_objects.unet, model.forge_objects_after_applying_lora.unet)
-    above = next((patcher for patcher in known if _carried(patcher) == loader.loaded_hash), None)
+    above = next((patcher for patcher in known if _lora_hash(patcher) == loader.loaded_hash), None)
     if above is None or any(title not in above.lora_patches for title in resident.now.lora_patches):
         return False
-    apart = changed = 0.0
+    difference = changed = 0.0
     for key in resident.written:
         path, weight = resident.path(key), _weight(resident, key).detach()
         own = loader.backup[path].to(weight.device)
@@ -241,45 +249,45 @@ def _holds(model: Any, resident: _Resident) -> bool:
             merge_lora_to_weight([part for title in titles for part in parts[title]], own, path).float()
             for titles in (parts, [title for title in parts if title not in resident.now.lora_patches])
         )
-        apart += float((weight.float() - merged).square().sum())
+        difference += float((weight.float() - merged).square().sum())
         changed += float((merged - without).square().sum())
-    # what was merged on another device differs in the last bits
-    return apart <= 1e-4 * changed
+    # weights merged on another device differ in the last bits
+    return difference <= 1e-4 * changed
 
 
 @contextmanager
-def _bare(model: Any, resident: _Resident) -> Iterator[None]:
-    """The UNet loaded without any patch, beside text encoder and VAE; afterwards with the patches that it had."""
+def _without_patches(model: Any, resident: _Resident) -> Iterator[None]:
+    """Load UNet, text encoder and VAE without any patch; restore the previous patches afterwards."""
     clip, vae = model.forge_objects_original.clip, model.forge_objects_original.vae
     loader = resident.own.lora_loader
     known = (model.forge_objects.unet, model.forge_objects_after_applying_lora.unet, resident.now)
-    before = next((patcher for patcher in known if _carried(patcher) == loader.loaded_hash), resident.now)
+    before = next((patcher for patcher in known if _lora_hash(patcher) == loader.loaded_hash), resident.now)
     texts = (model.forge_objects.clip, model.forge_objects_after_applying_lora.clip)
-    text = next((own for own in texts if _carried(own.patcher) == own.patcher.lora_loader.loaded_hash), clip)
+    text = next((own for own in texts if _lora_hash(own.patcher) == own.patcher.lora_loader.loaded_hash), clip)
     try:
         resident.unpatched = True
         with torch.inference_mode():
-            _put(resident.own)
-            _put(clip.patcher)
+            _merge_patches(resident.own)
+            _merge_patches(clip.patcher)
             room = resident.own.memory_required([8, vae.latent_channels, 128, 128])
             memory_management.load_models_gpu([resident.own, clip.patcher, vae.patcher], memory_required=room)
         device = resident.own.load_device
         if any(weight.device != device for weight in resident.own.model.diffusion_model.parameters()):
             raise ModelError(
-                "There is too little GPU memory to hold the whole UNet: raise 'GPU Weights' at the top of the page, or "
-                "close what else uses the card."
+                "There is too little GPU memory for the whole UNet: raise 'GPU Weights' at the top of the page, or "
+                "close other programs that use the GPU."
             )
         yield
     finally:
         with torch.inference_mode():
-            _put(before)
-            _put(text.patcher)
+            _merge_patches(before)
+            _merge_patches(text.patcher)
         resident.unpatched = False
 
 
 @contextmanager
-def _copied_before_norms(unet: nn.Module) -> Iterator[None]:
-    """Forge adds to activations in place, which the backward of the layer norms before them cannot take."""
+def _norm_inputs_copied(unet: nn.Module) -> Iterator[None]:
+    """Copy the inputs of layer norms: Forge changes them in place afterwards, which breaks the norms' backward pass."""
     norms = [part for part in unet.modules() if isinstance(part, nn.LayerNorm)]
     hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])) for norm in norms]
     try:
@@ -312,7 +320,7 @@ def _diffusion(model: Any, resident: _Resident) -> HostLatentDiffusion:
         return unet(x, timesteps.float(), context=states.hidden, y=vector, transformer_options={})
 
     model_hash = hash_of_unet(resident.survey)
-    side, guidance = habits(resident.survey, model_hash, prediction)
+    side, guidance = usual_size_and_guidance(resident.survey, model_hash, prediction)
     return HostLatentDiffusion(
         unet,
         _text(model, resident.survey, pooled),
@@ -330,7 +338,7 @@ def _diffusion(model: Any, resident: _Resident) -> HostLatentDiffusion:
 
 
 def _sizes(model: Any, height: int, width: int) -> Tensor:
-    """SDXL's size conditions, as Forge gives them for a picture of this size."""
+    """SDXL's size conditioning, as Forge computes it for a picture of this size in pixels."""
     crop = (shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left)
     parts = [model.embedder(torch.tensor([float(value)])) for value in (height, width, *crop, height, width)]
     return torch.cat(parts).flatten()[None]
@@ -340,7 +348,10 @@ def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
     engine = getattr(model, "text_processing_engine_l" if pooled else "text_processing_engine", None)
     second: Any = getattr(model, "text_processing_engine_g", None)
     if engine is None or (pooled and second is None):
-        raise ModelError(f"This model's text encoder ({type(model).__name__}) is none that is known here.")
+        raise ModelError(
+            f"This model's text encoder ({type(model).__name__}) is not supported: load a Stable Diffusion 1, 2 or XL "
+            "checkpoint."
+        )
     skip = int(shared.opts.CLIP_stop_at_last_layers)
     model.set_clip_skip(skip)
     if pooled:
@@ -362,7 +373,7 @@ def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
 
 
 class _Autoencoder:
-    """The loaded VAE at the scale of the latents; the posterior's mean."""
+    """The loaded VAE as the core's autoencoder, with latents at the UNet's scale; encodes to the posterior's mean."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae

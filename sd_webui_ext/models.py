@@ -1,7 +1,6 @@
-"""What the REST routes take and give: models in the part of pydantic that its versions 1 and 2 share.
+"""Request and response models of the REST routes, in the subset of pydantic that versions 1 and 2 share.
 
-They say names, types and defaults. What makes sense is checked where the work is done, in words that are the same in
-every interface.
+They declare names, types and defaults. The core validates values, with the same messages in every interface.
 """
 
 from __future__ import annotations
@@ -28,65 +27,67 @@ __all__ = [
 
 
 class Problem(BaseModel):
-    """Why something was refused."""
+    """Why a request failed."""
 
     detail: str = Field(..., description="One sentence: what is wrong, with which input, and what to do.")
 
 
 class ConceptBody(BaseModel):
-    """One thing to forget."""
+    """One concept to forget."""
 
-    name: str = Field(..., description="What to forget, in the words a prompt would use.")
+    name: str = Field(..., description="The concept, in the words a prompt would use.")
     kind: str = Field("object", description="object, style or identity.")
-    replacement: str | None = Field(None, description="What to show instead; none: nothing in particular.")
+    replacement: str | None = Field(None, description="What to show in its place; null: no particular replacement.")
     images: list[str] = Field(
-        [], description="Pictures of it for methods that look at some: PNG, JPEG or WebP, each as base64."
+        [], description="Pictures of it, for methods that use some: PNG, JPEG or WebP, each as base64."
     )
 
 
 class ForgetBody(BaseModel):
-    """A whole request, the same JSON as in ComfyUI and on the command line, and what to do with the patch.
+    """A request in the same JSON as in ComfyUI and on the command line, and what to do with the patch.
 
-    Only ``images`` differ: they are the pictures themselves, not their places.
+    Only ``images`` differ: they contain the pictures themselves, not paths.
     """
 
-    schema_version: int = Field(1, alias="schema", description="Version of the request: 1.")
-    concepts: list[ConceptBody] = Field(..., description="What to forget, at least one.")
-    preserve: list[str] = Field([], description="Words that must go on working.")
+    schema_version: int = Field(1, alias="schema", description="Version of the request format: 1.")
+    concepts: list[ConceptBody] = Field(..., description="The concepts to forget, at least one.")
+    preserve: list[str] = Field([], description="The retain set: concepts that must not change.")
     method: str = Field("uce", description="One of the methods that /methods lists.")
     preset: str = Field("tuned", description="published or tuned.")
-    settings: dict[str, Any] = Field({}, description="Single settings of the method in place of the preset's.")
+    settings: dict[str, Any] = Field({}, description="Overrides of single settings of the preset.")
     strength: float = Field(1.0, description="Scales the edit: above 0, at most 10.")
-    seed: int = Field(0, description="For methods that draw noise.")
-    name: str = Field("", description="Name of the patch; %concept% stands for what it forgets, a number is added.")
+    seed: int = Field(0, description="Random seed of methods that sample noise.")
+    name: str = Field(
+        "", description="Name of the patch; %concept% stands for what it forgets, and a number is appended."
+    )
     apply: float | None = Field(
-        None, description="Strength to put it into the loaded model with as soon as it is made; none: not."
+        None, description="Strength at which to apply the patch to the loaded model once made; null: do not apply it."
     )
     pictures: int | None = Field(
-        None, description="Pairs of pictures to draw before and after; none: as on the settings page."
+        None, description="Number of picture pairs before and after to generate; null: as on the settings page."
     )
 
 
 class EvaluateBody(BaseModel):
-    """What to measure of a patch on the loaded model."""
+    """What to measure about a patch on the loaded model."""
 
     patch: str = Field(..., description="Name of a patch.")
-    strength: float = Field(1.0, description="How strong it is put on.")
-    concepts: list[str] = Field([], description="What is to be gone; none: what the patch names.")
+    strength: float = Field(1.0, description="Multiplier of the patch.")
+    concepts: list[str] = Field([], description="Concepts to measure; empty: those that the patch names.")
     count: int = Field(16, description="Pictures in each of the three cells, 4 to 1000.")
-    seed: int = Field(0, description="Of the prompts and pictures.")
-    steps: int = Field(16, description="Sampling steps of each picture.")
+    seed: int = Field(0, description="Seed of the prompts and pictures.")
+    steps: int = Field(16, description="Sampling steps per picture.")
     baselines: bool = Field(False, description="Also measure a negative prompt and safe guidance.")
-    attacks: str = Field("none", description="none, quick or standard: try to bring the concept back.")
-    m_score: bool = Field(False, description="Also Forget-Me-Not's M-Score.")
+    attacks: str = Field("none", description="Attacks that try to recover the concept: none, quick or standard.")
+    m_score: bool = Field(False, description="Also compute Forget-Me-Not's M-Score.")
     benchmark: str = Field("automatic", description="automatic, world, embedded or checkpoints.")
     clip_judge: str = Field(
-        "", description="Who judges a checkpoint's pictures: the hub name of a CLIP that was downloaded before."
+        "", description="The CLIP that judges a checkpoint's pictures: hub name of one that is downloaded already."
     )
 
 
 class ApplyBody(BaseModel):
-    """How strong a patch is put on."""
+    """The strength at which to apply a patch."""
 
     strength: float = Field(1.0, description="From -10 to 10, other than 0.")
 
@@ -94,92 +95,92 @@ class ApplyBody(BaseModel):
 class NameBody(BaseModel):
     """A new name."""
 
-    name: str = Field(..., description="Without folder and ending.")
+    name: str = Field(..., description="The name, without folder and extension.")
 
 
 class PartBody(BaseModel):
-    """A patch at a strength."""
+    """A patch and its strength."""
 
     name: str = Field(..., description="Name of a patch.")
-    strength: float = Field(1.0, description="Its strength in the whole.")
+    strength: float = Field(1.0, description="Its multiplier in the sum.")
 
 
 class CombineBody(BaseModel):
-    """Several patches that are to be one."""
+    """Patches to combine into one."""
 
     parts: list[PartBody] = Field(..., description="At least two.")
     name: str = Field("", description="Name of the new patch; %concept% stands for what it forgets.")
-    max_rank: int | None = Field(None, description="Bound of its rank; none: the sum is exact.")
+    max_rank: int | None = Field(None, description="Upper bound of its rank; null: no bound, the sum is exact.")
 
 
 class SettingModel(BaseModel):
     """One setting of a method."""
 
     name: str
-    kind: str = Field(..., description="whole, number, choice, switch, line (words) or list.")
+    kind: str = Field(..., description="whole, number, choice, switch, line (text) or list.")
     about: str = Field(..., description="What it does.")
     default: Any = Field(None, description="Its value in the preset 'tuned'; null: none.")
-    options: list[str] = Field([], description="What it may be, or what its list may hold, where that is bounded.")
-    low: float | None = Field(None, description="A number's bounds; a request outside of them is refused.")
+    options: list[str] = Field([], description="Allowed values, or allowed items of a list; empty: any.")
+    low: float | None = Field(None, description="Inclusive bounds of a number; requests outside are rejected.")
     high: float | None = None
     optional: bool = Field(False, description="Whether it may be null.")
-    advanced: bool = Field(False, description="Whether it is seldom needed.")
-    group: str = Field("method", description="Heading that a listing may put it under.")
+    advanced: bool = Field(False, description="Whether it is rarely needed.")
+    group: str = Field("method", description="Heading for listings.")
 
 
 class MethodModel(BaseModel):
-    """A method of forgetting."""
+    """A method."""
 
     id: str
     title: str
     paper: str
-    takes_images: bool = Field(..., description="Whether it can look at a person's own pictures.")
-    trained: bool = Field(..., description="Whether it is trained, which takes minutes; the others take seconds.")
+    takes_images: bool = Field(..., description="Whether it can use reference images.")
+    trained: bool = Field(..., description="Whether it trains, which takes minutes; the others take seconds.")
     settings: list[SettingModel]
     presets: dict[str, dict[str, Any]] = Field(..., description="The settings of each preset.")
 
 
 class JobModel(BaseModel):
-    """A job as it stands."""
+    """The state of a job."""
 
     id: str
     kind: str = Field(..., description="forget or evaluate.")
     title: str
     state: str = Field(..., description="queued, running, done, failed or cancelled.")
-    step: int = Field(..., description="Of the part that the message names.")
+    step: int = Field(..., description="Current step of the part that the message names.")
     total: int
     loss: float | None = None
-    message: str = Field("", description="What is being done.")
-    seconds: float = Field(..., description="Since it began.")
-    seconds_left: float | None = Field(None, description="That this part will still take, where it is known.")
-    stopping: bool = Field(..., description="Whether it was asked to end.")
-    error: str = Field("", description="Why it failed, in words.")
-    words: str = Field("", description="What it came to, in words.")
-    pictures: int = Field(0, description="Pairs of pictures before and after, at /jobs/{id}/pictures/{number}.")
-    result: dict[str, Any] | None = Field(None, description="What it came to, as data.")
+    message: str = Field("", description="The part that is running.")
+    seconds: float = Field(..., description="Time since it started.")
+    seconds_left: float | None = Field(None, description="Estimated time left for this part; null: unknown.")
+    stopping: bool = Field(..., description="Whether it is being cancelled.")
+    error: str = Field("", description="Why it failed.")
+    words: str = Field("", description="The result as text.")
+    pictures: int = Field(0, description="Number of picture pairs, at /jobs/{id}/pictures/{number}.")
+    result: dict[str, Any] | None = Field(None, description="The result as data.")
 
 
 class PatchModel(BaseModel):
     """A patch in the Lora folder."""
 
     name: str
-    file: str = Field(..., description="Its place in the Lora folder.")
+    file: str = Field(..., description="Path in the Lora folder.")
     bytes: int
-    written: float = Field(..., description="Seconds since 1970.")
+    written: float = Field(..., description="Time of the file, in seconds since 1970.")
     concepts: list[str]
     method: str
     family: str
     base_model: str
-    lora: str = Field(..., description="What puts it on in a prompt.")
+    lora: str = Field(..., description="The tag that applies it in a prompt.")
 
 
 class PatchDetails(PatchModel):
-    """A patch, looked into."""
+    """A patch with its details."""
 
     layers: int
     rank: int
     precision: str
-    words: str = Field(..., description="What it is and what made it.")
+    words: str = Field(..., description="A description of the patch.")
     metadata: dict[str, str]
 
 
@@ -188,12 +189,15 @@ class ActiveModel(BaseModel):
 
     name: str
     strength: float
-    in_force: bool = Field(..., description="Whether the weights hold it now.")
+    in_force: bool = Field(..., description="Whether the weights currently contain it.")
 
 
 def request_of(body: ForgetBody, images: dict[int, list[str]]) -> dict[str, Any]:
-    """The request within a body as the JSON value that ``ForgetRequest.from_json`` reads; ``images`` are the places of
-    the pictures by the number of their concept."""
+    """The request in a body, as the JSON value that ``ForgetRequest.from_json`` reads.
+
+    Args:
+        images: Paths of the uploaded pictures, by the index of their concept.
+    """
     concepts: list[dict[str, Any]] = []
     for number, one in enumerate(body.concepts):
         entry: dict[str, Any] = {"name": one.name, "kind": one.kind}

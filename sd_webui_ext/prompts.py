@@ -1,4 +1,4 @@
-"""A webui's text encoder as the core's: the host's own encode path, with every word meaning itself."""
+"""Adapter from a webui's text encoder to the core's: the host's own encode path, with prompt syntax escaped."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ _ESCAPED = re.compile(r"\\([\\()\[\]])")
 
 
 def literal(text: str) -> str:
-    """``text`` as a prompt that is read word by word: brackets are no emphasis, ``BREAK`` begins no new part.
+    """Escape prompt syntax: brackets are not emphasis, and ``BREAK`` does not start a new section.
 
-    Brackets that are escaped already, as prompts have them, stand for themselves.
+    Brackets that are escaped already stay as they are.
     """
     escaped = _SYNTAX.sub(r"\\\1", _ESCAPED.sub(r"\1", text))
-    # no encoder of these models tells the case of letters, and the syntax does
+    # the tokenizers of these models ignore case, the syntax does not
     return re.sub(r"\bBREAK\b", "break", escaped)
 
 
 class WebText:
-    """A webui's text encoder. Only the first section of 77 tokens is used.
+    """A webui's text encoder as the core's. Only the first section of 77 tokens is used.
 
-    ``engine`` is the host's chunking encoder (the first one, where there are two), ``embeddings`` its textual
-    inversions, ``encode(prompts)`` gives the states ``(n, 77·sections, d)`` and the pooled vector or ``None``;
-    ``plain`` where the host's prompt syntax is switched off.
+    Args:
+        engine: The host's chunking encoder; the first one if there are two.
+        embeddings: The host's database of textual inversions.
+        encode: Encodes prompts to states ``(n, 77·sections, d)`` and pooled vectors ``(n, d)`` or ``None``.
+        layer: Which hidden states are used, in the core's notation.
+        plain: Whether the host's prompt syntax is disabled.
     """
 
     max_length = 77
@@ -49,12 +52,16 @@ class WebText:
         self._engine, self._embeddings, self._encode, self._plain = engine, embeddings, encode, plain
 
     def check_fits(self, found: UNetSurvey) -> None:
-        """Raise :class:`ModelError` unless the states have the width that a UNet reads."""
+        """Check that the states have the width that a UNet expects.
+
+        Raises:
+            ModelError: If they do not.
+        """
         width = self.encode([""]).hidden.shape[-1]
         if width != found.context_dim:
             raise ModelError(
-                f"The text encoder gives states of width {width} and the UNet reads {found.context_dim}: this "
-                "checkpoint cannot be worked on here."
+                f"The text encoder returns states of width {width}, but the UNet expects {found.context_dim}: load "
+                "another checkpoint, as this one is not supported here."
             )
 
     def _prompt(self, text: str) -> str:
@@ -67,8 +74,8 @@ class WebText:
             embedding, _ = self._embeddings.find_embedding_at_position(ids, at)
             if embedding is not None:
                 raise TokenError(
-                    f"'{embedding.name}' is the name of a textual inversion here, which stands for vectors and not for "
-                    "words: use other words, or move the file out of the embeddings folder."
+                    f"'{embedding.name}' is the name of a textual inversion, which the webui replaces by its vectors: "
+                    "use other words, or move the file out of the embeddings folder."
                 )
         return ids
 
@@ -86,7 +93,7 @@ class WebText:
         found = []
         for i in range(0, len(prompts), self._AT_ONCE):
             states, pooled = self._encode([self._prompt(prompt) for prompt in prompts[i : i + self._AT_ONCE]])
-            # a clone made outside of inference mode is an ordinary tensor
+            # cloned outside of inference mode, it is an ordinary tensor
             first = states[:, : self.max_length].clone()
             found.append(TextStates(first, None if pooled is None else pooled.clone()))
         return TextStates.cat(found)

@@ -1,7 +1,7 @@
-"""The tab *Forget Concept*: its three parts, and the heartbeat that keeps them up to date while a job runs.
+"""The tab *Forget Concept*: its three parts, and the heartbeat that updates them while a job runs.
 
-Written to what gradio 3.41 and 4.40 share. The page's script (``javascript/forget_concept.js``) presses a hidden button
-as long as a job is running, so that the state comes over gradio's own way, with its login, behind any proxy.
+It uses only what gradio 3.41 and 4.40 share. While a job runs, the page's script (``javascript/forget_concept.js``)
+clicks a hidden button, so that updates use gradio's own connection, with its login and behind any proxy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUICK = {"queue": False, "show_progress": "hidden"}
 
 
 def build(host: Host) -> gr.Blocks:
-    """The tab's blocks."""
+    """Build the tab's blocks."""
     store = patch_store_of(host)
     with gr.Blocks(analytics_enabled=False) as blocks:
         with gr.Tabs(elem_id="forget_concept_tabs"):
@@ -37,7 +37,7 @@ def build(host: Host) -> gr.Blocks:
                 evaluate = EvaluatePart(store)
         poll = gr.Button("Look again", elem_id="forget_concept_beat", elem_classes=["fc-hidden"])
         opened = gr.Button("Page opened", elem_id="forget_concept_opened", elem_classes=["fc-hidden"])
-        shown = gr.Textbox("", visible=False)  # the job whose outcome this page shows, and its state
+        shown = gr.Textbox("", visible=False)  # the jobs and states that this page shows
         heartbeat = _JobHeartbeat(store, forget, patches, evaluate, shown)
         heartbeat.outputs = [
             shown,
@@ -60,9 +60,9 @@ def build(host: Host) -> gr.Blocks:
         patches_tab.select(patches.refreshed, [patches.chosen], patches.live, **_QUICK)
         evaluate_tab.select(evaluate.listed, [evaluate.chosen], [evaluate.chosen], **_QUICK)
     for block in blocks.blocks.values():
-        # the webui's own store of defaults goes by labels, and those of several methods are alike
+        # the webui stores defaults by label, and several methods have equal labels
         block.do_not_save_to_config = True
-        # gradio takes a field that is filled in by an event for one that only shows something
+        # gradio treats fields that events fill in as read-only
         if getattr(block, "interactive", False) is None:
             block.interactive = True
     return blocks
@@ -81,7 +81,7 @@ class _JobHeartbeat:
 
     @property
     def live(self) -> list[Any]:
-        """What :meth:`started` and :meth:`stopped` give anew."""
+        """The components that :meth:`started` and :meth:`stopped` update."""
         return [*self.forget.status, *self.evaluate.status]
 
     def _status(self, problems: tuple[str, str] = ("", "")) -> list[Any]:

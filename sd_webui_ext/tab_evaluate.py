@@ -1,4 +1,4 @@
-"""The tab's part *Evaluate*: is it gone, is the rest intact, does it come back?"""
+"""The tab's part *Evaluate*: measures what a patch forgot and what it retained."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _ID = "forget_concept_"
 
 
 class EvaluatePart:
-    """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
+    """Creates its components in the enclosing gradio blocks; :meth:`wire` then connects their events."""
 
     def __init__(self, store: PatchStore) -> None:
         self.store = store
-        # gradio serves copies of what lies in the system's folder for such files
+        # gradio only serves files from the system's temporary folder
         self._copies = tempfile.TemporaryDirectory(prefix="forget-concept-")
         gr.HTML(
-            '<p class="fc-lead">Draws pictures with and without a patch at equal seeds and has them judged: is the '
-            "concept gone, is the rest intact, does it come back with other words? The loaded checkpoint is measured "
-            "without any other patch.</p>"
+            '<p class="fc-lead">Generates pictures with and without a patch from the same seeds and judges them: is '
+            "the concept gone, is the rest intact, can the concept be recovered? Other patches are taken out of the "
+            "loaded checkpoint for the measurement.</p>"
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=360):
@@ -65,7 +65,7 @@ class EvaluatePart:
         )
         self.concepts = gr.Textbox(
             label="Concepts",
-            info="What is to be gone, by commas; empty: what the patch names",
+            info="Concepts to measure, separated by commas; empty: those that the patch names",
             elem_id=f"{_ID}evaluate_concepts",
             max_lines=2,
         )
@@ -76,7 +76,7 @@ class EvaluatePart:
                 value=16,
                 step=1,
                 label="Pictures of each kind",
-                info="Prompts that name it, its neighbours, others. 16 show a trend, 100 a result",
+                info="Prompts for the concept, for others of its kind, and all others. 16 show a trend, 100 a result",
                 elem_id=f"{_ID}evaluate_count",
             )
             self.steps = gr.Slider(1, 50, value=16, step=1, label="Sampling steps", elem_id=f"{_ID}evaluate_steps")
@@ -85,7 +85,7 @@ class EvaluatePart:
                 list(ATTACKS),
                 value=ATTACKS[0],
                 label="Attacks",
-                info="Try to bring the concept back; long",
+                info="Try to recover the concept; slow",
                 elem_id=f"{_ID}evaluate_attacks",
                 min_width=140,
             )
@@ -93,32 +93,33 @@ class EvaluatePart:
         with gr.Row():
             self.baselines = gr.Checkbox(
                 False,
-                label="Beside a negative prompt and safe guidance (about twice the time)",
+                label="Compare with a negative prompt and safe guidance (takes about twice as long)",
                 elem_id=f"{_ID}evaluate_baselines",
             )
             self.m_score = gr.Checkbox(
-                False, label="M-Score, by textual inversion (long)", elem_id=f"{_ID}evaluate_m_score"
+                False, label="M-Score, by textual inversion (slow)", elem_id=f"{_ID}evaluate_m_score"
             )
-        with gr.Accordion("Who judges, and what is asked", open=False, elem_id=f"{_ID}evaluate_judge"):
+        with gr.Accordion("Judge and prompts", open=False, elem_id=f"{_ID}evaluate_judge"):
             self.benchmark = gr.Dropdown(
                 list(BENCHMARKS),
                 value=BENCHMARKS[0],
-                label="Questions",
-                info="automatic: the embedded model's own world, checkpoints for any other model",
+                label="Benchmark",
+                info="automatic: the embedded model's own vocabulary, checkpoints for any other model",
                 elem_id=f"{_ID}evaluate_benchmark",
             )
             self.clip = gr.Textbox(
                 label="CLIP judge",
-                info="For checkpoints: a folder with a CLIP, or the hub name of one that was downloaded before; "
-                "nothing is downloaded here. The embedded model has its own judge.",
+                info="For checkpoints: a folder with a CLIP, or the hub name of a downloaded one; nothing is "
+                "downloaded here. The embedded model has its own judge.",
                 placeholder="openai/clip-vit-base-patch32",
                 max_lines=1,
                 elem_id=f"{_ID}evaluate_clip",
             )
 
-    # -- what happens --------------------------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------------------------
 
     def wire(self, started: Callable[..., list[Any]], stopped: Callable[[], list[Any]], live: Sequence[Any]) -> None:
+        """Connect events; ``started`` and ``stopped`` start and cancel a job and return values for ``live``."""
         inputs = [
             self.chosen,
             self.strength,
@@ -139,15 +140,15 @@ class EvaluatePart:
         self.report.input(self._shown, [self.report], [self.frame, self.files], **_QUICK)
 
     def listed(self, chosen: str | None) -> Any:
-        """The value for :attr:`chosen`: the patches there are, with this one chosen if it is among them."""
+        """An update of :attr:`chosen` with all patches, and this one selected if it exists."""
         try:
             names = self.store.library.names()
-        except ForgetConceptError:  # the part with the patches says why
+        except ForgetConceptError:  # the part Patches shows the reason
             names = []
         return gr.update(choices=names, value=chosen if chosen in names else names[0] if names else None)
 
     def outcome(self, job: Job | None) -> list[Any]:
-        """Values for :attr:`results`: those of the last evaluation, or the newest report there is."""
+        """Values for :attr:`results`: of the last evaluation, or else of the newest report."""
         try:
             names = self.store.reports.names()
         except ForgetConceptError as error:
@@ -173,9 +174,9 @@ class EvaluatePart:
 
     def _begin(self, patch: str | None, strength: float, concepts: str, count: float, seed: Any, *rest: Any) -> None:
         if not patch:
-            raise RequestError("No patch is chosen: make one under Forget first.")
+            raise RequestError("No patch is selected: select one, or make one under Forget first.")
         if not isinstance(seed, (int, float)):
-            raise RequestError("The seed is empty: write a whole number.")
+            raise RequestError("The seed is empty: enter a whole number.")
         steps, baselines, attacks, m_score, benchmark, clip = rest
         self.store.evaluate(
             EvaluateJob(

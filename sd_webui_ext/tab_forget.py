@@ -1,4 +1,4 @@
-"""The tab's part *Forget*: what to forget, how, and what came of it."""
+"""The tab's part *Forget*: the form of a request, and the result."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _LONGEST_FILE = 2**20
 
 
 class ForgetPart:
-    """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
+    """Creates its components in the enclosing gradio blocks; :meth:`wire` then connects their events."""
 
     def __init__(self, store: PatchStore) -> None:
         self.store = store
-        # gradio serves copies of what lies in the system's folder for such files
+        # gradio only serves files from the system's temporary folder
         self._copies = tempfile.TemporaryDirectory(prefix="forget-concept-")
         self.methods = all_methods()
-        # gradio 3 shows the value of a pair, not its name
+        # gradio 3 shows the value of a (name, value) choice, not its name
         self.titles = {one.title: name for name, one in self.methods.items()}
         settings = store.settings
         method = settings.method if settings.method in self.methods else "uce"
         preset = settings.preset if settings.preset in self.methods[method].presets else "tuned"
         gr.HTML(
-            '<p class="fc-lead">Makes the loaded checkpoint forget an object, a style or a person and keeps the rest. '
-            "The checkpoint itself stays as it is: what comes of it is a small LoRA, which this webui, SD.Next, "
+            '<p class="fc-lead">Makes the loaded checkpoint forget an object, a style or a person, and retains the '
+            "rest. The checkpoint itself stays unchanged: the result is a small LoRA, which this webui, SD.Next, "
             "ComfyUI and others can load without this extension.</p>"
         )
         with gr.Row(equal_height=False):
@@ -70,7 +70,7 @@ class ForgetPart:
             self.pairs,
         ]
 
-    # -- what is on the page -------------------------------------------------------------------------------------
+    # -- components ----------------------------------------------------------------------------------------------
 
     def _concepts(self, method: str) -> None:
         self.count = gr.State(1)
@@ -122,7 +122,7 @@ class ForgetPart:
         self.adder = gr.Button("Add a concept", elem_id=f"{_ID}add", size="sm")
         self.preserve = gr.Textbox(
             label="Keep",
-            info="Words that must go on working, such as neighbours of the concept: one a line, or by commas",
+            info="Concepts that must not change, such as neighbours: one per line, or separated by commas",
             placeholder="moon, heart",
             lines=2,
             elem_id=f"{_ID}preserve",
@@ -161,7 +161,7 @@ class ForgetPart:
             self.name = gr.Textbox(
                 label="Name of the patch",
                 placeholder="%concept%",
-                info="%concept%: what it forgets. A number is added, so that nothing is written over",
+                info="%concept%: what it forgets. A number is appended, so that no file is overwritten",
                 elem_id=f"{_ID}name",
                 max_lines=1,
             )
@@ -175,19 +175,19 @@ class ForgetPart:
             )
         with gr.Row():
             self.apply = gr.Checkbox(
-                True, label="Put it into the loaded model at once", elem_id=f"{_ID}apply", min_width=200
+                True, label="Apply it to the loaded model when done", elem_id=f"{_ID}apply", min_width=200
             )
             self.apply_strength = gr.Slider(
                 -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="at strength", elem_id=f"{_ID}apply_strength"
             )
         with gr.Accordion("Request as a file", open=False, elem_id=f"{_ID}request"):
             gr.HTML(
-                '<p class="fc-hint">One JSON file holds everything that is asked for above, the same for this tab, '
-                "ComfyUI and the command line. Pictures are not in it.</p>"
+                '<p class="fc-hint">A JSON file with everything above except pictures, in the format that ComfyUI and '
+                "the command line use too.</p>"
             )
             with gr.Row():
                 with gr.Column(min_width=160):
-                    self.exporter = gr.Button("Write the file", elem_id=f"{_ID}export", size="sm")
+                    self.exporter = gr.Button("Export", elem_id=f"{_ID}export", size="sm")
                     self.exported = gr.File(label="The request", interactive=False, elem_id=f"{_ID}exported")
                 with gr.Column(min_width=160):
                     self.imported = gr.File(
@@ -206,9 +206,10 @@ class ForgetPart:
         self.result = gr.HTML("", elem_id=f"{_ID}result")
         self.status = [self.state, self.start, self.stop]
 
-    # -- what happens --------------------------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------------------------
 
     def wire(self, started: Callable[..., list[Any]], stopped: Callable[[], list[Any]], live: Sequence[Any]) -> None:
+        """Connect events; ``started`` and ``stopped`` start and cancel a job and return values for ``live``."""
         lines = [part for line in self.lines for part in line]
         self.adder.click(self._added, [self.count], [self.count, *self.rows], **_QUICK)
         for i, remover in enumerate(self.removers):
@@ -273,7 +274,7 @@ class ForgetPart:
         return self._filled(method, presets(self.methods[method])[preset])
 
     def _filled(self, method: str, values: Any) -> list[Any]:
-        """The fields of one method with these values; those of the others stay."""
+        """Updates that fill in the fields of one method and leave those of the others."""
         found: list[Any] = []
         for name, one in self.methods.items():
             found += [
@@ -321,27 +322,27 @@ class ForgetPart:
             return [gr.update(value=None), html.problem(str(error))]
         file = Path(tempfile.mkdtemp(dir=self._copies.name), "forget-request.json")
         file.write_text(request.without_images().to_json(indent=2) + "\n", encoding="utf-8")
-        return [str(file), html.notice("The file is written: click its size to fetch it.")]
+        return [str(file), html.notice("The file is ready: click its size to download it.")]
 
     def _import(self, given: Any) -> list[Any]:
         keep = [gr.update() for _ in self.form]
         try:
             file = Path(getattr(given, "name", given))
             if file.stat().st_size > _LONGEST_FILE:
-                raise ForgetConceptError("This file is too large to be a request.")
+                raise ForgetConceptError("This file is too large for a request: choose a JSON file exported here.")
             request = ForgetRequest.from_json(file.read_text(encoding="utf-8-sig"))
             form_values = self._form_of(Form.of(plan_request(request)), {})
         except UnicodeDecodeError:
-            return [html.problem("This file is no text: a request is a JSON file."), *keep]
+            return [html.problem("This file is not text: choose a JSON file exported here."), *keep]
         except (ForgetConceptError, OSError) as error:
             return [html.problem(str(error)), *keep]
         words = "The form is filled in."
         if any(concept.images for concept in request.concepts):
-            words += " The request names pictures: drop them on the page again."
+            words += " The request names pictures: add them again."
         return [html.notice(words), *form_values]
 
     def recalled(self) -> list[Any]:
-        """The form as it was last used; where nothing is kept, as it is."""
+        """Values for :attr:`form` as it was last used; no changes if nothing is stored."""
         found = recall(self.store.host.data_folder()) if self.store.settings.remember else None
         if found is None or found[0].method not in self.methods:
             return [gr.update() for _ in self.form]
@@ -371,8 +372,8 @@ class ForgetPart:
 
 
 def _about(method: type[Method]) -> str:
-    how = "It is trained, which takes minutes to hours." if method.trained else "It takes seconds: nothing is trained."
-    looks = " It can look at your own pictures of a concept." if method.takes_images else ""
+    how = "It trains, which takes minutes to hours." if method.trained else "It takes seconds, without training."
+    looks = " It can use your own pictures of a concept." if method.takes_images else ""
     return (
         f'<p class="fc-hint">{how}{looks} <a href="{method.paper}" target="_blank" rel="noreferrer">The paper</a></p>'
     )
@@ -385,7 +386,7 @@ def _visible(count: int) -> list[Any]:
 def _line(values: Sequence[Any], k: int) -> Line:
     name, replacement, kind, files = values[4 * k : 4 * k + 4]
     several = files if isinstance(files, (list, tuple)) else [files] if files else []
-    # gradio 3 gives open files, gradio 4 their places
+    # gradio 3 passes open files, gradio 4 paths
     return Line(name or "", replacement or "", kind, tuple(str(getattr(file, "name", file)) for file in several))
 
 
@@ -394,11 +395,11 @@ def _shown(line: Line) -> list[Any]:
 
 
 def _fields(method: type[Method], preset: str) -> list[Any]:
-    """A component for each field, in the order of :func:`form_fields`; what is seldom needed in a fold of its own."""
+    """A component for each field, in the order of :func:`form_fields`; advanced ones are in an accordion."""
     found = form_fields(method, preset)
     made: dict[str, Any] = {}
     usual, rare = ([field for field in found if field.info.advanced is flag] for flag in (False, True))
-    for several, fold in ((usual, None), (rare, "Seldom needed")):
+    for several, fold in ((usual, None), (rare, "Advanced")):
         if not several:
             continue
         if fold is None:

@@ -1,4 +1,4 @@
-"""The tab's part *Patches*: what is on the loaded model, and the library."""
+"""The tab's part *Patches*: the patches on the loaded model, and the library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOTS = 4
 
 
 class PatchesPart:
-    """Builds itself into the blocks that are open; :meth:`wire` then says what happens on its buttons."""
+    """Creates its components in the enclosing gradio blocks; :meth:`wire` then connects their events."""
 
     def __init__(self, store: PatchStore) -> None:
         self.store = store
@@ -31,7 +31,7 @@ class PatchesPart:
                     self.refresh = gr.Button("Look again", size="sm", elem_id=f"{_ID}refresh")
                     self.clear = gr.Button("Take all patches out", size="sm", elem_id=f"{_ID}clear")
                 self.cards = gr.HTML("", elem_id=f"{_ID}cards")
-                # the cards are pressed through these two
+                # the page's script selects a card through these two
                 self.pressed = gr.Textbox(
                     "", elem_id=f"{_ID}pressed", elem_classes=["fc-hidden"], label="Patch pressed"
                 )
@@ -53,7 +53,7 @@ class PatchesPart:
         self.tag = gr.Textbox(
             "",
             label="For a prompt",
-            info="Works in every webui that loads LoRAs, SD.Next too, without this extension",
+            info="Works in every webui that loads LoRAs, including SD.Next, without this extension",
             interactive=False,
             show_copy_button=True,
             elem_id=f"{_ID}tag",
@@ -70,15 +70,15 @@ class PatchesPart:
             with gr.Row():
                 self.really = gr.Button("Delete for good", variant="stop", elem_id=f"{_ID}really")
                 self.keep = gr.Button("Keep it", elem_id=f"{_ID}keep")
-        self.doomed = gr.Textbox("", visible=False)  # the patch that the question is about
+        self.to_delete = gr.Textbox("", visible=False)  # the patch that the question is about
 
     def _combining(self) -> None:
         self.parts: list[Any] = []
         self.part_strengths: list[Any] = []
         with gr.Accordion("Combine several patches into one", open=False, elem_id=f"{_ID}combine"):
             gr.HTML(
-                '<p class="fc-hint">One file instead of several, each at its strength; the sum is exact. One at '
-                "strength 0 is left out.</p>"
+                '<p class="fc-hint">Sums several patches, each at its strength, into one file; exact unless the rank '
+                "is bounded. Strength 0 leaves a patch out.</p>"
             )
             for i in range(SLOTS):
                 with gr.Row():
@@ -95,17 +95,18 @@ class PatchesPart:
                     )
             with gr.Row():
                 self.whole_name = gr.Textbox(
-                    label="Name of the whole", placeholder="%concept%", max_lines=1, elem_id=f"{_ID}whole_name"
+                    label="Name of the combined patch", placeholder="%concept%", max_lines=1, elem_id=f"{_ID}whole_name"
                 )
                 self.max_rank = gr.Number(
-                    0, precision=0, label="Highest rank", info="0: as high as it comes", elem_id=f"{_ID}max_rank"
+                    0, precision=0, label="Maximum rank", info="0: no bound, the sum is exact", elem_id=f"{_ID}max_rank"
                 )
             self.combine = gr.Button("Combine", elem_id=f"{_ID}combine_now")
             self.combined = gr.HTML("", elem_id=f"{_ID}combined")
 
-    # -- what happens --------------------------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------------------------
 
     def wire(self) -> None:
+        """Connect events."""
         live = self.live
         self.refresh.click(self.refreshed, [self.chosen], live, **_QUICK)
         self.chosen.input(self.refreshed, [self.chosen], live, **_QUICK)
@@ -116,10 +117,10 @@ class PatchesPart:
         self.rename.click(self._renamed, [self.chosen, self.new_name], [self.message, self.new_name, *live], **_QUICK)
         self.folder.click(self._opened, [self.chosen], [self.message], **_QUICK)
         self.delete.click(
-            self._confirm_deletion, [self.chosen], [self.sure, self.question, self.doomed, self.message], **_QUICK
+            self._confirm_deletion, [self.chosen], [self.sure, self.question, self.to_delete, self.message], **_QUICK
         )
         self.keep.click(lambda: gr.update(visible=False), [], [self.sure], **_QUICK)
-        self.really.click(self._deleted, [self.doomed, self.chosen], [self.message, self.sure, *live], **_QUICK)
+        self.really.click(self._deleted, [self.to_delete, self.chosen], [self.message, self.sure, *live], **_QUICK)
         self.combine.click(
             self._combine,
             [self.chosen, self.whole_name, self.max_rank, *self.parts, *self.part_strengths],
@@ -128,7 +129,7 @@ class PatchesPart:
         )
 
     def refreshed(self, chosen: str | None) -> list[Any]:
-        """Values for :attr:`live`, with ``chosen`` chosen if it is there, else the newest."""
+        """Values for :attr:`live`, with ``chosen`` selected if it exists, else the newest patch."""
         table, active = self._active()
         try:
             entries = self.store.library.entries()
@@ -162,7 +163,7 @@ class PatchesPart:
             return html.problem(str(error))
 
     def _done(self, chosen: str | None, work: Callable[[], str]) -> list[Any]:
-        """Do something with the chosen patch and show what came of it."""
+        """Run ``work`` on the selected patch; returns its message, or its error, and values for :attr:`live`."""
         try:
             if not chosen:
                 raise ForgetConceptError("No patch is chosen: choose one first.")
@@ -174,14 +175,14 @@ class PatchesPart:
     def _applied(self, chosen: str | None, strength: float) -> list[Any]:
         def work() -> str:
             self.store.apply(chosen or "", float(strength))
-            return f"'{chosen}' is in the loaded model now, at strength {strength:g}."
+            return f"'{chosen}' is applied to the loaded model at strength {strength:g}."
 
         return self._done(chosen, work)
 
     def _removed(self, chosen: str | None) -> list[Any]:
         def work() -> str:
             self.store.remove(chosen or "")
-            return f"'{chosen}' is out of the loaded model: its weights are what they were."
+            return f"'{chosen}' is removed from the loaded model; its weights are restored."
 
         return self._done(chosen, work)
 
@@ -190,7 +191,11 @@ class PatchesPart:
             names = [one.name for one in self.store.active()]
             for name in names:
                 self.store.remove(name)
-            message = html.notice("The loaded model is as it was." if names else "No patch is in the loaded model.")
+            message = html.notice(
+                "All patches are removed; the weights are restored."
+                if names
+                else "No patch is applied to the loaded model."
+            )
         except ForgetConceptError as error:
             message = html.problem(str(error))
         return [message, *self.refreshed(chosen)]
@@ -202,7 +207,7 @@ class PatchesPart:
             entry = self.store.rename(chosen, new or "")
         except ForgetConceptError as error:
             return [html.problem(str(error)), gr.update(), *self.refreshed(chosen)]
-        return [html.notice(f"'{chosen}' is called '{entry.name}' now."), "", *self.refreshed(entry.name)]
+        return [html.notice(f"'{chosen}' is renamed to '{entry.name}'."), "", *self.refreshed(entry.name)]
 
     def _opened(self, chosen: str | None) -> str:
         try:
@@ -210,7 +215,7 @@ class PatchesPart:
             self.store.host.open_folder(folder)
         except ForgetConceptError as error:
             return html.problem(str(error))
-        return html.notice(f"The folder is open on the machine that the webui runs on: {folder}")
+        return html.notice(f"The folder is opened on the machine that runs the webui: {folder}")
 
     def _confirm_deletion(self, chosen: str | None) -> list[Any]:
         try:
@@ -222,12 +227,12 @@ class PatchesPart:
         words = f"Delete '{chosen}', its picture and its card from the disk? This cannot be undone."
         return [gr.update(visible=True), html.question(words), chosen, ""]
 
-    def _deleted(self, doomed: str, chosen: str | None) -> list[Any]:
+    def _deleted(self, to_delete: str, chosen: str | None) -> list[Any]:
         def work() -> str:
-            self.store.delete(doomed)
-            return f"'{doomed}' is deleted."
+            self.store.delete(to_delete)
+            return f"'{to_delete}' is deleted."
 
-        message, *_ = self._done(doomed, work)
+        message, *_ = self._done(to_delete, work)
         return [message, gr.update(visible=False), *self.refreshed(chosen)]
 
     def _combine(self, chosen: str | None, name: str, max_rank: float | None, *values: Any) -> list[Any]:

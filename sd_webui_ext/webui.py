@@ -1,7 +1,7 @@
-"""What all webuis have in common: the queue, the job shown, folders, settings and callbacks.
+"""What all webuis have in common: queue, progress display, folders, settings and callbacks.
 
-With ``host.py`` and ``host_forge.py`` the only file that names ``modules``. :class:`WebUI` itself is a webui whose way
-to keep a model is not known here (SD.Next and others): patches that were made elsewhere work there as LoRAs.
+Only this file, ``host.py`` and ``host_forge.py`` import ``modules``. :class:`WebUI` itself stands for webuis whose
+loaded model is not accessible (SD.Next and others); patches made elsewhere work there as LoRAs.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ __all__ = [
     "ExtraNetworkParams",
     "WebUI",
     "api_auth",
-    "habits",
     "listen",
     "lora_extension",
     "refresh_button",
     "scripts",
     "serves_api",
+    "usual_size_and_guidance",
 ]
 
 
 def lora_extension() -> Any:
-    """The built-in Lora extension's module, ``None`` where it is switched off."""
+    """The module of the built-in Lora extension; ``None`` if it is disabled."""
     found = sys.modules.get("networks")
     return found if hasattr(found, "available_networks") else None
 
 
 class WebUI:
-    """The part of :class:`Host` that is the same in every webui."""
+    """The part of :class:`Host` that all webuis share."""
 
     name = "webui"
 
     def __init__(self) -> None:
-        self._owner: int | None = None  # the thread that has the queue
+        self._owner: int | None = None  # the thread that holds the queue lock
 
     @property
     def version(self) -> str:
@@ -66,7 +66,7 @@ class WebUI:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """The webui's queue lock, once a thread: nothing is drawn meanwhile."""
+        """Hold the webui's queue lock, reentrantly: no picture is generated meanwhile."""
         if self._owner == threading.get_ident():
             yield
             return
@@ -94,7 +94,7 @@ class WebUI:
                 yield report
             finally:
                 state.end()
-                # else what was meant for this job would stop the next one
+                # otherwise an interruption of this job would stop the next one
                 state.interrupted = state.skipped = state.stopping_generation = False
                 state.textinfo = None
                 state.sampling_step = state.sampling_steps = 0
@@ -106,16 +106,16 @@ class WebUI:
     # -- the model -----------------------------------------------------------------------------------------------
 
     def model(self) -> LoadedModel:
-        self._elsewhere()
+        self._unsupported()
 
     def latent_diffusion(self) -> Any:
-        self._elsewhere()
+        self._unsupported()
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:
-        self._elsewhere()
+        self._unsupported()
 
     def remove(self, name: str) -> None:
-        self._elsewhere()
+        self._unsupported()
 
     def active(self) -> list[ActivePatch]:
         return []
@@ -123,10 +123,10 @@ class WebUI:
     def model_loaded(self, model: Any) -> None:
         """Called by the webui whenever it has loaded other weights into a model object."""
 
-    def _elsewhere(self) -> NoReturn:
+    def _unsupported(self) -> NoReturn:
         raise ModelError(
-            "This webui is neither AUTOMATIC1111's nor Forge, and its loaded model cannot be worked on: make the patch "
-            "there, in ComfyUI or with the command line, and use it here as a LoRA, by <lora:name:1>."
+            "This webui is neither AUTOMATIC1111's nor Forge, so its loaded model cannot be edited: make the patch in "
+            "one of them, in ComfyUI or with the command line, and use it here as a LoRA, with <lora:name:1>."
         )
 
     # -- places --------------------------------------------------------------------------------------------------
@@ -146,20 +146,23 @@ class WebUI:
 
     def open_folder(self, folder: Path) -> None:
         if shared.cmd_opts.hide_ui_dir_config or getattr(shared.cmd_opts, "webui_is_non_local", False):
-            raise RequestError("This webui is open to other machines, so it opens no folder on its own.")
+            raise RequestError(
+                "This webui does not open folders, because other machines can reach it or --hide-ui-dir-config is set: "
+                "open the folder yourself."
+            )
         util.open_folder(str(folder))
 
     # -- patches in prompts --------------------------------------------------------------------------------------
 
     def prompt_patches(self) -> dict[str, Any]:
-        """The webui's own entries of those files in its Lora folder that are patches of this extension, by name."""
+        """The webui's entries of the patches of this extension in its Lora folder, by name."""
         networks = lora_extension()
         if networks is None:
             return {}
         return {name: entry for name, entry in networks.available_networks.items() if own_entries(entry.metadata)}
 
 
-def habits(found: UNetSurvey, model_hash: str, prediction: str) -> tuple[int, float]:
+def usual_size_and_guidance(found: UNetSurvey, model_hash: str, prediction: str) -> tuple[int, float]:
     """The side of the latents that a model was trained at, and the guidance it is usually sampled with."""
     if found.context_dim == TEXT_WIDTH and is_embedded(found, model_hash):
         return int(UNET["sample_size"]), GUIDANCE
@@ -172,7 +175,7 @@ def serves_api() -> bool:
 
 
 def api_auth() -> str | None:
-    """What ``--api-auth`` asks of a caller: ``user:password``, several with commas between them."""
+    """The value of ``--api-auth``: ``user:password``, or several separated by commas; ``None`` if unset."""
     return shared.cmd_opts.api_auth or None
 
 
@@ -182,7 +185,7 @@ def listen(
     started: Callable[[Any], None],
     settings: Callable[[], tuple[tuple[str, str], Sequence[Any]]],
 ) -> None:
-    """Tell the webui what to call; it forgets this whenever its page is reloaded."""
+    """Register callbacks with the webui, which drops them whenever its UI is reloaded."""
 
     def add_settings() -> None:
         kinds: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
@@ -197,19 +200,19 @@ def listen(
             entry = shared.OptionInfo(option.default, option.label, control, arguments(option), section=section)
             shared.opts.add_option(option.key, entry.info(option.info) if option.info else entry)
 
-    if shared.cmd_opts.nowebui:  # without a page nobody asks for the settings
+    if shared.cmd_opts.nowebui:  # without a page, the webui does not call ui_settings
         add_settings()
-    _tell("ui_settings", add_settings)
-    _tell("ui_tabs", tabs)
-    _tell("app_started", lambda demo, app: started(app))
-    _tell("model_loaded", host.model_loaded)
+    _register("ui_settings", add_settings)
+    _register("ui_tabs", tabs)
+    _register("app_started", lambda demo, app: started(app))
+    _register("model_loaded", host.model_loaded)
 
 
-def _tell(event: str, callback: Callable[..., Any]) -> None:
+def _register(event: str, callback: Callable[..., Any]) -> None:
     add = script_callbacks.add_callback
     if "filename" not in inspect.signature(add).parameters:
         getattr(script_callbacks, f"on_{event}")(callback)
         return
-    # else the webui searches all of its modules for who is calling, which takes longer than everything else here
+    # without a file name, the webui searches all modules for the caller, which is slow
     waiting = script_callbacks.callback_map[f"callbacks_{event}"]
     add(waiting, callback, name="forget_concept", category=event, filename=__file__)

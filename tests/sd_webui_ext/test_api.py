@@ -154,7 +154,7 @@ def test_an_evaluation_can_be_read_as_page_and_figures(client: Client, host: Fak
     assert "no patch 'moon'" in client("POST", "/evaluate", 404, json={"patch": "moon"})
     for place in ("/etc", "C:\\clip", "../clip", "\\\\host\\share", "clip", "a/../b", "org/name/more"):
         asked = {"patch": "star_00001", "clip_judge": place}
-        assert "no folder of this machine" in client("POST", "/evaluate", 400, json=asked)
+        assert "the API reads no folders" in client("POST", "/evaluate", 400, json=asked)
 
 
 def test_one_job_at_a_time(client: Client, host: FakeWebui) -> None:
