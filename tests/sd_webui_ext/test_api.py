@@ -110,7 +110,7 @@ def test_a_patch_is_made_put_on_changed_taken_off_and_deleted(client: Client, ho
     from PIL import Image
 
     assert Image.open(io.BytesIO(picture)).size == (256, 128)
-    assert "no picture 2" in client("GET", f"/jobs/{job['id']}/pictures/2", 404)
+    assert "no pair of pictures 2" in client("GET", f"/jobs/{job['id']}/pictures/2", 404)
     (entry,) = client("GET", "/patches")
     assert entry["name"] == "mine_00001" and entry["concepts"] == ["star"] and entry["lora"] == "<lora:mine_00001:1>"
     details = client("GET", "/patches/mine_00001")
