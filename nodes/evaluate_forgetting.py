@@ -161,7 +161,7 @@ class EvaluateForgetting(io.ComfyNode):
             raise RequestError("The patch does not name the concepts it forgets: fill in the input 'concept'.")
         *folders, stem = patch_name(filename, names, "the output folder")
         root = host.output_folder()
-        folder = check_folder(root.joinpath(*folders))
+        folder = check_folder(root.joinpath(*folders), f"{stem}_00000.html")
         embedded = host.is_embedded(model)
         bench = evaluation_text.chosen_benchmark(benchmark, embedded, names)
         with host.latent_diffusion(model, clip, vae, differentiable_text=m_score or attacks != "none") as diffusion:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # printing must not lose work that is done: characters that the console's encoding lacks are replaced
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     before = signal.getsignal(signal.SIGTERM)
     try:
         # raise instead of dying, so that half-written files are removed as after Ctrl-C

@@ -58,7 +58,12 @@ class Console:
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the JSON object of a command; only with ``as_json``."""
         if self.as_json:
-            sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+            text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+            sys.stdout.flush()
+            if (raw := getattr(sys.stdout, "buffer", None)) is None:
+                sys.stdout.write(text)
+            else:  # JSON is UTF-8, whatever the console's encoding
+                raw.write(text.encode())
             sys.stdout.flush()
 
     @contextlib.contextmanager

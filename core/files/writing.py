@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ForgetConceptError
+from .names import check_unicode
 
 __all__ = ["check_folder", "check_writable", "make_folder", "write_bytes", "write_json"]
+
+# how much check_writable tries to write, in bytes
+_TRIED_BYTES = 2**20
 
 
 def _why(error: OSError) -> str:
@@ -20,37 +24,82 @@ def _why(error: OSError) -> str:
 
 
 def check_writable(path: Path) -> Path:
-    """``path`` itself, once it is sure that a file can be put there; leaves nothing behind.
+    """Check that a file can be written, by trying: its name, its folder, permissions and space; leaves nothing behind.
 
-    Asked before the long work starts. Raises :class:`ForgetConceptError` in words.
+    Called before the long work starts.
+
+    Args:
+        path: Where the file will go, in place of one that is there.
+
+    Returns:
+        ``path`` itself.
+
+    Raises:
+        ForgetConceptError: The file cannot be written; names the reason.
     """
-    if path.is_dir():
-        raise ForgetConceptError(f"'{path}' cannot be written: it is a folder; give the name of a file.")
-    if not path.parent.is_dir():
-        raise ForgetConceptError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
+    check_unicode(str(path), "The name of the file")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.is_dir():
+            raise ForgetConceptError(f"'{path}' cannot be written: it is a folder; give the name of a file.")
+        if not path.parent.is_dir():
+            raise ForgetConceptError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
+        _try_writing(path.parent, path.name)
     except OSError as error:
         raise ForgetConceptError(f"'{path}' cannot be written: {_why(error)}.") from error
     return path
 
 
-def check_folder(path: Path) -> Path:
-    """``path`` itself, once it is sure that it is, or can be made, a folder to write to; leaves nothing behind.
+def _try_writing(folder: Path, name: str | None = None) -> None:
+    """Write to the folder as :func:`write_bytes` does, and remove it; raises :class:`OSError`.
 
-    Raises :class:`ForgetConceptError` in words.
+    File systems differ in the longest name they take (encrypted folders: 143 bytes), so the names themselves are tried.
     """
-    there = path
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ForgetConceptError(f"The folder '{path}' cannot be written to: '{there}' is a file.")
+    with tempfile.TemporaryFile(dir=folder, prefix=".", suffix=".part") as file:
+        # a full disk can often still make an empty file
+        file.write(bytes(_TRIED_BYTES))
+        file.flush()
+    if name is None or os.path.lexists(folder / name):
+        return
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        handle = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return  # made by another process in this moment
+    os.close(handle)
+    (folder / name).unlink(missing_ok=True)
+
+
+def check_folder(path: Path, name: str | None = None) -> Path:
+    """Check that a path is, or can be made, a folder to write to, by trying; leaves nothing behind.
+
+    Args:
+        path: The folder.
+        name: Name of a file that will be written there.
+
+    Returns:
+        ``path`` itself.
+
+    Raises:
+        ForgetConceptError: The folder cannot be written to; names the reason.
+    """
+    check_unicode(str(path), "The name of the folder")
+    made: list[Path] = []
+    try:
+        there = path
+        while not os.path.lexists(there) and there != there.parent:
+            made.append(there)
+            there = there.parent
+        if not there.is_dir():
+            raise ForgetConceptError(f"The folder '{path}' cannot be written to: '{there}' is a file.")
+        path.mkdir(parents=True, exist_ok=True)
+        _try_writing(path, name)
     except OSError as error:
         raise ForgetConceptError(f"The folder '{path}' cannot be written to: {_why(error)}.") from error
+    finally:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # it was not made, or another process uses it already
     return path
 
 

@@ -103,7 +103,8 @@ class EvaluateJob:
         if self.benchmark not in BENCHMARKS:
             known = ", ".join(BENCHMARKS)
             raise RequestError(f"The benchmark '{self.benchmark}' is not known: choose one of {known}.")
-        check_folder(reports.folder)
+        (stem,) = patch_name(PLACEHOLDER, list(self.concepts) or entry.concepts)
+        check_folder(reports.folder, f"{stem}_00000.html")
         host.model()
 
     def work(self, host: Host, library: PatchLibrary, progress: Progress) -> Report:

@@ -162,7 +162,8 @@ class PatchLibrary:
         if folder and not any(slash in wanted for slash in "/\\"):
             wanted = f"{folder}/{wanted}"
         *folders, stem = _checked(wanted, concepts)
-        return check_folder(self._folder().joinpath(*folders)), stem
+        # the longest of the names beside each other: a number is put behind the stem
+        return check_folder(self._folder().joinpath(*folders), f"{stem}_00000.safetensors"), stem
 
     def save(
         self, patch: Patch, name: str, folder: str, precision: str = "float32", picture: torch.Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -298,3 +299,52 @@ sys.exit(cli.main(["methods", "--json"]))
     assert process.wait(300) == 1
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+# -- consoles of any encoding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("words", ["\u661f", "\u05db\u05d5\u05db\u05d1", "caf\u00e9", "\U0001f31f"])
+@pytest.mark.parametrize(
+    ("encoding", "errors"),
+    [("cp1252", "strict"), ("ascii", "surrogateescape"), ("cp932", "strict"), ("cp437", "strict"), ("utf-8", "strict")],
+)
+def test_printing_never_loses_work(tmp_path, monkeypatch, tiny, encoding, errors, words, as_json):
+    """JSON is UTF-8 on every console; a person reads a replacement for what the console's encoding lacks."""
+    monkeypatch.chdir(tmp_path)
+    raw = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, stream in raw.items():
+        how = "backslashreplace" if name == "stderr" else errors
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding, errors=how))
+    more = ("--json",) if as_json else ()
+    assert cli.main(["forget", "--concept", words, "--replacement", "x", "--out", f"{words}.safetensors", *more]) == 0
+    sys.stdout.flush()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{words}.safetensors"]
+    if as_json:
+        assert json.loads(raw["stdout"].getvalue().decode("utf-8"))["request"]["concepts"][0]["name"] == words
+    else:
+        shown = words.encode(encoding, "replace").decode(encoding)
+        assert f"Forgot '{shown}'" in raw["stdout"].getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_real_process_with_a_narrow_encoding(tmp_path, as_json):
+    done = subprocess.run(
+        [sys.executable, "-m", "forget_concept.core.cli", "forget", "--concept", "\u661f", "--out", "p.safetensors"]
+        + ["--json"] * as_json,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p.safetensors").is_file()
+    assert ("\u661f".encode() if as_json else b"Forgot '?'") in done.stdout
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "no/folder/p.safetensors", "there"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model(run, monkeypatch, name):
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    Path("there").mkdir()
+    assert run("forget", "--concept", "star", "--out", name) == 1
+    assert "cannot be written" in run.err and run.left == {"there"}

@@ -16,7 +16,7 @@ import torch
 
 from forget_concept.core.errors import ForgetConceptError, PatchError
 from forget_concept.core.files.safetensors_io import read_safetensors, write_safetensors
-from forget_concept.core.files.writing import write_bytes, write_json
+from forget_concept.core.files.writing import check_folder, check_writable, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +161,84 @@ def test_a_name_as_long_as_names_can_be(tmp_path):
     assert path.read_bytes() == b"1"
     write_tensors(path, 3)
     assert read_safetensors(path)[0]["a"][0] == 3
+
+
+@pytest.fixture(params=[143, 255])
+def longest(request, monkeypatch):
+    """A file system whose names have at most so many bytes: 143 in encrypted home folders."""
+    opened, made = os.open, os.mkdir
+
+    def checked(path):
+        if len(os.fsencode(os.path.basename(path))) > request.param:
+            raise OSError(errno.ENAMETOOLONG, "File name too long", str(path))
+
+    def opening(path, flags, mode=0o777, **more):
+        checked(path)
+        return opened(path, flags, mode, **more)
+
+    def making(path, mode=0o777, **more):
+        checked(path)
+        return made(path, mode, **more)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "mkdir", making)
+    return request.param
+
+
+@pytest.mark.parametrize("letter", ["x", "\u661f"])
+def test_a_name_that_passes_the_check_can_be_written_and_no_other_passes(tmp_path, longest, letter):
+    for count in (1, longest // 6, longest // 3, longest // 3 + 1, longest - 1, longest, longest + 1, 400):
+        path = tmp_path / (letter * count)
+        if len(path.name.encode()) <= longest:
+            assert check_writable(path) == path and not list(tmp_path.iterdir())
+            write_bytes(path, b"1")
+            assert check_writable(path).read_bytes() == b"1"
+            path.unlink()
+            assert check_folder(path / "in it", "file") and not list(tmp_path.iterdir())
+        else:
+            for refused in (
+                lambda path=path: check_writable(path),
+                lambda path=path: check_folder(path / "in it"),
+                lambda path=path: check_folder(tmp_path / "folder", path.name),
+            ):
+                with pytest.raises(ForgetConceptError, match="too long"):
+                    refused()
+                assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    class Disk:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Disk())
+    for check in (check_writable, check_folder):
+        with pytest.raises(ForgetConceptError, match="No space left"):
+            check(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "\ud800"])
+def test_a_name_that_is_not_unicode_is_refused(tmp_path, name):
+    for check in (check_writable, check_folder):
+        with pytest.raises(ForgetConceptError, match="not valid Unicode") as refused:
+            check(tmp_path / name)
+        str(refused.value).encode()
+
+
+def test_checking_leaves_what_is_there(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"1")
+    check_folder(tmp_path / "a" / "b" / "c", "name")
+    check_folder(tmp_path / "a", "file")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+    assert (tmp_path / "a" / "file").read_bytes() == b"1"
 
 
 def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
