@@ -88,8 +88,7 @@ def encode_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> TextStates:
 class EncodedPrompts:
     """The states of a fixed set of prompts, encoded once, at construction (:func:`encode_prompts`).
 
-    What a resumed training reads is then bit-identical to what it read before it was cut short, whenever a prompt is first
-    needed.
+    What a resumed training reads is then bit-identical to what it read before, whenever a prompt is first needed.
     """
 
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str], device: torch.device | str | None = None) -> None:
