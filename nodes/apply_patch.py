@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.formats.lora_state import patch_of, state_of
+from ..core.request.request import check_patch_strength
 from ..core.service.summaries import base_model_summary, surviving_share_summary
 from . import host
 from .common import LORA, schema
@@ -53,6 +54,7 @@ class ApplyForgetPatch(io.ComfyNode):
         survey = host.surveyed(model)
         patch = patch_of(lora, survey)
         patch.check_fits(survey)
+        check_patch_strength(strength)
         lines = [f"{len(patch)} weights at strength {strength:g}"]
         if strength == 0:
             patched = model

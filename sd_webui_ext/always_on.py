@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import listed
+from ..core.request.request import MAX_STRENGTH
 from .webui import ExtraNetworkParams, WebUI, refresh_button, scripts
 
 __all__ = ["FIELD", "MISSING", "read_infotext", "script_of", "write_infotext"]
@@ -110,8 +110,12 @@ def _chosen(host: WebUI, p: Any, names: Any, strength: Any) -> list[tuple[str, f
         p.extra_generation_params[MISSING] = repr(names)
         return []
     wanted = list(dict.fromkeys([names] if isinstance(names, str) else [str(name) for name in names or []]))
-    if wanted and (isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength)):
-        p.comment(f"{FIELD}: generated without patches: the strength must be a number, not {strength!r}.")
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if wanted and not (number and abs(strength) <= MAX_STRENGTH):
+        p.comment(
+            f"{FIELD}: generated without patches: the strength must be a number from -{MAX_STRENGTH:g} to "
+            f"{MAX_STRENGTH:g}, not {strength!r}."
+        )
         p.extra_generation_params[MISSING] = ", ".join(wanted)
         return []
     known = host.prompt_patches()

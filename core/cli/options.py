@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import RequestError
+from ..errors import ForgetConceptError, RequestError
+from ..request.request import check_patch_strength
 
 if TYPE_CHECKING:
     from ..evaluation import SamplingSettings
@@ -117,6 +118,7 @@ def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None
     parser.add_argument(
         "--patch",
         action="append",
+        type=_checked_patch,
         required=required,
         default=[],
         metavar="FILE[:STRENGTH]",
@@ -124,11 +126,21 @@ def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None
     )
 
 
+def _checked_patch(text: str) -> str:
+    """Argparse type that refuses a wrong strength before a model is loaded."""
+    try:
+        split_strength(text)
+    except ForgetConceptError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+    return text
+
+
 def split_strength(text: str) -> tuple[str, float]:
     """Split ``FILE[:STRENGTH]`` into path and strength (default: 1).
 
     Raises:
         RequestError: If the strength is not a finite number.
+        PatchError: If it is out of range.
     """
     if Path(text).exists():
         return text, 1.0
@@ -142,6 +154,7 @@ def split_strength(text: str) -> tuple[str, float]:
         value = math.nan
     if not math.isfinite(value):
         raise RequestError(f"The strength '{strength}' in '{text}' is not a finite number: write FILE:0.8, say.")
+    check_patch_strength(value)
     return path, value
 
 
@@ -227,7 +240,6 @@ def load_evaluators(
     Raises:
         ForgetConceptError: If the model or the judge cannot be loaded, or a checkpoint comes without a benchmark.
     """
-    from ..errors import ForgetConceptError
     from ..evaluation.assess import Evaluators
     from ..evaluation.judges import ClipJudge
     from ..evaluation.metrics import LPIPS, ImageText, InceptionFeatures, OpenClip, TransformersClip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import PatchError, RequestError
+from ..models.finite import check_weights
 from ..models.images import check_images, load_images, picture_size
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.token_positions import end_position
@@ -65,11 +66,13 @@ def fit(
         what made it.
 
     Raises:
+        ModelError: A weight of the model or a text state is not finite.
         ForgetConceptError: A prompt is too long for the text encoder, the images do not fit, or the edit is zero or not
             finite.
         Cancelled: ``progress`` raised it.
     """
     request, method = plan.request, get(plan.request.method)
+    check_weights(model)
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises if the phrase alone is too long for the text encoder

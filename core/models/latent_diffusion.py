@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, RequestError
+from ..errors import ForgetConceptError, ModelError, RequestError
 from ..files.arrays import tensor_bytes
 from ..progress import Progress, ProgressEvent, report_progress
 from .autoencoders import Autoencoder
+from .finite import check_weights
 from .safe_guidance import SafetyGuidance, safety_term
 from .schedules import _log_snr
 from .text_encoders import EncodedPrompts, TextEncoder, TextStates
@@ -237,6 +238,8 @@ class LatentDiffusion:
             fp32 latents ``(n, 4, h, w)``.
 
         Raises:
+            ModelError: If the result is not finite because a weight is not.
+            ForgetConceptError: If the result is not finite for another reason.
             RequestError: If the numbers of prompts, seeds and negative prompts differ, or an argument is out of range.
 
         Reference:
@@ -307,6 +310,12 @@ class LatentDiffusion:
                 x = share * x + (after**0.5 - share * alpha**0.5) * ahead
                 done += 1
                 report_progress(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} pictures"))
+            if not bool(torch.isfinite(x).all()):
+                check_weights(self)
+                raise ForgetConceptError(
+                    f"The pictures of '{prompts[chunk[0]]}' came out NaN or infinite: lower the strength of the "
+                    "patches or the guidance, or use a wider dtype."
+                )
             latents.append(x)
         return torch.cat(latents)
 
@@ -337,7 +346,12 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
-        """Decode to images ``(n, 3, H, W)`` in [-1, 1]. Raises :class:`ModelError` if the model has no autoencoder."""
+        """Decode to images ``(n, 3, H, W)`` in [-1, 1].
+
+        Raises:
+            ModelError: If the model has no autoencoder, or a damaged one.
+            ForgetConceptError: If the images are not finite for another reason.
+        """
         if self.vae is None:
             raise ModelError(
                 f"The model '{self.name}' has no autoencoder here, so latents cannot be decoded to images."
@@ -345,7 +359,14 @@ class LatentDiffusion:
         if not len(latents):
             raise RequestError("There are no latents to decode.")
         vae = self.vae
-        return torch.cat([vae.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
+        images = torch.cat([vae.decode(latents[i : i + batch]) for i in range(0, len(latents), batch)])
+        if not bool(torch.isfinite(images).all()):
+            check_weights(self)
+            raise ForgetConceptError(
+                "The autoencoder gives NaN or infinite values: it overflows in its dtype (SDXL's does in float16), or "
+                "the latents are far out of range. Use a wider dtype, or lower the strength of the patches."
+            )
+        return images
 
 
 def _sinusoidal(values: Tensor, width: int) -> Tensor:

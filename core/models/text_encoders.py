@@ -77,12 +77,29 @@ def encode_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> TextStates:
 
     Returns:
         The states, one row a prompt, in the prompts' order.
+
+    Raises:
+        ModelError: The states of a prompt are not finite.
     """
     filled = [*prompts, *[""] * (-len(prompts) % ENCODE_ROWS)]
     found = [encoder.encode(filled[i : i + ENCODE_ROWS]) for i in range(0, len(filled), ENCODE_ROWS)]
     every = TextStates.cat(found)
+    _check_finite(every, filled)
     pooled = None if every.pooled is None else every.pooled[: len(prompts)]
     return TextStates(every.hidden[: len(prompts)], pooled)
+
+
+def _check_finite(states: TextStates, prompts: Sequence[str]) -> None:
+    """Raise :class:`ModelError` naming a prompt whose states are not finite."""
+    finite = torch.isfinite(states.hidden).flatten(1).all(1)
+    if states.pooled is not None:
+        finite = finite & torch.isfinite(states.pooled).all(1).to(finite.device)
+    if not bool(finite.all()):
+        prompt = prompts[finite.tolist().index(False)]
+        raise ModelError(
+            f"The text encoder gives NaN or infinite values for the prompt '{prompt}': the checkpoint's text encoder "
+            "is damaged, or overflows in its dtype. Get the checkpoint again, or run the text encoder in float32."
+        )
 
 
 class EncodedPrompts:
@@ -148,6 +165,10 @@ class CLIPText:
         """Which layer the states come from, for a patch's metadata: an edit fits only the states it was fitted on."""
         return f"clip_skip={self.clip_skip},final_norm"
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights the states come from."""
+        return [self.model]
+
     def token_ids(self, prompt: str) -> list[int]:
         return _tokens(self.tokenizer, prompt, self.max_length)
 
@@ -177,6 +198,10 @@ class SDXLText:
     def __init__(self, model: Any, model_2: Any, tokenizer: Any, tokenizer_2: Any) -> None:
         self.model, self.model_2, self.tokenizer, self.tokenizer_2 = model, model_2, tokenizer, tokenizer_2
         self.max_length = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights the states come from."""
+        return [self.model, self.model_2]
 
     def token_ids(self, prompt: str) -> list[int]:
         return _tokens(self.tokenizer, prompt, self.max_length)

@@ -5,7 +5,6 @@ A :class:`Patch` is applied by forward hooks, not by changing weights, so removi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchError, listed
 from ..models.unet import UNetSurvey, survey
+from ..request.request import check_patch_strength
 from .apply import PatchHandle, _Delta
 from .low_rank import LowRank
 from .metadata import CombinedPart, PatchMetadata
@@ -83,10 +83,9 @@ class Patch:
         """The edit multiplied by ``strength``; negative values reverse it.
 
         Raises:
-            PatchError: ``strength`` is not finite.
+            PatchError: ``strength`` is not from -10 to 10.
         """
-        if not math.isfinite(strength):
-            raise PatchError(f"The strength of a patch must be a finite number, not {strength}.")
+        check_patch_strength(strength)
         return self._each(lambda factor: factor.scaled(strength))
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Patch:
@@ -193,12 +192,11 @@ class Patch:
             A handle whose ``remove()`` removes the patch.
 
         Raises:
-            PatchError: As :meth:`check_fits`, or ``strength`` is not finite; nothing is applied then.
+            PatchError: As :meth:`check_fits`, or ``strength`` is not from -10 to 10; nothing is applied then.
         """
         found = survey_of(unet)
         self.check_fits(found)
-        if not math.isfinite(strength):
-            raise PatchError(f"The strength of a patch must be a finite number, not {strength}.")
+        check_patch_strength(strength)
         handle = PatchHandle()
         try:
             for key, factor in self.factors.items():
@@ -229,6 +227,7 @@ class Patch:
         Raises:
             PatchError: As :meth:`check_fits`.
         """
+        check_patch_strength(strength)
         found = survey_of(unet)
         self.check_fits(found)
         state = {}

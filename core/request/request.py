@@ -15,15 +15,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import PatchError, RequestError
 from ..files.names import is_unicode
 from .concept import KINDS, Concept, canonical_phrase, templates
 
-__all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest"]
+__all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest", "check_patch_strength"]
 SCHEMA_VERSION = 1
 SCHEMA_PATH = Path(__file__).with_name("request.schema.json")
 MAX_STRENGTH = 10.0
 MAX_SEED = 2**64 - 1  # ComfyUI's widest seed; torch.Generator takes it too
+
+
+def check_patch_strength(strength: float) -> None:
+    """Check the strength that a patch is used at: the one bound for all front ends.
+
+    Raises:
+        PatchError: It is not a number from -10 to 10.
+    """
+    if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:  # nor is NaN
+        raise PatchError(
+            f"The strength of a patch must be a finite number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}, not "
+            f"{strength:g}."
+        )
 
 
 @dataclass(frozen=True)

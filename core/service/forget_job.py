@@ -21,7 +21,7 @@ from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..request.concept import templates
 from ..request.plan import Plan
-from ..request.request import ForgetRequest
+from ..request.request import MAX_STRENGTH, ForgetRequest
 from .host_interface import Host
 from .jobs import Outcome, Pair
 from .patch_library import PatchLibrary
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ForgetJob", "check_strength", "comparison_pictures", "drawn", "sampling_of"]
 
-MOST_PAIRS, MOST_STRENGTH = 16, 10.0
+MOST_PAIRS, MOST_STRENGTH = 16, MAX_STRENGTH
 # pictures in a batch, of small latents and of any other; an interruption takes effect between two batches
 _SMALL, _AT_ONCE, _FEW = 32, 4, 2
 

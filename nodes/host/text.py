@@ -52,6 +52,10 @@ class HostText:
             return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
         return f"clip_skip={1 if index is None else -index},final_norm"
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights the states come from."""
+        return [self._clip.patcher.model]
+
     def _sections(self, text: str, word_ids: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
         tokens = self._clip.tokenize(_literal(text), return_word_ids=word_ids)
         if not isinstance(tokens, dict) or not tokens:

@@ -8,6 +8,7 @@ import pytest
 from console import LONG
 from tiny import random_patch
 
+from forget_concept.core.cli import options
 from forget_concept.core.formats import kohya
 
 
@@ -70,3 +71,16 @@ def test_generate_refuses_what_cannot_be_done(run, tiny, args, says):
     assert says in run.err
     assert run.out == ""
     assert not run.left
+
+
+@pytest.mark.parametrize("strength", ["1e30", "-1e30", "10.5", "nan", "inf"])
+def test_a_strength_out_of_range_is_refused_before_the_model(run, monkeypatch, strength):
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run("generate", "--prompt", "a star", "--patch", f"p.safetensors:{strength}", "--out", "a.png") == 1
+    assert "strength" in run.err and run.left == set()
+
+
+def test_a_picture_that_is_not_finite_is_an_error(run, tiny):
+    tiny.unet.conv_in.weight.data[0, 0, 0, 0] = float("nan")
+    assert run("generate", "--prompt", "a star", "--steps", "1", "--out", "a.png") == 1
+    assert "damaged" in run.err and "conv_in.weight" in run.err and run.left == set()

@@ -159,3 +159,18 @@ def test_surviving_share(unet):
     assert weak.surviving_share(unet, torch.bfloat16) < 0.2
     with pytest.raises(PatchError, match="changes nothing"):
         strong.scaled(0).surviving_share(unet)
+
+
+@given(st.floats(min_value=10, exclude_min=True) | st.just(float("nan")), st.booleans())
+def test_a_strength_out_of_range_is_refused_everywhere(unet, patch, size, negative):
+    """1e30 overflows every picture; there is one bound, whatever the patch is used for."""
+    strength = -size if negative else size
+    for use in (
+        lambda: patch.scaled(strength),
+        lambda: patch.apply(unet, strength),
+        lambda: patch.merged_state(unet, strength),
+        lambda: Patch.combined([(patch, 1.0), (patch, strength)]),
+    ):
+        with pytest.raises(PatchError, match="from -10 to 10"):
+            use()
+    assert not any(module._forward_hooks for module in unet.modules())

@@ -1,0 +1,74 @@
+"""Damaged weights: a checkpoint with NaN or infinite values is named as the cause before anything is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, listed
+
+if TYPE_CHECKING:
+    from .latent_diffusion import LatentDiffusion
+
+__all__ = ["check_weights", "not_finite"]
+
+
+def check_weights(model: LatentDiffusion) -> None:
+    """Check every weight of the UNet, the text encoder and the autoencoder, as far as they are plain tensors.
+
+    Costs one pass over the weights and no copy of them.
+
+    Raises:
+        ModelError: A weight is NaN or infinite; names the tensors.
+    """
+    for part, module in _modules(model):
+        if bad := not_finite([*module.named_parameters(), *module.named_buffers()]):
+            raise ModelError(
+                f"The checkpoint '{model.name}' is damaged: {part} has NaN or infinite values in {listed(bad, 3)}. Get "
+                "the checkpoint again, or take off what was merged into it."
+            )
+
+
+def _modules(model: LatentDiffusion) -> Iterator[tuple[str, nn.Module]]:
+    yield "its UNet", model.unet
+    # a text encoder names its modules where it has them; a host's own encode path may hide them
+    modules = getattr(model.text, "modules", None)
+    for module in () if modules is None else modules():
+        yield "its text encoder", module
+    if isinstance(vae := getattr(model.vae, "vae", None), nn.Module):
+        yield "its autoencoder", vae
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors with NaN or infinite values; tensors that are not plain floats are left out.
+
+    Args:
+        tensors: Names and tensors, of any dtype and on any devices.
+    """
+    sums: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
+    with torch.no_grad():
+        for name, tensor in tensors:
+            # quantised, lazily loaded and meta tensors have no values to read
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.is_floating_point():
+                continue
+            plain = tensor.detach()
+            if plain.element_size() == 1:  # torch adds no float8
+                plain = plain.half()
+            sums.setdefault(plain.device, []).append((name, plain, _sum(plain)))
+        suspect = [
+            (name, tensor)
+            for several in sums.values()  # one synchronization per device
+            for (name, tensor, _), total in zip(
+                several, torch.stack([total for *_, total in several]).tolist(), strict=True
+            )
+            if total - total != 0  # NaN or infinite
+        ]
+        # large finite values may overflow a sum: only the values themselves tell
+        return [name for name, tensor in suspect if not bool(torch.isfinite(tensor).all())]
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).float()
