@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, listed
 
-if TYPE_CHECKING:
-    from .latent_diffusion import LatentDiffusion
-
 __all__ = ["check_weights", "not_finite"]
 
 
-def check_weights(model: LatentDiffusion) -> None:
+class Parts(Protocol):
+    """The parts of a :class:`LatentDiffusion` that hold weights."""
+
+    name: str
+    unet: nn.Module
+    text: Any
+    vae: Any
+
+
+def check_weights(model: Parts) -> None:
     """Check every weight of the UNet, the text encoder and the autoencoder, as far as they are plain tensors.
 
     Costs one pass over the weights and no copy of them.
@@ -32,7 +38,7 @@ def check_weights(model: LatentDiffusion) -> None:
             )
 
 
-def _modules(model: LatentDiffusion) -> Iterator[tuple[str, nn.Module]]:
+def _modules(model: Parts) -> Iterator[tuple[str, nn.Module]]:
     yield "its UNet", model.unet
     # a text encoder names its modules where it has them; a host's own encode path may hide them
     modules = getattr(model.text, "modules", None)
