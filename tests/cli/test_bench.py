@@ -37,13 +37,13 @@ def world(drawn, monkeypatch):
     drawn.guidance = 2.5
     fitted = []
 
-    def forgotten(model, plan, spread, progress):
+    def fit_on_main(model, plan, processes, progress):
         (concept,) = plan.request.concepts
         fitted.append(plan.request)
         patch = forgets(concept.name, concept.kind, lambda seed: seed % 4 == 0)
         return ((patch, 1.0),)
 
-    monkeypatch.setattr(command, "forgotten", forgotten)
+    monkeypatch.setattr(command, "fit_on_main", fit_on_main)
     drawn.fitted = fitted
     patch = forgets("star", "object")
     patch.about, patch.factors = PatchMetadata(concepts=("star", "a Moon")), {}
@@ -61,7 +61,7 @@ def checkpoint(monkeypatch):
             return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).tanh()
 
     class Coin:
-        about = "a coin"
+        description = "a coin"
         names = WorldJudge(DrawnProbe()).names
 
         def classify(self, images):
@@ -69,7 +69,7 @@ def checkpoint(monkeypatch):
             return [Labels(**{c: ([NONE, *names])[p % 3] for c, names in self.names.items()}) for p in pick]
 
     model.vae = Repeating()
-    monkeypatch.setattr(options, "load_instruments", lambda args, bench, console: (model, Evaluators(Coin())))
+    monkeypatch.setattr(options, "load_evaluators", lambda args, bench, console: (model, Evaluators(Coin())))
     return model
 
 

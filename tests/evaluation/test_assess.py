@@ -15,6 +15,7 @@ from forget_concept.core.evaluation.attacks import BUDGETS
 from forget_concept.core.evaluation.bench.concept_bench import PROMPT_KINDS, load_bench
 from forget_concept.core.evaluation.report import report_dict, write_report
 from forget_concept.core.evaluation.weight_drift import weight_drift
+from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
@@ -97,8 +98,8 @@ def test_a_benchmark_tells_the_kinds_of_prompts_apart(embedded, patch):
 
 def test_earlier_steps_of_a_sequence_show_what_each_request_cost(embedded):
     model, probe = embedded
-    first = History().forget(model, ForgetRequest((Concept("star", replacement="circle"),), ("moon",)))
-    second = first.forget(model, ForgetRequest((Concept("neon", "style", "sketch"),), ("mosaic",)))
+    first = History().forget(model, plan_request(ForgetRequest((Concept("star", replacement="circle"),), ("moon",))))
+    second = first.forget(model, plan_request(ForgetRequest((Concept("neon", "style", "sketch"),), ("mosaic",))))
     report = assess(
         model, Evaluators.embedded(probe), [(second.patch, 1.0)], ["star", "neon"], PLAIN, earlier=[first.patch]
     )
@@ -130,7 +131,7 @@ def test_another_judge_needs_a_benchmark_and_says_what_it_lacks(embedded, patch)
     world = Evaluators.embedded(probe).judge
 
     class Other:
-        names, about, see = world.names, "another judge", world.classify
+        names, description, classify = world.names, "another judge", world.classify
 
     lacking = Evaluators(Other(), missing={"metrics": "no Inception here"})
     with pytest.raises(RequestError, match="give a benchmark"):

@@ -241,7 +241,7 @@ def test_each_model_is_asked_what_it_can_know() -> None:
 
 def test_a_judge_is_the_probe_or_a_clip_that_is_here(monkeypatch) -> None:
     state = torch.random.get_rng_state()
-    assert evaluators(True, "", None).judge.about == "the embedded model's probe"
+    assert evaluators(True, "", None).judge.description == "the embedded model's probe"
     assert torch.equal(torch.random.get_rng_state(), state)
     bench = load_bench("checkpoints")
     with pytest.raises(RequestError, match="no judge for this model"):
