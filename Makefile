@@ -1,7 +1,7 @@
-# demo, test and test-long set everything up in .venv first (Python 3.10 to 3.12); `make format` tidies the code.
-# `make bench-methods` fills benchmarks/methods.csv, going on where it was; ARGS="--full", "--dry-run" and others are the
-# script's own.
-# PYTHON=python3.11 chooses an interpreter; PIP_ARGS="..." is passed to pip (another index for torch, say).
+# Every target first sets up .venv (Python 3.10 to 3.12). `make format` formats the code.
+# `make bench-methods` fills benchmarks/methods.csv and resumes an interrupted run; ARGS="--full --dry-run" passes options
+# to the script.
+# PYTHON=python3.11 selects an interpreter; PIP_ARGS="..." is passed to pip (another index for torch, say).
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 LINK := $(VENV)/typing/forget_concept
 OUT ?= demo
 ARGS ?=
-# two processes of one thread each: a model this small gains nothing from more threads
+# two processes with one thread each: the tests' small models do not benefit from more threads
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -36,7 +36,7 @@ lint: $(READY)
 	MYPYPATH=$(VENV)/typing $(BIN)/python -m mypy -p forget_concept
 	$(BIN)/python -m forget_concept.nodes.generate --check
 
-# locales and help pages, from what nodes and settings say of themselves
+# locales and help pages, generated from nodes and settings
 generated: $(READY)
 	$(BIN)/python -m forget_concept.nodes.generate
 
@@ -44,13 +44,13 @@ format: $(READY)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-# the stamp is newer than what it was made from, so that a second run starts at once
+# the stamp file records a complete setup, so that later runs start immediately
 $(READY): pyproject.toml Makefile
-	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 was found: install one, or say which with PYTHON=..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 was found: install one, or name one with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e '.[torch,cli,dev]'
-	@# the original LDM UNet, for tests; its own pins are years old
+	@# the original LDM UNet, for tests; --no-deps, because it pins versions that are years old
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps stable-diffusion-sdkit==2.1.5
-	@# the type checker finds the package under its name through this link: the root's own name may be any
+	@# mypy finds the package through this link, whatever the repository's folder is called
 	@mkdir -p $(dir $(LINK)) && ln -sfn ../.. $(LINK)
 	@touch $(READY)

@@ -1,18 +1,17 @@
-"""Twelve requests in sequence for each method: what is forgotten stays forgotten, what is kept stays kept, or not.
+"""Continual unlearning: twelve requests in sequence for each method, measured after every step.
 
-`python benchmarks/continual.py` fills `continual.csv`, a row a step; a row that is there is not measured again, and
-with `--work` a sequence that was cut short goes on from its last step (without, its fits are made again). Each request
-goes through `core/methods/sequence.py` with the method's tuned preset, a replacement and, to preserve, every concept of
-its category that is never forgotten: more than half of each (what the preset refuses of these is left out for the whole
-sequence, and said). Seed 0 takes the requests in the order written here, any other in an order of its own.
+`python benchmarks/continual.py` fills `continual.csv`, one row per step. Existing rows are not measured again. With
+`--work`, an interrupted sequence resumes from its last step; without it, its fits are repeated. Each request goes
+through `core/methods/sequence.py` with the method's tuned preset, a replacement and, as retain set, every concept of
+its category that is never forgotten, which is more than half of the category. Options that a preset rejects are left
+out for the whole sequence, with a message. Seed 0 takes the requests in the order below; other seeds shuffle them.
 
-- `step` 0 is the base model; its `ua_all` is the share of wrong pictures of all twelve targets, what the model gets
-  wrong of itself;
+- `step`: 0 is the base model; its `ua_all` is the error rate of the unedited model on all twelve targets;
 - `ua_all`: unlearning accuracy over the prompts of *all* targets so far;
-- `ira`, `cra`: each target so far has its in-domain and cross-domain retain accuracy on concepts that are never
-  forgotten, against the base model; the mean over these targets;
-- `weight_drift`: ‖ΔW‖ / ‖W‖ over all projections of every cross-attention (Frobenius);
-- `seconds`: of this step's fit.
+- `ira`, `cra`: in-domain and cross-domain retain accuracy relative to the base model, on concepts that are never
+  forgotten; mean over the targets so far;
+- `weight_drift`: ‖ΔW‖ / ‖W‖ over all cross-attention projections (Frobenius norm);
+- `seconds`: time of this step's fit.
 
 Prompts and seeds of the pictures are the same at every step. `docs/continual.png` shows the curves.
 """
@@ -27,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import SharedSampleCache, Table, Watch, costing
-from methods import Run, asked, embedded
+from harness import RunProgress, SharedSampleCache, Table, costing
+from methods import Run, embedded, fullest_request
 
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, EvaluationTarget, SamplingSettings, evaluate
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-# what is shown instead is never forgotten, nor are the concepts that chose the settings (tree, mosaic, Hugo Marsh)
+# replacements are never forgotten, nor are the concepts on which the presets were tuned (tree, mosaic, Hugo Marsh)
 REQUESTS = (
     Concept("star", "object", "circle"),
     Concept("neon", "style", "sketch"),
@@ -69,15 +68,15 @@ COUNT = 32
 
 
 def ordered(seed: int) -> list[Concept]:
-    """The requests in the order of a seed."""
+    """The requests in the order that a seed determines."""
     found = list(REQUESTS)
     if seed:
         random.Random(seed).shuffle(found)
     return found
 
 
-def kept(category: str) -> tuple[str, ...]:
-    """The concepts of a category that no request forgets."""
+def retain_set(category: str) -> tuple[str, ...]:
+    """The retain set of a category: its concepts that no request forgets."""
     return tuple(word.name for word in CATEGORIES[category] if word.name not in TARGETS)
 
 
@@ -93,8 +92,8 @@ def _row(
     return row | {"weight_drift": drift, "seconds": seconds}
 
 
-class Course:
-    """One method's way through the requests, a step at a time."""
+class RequestSequence:
+    """The sequence of requests for one method, fitted one step at a time."""
 
     def __init__(
         self, model: LatentDiffusion, method: str, preset: str, seed: int, workspace: Workspace | None
@@ -103,8 +102,8 @@ class Course:
         self.order = ordered(seed)
         self.workspace = workspace
         self.history, self.step, self.seconds = History(), 0, 0.0
-        # what it takes is found out on the first request
-        first = asked(model, Run(method, preset, "", self.order[0], seed), kept(self.order[0].kind))
+        # which options the preset accepts is determined with the first request
+        first = fullest_request(model, Run(method, preset, "", self.order[0], seed), retain_set(self.order[0].kind))
         self.replaced, self.preserved = bool(first.request.concepts[0].replacement), bool(first.request.preserve)
         self.note = first.note
 
@@ -116,7 +115,7 @@ class Course:
         return self.workspace.path("continual", key)
 
     def resume(self, step: int) -> None:
-        """Take up the last step up to ``step`` that the workspace holds."""
+        """Load the latest step up to ``step`` that the workspace holds."""
         for at in range(step, 0, -1):
             path = self._path(at)
             if path is not None and path.exists():
@@ -124,18 +123,18 @@ class Course:
                 self.step = at
                 return
 
-    def forward(self, watch: Watch) -> None:
-        """The next request."""
+    def forward(self, progress: RunProgress) -> None:
+        """Fit the next request."""
         concept = self.order[self.step]
         request = ForgetRequest(
             (Concept(concept.name, concept.kind, concept.replacement if self.replaced else None),),
-            preserve=kept(concept.kind) if self.preserved else (),
+            preserve=retain_set(concept.kind) if self.preserved else (),
             method=self.method,
             preset=self.preset,
             seed=self.seed,
         )
         with costing(self.model) as cost:
-            self.history = self.history.forget(self.model, plan_request(request), watch)
+            self.history = self.history.forget(self.model, plan_request(request), progress)
         self.step, self.seconds = self.step + 1, cost.seconds
         path = self._path(self.step)
         if path is not None:
@@ -149,20 +148,20 @@ class Course:
 
 # -- the plot -----------------------------------------------------------------------------------------------------
 
-# told apart also by people who see few colours (Okabe and Ito), and by grey
+# distinguishable with colour vision deficiency (Okabe and Ito) and in greyscale
 PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
 PAPER, INK, FAINT, GRID = (255, 255, 255), (28, 30, 36), (110, 114, 122), (226, 228, 232)
 PANELS = (
     ("ua_all", "All targets so far: forgotten"),
-    ("ira", "Kept, same category"),
-    ("cra", "Kept, other categories"),
+    ("ira", "Retained, same category"),
+    ("cra", "Retained, other categories"),
 )
-SCALE = 2  # drawn twice as large, for smooth lines
+SCALE = 2  # supersampling, for smooth lines
 PLOT, LEFT, TOP, GAP, BELOW = (400, 300), 64, 92, 72, 56
 
 
 def plot(rows: Sequence[Mapping[str, str]]) -> Image:
-    """The three scores over the steps, a line for each method: the mean over seeds, thin lines the seeds."""
+    """Plot the three scores over the steps: a line per method (mean over seeds), thin lines for single seeds."""
     from PIL import Image, ImageDraw
     from PIL.Image import Resampling
 
@@ -179,7 +178,7 @@ def plot(rows: Sequence[Mapping[str, str]]) -> Image:
         left = LEFT + number * (PLOT[0] + GAP)
         _write(draw, (left, TOP - 34), title, 17)
         values = [float(row[name]) for row in rows]
-        # in whole ticks, with 0 only where it is of use
+        # whole ticks; starts at 0 only for ua_all
         low = math.floor(20 * min(0.0 if name == "ua_all" else 0.8, *values)) / 20
         high = math.ceil(20 * max(1.0, *values)) / 20
         tick = next((t for t in (0.05, 0.1, 0.2, 0.5) if (high - low) / t <= 6), 1.0)
@@ -228,7 +227,7 @@ def _line(draw: ImageDraw, points: Sequence[tuple[float, float]], colour: tuple[
 
 
 def _write(draw: ImageDraw, at: tuple[float, float], text: str, size: int, colour: tuple[int, int, int] = INK) -> float:
-    """Write, and give the width."""
+    """Write text; returns its width."""
     from PIL import ImageFont
 
     font = ImageFont.load_default(SCALE * size)
@@ -240,24 +239,26 @@ def _write(draw: ImageDraw, at: tuple[float, float], text: str, size: int, colou
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Forget twelve concepts one after the other, and measure after each.")
-    p.add_argument("--method", action="append", help="only these (default: all)")
+    p = argparse.ArgumentParser(description="Forget twelve concepts in sequence, and measure after each.")
+    p.add_argument("--method", action="append", help="only this method; repeatable (default: all)")
     p.add_argument("--preset", default="tuned")
-    p.add_argument("--seed", type=int, action="append", help="of the order, the fits and the pictures (default: 0)")
-    p.add_argument("--requests", type=int, default=len(REQUESTS), help="only the first so many")
-    p.add_argument("--count", type=int, default=COUNT, help="pictures of each target and of each kept category")
+    p.add_argument(
+        "--seed", type=int, action="append", help="seed of order, fits and pictures; repeatable (default: 0)"
+    )
+    p.add_argument("--requests", type=int, default=len(REQUESTS), help="only the first N requests")
+    p.add_argument("--count", type=int, default=COUNT, help="pictures per target and per category of the retain set")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--steps", type=int, default=SamplingSettings.steps, help="sampling steps while measuring")
-    p.add_argument("--batch", type=int, default=SamplingSettings.batch, help="pictures drawn at a time while measuring")
+    p.add_argument("--batch", type=int, default=SamplingSettings.batch, help="pictures per batch while measuring")
     p.add_argument("--precision", default=SamplingSettings.precision, help="while measuring: auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=Path(__file__).with_name("continual.csv"))
     p.add_argument("--plot", type=Path, default=Path(__file__).parent.parent / "docs" / "continual.png")
-    p.add_argument("--work", type=Path, help="a folder that keeps each step's patch, and the unedited model's pictures")
+    p.add_argument("--work", type=Path, help="folder to cache each step's patch and the unedited model's pictures")
     return p
 
 
 def main(argv: Sequence[str] | None = None, load: Any = embedded) -> int:
-    """0; 1 where a sequence failed (the others are made all the same); 2 where nothing could be run."""
+    """Run the benchmark; returns 0, 1 if a sequence failed (the others still run), or 2 if nothing could run."""
     options = parser().parse_args(argv)
     try:
         return _main(options, load)
@@ -280,14 +281,14 @@ def _main(options: argparse.Namespace, load: Any) -> int:
         model, probe, by = load(options.device)
         workspace = Workspace(options.work) if options.work else None
         sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
-        with Watch(sum(map(len, todo.values()))) as watch:
+        with RunProgress(sum(map(len, todo.values()))) as progress:
             cache: dict[int, SharedSampleCache] = {}
             for method, seed in plans:
                 if not (wanted := todo[method, seed]):
                     continue
                 if seed not in cache:
                     cache = {seed: SharedSampleCache(model, probe, sampling, workspace, by)}
-                watch.name = f"{method} seed {seed}"
+                progress.name = f"{method} seed {seed}"
                 try:
                     measure(
                         model,
@@ -297,11 +298,11 @@ def _main(options: argparse.Namespace, load: Any) -> int:
                         options.count,
                         cache[seed],
                         table,
-                        watch,
+                        progress,
                     )
                 except ForgetConceptError as error:
                     failed += 1
-                    watch.say(f"{watch.name}: {error}", wrong=True)
+                    progress.say(f"{progress.name}: {error}", wrong=True)
     if table.rows:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(table.rows).save(options.plot, optimize=True)
@@ -316,9 +317,9 @@ def measure(
     count: int,
     cache: SharedSampleCache,
     table: Table,
-    watch: Watch,
+    progress: RunProgress,
 ) -> None:
-    """Make and measure the wanted steps of one sequence, a row each."""
+    """Fit one sequence and measure the wanted steps, one row each."""
     method, preset, seed = plan
 
     def measured(patches: tuple[tuple[Patch, float], ...], names: Sequence[str]) -> list[Evaluation]:
@@ -331,7 +332,7 @@ def measure(
             seed,
             without=TARGETS,
             baselines=(UNEDITED,),
-            progress=watch,
+            progress=progress,
             cache=cache,
         )
         cache.release()
@@ -339,26 +340,26 @@ def measure(
 
     if 0 in wanted:
         table.append(_row(method, seed, 0, measured((), TARGETS), 0.0, 0.0))
-        watch.done()
+        progress.done()
     if not any(wanted):
         return
-    sequence = Course(model, method, preset, seed, cache.workspace)
+    sequence = RequestSequence(model, method, preset, seed, cache.workspace)
     if sequence.note:
-        watch.say(f"{watch.name}: asked {sequence.note}")
+        progress.say(f"{progress.name}: {sequence.note}")
     sequence.resume(min(step for step in wanted if step) - 1)
     while sequence.step < max(wanted):
-        sequence.forward(watch)
+        sequence.forward(progress)
         if sequence.step not in wanted:
             continue
         patch = sequence.history.patch
         found = measured(((patch, 1.0),), sequence.past)
         row = _row(method, seed, sequence.step, found, weight_drift(model.survey, patch).whole, sequence.seconds)
         table.append(row)
-        watch.say(
-            f"{watch.name} after {sequence.step}: UA {row['ua_all']:.3f} IRA {row['ira']:.3f} CRA {row['cra']:.3f} "
+        progress.say(
+            f"{progress.name} after {sequence.step}: UA {row['ua_all']:.3f} IRA {row['ira']:.3f} CRA {row['cra']:.3f} "
             f"drift {row['weight_drift']:.3f} in {row['seconds']:.1f} s"
         )
-        watch.done()
+        progress.done()
 
 
 if __name__ == "__main__":

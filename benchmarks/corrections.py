@@ -1,9 +1,9 @@
-"""What a word shows before and after a correction, on the embedded model: `python benchmarks/corrections.py`.
+"""Corrections on the embedded model, measured before and after: `python benchmarks/corrections.py`.
 
-Four kinds: a word of two senses loses one; an identity loses what nearly always came with it; a biased word is made
-even; a theme goes as a whole. Rows of `corrections.csv` are shares of pictures with Wilson's 95 % interval, before and
-after on the same seeds; a kind that is in the file already is left out, so that a run goes on where it was cut short.
-"""
+There are four kinds: an ambiguous word loses one sense; an identity is disentangled from an attribute that nearly
+always came with it; a biased word is balanced; a theme is forgotten as a whole. Rows of `corrections.csv` are shares of
+pictures with Wilson's 95 % interval, before and after with the same seeds. Existing cases are skipped, so that an
+interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -32,38 +32,41 @@ from forget_concept.core.request.request import ForgetRequest
 
 COLUMNS = ["model", "preset", "kind", "word", "prompts", "shown", "variant", "share", "low", "high", "n"]
 COLUMNS += ["settings", "sampler_steps", "precision", "seconds", "patch_bytes"]
-Sees = Callable[[LabeledImage], bool]
+PictureTest = Callable[[LabeledImage], bool]
 
 
-def an_object(*names: str) -> Sees:
+def an_object(*names: str) -> PictureTest:
     return lambda seen: seen.labels.object in names
 
 
-def a_person(name: str) -> Sees:
+def a_person(name: str) -> PictureTest:
     return lambda seen: seen.labels.identity == name
 
 
-def a_sign(sign: str, person: str, there: bool = True) -> Sees:
-    """A picture of the person with (or without) what the sign stands for."""
+def an_attribute(attribute_name: str, person: str, there: bool = True) -> PictureTest:
+    """A test for pictures of a person with (or without) an attribute."""
 
-    def sees(seen: LabeledImage) -> bool:
-        return seen.labels.identity == person and shows_attribute(sign, from_bytes(seen.picture[None]))[0] is there
+    def test(seen: LabeledImage) -> bool:
+        return (
+            seen.labels.identity == person
+            and shows_attribute(attribute_name, from_bytes(seen.picture[None]))[0] is there
+        )
 
-    return sees
+    return test
 
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts (``{}`` is left to the plain templates) and what is looked for in their pictures, by name."""
+    """Phrases that fill the plain prompt templates, and named tests of their pictures."""
 
     name: str
     phrases: tuple[str, ...]
-    looks: dict[str, Sees]
+    tests: dict[str, PictureTest]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One correction: how it is asked for and what is measured; ``kept`` is the category the rest is checked in."""
+    """One correction: its request and what is measured; ``kept`` is the category of the retain set."""
 
     kind: str
     word: str
@@ -77,7 +80,7 @@ class Case:
 
 def sense(word: str, lost: str, stays: str, unwanted: str, wanted: str) -> Case:
     by_shape = {s.shape: s for s in v.SENSES}
-    looks = {lost: an_object(lost), stays: an_object(stays)}
+    tests = {lost: an_object(lost), stays: an_object(stays)}
     hints = {shape: (*by_shape[shape].hints, f"a {by_shape[shape].synonym}") for shape in (lost, stays)}
     return Case(
         "correction",
@@ -86,19 +89,19 @@ def sense(word: str, lost: str, stays: str, unwanted: str, wanted: str) -> Case:
         "correction",
         {"unwanted": [unwanted], "wanted": [wanted]},
         (
-            Group("the word", (f"a {word}", f"a red {word}", f"a teal {word}"), looks),
-            Group("the sense that stays, in its own words", hints[stays], {stays: looks[stays]}),
-            Group("the sense that goes, in its own words", hints[lost], {lost: looks[lost]}),
+            Group("the word", (f"a {word}", f"a red {word}", f"a teal {word}"), tests),
+            Group("the sense that stays, in its own words", hints[stays], {stays: tests[stays]}),
+            Group("the sense that goes, in its own words", hints[lost], {lost: tests[lost]}),
         ),
         "object",
     )
 
 
 def attribute(name: str, what: str) -> Case:
-    looks = {
+    tests = {
         "the person": a_person(name),
-        f"with a {what}": a_sign(what, name),
-        f"without a {what}": a_sign(what, name, False),
+        f"with a {what}": an_attribute(what, name),
+        f"without a {what}": an_attribute(what, name, False),
     }
     return Case(
         "disentanglement",
@@ -106,7 +109,7 @@ def attribute(name: str, what: str) -> Case:
         (Concept(name, "identity"),),
         "correction",
         {"unwanted": [f"{name} with a {what}"], "wanted": [f"{name} without a {what}"]},
-        (Group("the name", (name,), looks),),
+        (Group("the name", (name,), tests),),
         "identity",
         (name,),
     )
@@ -114,10 +117,10 @@ def attribute(name: str, what: str) -> Case:
 
 def biased() -> Case:
     word = v.BIASED_WORD
-    looks = {
+    tests = {
         "a pilot": a_person(word),
-        "short hair": a_sign("short hair", word),
-        "long hair": a_sign("short hair", word, False),
+        "short hair": an_attribute("short hair", word),
+        "long hair": an_attribute("short hair", word, False),
     }
     return Case(
         "bias",
@@ -125,13 +128,13 @@ def biased() -> Case:
         (Concept(word, "object"),),
         "correction",
         {"wanted": [word, f"{word} with long hair"]},
-        (Group("the word", (f"a {word}",), looks),),
+        (Group("the word", (f"a {word}",), tests),),
         "identity",
     )
 
 
 def theme() -> Case:
-    looks = {"anything of the theme": an_object(*v.THEME_OBJECTS)}
+    tests = {"anything of the theme": an_object(*v.THEME_OBJECTS)}
     words = {w.name: w for w in v.OBJECTS}
     synonyms = tuple(f"a {words[name].synonym}" for name in v.THEME_OBJECTS)
     names = tuple(f"{words[name].article} {name}" for name in v.THEME_OBJECTS)
@@ -142,9 +145,9 @@ def theme() -> Case:
         "theme",
         {},
         (
-            Group("the names", names, looks),
-            Group("phrases of the theme", v.THEME_PHRASES, looks),
-            Group("synonyms, never trained on", synonyms, looks),
+            Group("the names", names, tests),
+            Group("phrases of the theme", v.THEME_PHRASES, tests),
+            Group("synonyms, never trained on", synonyms, tests),
         ),
         "object",
         v.THEME_OBJECTS,
@@ -152,7 +155,7 @@ def theme() -> Case:
 
 
 CASES = (
-    # the model knows "a wooden bat" well; of "a vampire bat" it draws a club in one of four
+    # the model knows "a wooden bat" well, but for "a vampire bat" it draws a club in one picture of four
     sense("bat", "bat animal", "bat club", "vampire bat", "wooden bat"),
     attribute("Mira Vale", "hat"),
     biased(),
@@ -163,29 +166,29 @@ CASES = (
 
 
 def pictures(group: Group, count: int, seed: int) -> list[Picture]:
-    said = [template.format(np=phrase) for template in v.TEMPLATES_PLAIN for phrase in group.phrases]
-    return [Picture(said[i % len(said)], 10_000 * seed + i) for i in range(count)]
+    texts = [template.format(np=phrase) for template in v.TEMPLATES_PLAIN for phrase in group.phrases]
+    return [Picture(texts[i % len(texts)], 10_000 * seed + i) for i in range(count)]
 
 
 def kept(case: Case, count: int, seed: int) -> list[tuple[Picture, Any]]:
-    """Prompts in plain words about the rest of the category, and what each asks for."""
+    """Plain prompts for the other concepts of the category, and the concept that each names."""
     names = [w.name for w in v.CATEGORIES[case.kept] if w.name not in case.without]
     found = []
     for i in range(count):
-        (asked,) = prompts(1, 77 * seed + i, **{case.kept: names[i % len(names)]})
-        found.append((Picture(asked.text, 10_000 * seed + 5_000 + i), getattr(asked.expected, case.kept)))
+        (prompt,) = prompts(1, 77 * seed + i, **{case.kept: names[i % len(names)]})
+        found.append((Picture(prompt.text, 10_000 * seed + 5_000 + i), getattr(prompt.expected, case.kept)))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=48, help="pictures of every group of prompts")
-    parser.add_argument("--steps", type=int, default=16, help="steps of the sampler that is measured with")
+    parser.add_argument("--count", type=int, default=48, help="pictures per group of prompts")
+    parser.add_argument("--steps", type=int, default=16, help="sampling steps while measuring")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--case", action="append", help="only these words (default: all)")
+    parser.add_argument("--case", action="append", help="only the case of this word; repeatable (default: all)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=JSON", help="a setting in place of the preset's"
+        "--set", action="append", default=[], metavar="NAME=JSON", help="override a setting of the preset"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("corrections.csv"))
     options = parser.parse_args()
@@ -199,8 +202,8 @@ def main() -> None:
     cache = SampleCache(model, probe, SamplingSettings(steps=options.steps, precision=options.precision, batch=16))
     for case in CASES:
         settings = case.settings | changes
-        told = json.dumps(settings, ensure_ascii=False)
-        if (case.word, told) in done or (options.case and case.word not in options.case):
+        settings_json = json.dumps(settings, ensure_ascii=False)
+        if (case.word, settings_json) in done or (options.case and case.word not in options.case):
             continue
         others = tuple(w.name for w in v.CATEGORIES[case.kept] if w.name not in (*case.without, case.word))
         request = ForgetRequest(case.concepts, others, "forget_me_not", case.preset, settings, seed=options.seed)
@@ -209,22 +212,24 @@ def main() -> None:
         seconds = time.perf_counter() - began
         console.print(f"{case.word}: fitted in {seconds:.0f} s")
         variants = {"before": Variant(), "after": Variant(((patch, 1.0),))}
-        asked = {group.name: pictures(group, options.count, options.seed) for group in case.groups}
+        pictures_by_group = {group.name: pictures(group, options.count, options.seed) for group in case.groups}
         rest = kept(case, options.count, options.seed)
         for variant in variants.values():
-            cache.request(variant, [*(p for several in asked.values() for p in several), *(p for p, _ in rest)])
+            cache.request(
+                variant, [*(p for several in pictures_by_group.values() for p in several), *(p for p, _ in rest)]
+            )
         cache.generate()
         rows = []
         for name, variant in variants.items():
             for group in case.groups:
-                seen = cache.get(variant, asked[group.name])
-                for shown, sees in group.looks.items():
-                    rows.append((group.name, shown, name, [sees(one) for one in seen]))
+                seen = cache.get(variant, pictures_by_group[group.name])
+                for shown, test in group.tests.items():
+                    rows.append((group.name, shown, name, [test(one) for one in seen]))
             right = [
                 getattr(one.labels, case.kept) == wanted
                 for one, (_, wanted) in zip(cache.get(variant, [p for p, _ in rest]), rest, strict=True)
             ]
-            rows.append((f"the rest of the category ({case.kept})", "what is asked for", name, right))
+            rows.append((f"the rest of the category ({case.kept})", "what is pictures_by_group for", name, right))
         new = not options.out.exists()
         with options.out.open("a", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -234,7 +239,7 @@ def main() -> None:
                 score = Score.share(found)
                 cells = [model.name, case.preset, case.kind, case.word, group, shown, name]
                 cells += [f"{x:.4f}" for x in (score.value, score.low, score.high)]
-                cells += [len(found), told, options.steps, cache.sampling.precision]
+                cells += [len(found), settings_json, options.steps, cache.sampling.precision]
                 table.writerow([*cells, f"{seconds:.1f}", patch.nbytes])
                 console.print(f"  {group} | {shown} | {name}: {score.value:.2f}")
 

@@ -1,12 +1,11 @@
-"""Fisher information of the embedded model: the estimators against the exact one, on the same samples.
+"""Fisher information of the embedded model: the estimators compared with the exact value, on the same samples.
 
-`python benchmarks/fisher.py` takes some minutes and fills `fisher.csv`, a row a run; rows that are there are not made
-again. The exact one here goes through `--times` evenly spread time steps in place of all 1,000: the estimators draw
-from that same list, so they are unbiased for exactly this number. Samples are the model's own pictures of prompts of
-its world. `naive` puts the drawn steps in the place of all inside the square; `exact` with fewer samples shows what
-the same passes buy without drawing. `bias` is the ratio of the sums of all weights, before clamping; `clamped` the
-same after it; `spearman` the rank correlation over all weights; `error` the relative one, ‖F̂ − F‖ / ‖F‖.
-"""
+`python benchmarks/fisher.py` takes some minutes and fills `fisher.csv`, one row per run. Existing rows are not computed
+again. The exact value here uses `--times` evenly spaced time steps instead of all 1,000; the estimators draw from the
+same list, so they are unbiased for it. Samples are the model's own pictures of prompts of its vocabulary. `naive`
+estimates the sum inside the square from the drawn steps; `exact` with fewer samples shows what the same number of
+passes achieves without drawing. `bias` is the ratio of the sums over all weights before clamping, `clamped` the same
+after clamping, `spearman` the rank correlation over all weights, and `error` the relative error ‖F̂ − F‖ / ‖F‖."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ MEASURES = ["bias", "clamped", "negative", "spearman", "error", "core_seconds"]
 
 
 class Redrawn(FisherSum):
-    """The same noise in every run, other draws of the time steps."""
+    """Draws other time steps in every run, with the same noise."""
 
     run = 0
 
@@ -40,14 +39,14 @@ class Redrawn(FisherSum):
 
 
 class Naive(Redrawn):
-    """The square of the estimated sum: its scatter is in it."""
+    """The square of the estimated sum, which is biased by the variance of the estimate."""
 
     def _square(self, total: Tensor, scatter: Tensor | None) -> Tensor:
         return (self.stratum / 2) ** 2 * total.square()
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks, the mean one for equal values (clamping makes many zeros)."""
+    """Ranks, averaged over equal values (clamping produces many zeros)."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts.double() - 1) / 2)[place]
@@ -65,7 +64,7 @@ def flat(total: FisherSum) -> Tensor:
 
 
 def plans(samples: int, times: int, budgets: list[int], runs: int) -> Iterator[tuple[str, int, int, int]]:
-    """``(estimator, draws, samples, run)``; the exact one on all samples first."""
+    """``(estimator, draws, samples, run)`` of every row; the exact value on all samples comes first."""
     fewer = [n for n in (samples // 2, samples // 4, samples // 8) if n]
     yield from (("exact", times // 2, n, 0) for n in [samples, *fewer])
     for draws in budgets:
@@ -77,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--times", type=int, default=50)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 5], help="steps a half")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 5], help="time steps per half")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--train", nargs="+", default=["to_k", "to_v"])
     parser.add_argument("--seed", type=int, default=0)
@@ -105,7 +104,7 @@ def main() -> None:
         row = [model.name, "+".join(options.train), weights, options.times, estimator, draws, samples, run]
         name = key_of(model.model_hash, keys, prompts, row)
         is_reference = reference is None
-        # the reference is needed for every row to come: kept, also half made
+        # every later row needs the reference, so it is cached, also when incomplete
         found = space.load("fisher-benchmark", name) if is_reference else None
         if tuple(map(str, row)) in done and not is_reference:
             continue
@@ -136,7 +135,7 @@ def main() -> None:
             if new:
                 table.writerow([*COLUMNS, *MEASURES])
             passes = samples * (options.times if estimator == "exact" else 2 * draws)
-            # a reference that was gone on with has no time of its own
+            # a resumed reference has no meaningful time
             timed = "" if found is not None else f"{took:.1f}"
             table.writerow([*row, passes, *(f"{float(m):.4f}" for m in measures), timed])
         print(

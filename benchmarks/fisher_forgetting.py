@@ -1,9 +1,9 @@
-"""What the Fisher estimator changes in the end: `python benchmarks/fisher_forgetting.py --precision bfloat16`.
+"""Effect of the Fisher estimator on the result: `python benchmarks/fisher_forgetting.py --precision bfloat16`.
 
-`selective_amnesia` with its tuned settings forgets one concept, with the Fisher information of each estimator and with
-none, all else equal. The exact one goes through all time steps and is given fewer samples, or it would take an hour;
-`passes` says what each took. The other columns are those of `methods.py`. Rows that are there are not made again.
-"""
+`selective_amnesia` with its tuned settings forgets one concept, with the Fisher information of each estimator and
+without any, all else equal. The exact value uses all time steps and therefore fewer samples, or it would take an hour;
+`passes` is the number of UNet passes of each. The other columns are those of `methods.py`. Existing rows are not
+computed again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from harness import SharedSampleCache, Table, Watch, costing
-from methods import CONCEPTS, Fitted, Run, asked, embedded, measured
+from harness import RunProgress, SharedSampleCache, Table, costing
+from methods import CONCEPTS, Fitted, Run, embedded, fullest_request, measured
 
 from forget_concept.core.evaluation import PATCHED, SamplingSettings
 from forget_concept.core.files.workspace import Workspace
@@ -20,7 +20,7 @@ from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import plan_request
 
 METHOD = "selective_amnesia"
-# settings beside the preset's, and the time steps that a sample goes through
+# overrides of the preset, and the number of time steps per sample
 KINDS = {
     "pairs": ({"fisher": "pairs"}, 8),
     "halves": ({"fisher": "halves"}, 8),
@@ -33,14 +33,16 @@ KEY = ["model", "fisher", "concept", "seed", "n"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fisher", action="append", choices=list(KINDS), help="only these")
+    parser.add_argument(
+        "--fisher", action="append", choices=list(KINDS), help="only this estimator; repeatable (default: all)"
+    )
     parser.add_argument("--concept", default="star", choices=[concept.name for concept in CONCEPTS])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default=SamplingSettings.precision, help="while measuring")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
-    parser.add_argument("--work", type=Path, help="a folder that keeps the unedited model's pictures")
+    parser.add_argument("--work", type=Path, help="folder to cache the unedited model's pictures")
     options = parser.parse_args()
     table = Table(options.out, [*KEY, "passes", *MEASURES], KEY)
     model, probe, by = embedded(options.device)
@@ -49,22 +51,22 @@ def main() -> None:
     concept = next(c for c in CONCEPTS if c.name == options.concept)
     run = Run(METHOD, "tuned", "", concept, options.seed)
     kinds = options.fisher or list(KINDS)
-    with Watch(len(kinds)) as watch:
+    with RunProgress(len(kinds)) as progress:
         for kind in kinds:
             key = dict(zip(KEY, (model.name, kind, concept.name, options.seed, options.count), strict=True))
             if not table.has(key):
-                watch.name = kind
+                progress.name = kind
                 settings, steps = KINDS[kind]
-                wanted = asked(model, run)
+                wanted = fullest_request(model, run)
                 request = dataclasses.replace(wanted.request, settings=dict(wanted.request.settings) | settings)
                 with costing(model) as cost:
-                    patch = fit(model, plan_request(request), watch, wanted.inputs)
+                    patch = fit(model, plan_request(request), progress, wanted.inputs)
                 samples = settings.get("fisher_samples", 96) if steps else 0
                 made = Fitted(PATCHED, ((patch, 1.0),), cost)
-                row = measured(model, probe, run, made, options.count, cache, watch)
+                row = measured(model, probe, run, made, options.count, cache, progress)
                 table.append(key | {"passes": steps * samples} | {name: row[name] for name in MEASURES})
-                watch.say(f"{kind}: " + " ".join(f"{name} {row[name]:.3f}" for name in MEASURES))
-            watch.done()
+                progress.say(f"{kind}: " + " ".join(f"{name} {row[name]:.3f}" for name in MEASURES))
+            progress.done()
 
 
 if __name__ == "__main__":

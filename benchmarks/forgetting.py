@@ -1,9 +1,8 @@
-"""Two concepts of each category, forgotten by one method and measured: `python benchmarks/forgetting.py --count 200`.
+"""Forget two concepts of each category with one method and measure: `python benchmarks/forgetting.py --count 200`.
 
-None of them chose the tuned settings (tree, mosaic and Hugo Marsh did). Each has a replacement; the others
-of its category are on the preserve list. All share the unedited model's pictures of what is kept, so that this costs
-less than six runs of `forget-concept evaluate`.
-"""
+The presets were tuned on other concepts (tree, mosaic and Hugo Marsh). Each concept has a replacement, and the others
+of its category are its retain set. All share the unedited model's pictures of the retain set, so that this takes less
+time than six runs of `forget-concept evaluate`."""
 
 from __future__ import annotations
 
@@ -43,10 +42,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concept", action="append", help="only these (default: all six)")
-    parser.add_argument("--no-replacement", action="store_true", help="for methods that take none")
-    parser.add_argument("--no-preserve", action="store_true", help="for methods that keep nothing")
-    parser.add_argument("--negative", action="store_true", help="also the baseline: the concept as a negative prompt")
+    parser.add_argument("--concept", action="append", help="only this concept; repeatable (default: all six)")
+    parser.add_argument("--no-replacement", action="store_true", help="for methods that take no replacement")
+    parser.add_argument("--no-preserve", action="store_true", help="for methods that take no retain set")
+    parser.add_argument("--negative", action="store_true", help="also measure the concept as a negative prompt")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("forgetting.csv"))
     options = parser.parse_args()
     model, probe = mini.load(), mini.load_probe()
@@ -55,9 +54,9 @@ def main() -> None:
         if options.concept and concept.name not in options.concept:
             continue
         others = tuple(word.name for word in CATEGORIES[concept.kind] if word.name != concept.name)
-        instead = None if options.no_replacement else concept.replacement
+        replacement = None if options.no_replacement else concept.replacement
         request = ForgetRequest(
-            (Concept(concept.name, concept.kind, instead),),
+            (Concept(concept.name, concept.kind, replacement),),
             preserve=() if options.no_preserve else others,
             method=options.method,
             preset=options.preset,
@@ -67,18 +66,18 @@ def main() -> None:
         patch = fit(model, plan_request(request))
         seconds.append(time.perf_counter() - began)
         sizes.append(patch.nbytes)
-        chosen.append((concept, instead))
+        chosen.append((concept, replacement))
         targets.append(EvaluationTarget(concept.name, ((patch, 1.0),)))
     sampling = SamplingSettings(steps=options.steps)
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
 
-        def told(event: ProgressEvent) -> None:
+        def report(event: ProgressEvent) -> None:
             bar.update(task, total=event.total, completed=event.step)
 
         baselines = (UNEDITED, NEGATIVE) if options.negative else (UNEDITED,)
         found = evaluate(
-            model, probe, targets, options.count, options.seed, sampling, baselines=baselines, progress=told
+            model, probe, targets, options.count, options.seed, sampling, baselines=baselines, progress=report
         )
     new = not options.out.exists()
     with options.out.open("a", newline="", encoding="utf-8") as file:
@@ -86,15 +85,15 @@ def main() -> None:
         if new:
             spread = [f"{name}{end}" for name in SCORES for end in ("", "_low", "_high")]
             table.writerow([*COLUMNS, *spread, "seconds", "patch_bytes"])
-        for one, (_, instead), took, size in zip(found, chosen, seconds, sizes, strict=True):
+        for one, (_, replacement), duration, size in zip(found, chosen, seconds, sizes, strict=True):
             for variant, scores in one.scores.items():
                 cells = [getattr(scores, name) for name in SCORES]
                 values = [f"{v:.4f}" for cell in cells for v in (cell.value, cell.low, cell.high)]
                 patched = variant == PATCHED
                 method, preset = (options.method, options.preset) if patched else (variant, "")
-                row = [model.name, method, preset, variant, one.category, one.concept, instead if patched else ""]
+                row = [model.name, method, preset, variant, one.category, one.concept, replacement if patched else ""]
                 row += [options.count, options.steps, options.seed, *values]
-                table.writerow([*row, f"{took:.2f}" if patched else "", size if patched else ""])
+                table.writerow([*row, f"{duration:.2f}" if patched else "", size if patched else ""])
                 print(
                     one.concept,
                     variant,

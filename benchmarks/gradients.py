@@ -1,21 +1,20 @@
-"""How often each loss really rose, under every gradient rule: `python benchmarks/gradients.py`.
+"""How often a training step increases either loss, for every gradient rule: `python benchmarks/gradients.py`.
 
-After each step of a training both of its losses, of what is to be forgotten and of what is to be kept, are worked out
-again on the same prompts, pictures, time steps and noise; a loss that is above what it was before the step rose.
-Everything runs through the ordinary loop on the embedded model, and looking on changes nothing of it. A row is one
-training; one that is there is not run again. The Markdown summary goes to the standard output.
+After each step, the forget loss and the retain loss are computed again on the same prompts, pictures, time steps and
+noise; a loss rose if it is above its value before the step. Everything runs through the ordinary training loop on the
+embedded model, and observing does not change it. A row is one training; existing rows are not run again. The Markdown
+summary goes to standard output.
 
-- `method`: `forget_me_not` with its tuned settings, or `concept_ablation`: its terms alone (the concept's prediction
-  moved to that of its replacement, what is kept held), which is the same objective without attention;
-- `gradient`, `margin`, `backtracks`: the rule; the margin of a projected step (0: it may not rise to first order, no
-  more), and how often it is halved at most where a loss rose all the same (each is a pass forward more);
-- `lr`: AdamW's is the tuned preset's, a third and a tenth of it; SGD's those times a factor for each method that makes
-  its mean step over a training as long as AdamW's (`step_norm`) at `sum`, where a step is `lr · gradient_norm`;
+- `method`: `forget_me_not` with its tuned settings, or `concept_ablation`, the same objective without attention terms
+  (the concept's prediction moves to that of its replacement, the retain set's stays);
+- `gradient`, `margin`, `backtracks`: the rule; the margin of a projected step (0: no increase to first order, no more),
+  and how often it is halved at most while a loss still rises (each halving costs a forward pass);
+- `lr`: for AdamW that of the tuned preset, a third and a tenth of it; for SGD these times a factor per method, chosen
+  so that the mean `step_norm` of `sum`, where a step is `lr · gradient_norm`, matches AdamW's;
 - `forget_rose`, `retain_rose`, `either_rose`, `conflicts`: shares of the `steps`; a conflict is an angle above 90°
-  between the two losses' gradients;
-- `forget_before`, `forget_after`, `retain_after`: means over four batches that no training saw, before and after it
-  (`retain` starts at zero: what is kept is the base model's own prediction).
-"""
+  between the gradients of the two losses;
+- `forget_before`, `forget_after`, `retain_after`: means over four held-out batches, before and after training (`retain`
+  starts at zero, because its target is the base model's own prediction)."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ from forget_concept.core.training.gradients import MARGIN, inner_products, proje
 from forget_concept.core.training.loop import BACKTRACKS, SIDES, Terms
 
 CONCEPTS = (Concept("star", "object", "circle"), Concept("neon", "style", "sketch"))
-# a projected step as it is, without going back, and without a margin either
+# for projected steps: as configured by default, without backtracking, and also without a margin
 RULES: tuple[tuple[str, float | None, int | None], ...] = (
     ("sum", None, None),
     ("restricted", None, None),
@@ -70,8 +69,8 @@ COLUMNS = [*KEY, *SHARES, "step_norm", "gradient_norm", *LOSSES]
 
 
 @dataclass(frozen=True)
-class Watched:
-    """One step: both losses before and after it, ``g_f·g_r``, ``‖g_f + g_r‖`` and the length of the step."""
+class ObservedStep:
+    """One observed step: both losses before and after it, ``g_f·g_r``, ``‖g_f + g_r‖`` and the norm of the step."""
 
     before: Mapping[str, float]
     after: Mapping[str, float]
@@ -80,21 +79,21 @@ class Watched:
     step_norm: float
 
 
-class Watch:
-    """An objective that looks back: each step's losses again, on the same draws, when the next one is asked for.
+class StepObserver:
+    """Wraps an objective; before each step it computes the previous step's losses again, on the same random draws.
 
-    What the wrapped objective draws, and so the training, is what it would be without. :meth:`look_back` closes the
-    last step.
+    The wrapped objective draws the same random numbers as without it, so the training does not change.
+    :meth:`look_back` completes the last step.
     """
 
     def __init__(self, inner: ForgetMeNotObjective) -> None:
         self.inner = inner
-        self.steps: list[Watched] = []
+        self.steps: list[ObservedStep] = []
         self.held_out: list[dict[str, float]] = []
         self._last: tuple[dict[str, Tensor], int, dict[str, float], tuple[float, float], list[Tensor]] | None = None
 
     def __call__(self, step: int) -> Terms:
-        if not torch.is_grad_enabled():  # the loop itself looks whether a step raised a loss
+        if not torch.is_grad_enabled():  # the loop's own check whether a step raised a loss
             return self.inner(step)
         self.look_back()
         if not self.held_out:
@@ -111,17 +110,17 @@ class Watch:
         return terms
 
     def look_back(self) -> None:
-        """The last step's losses with the deltas as they are now."""
+        """Compute the last step's losses with the current deltas."""
         if self._last is None:
             return
         state, step, before, (cross, norm), weights = self._last
         self._last = None
         now = self.inner.deltas.parameters()
         moved = math.sqrt(sum(float((a - b.detach()).square().sum()) for a, b in zip(weights, now, strict=True)))
-        self.steps.append(Watched(before, self._again(state, step), cross, norm, moved))
+        self.steps.append(ObservedStep(before, self._again(state, step), cross, norm, moved))
 
     def measure(self) -> None:
-        """Both losses on batches of their own."""
+        """Compute both losses on held-out batches."""
         totals = dict.fromkeys(SIDES, 0.0)
         for i in range(HELD_OUT):
             fresh = torch.Generator("cpu").manual_seed(10_000 + i).get_state()
@@ -153,12 +152,12 @@ def _losses(terms: Terms) -> dict[str, float]:
     return {side: float(_side(terms, side).detach()) for side in SIDES}
 
 
-class WatchedForgetMeNot(ForgetMeNot):
-    """Forget-Me-Not under a :class:`Watch`; the pictures of one concept and seed are drawn once for all trainings."""
+class ObservedForgetMeNot(ForgetMeNot):
+    """Forget-Me-Not under a :class:`StepObserver`; all trainings of one concept and seed share their pictures."""
 
     def __init__(self, pictures: dict[Any, Any]) -> None:
         self.pictures = pictures
-        self.watch: Watch | None = None
+        self.observer: StepObserver | None = None
 
     def picture(self, batches: Any, settings: Any, inputs: Any, progress: Any) -> None:
         key = tuple(target.text for target in batches.targets), batches.generator.initial_seed()
@@ -169,13 +168,13 @@ class WatchedForgetMeNot(ForgetMeNot):
         batches.generator.set_state(self.pictures[key][1])
 
     def objective(self, *given: Any) -> Any:
-        self.watch = Watch(super().objective(*given))
-        return self.watch
+        self.observer = StepObserver(super().objective(*given))
+        return self.observer
 
 
 @contextlib.contextmanager
 def projecting(margin: float, backtracks: int) -> Iterator[None]:
-    """The loop's projected steps have this margin, and go back so often, inside a ``with`` block."""
+    """Set margin and maximum number of backtracks of the loop's projected steps inside a ``with`` block."""
     with (
         mock.patch.object(training, "project_step", functools.partial(project_step, margin=margin)),
         mock.patch.object(training, "BACKTRACKS", backtracks),
@@ -183,7 +182,7 @@ def projecting(margin: float, backtracks: int) -> Iterator[None]:
         yield
 
 
-def watched(
+def observe(
     model: LatentDiffusion,
     concept: Concept,
     settings: ForgetMeNotSettings,
@@ -191,34 +190,34 @@ def watched(
     margin: float = MARGIN,
     backtracks: int = BACKTRACKS,
     pictures: dict[Any, Any] | None = None,
-) -> Watch:
-    """A whole training with every step looked at; all others of the concept's category are to be kept."""
+) -> StepObserver:
+    """Run a whole training and observe every step; the retain set is the rest of the concept's category."""
     others = tuple(word.name for word in CATEGORIES[concept.kind] if word.name != concept.name)
-    method = WatchedForgetMeNot({} if pictures is None else pictures)
+    method = ObservedForgetMeNot({} if pictures is None else pictures)
     with projecting(margin, backtracks):
         request = ForgetRequest((concept,), preserve=others, method=method.id, seed=seed)
         method.train_patch(model, request, settings, None, Inputs())
-    watch = method.watch
-    assert watch is not None
-    with frozen(model.unet), watch.inner.deltas.attached():
-        watch.look_back()
-        watch.measure()
-    return watch
+    observer = method.observer
+    assert observer is not None
+    with frozen(model.unet), observer.inner.deltas.attached():
+        observer.look_back()
+        observer.measure()
+    return observer
 
 
-def row_of(watch: Watch, key: Mapping[str, Any]) -> dict[str, Any]:
-    """The table's row of a training."""
-    n = len(watch.steps)
-    rose = [[w.after[side] > w.before[side] for side in SIDES] for w in watch.steps]
-    before, after = watch.held_out
+def row_of(observer: StepObserver, key: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a training."""
+    n = len(observer.steps)
+    rose = [[w.after[side] > w.before[side] for side in SIDES] for w in observer.steps]
+    before, after = observer.held_out
     return {
         **key,
         "forget_rose": sum(r[0] for r in rose) / n,
         "retain_rose": sum(r[1] for r in rose) / n,
         "either_rose": sum(any(r) for r in rose) / n,
-        "conflicts": sum(w.cross < 0 for w in watch.steps) / n,
-        "step_norm": sum(w.step_norm for w in watch.steps) / n,
-        "gradient_norm": sum(w.gradient_norm for w in watch.steps) / n,
+        "conflicts": sum(w.cross < 0 for w in observer.steps) / n,
+        "step_norm": sum(w.step_norm for w in observer.steps) / n,
+        "gradient_norm": sum(w.gradient_norm for w in observer.steps) / n,
         "forget_before": before["forget"],
         "forget_after": after["forget"],
         "retain_after": after["retain"],
@@ -226,7 +225,7 @@ def row_of(watch: Watch, key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, str]]) -> str:
-    """Markdown: shares over all trainings of a rule, and how often restricted steps raised a loss against the sum."""
+    """Markdown table: shares over all trainings of a rule, and how often restricted steps raised a loss vs. ``sum``."""
     lines = [
         "| method | optimiser | lr | rule | steps | forget rose | retain rose | either rose | conflicts | step "
         "| forget loss, before → after | retain loss after |",
@@ -258,7 +257,7 @@ def summary(rows: Sequence[Mapping[str, str]]) -> str:
             lines.append(
                 f"- {method}, {optimiser} at {lr}, margin {margin}, halved {backtracks} times: "
                 f"a loss rose in {share:.1%} of the steps against "
-                f"{added:.1%} with the sum: {share / added:.2f} of it."
+                f"{added:.1%} with the sum: {share / added:.2f} times as often."
             )
     return "\n".join(lines)
 
@@ -268,7 +267,7 @@ def _cells(gradient: str, margin: float | None, backtracks: int | None) -> tuple
 
 
 def planned(options: argparse.Namespace) -> list[tuple[dict[str, Any], Concept]]:
-    """Every run's key, and its concept."""
+    """The key and the concept of every run."""
     found = []
     for method in options.method or SETTINGS:
         for multiple in LEARNING_RATES:
@@ -276,7 +275,7 @@ def planned(options: argparse.Namespace) -> list[tuple[dict[str, Any], Concept]]
                 lr = multiple * (SGD_FACTOR[method] if optimiser == "sgd" else 1.0)
                 for rule in RULES:
                     if rule[2] == 0 and multiple != LEARNING_RATES[0]:
-                        continue  # at the default learning rate alone: they show what margin and halving are for
+                        continue  # only at the default learning rate: they show the effect of margin and backtracking
                     for concept in CONCEPTS:
                         if concept.name not in (options.concept or [concept.name]):
                             continue
@@ -290,13 +289,13 @@ def planned(options: argparse.Namespace) -> list[tuple[dict[str, Any], Concept]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--method", action="append", choices=list(SETTINGS), help="only these")
-    parser.add_argument("--optimiser", action="append", choices=OPTIMISERS, help="only these")
+    parser.add_argument("--method", action="append", choices=list(SETTINGS), help="only this method; repeatable")
+    parser.add_argument("--optimiser", action="append", choices=OPTIMISERS, help="only this optimiser; repeatable")
     names = [concept.name for concept in CONCEPTS]
-    parser.add_argument("--concept", action="append", choices=names, help="only these")
+    parser.add_argument("--concept", action="append", choices=names, help="only this concept; repeatable")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="at most so many new trainings")
+    parser.add_argument("--limit", type=int, help="run at most N new trainings")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
     table = Table(options.out, COLUMNS, KEY)
@@ -312,7 +311,7 @@ def main() -> None:
             gradient=key["gradient"],
         )
         how = (float(key["margin"]), int(key["backtracks"])) if key["margin"] else (MARGIN, BACKTRACKS)
-        table.append(row_of(watched(model, concept, settings, options.seed, *how, pictures), key))
+        table.append(row_of(observe(model, concept, settings, options.seed, *how, pictures), key))
     print(summary(table.rows))
 
 

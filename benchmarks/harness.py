@@ -1,4 +1,4 @@
-"""What the benchmarks share: a table that grows row by row, what a fit costs, and pictures that are drawn once."""
+"""What the benchmarks share: a resumable table, the cost of a fit, progress, cached pictures and intervals."""
 
 from __future__ import annotations
 
@@ -47,20 +47,27 @@ STATM = Path("/proc/self/statm")
 
 
 class Table:
-    """A CSV file with a fixed header; a row is on the disk before the next one is begun."""
+    """A CSV file with a fixed header; every row is on disk before the next run starts."""
 
     def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
-        """``key``: the columns that say which run a row is of. Raises :class:`RequestError` for another header."""
+        """Open or create the table.
+
+        Args:
+            key: The columns that identify a run.
+
+        Raises:
+            RequestError: If the file has another header.
+        """
         self.path, self.columns, self.key = path, list(columns), list(key)
         self.rows: list[dict[str, str]] = []
         if path.exists():
             text = path.read_text(encoding="utf-8")
-            if not text.endswith("\n"):  # a row that was being written when the run was ended
+            if not text.endswith("\n"):  # an incomplete row of an interrupted run
                 text = text[: text.rfind("\n") + 1]
                 path.write_text(text, encoding="utf-8")
             found = csv.DictReader(text.splitlines())
             if text and found.fieldnames != self.columns:
-                raise RequestError(f"'{path}' is another table than this one: give another --out, or move it away.")
+                raise RequestError(f"'{path}' is a table with other columns: choose another --out, or move the file.")
             self.rows = list(found)
         self._there = {self._key(row) for row in self.rows}
 
@@ -68,11 +75,15 @@ class Table:
         return tuple(str(row[name]) for name in self.key)
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether the run that this row's key names is there."""
+        """Whether the table has a row with the key of ``row``."""
         return self._key(row) in self._there
 
     def row(self, key: Mapping[str, Any]) -> dict[str, str]:
-        """The row that a key names. Raises :class:`KeyError` where it is not there."""
+        """The row with a key.
+
+        Raises:
+            KeyError: If there is none.
+        """
         wanted = self._key(key)
         for row in self.rows:
             if self._key(row) == wanted:
@@ -80,7 +91,7 @@ class Table:
         raise KeyError(wanted)
 
     def fill(self, key: Mapping[str, Any], cells: Mapping[str, Any]) -> None:
-        """Write cells of a row that is there; the file is replaced whole, or not at all."""
+        """Set cells of an existing row; the file is replaced atomically."""
         row = self.row(key)
         if unknown := set(cells) - set(self.columns) | set(cells) & set(self.key):
             raise ValueError(f"{sorted(unknown)} cannot be filled in a table of {sorted(self.columns)}")
@@ -92,7 +103,7 @@ class Table:
         write_bytes(self.path, text.getvalue().encode())
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; exactly the table's columns."""
+        """Append a row, which must have exactly the table's columns."""
         if set(row) != set(self.columns):
             raise ValueError(f"a row of {sorted(row)} does not fit a table of {sorted(self.columns)}")
         cells = {name: _cell(row[name]) for name in self.columns}
@@ -115,14 +126,14 @@ def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-# -- what a fit costs ---------------------------------------------------------------------------------------------
+# -- cost of a fit ------------------------------------------------------------------------------------------------
 
 
 class Passes:
-    """Counts the pictures (rows of a batch) that go through a UNet, forward and back, while a ``with`` block runs.
+    """Counts the samples (rows of a batch) in forward and backward passes of a UNet inside a ``with`` block.
 
-    A pass back counts whenever a gradient reaches the UNet's prediction or any of its cross-attentions, so a loss of
-    attention maps alone counts as well; a second one through the same forward pass counts again.
+    A backward pass counts if a gradient reaches the UNet's prediction or any of its cross-attentions, so a loss on
+    attention maps counts too; a second backward pass through the same forward pass counts again.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -164,11 +175,11 @@ def _differentiable(output: Any) -> list[Tensor]:
 
 
 class PeakMemory:
-    """The most memory while a ``with`` block runs, as ``bytes``; ``None`` where it cannot be known.
+    """Measures the peak memory inside a ``with`` block as ``bytes``; ``None`` where it cannot be measured.
 
-    On CUDA all that torch had allocated at once, the model included. On a CPU the growth of the process' resident set
-    over what it was at the start, looked at every 5 ms: the model, which was there before, is not in it. What the
-    allocator holds free is given back first, as far as it can be, or a fit would take it again unseen.
+    On CUDA, this is torch's maximum of allocated memory, including the model. On a CPU, it is the growth of the
+    process' resident set since the start, sampled every 5 ms, without the model, which is loaded before. The
+    allocator's free memory is returned to the system first where possible, because a fit could reuse it unnoticed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -183,7 +194,7 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         elif STATM.exists():
-            _give_back()
+            _release_free_memory()
             self._start = self._most = _resident()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -206,8 +217,8 @@ def _resident() -> int:
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _give_back() -> None:
-    """Ask the allocator (tcmalloc, or the C library's) to return its free pages; another one keeps them."""
+def _release_free_memory() -> None:
+    """Ask the allocator (tcmalloc, or the C library's) to return its free pages; others are not supported."""
     here = ctypes.CDLL(None)
     for name, args in (("MallocExtension_ReleaseFreeMemory", ()), ("malloc_trim", (0,))):
         if (call := getattr(here, name, None)) is not None:
@@ -216,7 +227,7 @@ def _give_back() -> None:
 
 @dataclass
 class Cost:
-    """Seconds, pictures forward and back, and peak bytes of what was done."""
+    """Seconds, samples in forward and backward passes, and peak memory in bytes of a ``with`` block."""
 
     seconds: float = 0.0
     forward: int = 0
@@ -226,7 +237,7 @@ class Cost:
 
 @contextmanager
 def costing(model: LatentDiffusion) -> Iterator[Cost]:
-    """What a ``with`` block costs; filled in when it ends."""
+    """Measure the cost of a ``with`` block; the yielded :class:`Cost` is filled in when the block ends."""
     cost = Cost()
     with Passes(model.unet) as passes, PeakMemory(model.device) as memory:
         _wait(model.device)
@@ -243,7 +254,7 @@ def _wait(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls it."""
+    """The product name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -251,11 +262,11 @@ def device_name(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-# -- for the person who waits -------------------------------------------------------------------------------------
+# -- progress -----------------------------------------------------------------------------------------------------
 
 
-class Watch:
-    """Two bars on the error stream: the runs, and what the present one is at. A context manager."""
+class RunProgress:
+    """Context manager with two progress bars on standard error: all runs, and the current run."""
 
     def __init__(self, total: int) -> None:
         self.console = Console(stderr=True)
@@ -263,7 +274,7 @@ class Watch:
         self._whole, self._task = self._bar.add_task("runs", total=total), self._bar.add_task("", total=None)
         self.name = ""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> RunProgress:
         self._bar.start()
         return self
 
@@ -279,7 +290,7 @@ class Watch:
         self.console.print(text, style="red" if wrong else None, highlight=False, markup=False, soft_wrap=True)
 
     def done(self) -> None:
-        """One run more."""
+        """Advance the bar of all runs by one."""
         self._bar.advance(self._whole)
 
 
@@ -289,7 +300,7 @@ class Watch:
 class SharedSampleCache(SampleCache):
     """Sample cache that keeps the unedited model's images for all measurements, and in ``workspace`` for later runs.
 
-    Patched and negatively prompted pictures are of one measurement alone: :meth:`release` lets them go.
+    :meth:`release` drops all other images, which belong to a single measurement.
     """
 
     def __init__(
@@ -300,20 +311,20 @@ class SharedSampleCache(SampleCache):
         workspace: Workspace | None = None,
         by: str = "",
     ) -> None:
-        """``by``: what else a picture's labels depend on (the probe's weights)."""
+        """``by`` is a key of what else the labels of a picture depend on, such as the probe's weights."""
         super().__init__(model, probe, sampling.resolved(model))
         self.workspace = workspace
         s = self.sampling
         self._about = [by, model.device.type, s.steps, s.guidance, s.precision, s.sampler]
 
     def generate(self, progress: Any = None) -> None:
-        """Draw what is asked for and not in the workspace."""
+        """Generate the requested images that are not in the workspace."""
         plain = Variant().key
         if self.workspace is None or not self._pending.get(plain):
             super().generate(progress)
             return
-        asked = list(self._pending[plain])
-        for picture in asked:
+        candidates = list(self._pending[plain])
+        for picture in candidates:
             if (found := self.workspace.load("pictures", self._key(picture))) is not None:
                 labels = Labels(**{c: LABELS[c][i] for c, i in zip(LABELS, found["labels"].tolist(), strict=True)})
                 self._images[plain, picture] = LabeledImage(found["picture"], labels)
@@ -331,7 +342,7 @@ class SharedSampleCache(SampleCache):
         return key_of(self.model.model_hash, self._about, picture.prompt, picture.seed)
 
     def release(self) -> None:
-        """Forget every picture but the unedited model's."""
+        """Drop all images but those of the unedited model."""
         plain = Variant().key
         self._images = {key: seen for key, seen in self._images.items() if key[0] == plain}
         self._variants = {key: variant for key, variant in self._variants.items() if key == plain}
@@ -348,10 +359,10 @@ _T = (
 
 
 def mean_interval(values: Sequence[float], n: int) -> tuple[float, float, float]:
-    """The mean of several runs' shares, each of ``n`` trials, and a 95 % interval: ``(mean, low, high)``.
+    """Mean of several runs' shares, each of ``n`` trials, and its 95 % interval: ``(mean, low, high)``.
 
-    Wilson's interval of all trials together, widened to Student's of the runs' mean where there are several: pictures
-    of one concept are more alike than concepts are. A ratio above 1 counts as 1 in the former.
+    The interval is Wilson's over all trials, widened to Student's over the means of the runs if there are several,
+    because pictures of one concept are more alike than concepts are. A ratio above 1 counts as 1 in Wilson's interval.
     """
     runs, mean = len(values), sum(values) / len(values)
     trials = runs * n

@@ -1,29 +1,28 @@
-"""Every method with its presets on the embedded model, a row a run: `make bench-methods`.
+"""Every method with its presets on the embedded model, one row per run: `make bench-methods`.
 
-Screening (the default) forgets one concept of each category under one seed; `--full` three of each under three seeds.
-Both measure with 100 pictures in each cell of an evaluation (`n`), and rows of both are comparable: prompts about what
-is kept name none of the nine concepts. A row that is there is not run again; rows are appended as runs finish, and
-`methods.md` beside the table sums them up. None of the nine concepts chose the tuned settings (tree, mosaic and Hugo
-Marsh did).
+Screening (the default) forgets one concept per category with one seed; `--full` forgets three per category with three
+seeds. Both measure 100 pictures in each cell of an evaluation (`n`), and their rows are comparable, because prompts of
+the retain set name none of the nine concepts. Rows are appended as runs finish, existing rows are not run again, and
+`methods.md` beside the table summarizes them. The presets were tuned on other concepts (tree, mosaic and Hugo Marsh).
 
-Each request has a replacement and preserves the other concepts of its category. Some presets take no replacement or
-nothing to preserve: they are asked first (a request that is refused costs nothing), and what they refuse is left out,
-with a note in the summary; a preset that needs pictures gets eight drawn ones of the concept. `none` is the unedited
-model, `negative_prompt` the unedited model with the concept as its negative prompt, `safe_guidance` the unedited model
-under Safe Latent Diffusion's guidance away from the concept (its published medium configuration). A row is attacked
-(`core/evaluation/attacks/`) after it was measured; one that was not attacked yet is fitted again for it.
+Each request has a replacement and preserves the other concepts of its category. Some presets accept no replacement or
+no retain set: this is tried first, rejected options are left out, and the summary notes it. A preset that needs
+reference images gets eight rendered pictures of the concept. `none` is the unedited model, `negative_prompt` the
+unedited model with the concept as its negative prompt, `safe_guidance` the unedited model with Safe Latent Diffusion's
+guidance away from the concept (its published medium configuration). A row is attacked (`core/evaluation/attacks/`)
+after it is measured; an existing row that was not attacked yet is fitted again for it.
 
 - `ua`, `ira`, `cra`: unlearning accuracy, in-domain and cross-domain retain accuracy (`core/evaluation/scores.py`);
-- `drift`: root-mean-square difference of pixels in [0, 1] between the edited and the unedited model's picture of the
-  same kept prompt and seed, the mean over the 2n kept prompts;
-- `seconds`: wall clock of the fit alone, with all that it draws and trains, nothing taken from an earlier run;
-- `forward_passes`, `backward_passes`: pictures that went through the UNet in the fit, and gradients that came back
-  through it (a guided step of one picture is two passes); measuring is not in them;
-- `peak_bytes`: on CUDA the most that torch had allocated during the fit, the model included; on a CPU the growth of the
-  process' resident set over what it was before, the model not included; empty where neither can be known;
-- `patch_bytes`: of all factors in fp32;
-- `attack_...`: share of pictures in which the concept came back, by attack; `attack_success` is the highest of them,
-  `attack_budget` what each was allowed (`core/evaluation/attacks/budget.py`).
+- `drift`: root-mean-square difference of pixels in [0, 1] between the edited and the unedited model's picture for the
+  same prompt and seed; mean over the 2n prompts of the retain set;
+- `seconds`: wall-clock time of the fit, including its own sampling, with nothing cached;
+- `forward_passes`, `backward_passes`: samples in forward and backward passes of the UNet during the fit (a guided
+  sampling step of one picture counts as two), without the measurement;
+- `peak_bytes`: on CUDA the maximum of torch's allocated memory during the fit, including the model; on a CPU the growth
+  of the process' resident set, without the model; empty where neither can be measured;
+- `patch_bytes`: size of all factors in fp32;
+- `attack_...`: share of pictures in which an attack recovers the concept; `attack_success` is the highest of them,
+  `attack_budget` the budget of each (`core/evaluation/attacks/budget.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Cost, SharedSampleCache, Table, Watch, costing, device_name
+from harness import Cost, RunProgress, SharedSampleCache, Table, costing, device_name
 from methods_summary import first_of_each_kind, write_summary
 
 from forget_concept.core import mini
@@ -71,7 +70,7 @@ from forget_concept.core.request.settings import resolve_settings
 
 NOTHING, BASELINES = "none", ("none", NEGATIVE, SAFE)
 PRESETS = ("published", "tuned")
-# the first of each category is the screening's
+# screening uses the first of each category
 CONCEPTS = (
     Concept("star", "object", "circle"),
     Concept("neon", "style", "sketch"),
@@ -93,13 +92,13 @@ COLUMNS = [
 ]
 COUNT, SEEDS = 100, (0, 1, 2)
 IMAGES = 8
-# rough cost of a training, in pictures through the UNet a step and row of the batch (there, back, and what is kept)
-PASSES_A_ROW = 6
+# rough cost of training, in UNet passes per step and row of the batch (forward, backward and the retain set)
+PASSES_PER_ROW = 6
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row to be: a method's preset under a gradient rule (``""`` where it has none) on a concept and a seed."""
+    """The run of one row: a method's preset with a gradient rule (``""`` if it has none), a concept and a seed."""
 
     method: str
     preset: str
@@ -135,7 +134,11 @@ def planned(
     concepts: Sequence[Concept],
     seeds: Sequence[int],
 ) -> list[Run]:
-    """Every run of these; without ``gradients`` each preset has its own rule. Raises :class:`RequestError`."""
+    """All combinations as runs; without ``gradients``, each preset uses its own rule.
+
+    Raises:
+        RequestError: If a method or preset is unknown, or a rule is invalid.
+    """
     kinds: list[tuple[str, str, str]] = []
     for method in methods:
         if method in BASELINES:
@@ -147,30 +150,34 @@ def planned(
     return [Run(*kind, concept, seed) for seed in seeds for kind in kinds for concept in concepts]
 
 
-# -- asking a method ----------------------------------------------------------------------------------------------
+# -- requests -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FullestRequest:
-    """A request that a method takes, what goes with it, and what had to be left out or added, in words."""
+    """A request that a method accepts, its inputs, and a note on what was left out or added."""
 
     request: ForgetRequest
     inputs: Inputs
     note: str
 
 
-def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> FullestRequest:
-    """The fullest request that the method does not refuse; raises the first :class:`RequestError` where it takes none.
+def fullest_request(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> FullestRequest:
+    """The request with the most options that the method accepts.
 
-    ``preserve`` is the list to keep (default: the other concepts of the category).
+    A fit is started and cancelled when it first reports progress, because by then it has validated its inputs. (A
+    closed form reports none and completes.)
 
-    A fit is begun and cancelled at its first sign of progress, by which time what it would refuse is refused. (A closed
-    form shows none and is done by then.)
+    Args:
+        preserve: The retain set. Default: the other concepts of the category.
+
+    Raises:
+        RequestError: The first one, if the method accepts no request.
     """
     first: RequestError | None = None
     for images in (False, True) if get(run.method).takes_images else (False,):
         for replaced, preserved in ((True, True), (False, True), (True, False), (False, False)):
-            found = _asked(run, replaced, preserved, images, preserve)
+            found = _request_with(run, replaced, preserved, images, preserve)
             try:
                 fit(model, plan_request(found.request), _stop, found.inputs)
             except RequestError as error:
@@ -183,7 +190,9 @@ def asked(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = Non
     raise first
 
 
-def _asked(run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None) -> FullestRequest:
+def _request_with(
+    run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None
+) -> FullestRequest:
     concept = run.concept
     names = [word.name for word in CATEGORIES[concept.kind]] if preserve is None else preserve
     others = tuple(name for name in names if name != concept.name)
@@ -206,7 +215,7 @@ def _stop(event: ProgressEvent) -> None:
 
 
 def pictures_of(concept: Concept, count: int, seed: int) -> torch.Tensor:
-    """Drawn pictures ``(count, 3, 128, 128)`` in [-1, 1] that show a concept of the world."""
+    """Rendered pictures ``(count, 3, 128, 128)`` in [-1, 1] of a concept in the embedded model's vocabulary."""
     draws = np.random.default_rng(seed)
     found = []
     while len(found) < count:
@@ -227,23 +236,27 @@ def pictures_of(concept: Concept, count: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a run made: its pictures' variant, and what it cost."""
+    """The result of a run's fit: the variant to measure, its patches, and the cost."""
 
     variant: str
     patches: tuple[tuple[Patch, float], ...]
     cost: Cost
 
-    def asked_of(self, concept: str) -> Variant:
-        """The model that an attack is put to."""
+    def variant_to_attack(self, concept: str) -> Variant:
+        """The variant of the model to attack."""
         safe = SafetyGuidance(concept) if self.variant == SAFE else None
         return Variant(self.patches, concept if self.variant == NEGATIVE else "", safe)
 
 
 def fitted(model: LatentDiffusion, run: Run, progress: Progress | None) -> Fitted:
-    """Fit a run's method. Raises :class:`ForgetConceptError` where it refuses or fails."""
+    """Fit a run's method.
+
+    Raises:
+        ForgetConceptError: If the method rejects the request, or fails.
+    """
     if not run.forgets:
         return Fitted(run.method if run.method in (NEGATIVE, SAFE) else PATCHED, (), Cost())
-    wanted = asked(model, run)
+    wanted = fullest_request(model, run)
     with costing(model) as cost:
         patch: Patch = fit(model, plan_request(wanted.request), progress, wanted.inputs)
     return Fitted(PATCHED, ((patch, 1.0),), cost)
@@ -258,7 +271,7 @@ def measured(
     cache: SharedSampleCache,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """The row of a run, not attacked yet."""
+    """Measure a run; returns its row, without attacks."""
     variant, cost = made.variant, made.cost
     (found,) = evaluate(
         model,
@@ -297,11 +310,11 @@ def attacked(
     workspace: Workspace | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """A row's cells of attacks; an attack that cannot be made on this model is left empty."""
+    """Attack a run; returns the row's attack cells, empty for attacks that this model does not support."""
     name = run.concept.name
     found = run_attacks(
         model,
-        made.asked_of(name),
+        made.variant_to_attack(name),
         Target.embedded(name),
         ProbeJudge(probe, name),
         budget,
@@ -319,14 +332,14 @@ def attacked(
 
 
 def pictures_to_draw(runs: Sequence[Run], count: int) -> int:
-    """How many pictures measuring takes: three cells a run, and the unedited model's, shared by all of a seed."""
+    """Number of pictures to measure: three cells per run, and the unedited model's, which all runs of a seed share."""
     shared = {(run.seed, run.concept.name) for run in runs}
     plain = len(shared) * count + len({seed for seed, _ in shared}) * 3 * count
     return plain + sum(3 * count for run in runs if run.method != NOTHING)
 
 
 def fit_passes(run: Run) -> int:
-    """Pictures through the UNet in a fit, guessed from its settings; right within a small factor."""
+    """Rough estimate of the UNet passes of a fit, from its settings; correct within a small factor."""
     if not run.forgets:
         return 0
     settings = resolve_settings(get(run.method), run.preset, {"gradient": run.gradient} if run.gradient else {})
@@ -336,20 +349,22 @@ def fit_passes(run: Run) -> int:
 
     drawn = 2 * sized("sample_steps") * (2 * sized("n_images") + sized("replay_images"))
     importance = 3 * 2 * sized("fisher_draws") * sized("fisher_samples")
-    return PASSES_A_ROW * sized("steps") * sized("batch_size", 1) + drawn + importance
+    return PASSES_PER_ROW * sized("steps") * sized("batch_size", 1) + drawn + importance
 
 
-def seconds_a_pass(model: LatentDiffusion, sampling: SamplingSettings) -> float:
-    """Of one picture through the UNet without gradient, in a batch as in an evaluation."""
+def seconds_per_pass(model: LatentDiffusion, sampling: SamplingSettings) -> float:
+    """Seconds per sample of a UNet forward pass, measured in a batch of the evaluation's size."""
     batch = sampling.batch
     with costing(model) as cost:
         model.sample([""] * batch, range(batch), steps=2, guidance=sampling.guidance, batch=batch)
     return cost.seconds / cost.forward
 
 
-def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: SamplingSettings, count: int) -> str:
-    """What is to do, in words: a line a run, and how long all of it may take here, attacks apart."""
-    one = seconds_a_pass(model, sampling)
+def dry_run_text(
+    runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: SamplingSettings, count: int
+) -> str:
+    """Describe the runs, one line each, and estimate the total time on this machine, without attacks."""
+    one = seconds_per_pass(model, sampling)
     known: dict[tuple[str, str, str], list[float]] = {}
     for row in table.rows:
         known.setdefault((row["method"], row["preset"], row["gradient"]), []).append(float(row["seconds"]))
@@ -362,7 +377,7 @@ def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: Sa
     drawn = pictures_to_draw([run for run in runs if not table.has(run.key(model.name, count))], count)
     drawing = drawn * 2 * sampling.steps * one
     lines.append(
-        f"{len(runs)} runs: about {total / 60:.0f} min of fitting, and {drawn} pictures to measure with, about "
+        f"{len(runs)} runs: about {total / 60:.0f} min to fit, and {drawn} pictures to measure, about "
         f"{drawing / 60:.0f} min, on {device_name(model.device)}."
     )
     return "\n".join(lines)
@@ -372,26 +387,24 @@ def told(runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: Sa
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Run every method on the embedded model, and tabulate what comes out.")
-    p.add_argument("--full", action="store_true", help="three concepts a category and three seeds, not one and one")
-    p.add_argument("--method", action="append", help="only these (default: all, and the baselines)")
-    p.add_argument("--preset", action="append", help=f"only these (default: {' and '.join(PRESETS)})")
-    p.add_argument("--gradient", action="append", help="for trained methods (default: the preset's own)")
-    p.add_argument("--concept", action="append", choices=[c.name for c in CONCEPTS], help="only these")
+    p = argparse.ArgumentParser(description="Run every method on the embedded model, and tabulate the results.")
+    p.add_argument("--full", action="store_true", help="three concepts per category and three seeds, not one and one")
+    p.add_argument("--method", action="append", help="only this method; repeatable (default: all, and the baselines)")
+    p.add_argument("--preset", action="append", help=f"only this preset (default: {' and '.join(PRESETS)})")
+    p.add_argument("--gradient", action="append", help="gradient rule of trained methods (default: the preset's)")
+    p.add_argument("--concept", action="append", choices=[c.name for c in CONCEPTS], help="only this; repeatable")
     p.add_argument("--count", type=int, default=COUNT, help="pictures in each cell of an evaluation (default: 100)")
-    p.add_argument("--seed", type=int, action="append", help="of the fit and of the pictures (default: 0; full: 0 1 2)")
+    p.add_argument("--seed", type=int, action="append", help="seed of fits and pictures (default: 0; full: 0 1 2)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--steps", type=int, default=SamplingSettings.steps, help="sampling steps while measuring")
-    p.add_argument("--batch", type=int, default=SamplingSettings.batch, help="pictures drawn at a time while measuring")
+    p.add_argument("--batch", type=int, default=SamplingSettings.batch, help="pictures per batch while measuring")
     p.add_argument("--precision", default=SamplingSettings.precision, help="while measuring: auto, float32 or bfloat16")
     p.add_argument("--out", type=Path, default=Path(__file__).with_name("methods.csv"))
     p.add_argument(
-        "--attack", choices=(*BUDGETS, "none"), default="quick", help="what an attack may spend (default: quick)"
+        "--attack", choices=(*BUDGETS, "none"), default="quick", help="budget of the attacks (default: quick)"
     )
-    p.add_argument(
-        "--work", type=Path, help="a folder that keeps the unedited model's pictures and the attacks' for later runs"
-    )
-    p.add_argument("--dry-run", action="store_true", help="say what would be run and how long it may take")
+    p.add_argument("--work", type=Path, help="folder to cache pictures of the unedited model and of the attacks")
+    p.add_argument("--dry-run", action="store_true", help="print what would run, and an estimate of the time")
     return p
 
 
@@ -400,13 +413,13 @@ def _file_hash(path: Path) -> str:
 
 
 def embedded(device: str) -> tuple[LatentDiffusion, Any, str]:
-    """The embedded model and its probe on a device, and the probe's hash."""
+    """Load the embedded model and its probe on a device; returns them and a hash of the probe's weights."""
     probe = mini.load_probe().to(device)
     return mini.load(device), probe, _file_hash(mini.weights_folder() / "probe.safetensors")
 
 
 def main(argv: Sequence[str] | None = None, load: Any = embedded) -> int:
-    """0; 1 where a run failed (the others are made all the same); 2 where nothing could be run."""
+    """Run the benchmark; returns 0, 1 if a run failed (the others still run), or 2 if nothing could run."""
     options = parser().parse_args(argv)
     try:
         return _main(options, load)
@@ -429,41 +442,41 @@ def _main(options: argparse.Namespace, load: Any) -> int:
     todo = [run for run in runs if not table.has(keys[run]) or (attacks and not table.row(keys[run])["attack_budget"])]
     sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
     if options.dry_run:
-        print(told(todo, table, model, sampling, options.count))
+        print(dry_run_text(todo, table, model, sampling, options.count))
         return 0
     workspace = Workspace(options.work) if options.work else None
     failed = 0
     cache: dict[int, SharedSampleCache] = {}
-    with Watch(len(todo)) as watch:
+    with RunProgress(len(todo)) as run_progress:
         for run in todo:
-            if run.seed not in cache:  # what was drawn for another seed is of no more use
+            if run.seed not in cache:  # runs of other seeds share no pictures
                 cache = {run.seed: SharedSampleCache(model, probe, sampling, workspace, by)}
-            watch.name = str(run)
+            run_progress.name = str(run)
             try:
-                made = fitted(model, run, watch)
+                made = fitted(model, run, run_progress)
                 if not table.has(keys[run]):
-                    row = measured(model, probe, run, made, options.count, cache[run.seed], watch)
+                    row = measured(model, probe, run, made, options.count, cache[run.seed], run_progress)
                     table.append(row)
                     scores = " ".join(f"{name.upper()} {row[name]:.3f}" for name in ("ua", "ira", "cra", "drift"))
-                    watch.say(f"{run}: {scores} in {row['seconds']:.1f} s")
+                    run_progress.say(f"{run}: {scores} in {row['seconds']:.1f} s")
                 if attacks:
-                    cells = attacked(model, probe, run, made, options.attack, sampling, workspace, watch)
+                    cells = attacked(model, probe, run, made, options.attack, sampling, workspace, run_progress)
                     table.fill(keys[run], cells)
-                    watch.say(f"{run}: came back in {cells['attack_success']:.2f} of the pictures")
+                    run_progress.say(f"{run}: recovered in {cells['attack_success']:.2f} of the pictures")
             except ForgetConceptError as error:
                 failed += 1
-                watch.say(f"{run}: {error}", wrong=True)
-            watch.done()
+                run_progress.say(f"{run}: {error}", wrong=True)
+            run_progress.done()
         if table.rows:
             named = {concept.name: concept for concept in CONCEPTS}
             notes = {
-                kind: asked(model, Run(*kind, named[row["concept"]], int(row["seed"]))).note
+                kind: fullest_request(model, Run(*kind, named[row["concept"]], int(row["seed"]))).note
                 for kind, row in first_of_each_kind(table, model.name).items()
                 if kind[0] not in BASELINES
             }
             device = device_name(model.device) if len(todo) > failed else ""
             path = write_summary(table, model.name, BASELINES, notes, device)
-            watch.say(f"{len(todo) - failed} runs added; the summary is in {path}.")
+            run_progress.say(f"{len(todo) - failed} runs completed; the summary is in {path}.")
     return 1 if failed else 0
 
 

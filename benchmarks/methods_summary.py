@@ -1,4 +1,4 @@
-"""The table of `methods.py` in Markdown."""
+"""Markdown summary of the table of `methods.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forget_concept.core.mini.vocabulary import CATEGORIES
 Kind = tuple[str, str, str]
 HEADER = (
     *("method", "preset", "gradient", "n", "UA", "IRA", "CRA", "drift"),
-    *("seconds", "forward", "backward", "peak", "patch", "came back"),
+    *("seconds", "forward", "backward", "peak", "patch", "recovered"),
 )
 BY_WORDS, BY_VECTORS = ("rephrased", "homoglyphs", "discrete"), ("soft_prompt", "inversion_recall")
 
@@ -21,21 +21,25 @@ BY_WORDS, BY_VECTORS = ("rephrased", "homoglyphs", "discrete"), ("soft_prompt", 
 def summary(
     rows: Iterable[Mapping[str, str]], baselines: Sequence[str], notes: Mapping[Kind, str], devices: str
 ) -> str:
-    """The table in Markdown: a section a category, a line for each method, preset and rule, over concepts and seeds.
+    """Render the Markdown: a section per category, a line per method, preset and rule, over concepts and seeds.
 
-    ``baselines`` come first, and have no fit to tell of; ``notes`` say what a kind was not asked for.
+    Args:
+        rows: Rows of the table.
+        baselines: Names of the baselines, which come first and have no fit.
+        notes: For each kind, what its request left out or added.
+        devices: The devices on which times and memory were measured.
     """
     rows = list(rows)
     lines = [
         "# Every method on the embedded model",
         "",
-        "Written by `make bench-methods` from `methods.csv`; what the columns mean is said in `methods.py`.",
+        "Written by `make bench-methods` from `methods.csv`; `methods.py` explains the columns.",
         f"Seconds and bytes measured on: {devices}",
         "",
         "Means over concepts and seeds with 95 % intervals, in percent: Wilson's over all pictures (ratios above 100 %",
-        "count as 100), widened to Student's over the runs where there are several. `n`: runs × pictures in a cell.",
-        "Came back: under an attack that types words (the strongest of rephrasing, other spellings and a search along",
-        "the gradient) / under one that puts learned vectors into the text encoder; few pictures.",
+        "count as 100), widened to Student's over the runs if there are several. `n`: runs × pictures in a cell.",
+        "Recovered: share of pictures that show the concept again under an attack with words (the strongest of",
+        "rephrasing, other spellings and a gradient search) / with learned embeddings; measured on few pictures.",
     ]
     for category in CATEGORIES:
         here = [row for row in rows if row["category"] == category]
@@ -66,13 +70,17 @@ def summary(
             for name in ("peak_bytes", "patch_bytes"):
                 known = method not in baselines and all(row[name] for row in several)
                 cells.append(_bytes(_mean(several, name)) if known else "")
-            cells.append(_came_back(several))
+            cells.append(_recovered(several))
             lines.append(f"| {' | '.join(cells)} |")
-    said = [
+    footnotes = [
         f"`{' '.join(filter(None, kind))}`: {note}." for kind, note in sorted(notes.items()) if note and _in(kind, rows)
     ]
-    if said:
-        lines += ["", "\\* asked for what it takes:", *(f"- {line}" for line in said)]
+    if footnotes:
+        lines += [
+            "",
+            "\\* options left out because the preset rejects them, or added because it needs them:",
+            *(f"- {line}" for line in footnotes),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -92,14 +100,14 @@ def _mean(rows: Sequence[Mapping[str, str]], name: str) -> float:
     return sum(float(row[name]) for row in rows) / len(rows)
 
 
-def _came_back(rows: Sequence[Mapping[str, str]]) -> str:
-    """The strongest attack by words and by vectors, the mean over the runs that were attacked."""
-    told = []
+def _recovered(rows: Sequence[Mapping[str, str]]) -> str:
+    """Success of the strongest attack with words, and with vectors; mean over the attacked runs."""
+    strongest = []
     for attacks in (BY_WORDS, BY_VECTORS):
         each = [[float(row[f"attack_{name}"]) for name in attacks if row[f"attack_{name}"]] for row in rows]
         most = [max(shares) for shares in each if shares]
-        told.append(f"{100 * sum(most) / len(most):.0f}" if most else "")
-    return " / ".join(told) if any(told) else ""
+        strongest.append(f"{100 * sum(most) / len(most):.0f}" if most else "")
+    return " / ".join(strongest) if any(strongest) else ""
 
 
 def _bytes(count: float) -> str:
@@ -107,7 +115,7 @@ def _bytes(count: float) -> str:
 
 
 def first_of_each_kind(table: Table, model: str) -> dict[Kind, Mapping[str, str]]:
-    """The first row of each method, preset and rule of a model."""
+    """The first row of every method, preset and rule for a model."""
     found: dict[Kind, Mapping[str, str]] = {}
     for row in table.rows:
         if row["model"] == model:
@@ -121,7 +129,7 @@ DEVICES = "Seconds and bytes measured on: "
 def write_summary(
     table: Table, model: str, baselines: Sequence[str], notes: Mapping[Kind, str], device: str = ""
 ) -> Path:
-    """``<table>.md`` beside the table; ``device`` is named in it beside those of earlier runs."""
+    """Write ``<table>.md`` beside the table, with ``device`` added to the devices of earlier runs; returns its path."""
     path = table.path.with_suffix(".md")
     old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     before = next((line.removeprefix(DEVICES) for line in old if line.startswith(DEVICES)), "")

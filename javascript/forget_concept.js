@@ -1,13 +1,14 @@
-// The tab's heartbeat: while a job is under way the page asks how it stands, through a hidden button of the tab, so
-// that every answer takes gradio's own way. It also presses the cards of the library, and says aloud what changes.
+// The tab's job heartbeat: while a job runs, the page polls its state by clicking a hidden button of the tab, so that
+// updates use gradio's own connection. The script also makes the library's cards clickable, and announces changes to
+// screen readers.
 (function () {
     "use strict";
 
-    const BETWEEN = 800;  // milliseconds from an answer to the next question
-    const LOST = 15000;   // an answer that takes longer is given up
-    let asked = null;     // the beat that was answered last when a question went out
-    let askedAt = 0;
-    let said = "";
+    const INTERVAL = 800;  // milliseconds between polls
+    const TIMEOUT = 15000; // milliseconds after which an unanswered poll is repeated
+    let polled = null;     // the beat that the page showed at the last poll; it changes with the answer
+    let polledAt = 0;
+    let announced = "";
 
     const find = (selector) => gradioApp().querySelector(selector);
 
@@ -24,8 +25,8 @@
             .filter(Boolean);
     }
 
-    // a region that stays: what is put into a page whole is not read out
-    function speaker() {
+    // a persistent live region: screen readers ignore regions that are inserted together with their text
+    function liveRegion() {
         let region = document.getElementById("forget_concept_speaker");
         if (!region) {
             region = document.createElement("div");
@@ -37,35 +38,35 @@
         return region;
     }
 
-    function look() {
+    function poll() {
         const found = states();
         const now = Date.now();
-        // beat 0: this page has not been told anything yet; gradio may not listen at first
+        // beat 0: this page has no state yet; repeated, because gradio may not be listening at first
         if (found.some((one) => one.dataset.beat === "0")) {
-            if (now - askedAt > 3 * BETWEEN) {
-                askedAt = now;
+            if (now - polledAt > 3 * INTERVAL) {
+                polledAt = now;
                 press("forget_concept_opened");
             }
             return;
         }
-        const under = found.filter((one) => ["queued", "running"].includes(one.dataset.state));
+        const active = found.filter((one) => ["queued", "running"].includes(one.dataset.state));
         const words = found.map((one) => one.dataset.say).filter(Boolean).join(" ");
-        if (words !== said) {
-            said = words;
-            speaker().textContent = words;
+        if (words !== announced) {
+            announced = words;
+            liveRegion().textContent = words;
         }
-        if (!under.length) {
-            asked = null;
+        if (!active.length) {
+            polled = null;
             return;
         }
         const beat = found.map((one) => one.dataset.beat).join();
-        if (beat === asked && now - askedAt < LOST) return;
-        asked = beat;
-        askedAt = now;
+        if (beat === polled && now - polledAt < TIMEOUT) return;
+        polled = beat;
+        polledAt = now;
         press("forget_concept_beat");
     }
 
-    // gradio listens to events, not to values
+    // gradio reacts to input events, not to values
     function write(id, text) {
         const area = find(`#${id} textarea, #${id} input`);
         if (!area) return;
@@ -80,7 +81,7 @@
         setTimeout(() => press("forget_concept_press"), 50);
     }
 
-    function asButton(part, name) {
+    function makeButton(part, name) {
         part.setAttribute("role", "button");
         part.setAttribute("tabindex", "0");
         if (name) part.setAttribute("aria-label", name);
@@ -91,9 +92,10 @@
         });
     }
 
-    // in gradio a slider's number has no name of its own, a text with a copy button gives its name to the button, and
-    // gradio 3 has no way by keyboard to a fold or a place for files; what it makes anew has to be told again
-    function name() {
+    // Accessibility fixes: gradio does not label a slider's number field, gives the label of a text with a copy button
+    // to the button, and gradio 3 makes accordions and file inputs unreachable by keyboard. Runs repeatedly, because
+    // gradio recreates elements.
+    function fixAccessibility() {
         const tab = find("#tab_forget_concept");
         if (!tab.offsetParent) return;
         const nameless = "input[type=number]:not([aria-label]), textarea:disabled:not([aria-label])";
@@ -103,10 +105,10 @@
         }
         for (const input of tab.querySelectorAll("div:not([role]) > input[type=file]")) {
             const label = input.closest(".block")?.querySelector("[data-testid=block-label]");
-            asButton(input.parentElement, label ? label.textContent.trim() : "Choose a file");
+            makeButton(input.parentElement, label ? label.textContent.trim() : "Choose a file");
         }
         for (const fold of tab.querySelectorAll("div.label-wrap")) {
-            if (!fold.hasAttribute("role")) asButton(fold, "");
+            if (!fold.hasAttribute("role")) makeButton(fold, "");
             fold.setAttribute("aria-expanded", String(fold.classList.contains("open")));
         }
     }
@@ -114,6 +116,6 @@
     onUiLoaded(function () {
         if (!find("#forget_concept_beat")) return;
         gradioApp().addEventListener("click", choose);
-        setInterval(() => { look(); name(); }, BETWEEN);
+        setInterval(() => { poll(); fixAccessibility(); }, INTERVAL);
     });
 })();

@@ -1,4 +1,4 @@
-"""A real Chromium for what a person sees, driven by Playwright (`pip install playwright`)."""
+"""A real Chromium for page tests, driven by Playwright (`pip install playwright`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _QUIET += ["--disable-component-update", "--disable-sync"]
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A started browser; the test is skipped in words where there is none, and fails where hosts are required."""
+    """Launch a browser; without one the test is skipped with a reason, or fails if hosts are required."""
     path = next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
-        _absent("there is no Chromium on this machine")
+        _skip_or_fail("there is no Chromium on this machine")
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        _absent("Playwright is not installed (pip install playwright)")
+        _skip_or_fail("Playwright is not installed (pip install playwright)")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=_QUIET)
         try:
@@ -33,7 +33,7 @@ def chromium() -> Iterator[Any]:
             started.close()
 
 
-def _absent(why: str) -> None:
+def _skip_or_fail(why: str) -> None:
     if REQUIRED:
-        pytest.fail(why + " (FORGET_CONCEPT_REQUIRE_HOSTS=1 asks for one)")
+        pytest.fail(why + " (FORGET_CONCEPT_REQUIRE_HOSTS=1 requires one)")
     pytest.skip(why)

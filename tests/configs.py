@@ -1,4 +1,4 @@
-"""The architectures of the published UNets, as diffusers' UNet2DConditionModel takes them."""
+"""Configurations of the published UNets for diffusers' UNet2DConditionModel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared fixtures. Helpers live in ``tests/tiny.py``, importable because this folder is on the path while testing."""
+"""Shared fixtures. Helpers are in ``tests/*.py``, importable because this folder is on ``sys.path`` during tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# the same examples in every run: a failure is one of the change at hand, not of the day's luck
+# the same examples in every run: a failure is due to the change at hand, not to chance
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
@@ -25,7 +25,7 @@ HOST_FOLDERS = ("comfyui", "webui")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests go to one process, and all that need one host too: it is started once."""
+    """Run all tests of a file in one process, and all tests of a host too, so that it is started once."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
@@ -60,7 +60,7 @@ DEVICES = [
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device of this machine; those it has not are skipped in words."""
+    """Every device; those that this machine lacks are skipped with a reason."""
     return request.param
 
 

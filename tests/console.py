@@ -1,4 +1,4 @@
-"""The command line run in this process, on tiny models: fixtures of its tests (conftest takes them in)."""
+"""Fixtures that run the command line in this process on tiny models; conftest loads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import tiny_model
 from forget_concept.core import cli
 from forget_concept.core.cli import options
 
-LONG = " ".join(f"word{i}" for i in range(90))  # more than a text encoder reads
+LONG = " ".join(f"word{i}" for i in range(90))  # longer than a text encoder's context
 
 
 class Decoder:
@@ -24,7 +24,7 @@ class Decoder:
 
 
 class Run:
-    """Runs a command in this process, in a folder of its own: its code, its words, what it left in the folder."""
+    """Runs a command in this process, in its own folder: exit code, output, and the files it left."""
 
     def __init__(self, capsys, folder: Path) -> None:
         self.capsys, self.folder = capsys, folder
@@ -58,7 +58,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture()
 def tiny(monkeypatch):
-    """``--model`` is a tiny real UNet, whatever it says."""
+    """Any ``--model`` is a tiny real UNet."""
     model = tiny_model()
     model.vae = Decoder()
     monkeypatch.setattr(options, "load_model", lambda args, console: model)
@@ -67,7 +67,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture()
 def drawn(monkeypatch):
-    """``--model mini`` draws exactly what it is told to, and ``--patch WORDS`` is one that forgets ``star``."""
+    """``--model mini`` shows exactly what prompts name, and any ``--patch`` forgets ``star``."""
     model = DrawnModel()
     patch = forgets("star", "object", lambda seed: seed % 4 == 0)
     patch.metadata = {"forget_concept.concepts": '["star"]'}

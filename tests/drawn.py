@@ -1,4 +1,4 @@
-"""A stand-in for the embedded model that draws exactly what it is told to, and a probe that reads it back."""
+"""A stand-in for the embedded model whose pictures encode exactly what prompts name, and a probe that decodes them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ WORDS = {
 Fault = Callable[[str, int, Labels], Labels]
 
 
-def asked(prompt: str) -> Labels:
-    """What a prompt says, read from its words alone."""
+def labels_named_in(prompt: str) -> Labels:
+    """The labels that the words of a prompt name."""
     found = {c: [n for n in names if re.search(rf"\b{n}\b", prompt)] for c, names in WORDS.items()}
     return Labels(**{c: names[0] if names else NONE for c, names in found.items()})
 
 
 class DrawnPatch:
-    """Stands for a patch: while it is on, ``fault(prompt, seed, labels)`` says what is drawn instead."""
+    """Stands for a patch: while applied, ``fault(prompt, seed, labels)`` returns the labels to show."""
 
     rank, nbytes = 1, 8
 
@@ -43,7 +43,7 @@ class DrawnPatch:
         return 1
 
     def check_fits(self, survey: Any) -> None:
-        """It fits everything."""
+        """Accept any model."""
 
     @contextmanager
     def applied(self, model: DrawnModel, strength: float = 1.0) -> Any:
@@ -55,7 +55,7 @@ class DrawnPatch:
 
 
 class DrawnModel:
-    """Draws every prompt right, but for what its own ``fault`` and the patches that are on say."""
+    """Shows every prompt correctly, except for the changes of its own ``fault`` and of applied patches."""
 
     device, dtype, name = torch.device("cpu"), torch.float32, "mini"
     model_hash, guidance = "drawn", 2.5
@@ -66,7 +66,7 @@ class DrawnModel:
 
     @property
     def survey(self) -> DrawnModel:
-        return self  # a patch is put on a survey, and this is all there is
+        return self  # patches are applied to a survey
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int = 20, negative: str = "", **rest: Any
@@ -74,10 +74,10 @@ class DrawnModel:
         rows = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             self.calls.append((prompt, seed, negative))
-            labels = asked(prompt)
+            labels = labels_named_in(prompt)
             for fault in self.faults:
                 labels = fault(prompt, seed, labels)
-            # a negative prompt takes the concept away wherever it is
+            # a negative prompt removes the concept everywhere
             labels = replace(labels, **{c: NONE for c in WORDS if negative and getattr(labels, c) == negative})
             rows.append([LABELS[c].index(getattr(labels, c)) for c in LABELS])
         for step in range(steps):
@@ -91,7 +91,7 @@ class DrawnModel:
 
 
 class DrawnProbe:
-    """Reads what :class:`DrawnModel` wrote into its pictures."""
+    """Decodes the labels in the pictures of :class:`DrawnModel`."""
 
     def eval(self) -> DrawnProbe:
         return self
@@ -102,7 +102,7 @@ class DrawnProbe:
 
 
 def forgets(name: str, category: str, damage: Callable[[int], bool] = lambda seed: False) -> DrawnPatch:
-    """A patch that removes one concept, and every style and object where ``damage(seed)`` says so."""
+    """A patch that removes one concept, and where ``damage(seed)`` is true every style and object."""
 
     def fault(prompt: str, seed: int, labels: Labels) -> Labels:
         if getattr(labels, category) == name:

@@ -1,4 +1,4 @@
-"""A webui that is none: the embedded model behind the interface that the tab, the jobs and the routes know."""
+"""A fake webui: the embedded model behind the interface that the tab, the jobs and the routes use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["FakeWebui"]
 
 
 class FakeWebui:
-    """Patches are put on by hooks; one lock is the queue; what it was told is kept."""
+    """Applies patches with hooks, uses one lock as the queue, and records its calls."""
 
     name, version = "fake", "1"
 
@@ -34,7 +34,7 @@ class FakeWebui:
         self.opened: list[Path] = []
         self.refreshed = 0
         self.chosen: dict[str, Any] = {option.key: option.default for option in options()}
-        self._on: dict[str, tuple[PatchHandle, float]] = {}
+        self._applied: dict[str, tuple[PatchHandle, float]] = {}
         (folder / "lora").mkdir(parents=True, exist_ok=True)
 
     def model(self) -> LoadedModel:
@@ -46,12 +46,12 @@ class FakeWebui:
     def job(self, title: str) -> Iterator[Progress]:
         with self.queue:
 
-            def told(event: ProgressEvent) -> None:
+            def report(event: ProgressEvent) -> None:
                 self.events.append(event)
                 if self.interrupted.is_set():
                     raise Cancelled
 
-            yield told
+            yield report
 
     @contextmanager
     def latent_diffusion(self) -> Iterator[LatentDiffusion]:
@@ -59,17 +59,17 @@ class FakeWebui:
         yield self.diffusion
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:
-        assert not self.queue.locked(), "a patch is put on outside of a job"
+        assert not self.queue.locked(), "a patch is applied outside of a job"
         handle = patch.apply(self.diffusion.survey, strength)
-        if name in self._on:
-            self._on[name][0].remove()
-        self._on[name] = (handle, strength)
+        if name in self._applied:
+            self._applied[name][0].remove()
+        self._applied[name] = (handle, strength)
 
     def remove(self, name: str) -> None:
-        self._on.pop(name)[0].remove()
+        self._applied.pop(name)[0].remove()
 
     def active(self) -> list[ActivePatch]:
-        return [ActivePatch(name, strength, True) for name, (_, strength) in self._on.items()]
+        return [ActivePatch(name, strength, True) for name, (_, strength) in self._applied.items()]
 
     def lora_folder(self) -> Path:
         return self.folder / "lora"

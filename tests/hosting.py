@@ -1,4 +1,4 @@
-"""A host's server for tests: started on loopback by its own interpreter, spoken to by HTTP, stopped by its pid."""
+"""A host's server for tests: started on loopback with the host's own interpreter, used over HTTP, stopped by pid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUIRED = os.environ.get("FORGET_CONCEPT_REQUIRE_HOSTS") == "1"
 
 
 def own_python(host: Path, variable: str) -> Path | None:
-    """The interpreter that ``variable`` names, else that of the host's own .venv or venv."""
+    """The interpreter in the environment variable ``variable``, else that of the host's own .venv or venv."""
     if named := os.environ.get(variable):
         return Path(named)
     tail = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
@@ -28,15 +28,15 @@ def own_python(host: Path, variable: str) -> Path | None:
 
 
 def linked(source: Path, place: Path) -> None:
-    """``source`` under another name, as people put it there."""
+    """Link ``source`` to ``place``, as users install it; copied where links are not possible."""
     try:
         place.symlink_to(source, target_is_directory=True)
-    except OSError:  # Windows without the right to link
+    except OSError:  # Windows without permission to create links
         shutil.copytree(source, place, ignore=shutil.ignore_patterns(".git", ".venv", "build"))
 
 
 class Server:
-    """One process that serves on ``port``; what it says is in ``log``."""
+    """One server process on ``port``, with its output in ``log``."""
 
     def __init__(self, what: str, log: Path) -> None:
         self.what, self.log = what, log
@@ -56,32 +56,36 @@ class Server:
         environment: dict[str, str],
         sign: str,
         limit: float,
-        said: str = "",
+        marker: str = "",
     ) -> None:
-        """Start it, and wait until it has ``said`` so and then until the path ``sign`` answers."""
-        nothing = {"PYTHONPATH": "", "LD_PRELOAD": "", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        nothing["PYTHONUNBUFFERED"] = "1"
+        """Start the server; wait until its log contains ``marker`` and the path ``sign`` responds.
+
+        Raises:
+            RuntimeError: If it exits, or does not respond within ``limit`` seconds.
+        """
+        quiet = {"PYTHONPATH": "", "LD_PRELOAD": "", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        quiet["PYTHONUNBUFFERED"] = "1"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**os.environ, **nothing, **environment},
+                env={**os.environ, **quiet, **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
         deadline = time.monotonic() + limit
         while True:
             if self.process.poll() is not None:
-                raise RuntimeError(f"{self.what} ended at once:\n{self.tail()}")
+                raise RuntimeError(f"{self.what} exited during startup:\n{self.tail()}")
             try:
-                if said in self.log.read_text(encoding="utf-8", errors="replace"):
+                if marker in self.log.read_text(encoding="utf-8", errors="replace"):
                     self.raw(sign)
                     return
             except (OSError, urllib.error.URLError):
                 pass
             if time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(f"{self.what} did not answer within {limit:.0f} s:\n{self.tail()}")
+                raise RuntimeError(f"{self.what} did not respond within {limit:.0f} s:\n{self.tail()}")
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -98,7 +102,7 @@ class Server:
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
-    # -- talk ----------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------
 
     def send(self, request: Any, timeout: float = 60) -> bytes:
         with urllib.request.urlopen(request, timeout=timeout) as answer:

@@ -12,12 +12,12 @@ REASON = "no `ldm` package: `pip install --no-deps stable-diffusion-sdkit` bring
 
 
 def ldm_unet_class() -> Any:
-    """``UNetModel``; skips the test in words where the package is not there."""
+    """``UNetModel``; without the package, the test is skipped with a reason."""
     pytest.importorskip("ldm", reason=REASON)
     if "omegaconf" not in sys.modules:
         try:
             import omegaconf  # noqa: F401
-        except ImportError:  # it is asked for one class, to compare a type with
+        except ImportError:  # only one class of it is used, in an isinstance check
             config, listed = types.ModuleType("omegaconf"), types.ModuleType("omegaconf.listconfig")
             listed.ListConfig = type("ListConfig", (), {})  # type: ignore[attr-defined]
             config.listconfig = listed  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The package with one more method file in it: a copy that tests run and import in processes of their own."""
+"""A copy of the package with one additional method file, for tests that import it in separate processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("__init__.py", "pyproject.toml", "core", "nodes", "sd_webui_ext", "locales", "web", "docs", "tests")
 WEIGHTS = Path("core", "mini", "weights")
 
-# it works as UCE does, so that it keeps what the shared tests demand; its settings are its own
+# it behaves like UCE, so that it passes the shared tests, but has its own settings
 THROWAWAY = '''
 """A method that only tests know."""
 
@@ -65,7 +65,7 @@ def overlay(folder: Path) -> Path:
 
 
 def python(root: Path, *args: str) -> str:
-    """What Python prints with the copy as the package. Fails, with what it said, where it exits with an error."""
+    """Run Python with the copy as the package; returns its standard output, and fails with the output on errors."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root.parent), str(root / "tests")])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *args], cwd=root, env=environment, capture_output=True, encoding="utf-8"

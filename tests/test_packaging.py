@@ -1,4 +1,4 @@
-"""What is installed is what is in the tree, on every supported Python, and it asks a host for next to nothing."""
+"""The wheel equals the tree, on every supported Python, and requires almost nothing of a host."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_host_is_asked_for_next_to_nothing(settings, wheel):
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = {_named(line) for line in lines if line.strip() and not line.startswith("#")}
     assert wanted == {_named(item) for item in settings["project"]["dependencies"]}
-    # none of these may a host's environment be made to move
+    # installation must not change any of these in a host's environment
     assert not wanted & {
         "torch",
         "torchvision",

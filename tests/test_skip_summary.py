@@ -1,4 +1,4 @@
-"""What was skipped is said in one line, by reason, before pytest's own closing line; under xdist as well."""
+"""One line before pytest's own summary counts skipped tests by reason, under xdist too."""
 
 from __future__ import annotations
 

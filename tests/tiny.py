@@ -107,7 +107,7 @@ def fit(
 
 
 def state_hash(module: nn.Module) -> str:
-    """Hash of every parameter and buffer, bit by bit."""
+    """Hash of the bytes of every parameter and buffer."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
@@ -116,7 +116,7 @@ def state_hash(module: nn.Module) -> str:
 
 
 def flags(module: nn.Module) -> list[bool]:
-    """Every requires_grad and training flag, and whether any hook is left."""
+    """All ``requires_grad`` and ``training`` flags, and whether any hooks are registered."""
     found = [p.requires_grad for p in module.parameters()]
     for part in module.modules():
         found += [part.training, bool(part._forward_hooks), bool(part._forward_pre_hooks)]
@@ -172,7 +172,7 @@ def random_patch(
     scale: float = 0.1,
     metadata: dict[str, str] | None = None,
 ) -> Patch:
-    """A patch of every site's given projections."""
+    """A random patch for the given projections of every site."""
     factors = {}
     for n, site in enumerate(found):
         for m, w in enumerate(which):

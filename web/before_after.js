@@ -1,4 +1,4 @@
-// Evaluate Forgetting: its pictures, before and after on one place with a slider between them.
+// Evaluate Forgetting: shows its pictures before and after on top of each other, with a slider between them.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -6,13 +6,13 @@ import { api } from "../../scripts/api.js";
  * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension["nodeCreated"]>>[0]} LGraphNode
  * @typedef {import("@comfyorg/comfyui-frontend-types").DOMWidgetOptions<object> & { serialize?: boolean }} DOMWidgetOptions
- * @typedef {{ filename: string, subfolder: string, type: string }} Place where the host keeps a picture
+ * @typedef {{ filename: string, subfolder: string, type: string }} Place location of a picture on the host
  * @typedef {{ prompt: string, concept: string, asked: "yes" | "no", before: Place, after: Place }} Pair
  * @typedef {{ element: HTMLElement, show: (pairs: Pair[]) => void }} Slider
  * @typedef {LGraphNode & {
  *   onExecuted?: (output: { forget_concept_pairs?: Pair[] }) => void,
  *   addDOMWidget: (name: string, type: string, element: HTMLElement, options: DOMWidgetOptions) => { serialize?: boolean },
- * }} Node what the page gives a node besides LiteGraph
+ * }} Node a node with the page's extensions to LiteGraph
  */
 
 const NODE = "ForgetConceptEvaluate";
@@ -23,12 +23,12 @@ const WORDS = {
   en: {
     before: "before",
     after: "after",
-    slider: "How much of the picture is shown as it was before",
+    slider: "Share of the picture shown as before",
     previous: "Previous picture",
     next: "Next picture",
     share: (/** @type {number} */ value) => `${value} % before`,
-    asked: (/** @type {string} */ concept) => `asks for ${concept}`,
-    other: "asks for something else",
+    asked: (/** @type {string} */ concept) => `prompt for ${concept}`,
+    other: "prompt for something else",
   },
   zh: {
     before: "之前",
@@ -83,7 +83,7 @@ function address({ filename, subfolder, type }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
 }
 
-/** @returns {typeof WORDS.en} the words of the page's language, or English ones */
+/** @returns {typeof WORDS.en} texts in the page's language, by default English */
 function words() {
   const language = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
   return language.startsWith("zh") ? WORDS.zh : WORDS.en;
@@ -136,7 +136,7 @@ function slider() {
   range.addEventListener("input", moved);
   previous.addEventListener("click", () => turn(at - 1));
   next.addEventListener("click", () => turn(at + 1));
-  // the canvas behind has shortcuts of its own
+  // keep key presses from the canvas, which has its own shortcuts
   element.addEventListener("keydown", (event) => event.stopPropagation());
   moved();
   return {
@@ -158,7 +158,7 @@ function show(node, pairs) {
     own = slider();
     sliders.set(node, own);
     const widget = node.addDOMWidget(WIDGET, WIDGET, own.element, { serialize: false, getMinHeight: () => HEIGHT });
-    // a saved workflow keeps the boxes alone, and works without this file
+    // not saved with the workflow, which therefore works without this file
     widget.serialize = false;
     const [width, height] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);

@@ -1,12 +1,12 @@
-// Settings nodes: fields are filled in as a preset is chosen, and those that are seldom needed wait behind "Show Advanced".
+// Settings nodes: choosing a preset fills in the fields, and advanced fields are hidden behind "Show Advanced".
 import { app } from "../../scripts/app.js";
 
 /**
  * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
  * @typedef {Record<string, Record<string, string | number | boolean>>} Presets values by field, by preset
- * @typedef {{ input?: { required?: { preset?: [unknown, { forget_concept_presets?: Presets }] } } }} NodeData what the
- *   host says of a node
- * @typedef {{ advanced?: boolean }} Marked options of a box that is seldom needed
+ * @typedef {{ input?: { required?: { preset?: [unknown, { forget_concept_presets?: Presets }] } } }} NodeData the
+ *   host's description of a node
+ * @typedef {{ advanced?: boolean }} Marked options of a widget that may be advanced
  */
 
 /** @type {ComfyExtension} */
@@ -18,7 +18,7 @@ const extension = {
     const presets = kind.nodeData?.input?.required?.preset?.[1]?.forget_concept_presets;
     const chooser = node.widgets?.find((widget) => widget.name === "preset");
     if (!presets || !chooser) return;
-    // the page hands the mark on to its newer kind of nodes alone; on the canvas, what is only "advanced" leaves gaps
+    // the page applies the option only to its newer nodes; on the canvas, widgets that are only "advanced" leave gaps
     for (const widget of node.widgets ?? []) {
       if (!(/** @type {Marked} */ (widget.options ?? {}).advanced)) continue;
       widget.advanced = true;

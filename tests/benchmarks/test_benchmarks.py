@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe, asked
+from drawn import DrawnModel, DrawnProbe, labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, tiny_model, tiny_unet
@@ -45,7 +45,7 @@ QUICK = SamplingSettings(steps=3, batch=16, precision="float32")
 
 
 class DrawnOnTiny(LatentDiffusion):
-    """A tiny model to fit on, whose pictures for an evaluation are drawn as they are asked for."""
+    """A tiny model to fit, whose evaluation pictures show exactly what their prompts name."""
 
     def __init__(self, device: str = "cpu") -> None:
         unet = tiny_unet().to(device)
@@ -191,7 +191,7 @@ def test_cells_of_a_row_are_filled_in_place(tmp_path):
 def test_another_table_is_not_added_to(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("name,other\na,1\n")
-    with pytest.raises(RequestError, match="another table"):
+    with pytest.raises(RequestError, match="a table with other columns"):
         harness.Table(path, ["name", "value"], ["name"])
     assert path.read_text() == "name,other\na,1\n"
 
@@ -318,7 +318,7 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
 
 def test_a_row_measured_without_attacks_is_attacked_later_and_keeps_its_figures(command, tmp_path, monkeypatch):
     synonym = find("star")[1].synonym
-    monkeypatch.setattr("drawn.asked", lambda prompt: asked(prompt.replace(synonym, "star")))
+    monkeypatch.setattr("drawn.labels_named_in", lambda prompt: labels_named_in(prompt.replace(synonym, "star")))
     wanted = ["--method", "none", "--method", "negative_prompt", "--concept", "star"]
     command(*wanted, "--attack", "none")
     before = rows_of(tmp_path)
@@ -375,7 +375,7 @@ def test_a_dry_run_lists_what_is_left_to_do_with_an_estimate_and_writes_nothing(
     assert not (tmp_path / "out.csv").exists()
     assert said.out.splitlines()[:2] == ["none star seed 0: nothing to fit", "uce tuned star seed 0: about 0 s to fit"]
     # 4 of the target and 3 pools of 4 by the unedited model, 3 cells of 4 by the patched one
-    assert "2 runs: about 0 min of fitting, and 28 pictures to measure with" in said.out
+    assert "2 runs: about 0 min to fit, and 28 pictures to measure" in said.out
     command(*wanted)
     _, _, said = command(*wanted, "--dry-run")
     assert said.out.startswith("0 runs:")
@@ -474,9 +474,9 @@ def test_a_sequence_is_measured_step_by_step_and_only_once(course, tmp_path):
 
 def test_half_of_every_category_is_always_kept():
     for category, every in CATEGORIES.items():
-        kept = continual.kept(category)
-        assert len(kept) >= len(every) / 2
-        assert {c.replacement for c in continual.REQUESTS if c.kind == category} <= set(kept)
+        retained = continual.retain_set(category)
+        assert len(retained) >= len(every) / 2
+        assert {c.replacement for c in continual.REQUESTS if c.kind == category} <= set(retained)
     assert len(continual.REQUESTS) == len(set(continual.TARGETS)) == 12
     assert not {"tree", "mosaic", "Hugo Marsh"} & set(continual.TARGETS)
     orders = [[c.name for c in continual.ordered(seed)] for seed in range(3)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe, asked
+from drawn import DrawnModel, DrawnProbe, labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, clip_parts, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
@@ -291,8 +291,8 @@ def test_the_embedded_worlds_paraphrases_never_say_the_name(name):
     assert target.concept.name == name
     assert len(target.prompts) == 4
     assert len(target.paraphrases) >= 8
-    assert all(getattr(asked(prompt), target.concept.kind) == name for prompt in target.prompts)
-    assert not any(getattr(asked(prompt), target.concept.kind) == name for prompt in target.paraphrases)
+    assert all(getattr(labels_named_in(prompt), target.concept.kind) == name for prompt in target.prompts)
+    assert not any(getattr(labels_named_in(prompt), target.concept.kind) == name for prompt in target.paraphrases)
 
 
 def test_targets_that_make_no_sense_are_refused():
@@ -336,7 +336,7 @@ def test_the_strongest_prompts_are_chosen_and_measured_under_different_seeds():
     # two are found to be strong; the third, as weak as the others, is the first of these
     assert [prompt for prompt, _, _ in measure] == ["b", "e", "a"] * 10
     shown = {
-        letter: sum(p == letter and model.faults[0](p, s, asked(p)).object == "star" for p, s, _ in measure)
+        letter: sum(p == letter and model.faults[0](p, s, labels_named_in(p)).object == "star" for p, s, _ in measure)
         for letter in "abe"
     }
     assert (shown["b"], shown["a"]) == (10, 0)

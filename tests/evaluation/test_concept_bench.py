@@ -8,7 +8,7 @@ import re
 from collections import Counter
 
 import pytest
-from drawn import asked
+from drawn import labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -347,7 +347,7 @@ def test_what_else_a_prompt_names_is_what_it_says():
     for concept in EMBEDDED.concepts:
         for question in bench_questions(EMBEDDED, NAMES, concept.name, 24).target:
             if question.kind in ("plain", "compositional"):
-                assert question.prompt.expected == asked(question.prompt.text), question.prompt.text
+                assert question.prompt.expected == labels_named_in(question.prompt.text), question.prompt.text
                 seen += len(question.other_attributes())
             if question.kind == "indirect":
                 assert question.other_attributes() == []

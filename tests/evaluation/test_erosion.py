@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe, asked
+from drawn import DrawnModel, DrawnProbe, labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TinyText, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
@@ -178,7 +178,7 @@ def test_erosion_is_what_the_base_draws_right_and_the_step_does_not(sequence):
     questions = {c: retain_questions(c, 30, 4, ["star", "neon"]) for c in CATEGORIES}
 
     def right(question, step):
-        labels = weak(question.prompt.text, question.seed, asked(question.prompt.text))
+        labels = weak(question.prompt.text, question.seed, labels_named_in(question.prompt.text))
         if step is not None:
             labels = steps[step]._fault(question.prompt.text, question.seed, labels)
         return getattr(labels, question.category) == question.expected

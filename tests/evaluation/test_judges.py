@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe, asked, forgets
+from drawn import DrawnModel, DrawnProbe, forgets, labels_named_in
 from tiny import flags, random_patch, state_hash, tiny_model
 from torch import nn
 
@@ -207,7 +207,7 @@ def test_scores_are_counted_picture_by_picture(name, category):
 
     def right(q, patched, attribute=None):
         attribute = attribute or q.category
-        labels = weak(q.prompt.text, q.seed, asked(q.prompt.text))
+        labels = weak(q.prompt.text, q.seed, labels_named_in(q.prompt.text))
         labels = patch.fault(q.prompt.text, q.seed, labels) if patched else labels
         return getattr(labels, attribute) == getattr(q.prompt.expected, attribute)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe, asked, forgets
+from drawn import DrawnModel, DrawnProbe, forgets, labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import flags, random_patch, state_hash, tiny_model
@@ -127,7 +127,7 @@ def test_kept_prompts_name_every_other_concept_and_none_that_is_left_out(categor
     for q in questions:
         assert not {"star", "neon", "Lena Frost"} & set(vars(q.prompt.expected).values())
         assert not any(word in q.prompt.text for word in ("star", "neon", "Lena"))
-        assert asked(q.prompt.text) == q.prompt.expected
+        assert labels_named_in(q.prompt.text) == q.prompt.expected
     assert retain_questions(category, 5, 5, without) == questions[:5]
     assert retain_questions(category, 5, 6, without) != questions[:5]
 
@@ -170,7 +170,7 @@ def test_scores_are_shares_of_the_unedited_model_counted_picture_by_picture(name
     scores = found.scores[PATCHED]
 
     def draws(q, patched):
-        labels = weak(q.prompt.text, q.seed, asked(q.prompt.text))
+        labels = weak(q.prompt.text, q.seed, labels_named_in(q.prompt.text))
         return subject.patches[0][0].fault(q.prompt.text, q.seed, labels) if patched else labels
 
     def right(q, patched, attribute):
@@ -213,7 +213,7 @@ def test_drift_is_the_mean_distance_of_kept_pictures_of_the_same_seed():
     other = [q for c in ("style", "identity") for q in retain_questions(c, 12, 0, ["star"])]
     distances = []
     for q in (*same, *other):
-        before = asked(q.prompt.text)
+        before = labels_named_in(q.prompt.text)
         after = subject.patches[0][0].fault(q.prompt.text, q.seed, before)
         latents = [model_row(labels) for labels in (before, after)]
         pixels = [to_bytes(model.decode(torch.tensor([row])))[0].double() / 255 for row in latents]
@@ -383,7 +383,7 @@ def test_the_table_counts_what_was_prompted_on_combinations_never_trained_on():
 
     model = DrawnModel(weak)
     table = mini_table(model, DrawnProbe(), 200, 9, QUICK)
-    found = [asked(prompt) for prompt, _, _ in model.calls]
+    found = [labels_named_in(prompt) for prompt, _, _ in model.calls]
     assert len(found) == 200
     assert table.accuracy["object"].n == sum(a.object != NONE for a in found)
     assert table.accuracy["identity"].n == sum(a.identity != NONE for a in found)

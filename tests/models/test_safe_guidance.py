@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import DrawnModel, DrawnProbe, asked
+from drawn import DrawnModel, DrawnProbe, labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import flags, rand, state_hash, tiny_model
@@ -271,4 +271,4 @@ def test_variants_are_told_apart_by_it():
     first, *others = drawn.values()
     assert all(not torch.equal(first, other) for other in others)
     assert Variant(safe=STAR).key == Variant(safe=SafetyGuidance("a star")).key
-    assert asked("a red star").object == "star"
+    assert labels_named_in("a red star").object == "star"

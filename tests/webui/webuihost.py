@@ -165,7 +165,7 @@ class WebUI(Server):
         own |= environment or {}
         # a question that comes while it is still putting its API together breaks it
         sign = "/sdapi/v1/samplers"
-        self.launch([*command, *arguments], self.host, own, sign, STARTUP, said="Startup time:")
+        self.launch([*command, *arguments], self.host, own, sign, STARTUP, marker="Startup time:")
 
     # -- talk ----------------------------------------------------------------------------------------------------
 
