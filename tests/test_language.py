@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # replaced by: replace_phrase, RETAIN_POOL, ProgressText, RequestRecord, JointRequests, HostLatentDiffusion,
 # host weights, detached_view, BatchSampler, null_space_projection, retain_basis, captured activations, AttackContext,
-# Evaluators, PatchStore, job heartbeat
+# Evaluators, PatchStore, job heartbeat, required_request_inputs, optional_request_inputs, fit_context,
+# usual_size_and_guidance, PLAIN_DTYPES, ConceptPreview, fisher_measurement, differentiable_copy, RequestSequence,
+# fullest_request
 REPLACED = frozenset(
     [
         "said_instead",
@@ -51,6 +53,23 @@ REPLACED = frozenset(
         "FEWEST_IMAGES",
         "Forgetting",
         "Evaluating",
+        "asked_inputs",
+        "more_inputs",
+        "at_work",
+        "habits",
+        "PLAIN",
+        "_InWords",
+        "_carried",
+        "_lent",
+        "Fading",
+        "asked_fisher",
+        "opened_text",
+        "_complain",
+        "_quieten",
+        "SPOKEN",
+        "doomed",
+        "Course",
+        "dealt",
     ]
 )
 

@@ -308,7 +308,7 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
     text = (tmp_path / "out.csv").read_text()
     status, model, said = command(*wanted, "--concept", "star")
     assert (status, model.drawn.calls) == (0, [])
-    assert "0 runs added" in said.err
+    assert "0 runs completed" in said.err
     assert (tmp_path / "out.csv").read_text() == text
 
     command(*wanted, "--concept", "star", "--concept", "fish")
@@ -454,9 +454,9 @@ def test_a_sequence_is_measured_step_by_step_and_only_once(course, tmp_path):
     fits = []
     original = continual.History.forget
 
-    def counted(self, model, request, *rest):
-        fits.append(request.concepts[0].name)
-        return original(self, model, request, *rest)
+    def counted(self, model, plan, *rest):
+        fits.append(plan.request.concepts[0].name)
+        return original(self, model, plan, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continual.History, "forget", counted)

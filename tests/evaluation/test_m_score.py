@@ -282,10 +282,10 @@ def test_pictures_that_do_not_fit_are_said(model):
 
 
 def test_every_concept_is_forgotten_by_one_patch_and_kept_by_the_next():
-    groups = bench.dealt()
+    groups = bench.patch_groups()
     names = [concept.name for group in groups for concept in group]
     known = {word.name for words in CATEGORIES.values() for word in words}
-    assert sorted(names) == sorted(known - set(bench.CHOSE))
+    assert sorted(names) == sorted(known - set(bench.TUNED_ON))
     for group in groups:
         assert {concept.kind for concept in group} == set(CATEGORIES)
         gone = {concept.name for concept in group}
@@ -312,7 +312,7 @@ def test_the_measured_table_separates_forgotten_from_kept():
         found = list(csv.DictReader(file))
     assert list(found[0]) == bench.COLUMNS
     assert len({row["concept"] for row in found if row["state"] == "forgotten"}) >= 20
-    assert not {row["concept"] for row in found} & set(bench.CHOSE)
+    assert not {row["concept"] for row in found} & set(bench.TUNED_ON)
     drops: dict[tuple[str, str], list[float]] = {}
     for row in found:
         if row["pictures"] == "rendered":  # drawn ones are there for fewer concepts

@@ -539,7 +539,7 @@ def brief(monkeypatch):
 
 def test_a_training_that_is_watched_is_the_one_that_is_not(brief):
     settings = replace(QUICK, gradient="restricted_step")
-    watch = bench.watched(tiny_model(), STAR, settings, seed=3, margin=MARGIN)
+    watch = bench.observe(tiny_model(), STAR, settings, seed=3, margin=MARGIN)
     others = tuple(word.name for word in CATEGORIES["object"] if word.name != "star")
     request = ForgetRequest((STAR,), others, "forget_me_not", seed=3)
     plain = ForgetMeNot().train_patch(tiny_model(), request, settings, None, Inputs())
@@ -548,17 +548,17 @@ def test_a_training_that_is_watched_is_the_one_that_is_not(brief):
     for key, factor in plain.factors.items():
         assert torch.equal(seen[key].up, factor.up) and torch.equal(seen[key].down, factor.down)
     assert len(watch.steps) == len({w.before["forget"] for w in watch.steps}) == 2
-    other = bench.watched(tiny_model(), STAR, settings, seed=3, margin=0.0)
+    other = bench.observe(tiny_model(), STAR, settings, seed=3, margin=0.0)
     assert other.steps[0].before == watch.steps[0].before and other.held_out[1] != watch.held_out[1]
 
 
 def test_the_losses_are_worked_out_again_on_the_very_same_batch(brief):
     """A step too small to be felt leaves both bit for bit, though every batch is another; a large one does not."""
-    still = bench.watched(tiny_model(), STAR, replace(QUICK, optimiser="sgd", lr=1e-7, clip_norm=1e-6), seed=0)
+    still = bench.observe(tiny_model(), STAR, replace(QUICK, optimiser="sgd", lr=1e-7, clip_norm=1e-6), seed=0)
     assert all(w.after == w.before for w in still.steps) and still.held_out[0] == still.held_out[1]
     row = bench.row_of(still, {})
     assert row["forget_rose"] == row["retain_rose"] == row["either_rose"] == 0
-    moved = bench.watched(tiny_model(), STAR, QUICK, seed=0)
+    moved = bench.observe(tiny_model(), STAR, QUICK, seed=0)
     assert all(w.after["forget"] < w.before["forget"] and w.after["retain"] > w.before["retain"] for w in moved.steps)
     row = bench.row_of(moved, {"seed": 0})
     assert (row["seed"], row["forget_rose"], row["retain_rose"], row["either_rose"]) == (0, 0, 1, 1)
@@ -578,4 +578,4 @@ def test_the_summary_pools_trainings_and_says_how_many_steps_are_left():
     rows = [*sums, row("restricted_step", "0.3", "2", "0.2", "60")]
     text = bench.summary(rows)
     assert "| sum | 90 | 0.0% | 80.0% | 80.0% |" in text
-    assert "20.0% of the steps against 80.0% with the sum: 0.25 of it" in text
+    assert "20.0% of the steps against 80.0% with the sum: 0.25 times as often" in text
