@@ -6,6 +6,8 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 PIP_ARGS ?=
+# the torch of this environment; the package itself takes any from 2.1 on, and PyPI's newest for Linux brings all of CUDA
+TORCH ?= torch==2.13.*
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -39,6 +41,7 @@ lint: $(READY)
 # locales and help pages, generated from nodes and settings
 generated: $(READY)
 	$(BIN)/python -m forget_concept.nodes.generate
+	$(BIN)/python docs/make_api.py
 
 format: $(READY)
 	$(BIN)/python -m ruff check --fix .
@@ -48,7 +51,7 @@ format: $(READY)
 $(READY): pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 was found: install one, or name one with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e '.[torch,cli,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) '$(TORCH)' -e '.[cli,dev]'
 	@# the original LDM UNet, for tests; --no-deps, because it pins versions that are years old
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps stable-diffusion-sdkit==2.1.5
 	@# mypy finds the package through this link, whatever the repository's folder is called

@@ -1,3 +1,3 @@
 """The one place the version is written; patches carry it in their metadata."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -40,7 +40,7 @@ def tree() -> list[str]:
 
 def packaged(name: str) -> bool:
     path = Path(name)
-    return path.parts[0] in FOLDERS if len(path.parts) > 1 else path.suffix == ".py"
+    return path.parts[0] in FOLDERS if len(path.parts) > 1 else path.suffix == ".py" or name == "py.typed"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_tree_byte_for_byte(wheel):
     assert set(inside) == set(expected)
     different = [name for name, source in expected.items() if inside[name] != (ROOT / source).read_bytes()]
     assert not different
-    for needed in ("core/request/request.schema.json", "core/cli/__init__.py", "nodes/host/__init__.py"):
+    for needed in ("py.typed", "core/request/request.schema.json", "core/cli/__init__.py", "nodes/host/__init__.py"):
         assert f"forget_concept/{needed}" in inside
 
 
@@ -112,6 +112,14 @@ class Absent:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Absent())
 import forget_concept, forget_concept.core, forget_concept.core.request.request
+assert forget_concept.__version__ and "fit" in dir(forget_concept)
+assert not hasattr(forget_concept, "NODE_CLASS_MAPPINGS")
+try:
+    forget_concept.fit
+except ModuleNotFoundError as error:
+    assert error.name in ("torch", "numpy"), error
+else:
+    raise SystemExit("fit needs no torch?")
 from forget_concept.core import cli
 sys.exit(cli.main(["methods"]))
 """
@@ -132,25 +140,72 @@ def _named(requirement: str) -> str:
     return re.split(r"[^A-Za-z0-9._-]", requirement.strip(), maxsplit=1)[0].lower()
 
 
-def test_a_host_is_asked_for_next_to_nothing(settings, wheel):
+def _bounds(requirement: str) -> str:
+    return requirement.strip()[len(_named(requirement)) :].strip()
+
+
+# what this machine's webui pins (A1111 1.10 and Forge, requirements_versions.txt): the oldest that a host has
+PINNED = {"einops": "0.4.1", "safetensors": "0.4.2"}
+
+
+def test_a_host_is_asked_for_next_to_nothing():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = {_named(line) for line in lines if line.strip() and not line.startswith("#")}
-    assert wanted == {_named(item) for item in settings["project"]["dependencies"]}
-    # installation must not change any of these in a host's environment
-    assert not wanted & {
-        "torch",
-        "torchvision",
-        "transformers",
-        "diffusers",
-        "gradio",
-        "numpy",
-        "pydantic",
-        "accelerate",
-    }
+    wanted = {_named(line): _bounds(line) for line in lines if line.strip() and not line.startswith("#")}
+    # a bound that every host's own version meets moves none of them
+    assert wanted == {name: f">={version}" for name, version in PINNED.items()}
+
+
+def test_the_package_states_lower_bounds_only(settings, wheel):
+    project = settings["project"]
+    wanted = {_named(item): _bounds(item) for item in project["dependencies"]}
+    assert set(wanted) == {"comfyui-frontend-package", "einops", "numpy", "peft", "safetensors"}
+    every = [*project["dependencies"], *(item for items in project["optional-dependencies"].values() for item in items)]
+    for item in every:
+        assert re.fullmatch(r">=[0-9.]+|", re.sub(r"^\[.*\]", "", _bounds(item))), item
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))).decode()
     always = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert {_named(line.partition(":")[2]) for line in always} == wanted
+    assert {_named(line.partition(":")[2]) for line in always} == set(wanted)
+
+
+def test_only_one_file_imports_peft():
+    found = [
+        name
+        for name in tree()
+        if name.endswith(".py") and packaged(name)
+        if re.search(r"^\s*(import peft|from peft)\b", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert found == ["core/formats/peft.py"]
+
+
+# packages of an environment that has a torch and a front end of its own: older than the newest of each
+PRESENT = ("torch", "comfyui-frontend-package==1.37.11", "transformers==4.57.6", "accelerate==1.10.1", "numpy==1.26.4")
+
+
+@pytest.mark.long
+def test_installing_the_wheel_moves_nothing_that_is_there(wheel, tmp_path):
+    def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(interpreter), "-m", "pip", "--disable-pip-version-check", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def frozen() -> dict[str, str]:
+        lines = pip("freeze").stdout.splitlines()
+        return {line.partition("==")[0].partition(" @ ")[0].lower(): line for line in lines}
+
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    interpreter = next((tmp_path / "env").glob("*/python*"))
+    # this environment's torch, so that no other one is downloaded
+    torch = f"torch=={importlib.metadata.version('torch')}"
+    made = pip("install", "--quiet", torch, *PRESENT[1:])
+    if made.returncode:
+        pytest.skip(f"no environment to install over: {made.stderr.strip().splitlines()[-1]}")
+    before = frozen()
+    assert {_named(name).lower() for name in PRESENT} <= set(before)
+    done = pip("install", "--quiet", str(wheel))
+    assert done.returncode == 0, done.stderr
+    after = frozen()
+    assert {name: line for name, line in after.items() if name in before} == before
+    assert {"forget-concept", "peft", "einops"} <= set(after)
 
 
 # what a host brings, by the folder that is its door
@@ -211,6 +266,12 @@ def test_the_registry_gets_what_it_wants(settings):
     assert "comfyui" not in project["name"].lower()
     assert comfy["PublisherId"]
     assert comfy["DisplayName"]
+    # the registry reads the front ends that the pages fit from this line, and takes it out
+    assert [item for item in project["dependencies"] if item.startswith("comfyui-frontend-package>=")]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    from forget_concept import __version__
+
+    assert f"## [{__version__}]" in changes
     from forget_concept.core.version import VERSION
 
     assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)

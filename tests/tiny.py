@@ -129,9 +129,9 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 def clip_files(folder: Path) -> Path:
     """A byte-complete CLIP vocabulary with three merges, in ``folder``."""
-    from transformers.models.clip.tokenization_clip import bytes_to_unicode
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    letters = list(bytes_to_unicode().values())
+    letters = sorted(ByteLevel.alphabet())  # one for each byte
     tokens = letters + [letter + "</w>" for letter in letters]
     merges = ["s t", "a r</w>", "st ar</w>"]
     tokens += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]

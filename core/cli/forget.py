@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise RequestError(f"The method '{patch.about.method}' produces no context map: leave out --context-map.")
     kohya.save(patch, out, model.survey, dtype)
     if args.context_map is not None:
-        context_map.save(patch, args.context_map, dtype)
+        context_map.save(patch, args.context_map, dtype=dtype)
     console.say(f"Forgot {concepts_text(request)} with {request.method} ({request.preset}) in {seconds:.2f} s.")
     console.say(f"{out}: {len(patch)} layers, rank {patch.rank}, {out.stat().st_size:,} bytes")
     if args.context_map is not None:

@@ -1,4 +1,9 @@
-"""Patches as files: kohya LoRA, which hosts load, and the context map, the smallest form of a closed-form edit."""
+"""Patches as files: kohya LoRA (what hosts load), peft adapter folders (what diffusers and peft load), and the context
+map (the smallest form of a closed-form edit).
+
+Importing this room registers its formats with :mod:`..patch.outlets`, where :meth:`Patch.save` and
+:meth:`Patch.apply` find them.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,13 @@ from ..files.safetensors_io import read_metadata
 from ..models.unet import UNetSurvey
 from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
-from . import context_map, kohya
+from . import context_map, kohya, peft
 
-__all__ = ["context_map", "kohya", "load_patch"]
+__all__ = ["context_map", "kohya", "load_patch", "peft"]
 
 
 def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
-    """Read a patch from a file of any format.
+    """Read a patch from a file of any format, or from a peft adapter folder.
 
     Args:
         path: The file.
@@ -24,6 +29,8 @@ def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -
     Raises:
         PatchError: The file cannot be read, or is a context map and ``survey`` is missing.
     """
+    if os.path.isdir(path):
+        return peft.load(path, survey)
     if PatchMetadata.from_strings(read_metadata(path)).format != context_map.FORMAT:
         return kohya.load(path, survey)
     if survey is None:

@@ -17,6 +17,7 @@ from ..files.safetensors_io import read_safetensors, write_safetensors
 from ..models.unet import UNetSurvey
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
+from ..patch.outlets import saves_as
 from ..patch.patch import Patch
 
 __all__ = ["FORMAT", "expand", "load", "save"]
@@ -25,7 +26,13 @@ _UP, _DOWN = "context_map.up", "context_map.down"
 FORMAT = "context_map"
 
 
-def save(patch: Patch, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+@saves_as("context-map")
+def save(
+    patch: Patch,
+    path: str | os.PathLike[str],
+    survey: UNetSurvey | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write the context map of a patch.
 
     Raises:

@@ -20,6 +20,7 @@ from ..files.safetensors_io import read_safetensors, write_safetensors
 from ..models.unet import UNetSurvey, canonical_from_ldm, ldm_from_canonical
 from ..patch.low_rank import LowRank
 from ..patch.metadata import kohya_metadata
+from ..patch.outlets import saves_as
 from ..patch.patch import Patch
 
 __all__ = ["from_state", "load", "save", "to_state"]
@@ -69,6 +70,7 @@ def to_state(
     return state
 
 
+@saves_as("kohya")
 def save(
     patch: Patch,
     path: str | os.PathLike[str],

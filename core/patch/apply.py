@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from .low_rank import LowRank
 
-__all__ = ["PatchHandle"]
+__all__ = ["PatchHandle", "Removable"]
+
+
+class Removable(Protocol):
+    """What a handle takes off: torch's ``RemovableHandle``, or an adapter."""
+
+    def remove(self) -> None: ...
 
 
 class PatchHandle:
     """An applied patch; :meth:`remove` or leaving a ``with`` block removes it."""
 
     def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[Removable] = []
 
-    def add(self, hook: RemovableHandle) -> None:
+    def add(self, hook: Removable) -> None:
         """Register one more hook to remove."""
         self._hooks.append(hook)
 

@@ -5,23 +5,35 @@ A :class:`Patch` is applied by forward hooks, not by changing weights, so removi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError, listed
+from ..models.latent_diffusion import LatentDiffusion
 from ..models.unet import UNetSurvey, survey
 from ..request.request import check_patch_strength
 from .apply import PatchHandle, _Delta
 from .low_rank import LowRank
 from .metadata import CombinedPart, PatchMetadata
+from .outlets import attacher, saver
 
-__all__ = ["Patch", "survey_of"]
+__all__ = ["Patch", "Pipeline", "survey_of"]
+
+ADAPTER = "forget-concept"
+
+
+class Pipeline(Protocol):
+    """A diffusers pipeline, as far as a patch needs one."""
+
+    @property
+    def unet(self) -> Any: ...
 
 
 def survey_of(unet: nn.Module | UNetSurvey) -> UNetSurvey:
@@ -181,22 +193,46 @@ class Patch:
             if not (torch.isfinite(factor.up).all() and torch.isfinite(factor.down).all()):
                 raise PatchError(f"This patch is damaged: it holds NaN or infinite values at {key}.")
 
-    def apply(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> PatchHandle:
-        """Apply the patch by forward hooks; several applied patches add up.
+    def apply(
+        self,
+        model: LatentDiffusion | nn.Module | UNetSurvey | Pipeline,
+        strength: float = 1.0,
+        *,
+        name: str | None = None,
+    ) -> PatchHandle:
+        """Put the patch on a model until it is removed; the weights stay untouched, and several patches add up.
+
+        On a diffusers pipeline, or wherever a ``name`` is given, the patch is a peft adapter: ``set_adapters``,
+        ``delete_adapters`` and ``get_list_adapters`` know it by its name, and adapters that are active stay active.
+        Without a name, a loaded model or a raw UNet gets forward hooks, which need no peft.
 
         Args:
-            unet: The UNet, or its survey.
-            strength: Factor of the edit.
+            model: a loaded model, a raw UNet (diffusers or LDM naming) or a diffusers pipeline.
+            strength: factor of the edit; 0 is none, and negative values do the opposite.
+            name: of the peft adapter; on a pipeline ``"forget-concept"`` by default.
 
         Returns:
-            A handle whose ``remove()`` removes the patch.
+            A handle: ``handle.remove()`` takes the patch off, and so does leaving a ``with`` block.
 
         Raises:
-            PatchError: As :meth:`check_fits`, or ``strength`` is not from -10 to 10; nothing is applied then.
+            PatchError: as :meth:`check_fits`, for a strength that is not from -10 to 10, or for a name that is taken;
+                nothing is put on then.
         """
+        check_patch_strength(strength)
+        if isinstance(model, (LatentDiffusion, nn.Module, UNetSurvey)):
+            unet: Any = model if isinstance(model, (nn.Module, UNetSurvey)) else model.survey
+        else:
+            unet = getattr(model, "unet", None)
+            if not isinstance(unet, nn.Module):
+                raise PatchError(
+                    f"A patch cannot be applied to a {type(model).__name__}, which has no UNet: give a loaded model, a "
+                    "UNet or a diffusers pipeline of Stable Diffusion."
+                )
+            name = ADAPTER if name is None else name
+        if name is not None:
+            return attacher()(self, unet.unet if isinstance(unet, UNetSurvey) else unet, name, strength)
         found = survey_of(unet)
         self.check_fits(found)
-        check_patch_strength(strength)
         handle = PatchHandle()
         try:
             for key, factor in self.factors.items():
@@ -215,6 +251,28 @@ class Patch:
             yield
         finally:
             handle.remove()
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        format: str = "kohya",
+        dtype: torch.dtype = torch.float32,
+        survey: UNetSurvey | None = None,
+    ) -> None:
+        """Write the patch, whole or not at all.
+
+        Args:
+            path: the ``.safetensors`` file, or the folder of a peft adapter.
+            format: ``"kohya"`` (a LoRA file that every host and diffusers load), ``"peft"`` (an adapter folder) or
+                ``"context-map"`` (the smallest form of a closed-form edit).
+            dtype: of the values in the file.
+            survey: gives the LDM names of an SDXL-shaped UNet that does not have two layers a block.
+
+        Raises:
+            PatchError: the format is not known, the patch cannot be written in it (no context map, values that do not
+                fit into ``dtype``), or the place cannot be written.
+        """
+        saver(format)(self, path, survey=survey, dtype=dtype)
 
     def merged_state(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> dict[str, Tensor]:
         """The edited weights as new tensors; the UNet is not changed.

@@ -51,9 +51,9 @@ def parts(shapes: ldm.Shapes) -> ldm.Parts:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     text = CLIPTextModel(CLIPTextConfig(**ldm.text_config(300, shapes.text)))
-    return ldm.Parts(
-        unet(dict(shapes.unet)).state_dict(), autoencoder(dict(shapes.vae)).state_dict(), text.state_dict(), shapes
-    )
+    # transformers 5 leaves the prefix out of the names
+    words = {"text_model." + name.removeprefix("text_model."): t for name, t in text.state_dict().items()}
+    return ldm.Parts(unet(dict(shapes.unet)).state_dict(), autoencoder(dict(shapes.vae)).state_dict(), words, shapes)
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
