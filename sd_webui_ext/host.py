@@ -333,7 +333,7 @@ def _text(model: Any, found: UNetSurvey) -> WebText:
             return states, None
         return states["crossattn"], states["vector"][:, :-_SIZES]
 
-    text = WebText(engine, engine.hijack.embedding_db, encode, layer, shared.opts.emphasis == "None")
+    text = WebText(engine, [engine.hijack.embedding_db], encode, layer, shared.opts.emphasis == "None")
     text.check_fits(found)
     return text
 

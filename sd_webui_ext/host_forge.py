@@ -367,7 +367,8 @@ def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
             others, vector = second(prompts)
             return torch.cat([states, others], 2), vector
 
-    text = WebText(engine, engine.embeddings, encode, layer, shared.opts.emphasis == "None")
+    embeddings = [one.embeddings for one in (engine, second) if one is not None]
+    text = WebText(engine, embeddings, encode, layer, shared.opts.emphasis == "None")
     text.check_fits(found)
     return text
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..core.errors import ModelError, TokenError
+from ..core.errors import ModelError
 from ..core.models.text_encoders import TextStates
 from ..core.models.unet import UNetSurvey
 
@@ -26,12 +27,28 @@ def literal(text: str) -> str:
     return re.sub(r"\bBREAK\b", "break", escaped)
 
 
+@contextmanager
+def _without(embeddings: Any) -> Iterator[None]:
+    """Inside a ``with`` block, a database of textual inversions finds none.
+
+    The database itself stays as it is, because the page may reload or list it at the same time.
+    """
+    embeddings.find_embedding_at_position = lambda tokens, offset: (None, None)
+    try:
+        yield
+    finally:
+        del embeddings.find_embedding_at_position
+
+
 class WebText:
     """A webui's text encoder as the core's. Only the first section of 77 tokens is used.
 
+    Every prompt is read as words: a word that is also the name of a textual inversion keeps its meaning in prompts that
+    no person wrote. :meth:`reserved` finds such names in what a person wrote, where the word would mean the vectors.
+
     Args:
         engine: The host's chunking encoder; the first one if there are two.
-        embeddings: The host's database of textual inversions.
+        embeddings: The host's databases of textual inversions, one for each encoder that has its own.
         encode: Encodes prompts to states ``(n, 77·sections, d)`` and pooled vectors ``(n, d)`` or ``None``.
         layer: Which hidden states are used, in the core's notation.
         plain: Whether the host's prompt syntax is disabled.
@@ -43,13 +60,14 @@ class WebText:
     def __init__(
         self,
         engine: Any,
-        embeddings: Any,
+        embeddings: Sequence[Any],
         encode: Callable[[list[str]], tuple[Any, Any]],
         layer: str,
         plain: bool = False,
     ) -> None:
         self.layer = layer
-        self._engine, self._embeddings, self._encode, self._plain = engine, embeddings, encode, plain
+        self._engine, self._encode, self._plain = engine, encode, plain
+        self._embeddings = list({id(one): one for one in embeddings}.values())
 
     def check_fits(self, found: UNetSurvey) -> None:
         """Check that the states have the width that a UNet expects.
@@ -67,32 +85,40 @@ class WebText:
     def _prompt(self, text: str) -> str:
         return text if self._plain else literal(text)
 
+    @contextmanager
+    def _words_only(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for embeddings in self._embeddings:
+                stack.enter_context(_without(embeddings))
+            yield
+
+    def reserved(self, phrase: str) -> str | None:
+        """The name of the first textual inversion that a phrase calls in a prompt, or ``None``."""
+        ids = self.phrase_ids(phrase)
+        for embeddings in self._embeddings:
+            for at in range(len(ids)):
+                embedding, _ = embeddings.find_embedding_at_position(ids, at)
+                if embedding is not None:
+                    return str(embedding.name)
+        return None
+
     def phrase_ids(self, phrase: str) -> list[int]:
         text = phrase if self._plain else _ESCAPED.sub(r"\1", phrase)
-        ids = [int(token) for token in self._engine.tokenize([text])[0]]
-        for at in range(len(ids)):
-            embedding, _ = self._embeddings.find_embedding_at_position(ids, at)
-            if embedding is not None:
-                raise TokenError(
-                    f"'{embedding.name}' is the name of a textual inversion, which the webui replaces by its vectors: "
-                    "use other words, or move the file out of the embeddings folder."
-                )
-        return ids
+        return [int(token) for token in self._engine.tokenize([text])[0]]
 
     def token_ids(self, prompt: str) -> list[int]:
-        self.phrase_ids(prompt)
-        ids = [int(token) for token in self._engine.tokenize_line(self._prompt(prompt))[0][0].tokens]
+        with self._words_only():
+            ids = [int(token) for token in self._engine.tokenize_line(self._prompt(prompt))[0][0].tokens]
         if self._engine.id_pad != self._engine.id_end:
             end = ids.index(self._engine.id_end)
             ids[end + 1 :] = [self._engine.id_pad] * (len(ids) - end - 1)
         return ids
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        for prompt in prompts:
-            self.phrase_ids(prompt)
         found = []
         for i in range(0, len(prompts), self._AT_ONCE):
-            states, pooled = self._encode([self._prompt(prompt) for prompt in prompts[i : i + self._AT_ONCE]])
+            with self._words_only():
+                states, pooled = self._encode([self._prompt(prompt) for prompt in prompts[i : i + self._AT_ONCE]])
             # cloned outside of inference mode, it is an ordinary tensor
             first = states[:, : self.max_length].clone()
             found.append(TextStates(first, None if pooled is None else pooled.clone()))

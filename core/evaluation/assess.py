@@ -18,6 +18,7 @@ from ..errors import ForgetConceptError, RequestError, listed
 from ..files.workspace import Workspace
 from ..mini.probe import Probe
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import check_words
 from ..models.token_positions import token_positions
 from ..patch.patch import Patch
 from ..progress import Progress
@@ -193,12 +194,14 @@ def assess(
     Raises:
         RequestError: If the judge or the benchmark does not know a concept, or the settings are invalid.
         PatchError: If a patch does not fit the model.
+        TokenError: If a concept is the name of a textual inversion in this host.
         Cancelled: If ``progress`` cancels.
     """
     settings = settings or EvaluationSettings()
     names = list(dict.fromkeys(concepts))
     if not names:
         raise RequestError("There is no concept to evaluate: name at least one.")
+    check_words(model.text, names)
     check_baselines(settings.baselines)
     for patch, _ in patches:
         patch.check_fits(model.survey)

@@ -8,12 +8,14 @@ from ..errors import PatchError, RequestError
 from ..models.finite import check_weights
 from ..models.images import check_images, load_images, picture_size
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.text_encoders import check_words
 from ..models.token_positions import end_position
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..request.concept import normalized_phrase
 from ..request.plan import Plan
 from ..request.request import ForgetRequest
+from ..request.settings import describe_settings
 from ..version import VERSION
 from .base import Inputs
 from .registry import get
@@ -47,6 +49,20 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
     return dataclasses.replace(inputs, images=images)
 
 
+def _written_words(plan: Plan) -> list[str]:
+    """All words in a request that a person wrote: names, replacements, the retain set, and texts in its settings."""
+    request = plan.request
+    words = [phrase for concept in request.concepts for phrase in (concept.name, concept.replacement or "")]
+    words += request.preserve
+    for info in describe_settings(plan.method.Settings):
+        # what a preset says is not the person's
+        if info.name in request.settings and info.kind in ("line", "lines") and not info.choices:
+            value = getattr(plan.settings, info.name) or ()
+            texts = (value,) if isinstance(value, str) else value
+            words += [text.replace("{}", " ") for text in texts]
+    return [text for text in words if text.strip()]
+
+
 def fit(
     model: LatentDiffusion,
     plan: Plan,
@@ -73,6 +89,7 @@ def fit(
     """
     request, method = plan.request, get(plan.request.method)
     check_weights(model)
+    check_words(model.text, _written_words(plan))
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises if the phrase alone is too long for the text encoder

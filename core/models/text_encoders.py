@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import ForgetConceptError, ModelError
+from ..errors import ForgetConceptError, ModelError, TokenError
 
-__all__ = ["ENCODE_ROWS", "CLIPText", "EncodedPrompts", "SDXLText", "TextEncoder", "TextStates", "encode_prompts"]
+__all__ = [
+    "ENCODE_ROWS",
+    "CLIPText",
+    "EncodedPrompts",
+    "SDXLText",
+    "TextEncoder",
+    "TextStates",
+    "check_words",
+    "encode_prompts",
+]
 
 # prompts per call of a text encoder; a batch of another size may round differently
 ENCODE_ROWS = 8
@@ -62,6 +71,27 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """Text states of the prompts, one row per prompt, without gradient."""
+
+
+def check_words(encoder: TextEncoder, phrases: Iterable[str]) -> None:
+    """Check that phrases a person wrote mean words in this host's prompts.
+
+    An encoder may have a method ``reserved(phrase) -> str | None``: a name in the phrase for which the host would put
+    in the vectors of a textual inversion. Prompts that no person wrote are not checked: ``encode`` reads them as words.
+
+    Raises:
+        TokenError: A phrase contains such a name.
+    """
+    reserved: Callable[[str], str | None] | None = getattr(encoder, "reserved", None)
+    if reserved is None:
+        return
+    for phrase in phrases:
+        if (name := reserved(phrase)) is not None:
+            where = "" if name == phrase else f" in '{phrase}'"
+            raise TokenError(
+                f"'{name}'{where} is the name of a textual inversion, which this host replaces by its vectors: use "
+                "other words, or move the file out of the embeddings folder."
+            )
 
 
 @torch.no_grad()

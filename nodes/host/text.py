@@ -52,6 +52,11 @@ class HostText:
             return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
         return f"clip_skip={1 if index is None else -index},final_norm"
 
+    def reserved(self, phrase: str) -> str | None:
+        """The first textual inversion that a phrase calls by the host's syntax, or ``None``."""
+        # the host drops the name of a missing file without an error
+        return next((word for word in phrase.split() if word.startswith("embedding:")), None)
+
     def modules(self) -> list[torch.nn.Module]:
         """The modules whose weights the states come from."""
         return [self._clip.patcher.model]

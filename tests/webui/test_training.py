@@ -61,6 +61,33 @@ def test_a_textual_inversion_cannot_stand_for_words(webui: WebUI) -> None:
         webui.draw(PROMPT)
 
 
+def test_a_built_in_word_may_be_a_textual_inversion(webui: WebUI) -> None:
+    """Nobody wrote it: the patch is the same as without the file, and the webui itself goes on using it."""
+    if webui.kind == "forge":
+        pytest.skip("Forge takes textual inversions of SD1's width only, and this model is a small one")
+    from forget_concept.core.formats import kohya
+
+    words = ("sketch", "photo", "house", "red")
+    files = [webui.folder / "embeddings" / f"{word}.safetensors" for word in words]
+    webui.draw(PROMPT)
+    webui.probe("forget", name="without_them")
+    plain = webui.draw("a sketch of a house").pixels
+    try:
+        for file in files:
+            save_file({"emb_params": torch.zeros(1, 192)}, file)
+        with_them = webui.draw("a sketch of a house").pixels  # this makes the webui look
+        assert with_them != plain
+        webui.probe("forget", name="with_them")
+        assert webui.draw("a sketch of a house").pixels == with_them
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+        webui.draw(PROMPT)
+    a, b = (kohya.load(webui.loras / f"{name}.safetensors") for name in ("without_them", "with_them"))
+    for key, factor in a.factors.items():
+        assert torch.equal(factor.up, b.factors[key].up) and torch.equal(factor.down, b.factors[key].down), key
+
+
 def test_it_is_the_embedded_model_bit_for_bit_but_for_the_arithmetic(webui: WebUI, untouched: None) -> None:
     """The very latents of the same seed here, out of the files of the package; gradients against differences."""
     from forget_concept.core import mini
