@@ -24,6 +24,12 @@ from .unet import PROJECTIONS, UNetSurvey, survey
 __all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# α̅ below which a schedule ends in pure noise; implementations write 0, 2⁻²⁴ or 5e-8 there
+_PURE_NOISE = 1e-6
+# DPM-Solver++ needs a finite signal-to-noise ratio; diffusers' value
+_LEAST_ALPHA = 2.0**-24
+# below this α̅ a predicted noise no longer tells x_0 in single precision, and the predicted v does
+_NOISY = 1e-3
 SAMPLERS = ("ddim", "dpm++")
 
 
@@ -56,6 +62,7 @@ class LatentDiffusion:
         model_hash: str | None = None,
         eps_model: Callable[[Tensor, Tensor, TextStates], Tensor] | None = None,
         guidance: float = 7.5,
+        spacing: str = "leading",
     ) -> None:
         """Wrap the parts of a model.
 
@@ -70,13 +77,20 @@ class LatentDiffusion:
             model_hash: :attr:`model_hash`, if it is known already.
             eps_model: ``(x, t, states) -> raw prediction``; replaces the call of the raw UNet where a host has its own.
             guidance: Usual guidance scale of this model.
+            spacing: Usual spacing of the sampler's time steps, as in :meth:`timesteps`.
 
         Raises:
-            ModelError: If the prediction type is not supported.
+            ModelError: If the prediction type is not supported, or it predicts noise under a schedule that ends in pure
+                noise.
         """
         if prediction_type not in PREDICTION_TYPES:
             raise ModelError(
                 f"This model predicts '{prediction_type}'; only {' and '.join(PREDICTION_TYPES)} models are supported."
+            )
+        if prediction_type == "epsilon" and float(alphas_cumprod[-1]) < _PURE_NOISE:
+            raise ModelError(
+                f"The noise schedule of '{name}' ends in pure noise (zero terminal SNR), where a prediction of the "
+                "noise says nothing about the picture: load it as a v-prediction model, or without the rescaled schedule."
             )
         self.unet, self.text, self.vae = unet, text, vae
         self.alphas_cumprod = alphas_cumprod.detach().float().cpu()
@@ -86,6 +100,7 @@ class LatentDiffusion:
         self._known_hash = model_hash
         self._call = eps_model
         self.guidance = guidance
+        self.spacing = spacing
 
     # -- properties ----------------------------------------------------------------------------------------------
 
@@ -143,15 +158,19 @@ class LatentDiffusion:
         Returns:
             fp32, like ``x``.
         """
+        out = self._predict(x, timesteps, states)
+        if self.prediction_type == "epsilon":
+            return out
+        alpha = self._alpha(timesteps.expand(x.shape[0]), out)
+        return alpha.sqrt() * out + (1 - alpha).sqrt() * x.to(out.device).float()
+
+    def _predict(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        """The model's own prediction, ``ε`` or ``v``, fp32."""
         timesteps = timesteps.to(self.device).expand(x.shape[0])
         x = x.to(self.device)
         states = states.to(self.device, self.dtype)
         call = self._call or self._raw_prediction
-        out = call(x.to(self.dtype), timesteps, states).float()
-        if self.prediction_type == "epsilon":
-            return out
-        alpha = self._alpha(timesteps, x)
-        return alpha.sqrt() * out + (1 - alpha).sqrt() * x.float()
+        return call(x.to(self.dtype), timesteps, states).float()
 
     def _raw_prediction(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
         pooled = states.pooled
@@ -213,7 +232,7 @@ class LatentDiffusion:
         until: int | None = None,
         progress: Progress | None = None,
         batch: int = 16,
-        spacing: str = "leading",
+        spacing: str | None = None,
         sampler: str = "ddim",
         safety: SafetyGuidance | None = None,
         encoded: EncodedPrompts | None = None,
@@ -229,7 +248,8 @@ class LatentDiffusion:
             until: Stop after this many steps; the latents are then at time ``timesteps(steps)[until]``.
             progress: Progress callback.
             batch: Images per batch.
-            spacing: As in :meth:`timesteps`. The last step goes to ``α̅_0`` ("leading", as SD1) or to 1 ("trailing").
+            spacing: As in :meth:`timesteps` (default: the model's own). The last step goes to ``α̅_0`` ("leading", as
+                SD1) or to 1 ("trailing").
             sampler: ``"ddim"`` (η = 0) or ``"dpm++"`` (DPM-Solver++(2M)), which needs about half as many steps.
             safety: Steer away from a concept (:class:`SafetyGuidance`), at the cost of a third pass per step.
             encoded: Text states of all prompts (default: they are encoded here).
@@ -258,6 +278,7 @@ class LatentDiffusion:
             raise RequestError(f"The guidance must be a finite number, not {guidance}.")
         if batch < 1:
             raise RequestError(f"The batch must be at least 1, not {batch}.")
+        spacing = self.spacing if spacing is None else spacing
         times = self.timesteps(steps, spacing)
         stop = steps if until is None else until
         if not 0 <= stop <= steps:
@@ -272,7 +293,8 @@ class LatentDiffusion:
             encoded = EncodedPrompts(self.text, every)
         # α̅ at every visited step and at the end
         stride = self.train_steps // steps
-        path = [float(self.alphas_cumprod[t]) for t in times]
+        least = _LEAST_ALPHA if sampler == "dpm++" else 0.0
+        path = [max(float(self.alphas_cumprod[t]), least) for t in times]
         if spacing == "leading":
             last = times[-1] - stride
             path.append(float(self.alphas_cumprod[max(last, 0)]))
@@ -292,13 +314,18 @@ class LatentDiffusion:
             momentum = torch.zeros_like(x)  # of the safety guidance
             earlier: Tensor | None = None  # the x_0 prediction of the previous step
             for k in range(stop):
-                if safety is None:
-                    eps = self._guided(x, times[k], context, guidance if guided else None)
-                else:
-                    used = k >= safety.settings.first_step(steps)
-                    eps, momentum = self._safely_guided(x, times[k], context, guidance, safety, momentum, used)
                 alpha, after = path[k], path[k + 1]
-                x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+                if self.prediction_type == "v_prediction" and alpha < _NOISY:
+                    # nearly pure noise: x_0 follows from v alone, and a safety term in ε would be zero
+                    v = self._guided(x, times[k], context, guidance if guided else None, self._predict)
+                    x0 = alpha**0.5 * x - (1 - alpha) ** 0.5 * v
+                else:
+                    if safety is None:
+                        eps = self._guided(x, times[k], context, guidance if guided else None)
+                    else:
+                        used = k >= safety.settings.first_step(steps)
+                        eps, momentum = self._safely_guided(x, times[k], context, guidance, safety, momentum, used)
+                    x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
                 ahead = x0
                 # the first and the last step are of first order: the extrapolation is unreliable at the end
                 if sampler == "dpm++" and earlier is not None and k < steps - 1:
@@ -319,11 +346,22 @@ class LatentDiffusion:
             latents.append(x)
         return torch.cat(latents)
 
-    def _guided(self, x: Tensor, time: int, context: TextStates, guidance: float | None) -> Tensor:
+    def _guided(
+        self,
+        x: Tensor,
+        time: int,
+        context: TextStates,
+        guidance: float | None,
+        predict: Callable[[Tensor, Tensor, TextStates], Tensor] | None = None,
+    ) -> Tensor:
+        """The guided prediction; the states after the first two parts (a safety concept's) are not read."""
+        predict, count = predict or self.predict_noise, x.shape[0]
         if guidance is None:
-            return self.predict_noise(x, torch.full((x.shape[0],), time), context)
+            return predict(x, torch.full((count,), time), context)
+        if len(context) > 2 * count:
+            context = context.index(range(2 * count))
         # both passes in one batch: on a small model on a CPU this costs little more than one
-        both = self.predict_noise(torch.cat([x, x]), torch.full((2 * x.shape[0],), time), context)
+        both = predict(torch.cat([x, x]), torch.full((2 * count,), time), context)
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 

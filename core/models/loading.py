@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ModelError, PatchError
-from ..files.safetensors_io import read_names
+from ..files.safetensors_io import read_metadata, read_names
 from .autoencoders import DiffusersAutoencoder
 from .latent_diffusion import LatentDiffusion
 from .text_encoders import CLIPText, SDXLText
@@ -22,6 +23,14 @@ from .text_encoders import CLIPText, SDXLText
 __all__ = ["from_pipeline", "load_checkpoint"]
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_STATED_PREDICTIONS = {
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+    "vpred": "v_prediction",
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+}
 _CHOICES = "'mini', a folder in diffusers' layout or a single .safetensors file"
 
 
@@ -136,6 +145,7 @@ def _from_single_file(
     _need_diffusers()
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    marks = _own_marks(path, names)
     sdxl = any(name.startswith("conditioner.embedders.1.") for name in names)
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     extra: dict[str, Any] = {} if sdxl else {"safety_checker": None, "feature_extractor": None}
@@ -151,7 +161,42 @@ def _from_single_file(
             else f"The configuration in '{config}' may be of another model."
         )
         raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)} {help_}") from error
+    if marks:
+        from diffusers import DDIMScheduler
+
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **marks)
     return from_pipeline(pipe.to(device), path.stem, clip_skip)
+
+
+def _own_marks(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What a single file says about its prediction and schedule, as entries of a scheduler's configuration.
+
+    The marks are the empty tensors ``v_pred`` and ``ztsnr``, which trainers add and hosts read, and the metadata entry
+    ``modelspec.prediction_type``.
+
+    Raises:
+        ModelError: The marks contradict each other, or name a prediction type that is not supported.
+    """
+    stated = read_metadata(path).get("modelspec.prediction_type", "").strip().lower()
+    if stated and stated not in _STATED_PREDICTIONS:
+        raise ModelError(
+            f"'{path}' states the prediction type '{stated}' in its metadata (modelspec.prediction_type): only epsilon "
+            "and v are supported."
+        )
+    prediction = _STATED_PREDICTIONS.get(stated)
+    marked, rescaled = "v_pred" in names, "ztsnr" in names
+    if marked and prediction == "epsilon":
+        raise ModelError(
+            f"'{path}' contradicts itself: it has the mark v_pred, and its metadata state the prediction type "
+            f"'{stated}' (modelspec.prediction_type). Correct one of them."
+        )
+    marks: dict[str, Any] = {}
+    if marked or prediction is not None:
+        marks["prediction_type"] = "v_prediction" if marked else prediction
+    if rescaled:
+        # the last time step is pure noise then, and sampling must begin there
+        marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return marks
 
 
 def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentDiffusion:
@@ -177,16 +222,24 @@ def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentD
 
 
 def _assembled(unet: Any, text: Any, scheduler: Any, vae: Any, name: str) -> LatentDiffusion:
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr", False):
+        # the samplers differ in whether and how they rescale
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(config)
     size = unet.config.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
     model = LatentDiffusion(
         unet.eval(),
         text,
         scheduler.alphas_cumprod,
-        scheduler.config.get("prediction_type", "epsilon"),
+        config.get("prediction_type", "epsilon"),
         DiffusersAutoencoder(vae) if vae is not None else None,
         (unet.config.in_channels, height, width),
         name,
+        # "linspace" is a default of some samplers and says nothing about the model
+        spacing="trailing" if config.get("timestep_spacing") == "trailing" else "leading",
     )
     if unet.config.in_channels != unet.config.out_channels:
         raise ModelError(

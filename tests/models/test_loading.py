@@ -14,6 +14,7 @@ from forget_concept.core.errors import ModelError
 from forget_concept.core.mini.ldm import autoencoder_to_ldm
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.loading import from_pipeline, load_checkpoint
+from forget_concept.core.models.safe_guidance import SafetyGuidance
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 
@@ -149,8 +150,8 @@ def test_a_single_file_without_its_configuration_is_said(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "x.safetensors", config=tmp_path)
 
 
-def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
-    """The original layout of the same weights, read with the folder as configuration: the same noise."""
+def single_file(pipeline, folder, path, marks=(), metadata=None):
+    """The folder's weights in the original layout, with another UNet, which is returned."""
     unet = ldm_unet()
     for n, parameter in enumerate(unet.parameters()):
         parameter.data = rand(*parameter.shape, seed=n) * 0.05
@@ -160,7 +161,14 @@ def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
     state |= {f"cond_stage_model.transformer.{k}": v for k, v in pipeline.text_encoder.state_dict().items()}
     vae = autoencoder_to_ldm(pipeline.vae.state_dict(), pipeline.vae.config)
     state |= {f"first_stage_model.{k}": v for k, v in vae.items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "single.safetensors")
+    state |= {mark: torch.zeros(0) for mark in marks}
+    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata=metadata)
+    return unet
+
+
+def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
+    """The original layout of the same weights, read with the folder as configuration: the same noise."""
+    unet = single_file(pipeline, folder, tmp_path / "single.safetensors")
     model = load_checkpoint(tmp_path / "single.safetensors", config=folder)
     assert model.name == "single"
     for site in model.survey:
@@ -177,3 +185,86 @@ def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
         )
         image = rand(1, 4, 8, 8, seed=2)
         torch.testing.assert_close(model.decode(image), from_pipeline(pipeline).decode(image), atol=1e-5, rtol=1e-4)
+
+
+def scheduled(folder, **changes):
+    place = folder / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "config", "expected"),
+    [
+        (("v_pred",), None, "epsilon", ("v_prediction", False)),
+        (("v_pred", "ztsnr"), None, "epsilon", ("v_prediction", True)),
+        (("ztsnr",), {"modelspec.prediction_type": "v"}, "epsilon", ("v_prediction", True)),
+        ((), {"modelspec.prediction_type": "v"}, "epsilon", ("v_prediction", False)),
+        ((), {"modelspec.prediction_type": "epsilon"}, "v_prediction", ("epsilon", False)),
+        ((), {"modelspec.title": "x"}, "v_prediction", ("v_prediction", False)),
+        ((), None, "epsilon", ("epsilon", False)),
+    ],
+)
+def test_a_files_own_marks_beat_the_configuration(pipeline, folder, tmp_path, marks, metadata, config, expected):
+    scheduled(folder, prediction_type=config)
+    single_file(pipeline, folder, tmp_path / "x.safetensors", marks, metadata)
+    model = load_checkpoint(tmp_path / "x.safetensors", config=folder)
+    prediction, zero = expected
+    assert model.prediction_type == prediction
+    assert (float(model.alphas_cumprod[-1]) < 1e-6) is zero
+    assert model.spacing == ("trailing" if zero else "leading")
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "words"),
+    [
+        (("v_pred",), {"modelspec.prediction_type": "epsilon"}, "contradicts itself"),
+        ((), {"modelspec.prediction_type": "flow"}, "prediction type 'flow'"),
+        (("ztsnr",), {"modelspec.prediction_type": "epsilon"}, "zero terminal SNR"),
+    ],
+)
+def test_marks_that_cannot_be_followed_are_refused(pipeline, folder, tmp_path, marks, metadata, words):
+    single_file(pipeline, folder, tmp_path / "x.safetensors", marks, metadata)
+    with pytest.raises(ModelError, match=words):
+        load_checkpoint(tmp_path / "x.safetensors", config=folder)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+@pytest.mark.parametrize("steps", [5, 8])
+def test_a_folder_with_zero_terminal_snr_is_sampled_as_diffusers_does(folder, sampler, steps):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    scheduled(folder, rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True)
+    model = load_checkpoint(folder)
+    assert model.alphas_cumprod[-1] == 0 and model.spacing == "trailing"
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    kinds = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+    scheduler = kinds[sampler].from_config(config)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == model.timesteps(steps, "trailing")
+    x = model.initial_noise([7])
+    c, u = model.text.encode(["a star"]).hidden, model.text.encode([""]).hidden
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out, none = (model.unet(x, t, encoder_hidden_states=h).sample for h in (c, u))
+            x = scheduler.step(none + 2.5 * (out - none), t, x).prev_sample
+    ours = model.sample(["a star"], [7], steps, 2.5, sampler=sampler)
+    assert torch.isfinite(ours).all()
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    safe = model.sample(["a star"], [7], steps, 2.5, sampler=sampler, safety=SafetyGuidance("moon"))
+    assert torch.isfinite(safe).all() and not torch.allclose(safe, ours)
+    unguided = model.sample(["a star"], [7], steps, 1.0, sampler=sampler)
+    assert torch.isfinite(unguided).all()
+
+
+def test_zero_terminal_snr_needs_v_prediction(folder):
+    scheduled(folder, rescale_betas_zero_snr=True, prediction_type="epsilon")
+    with pytest.raises(ModelError, match="zero terminal SNR"):
+        load_checkpoint(folder)
+
+
+def test_the_spacing_of_a_folder_is_read(folder):
+    scheduled(folder, timestep_spacing="trailing")
+    model = load_checkpoint(folder)
+    trailing = model.sample(["a star"], [7], steps=3)
+    assert torch.equal(trailing, model.sample(["a star"], [7], steps=3, spacing="trailing"))
+    assert not torch.equal(trailing, model.sample(["a star"], [7], steps=3, spacing="leading"))

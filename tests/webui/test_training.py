@@ -67,7 +67,7 @@ def test_a_built_in_word_may_be_a_textual_inversion(webui: WebUI) -> None:
         pytest.skip("Forge takes textual inversions of SD1's width only, and this model is a small one")
     from forget_concept.core.formats import kohya
 
-    words = ("sketch", "photo", "house", "red")
+    words = ("sketch", "photo", "house", "neon")
     files = [webui.folder / "embeddings" / f"{word}.safetensors" for word in words]
     webui.draw(PROMPT)
     webui.probe("forget", name="without_them")
@@ -75,9 +75,11 @@ def test_a_built_in_word_may_be_a_textual_inversion(webui: WebUI) -> None:
     try:
         for file in files:
             save_file({"emb_params": torch.zeros(1, 192)}, file)
-        with_them = webui.draw("a sketch of a house").pixels  # this makes the webui look
+        webui.draw("a moon")  # this makes the webui look, and forget the states of its last prompt
+        with_them = webui.draw("a sketch of a house").pixels
         assert with_them != plain
         webui.probe("forget", name="with_them")
+        webui.draw("a heart")
         assert webui.draw("a sketch of a house").pixels == with_them
     finally:
         for file in files:
