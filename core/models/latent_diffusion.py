@@ -90,7 +90,8 @@ class LatentDiffusion:
         if prediction_type == "epsilon" and float(alphas_cumprod[-1]) < _PURE_NOISE:
             raise ModelError(
                 f"The noise schedule of '{name}' ends in pure noise (zero terminal SNR), where a prediction of the "
-                "noise says nothing about the picture: load it as a v-prediction model, or without the rescaled schedule."
+                "noise says nothing about the picture: load it as a v-prediction model, or without the rescaled "
+                "schedule."
             )
         self.unet, self.text, self.vae = unet, text, vae
         self.alphas_cumprod = alphas_cumprod.detach().float().cpu()
