@@ -3,7 +3,8 @@
 There are four kinds: an ambiguous word loses one sense; an identity is disentangled from an attribute that nearly
 always came with it; a biased word is balanced; a theme is forgotten as a whole. Rows of `corrections.csv` are shares of
 pictures with Wilson's 95 % interval, before and after with the same seeds. Existing cases are skipped, so that an
-interrupted run resumes."""
+interrupted run resumes.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ again. The exact value here uses `--times` evenly spaced time steps instead of a
 same list, so they are unbiased for it. Samples are the model's own pictures of prompts of its vocabulary. `naive`
 estimates the sum inside the square from the drawn steps; `exact` with fewer samples shows what the same number of
 passes achieves without drawing. `bias` is the ratio of the sums over all weights before clamping, `clamped` the same
-after clamping, `spearman` the rank correlation over all weights, and `error` the relative error ‖F̂ − F‖ / ‖F‖."""
+after clamping, `spearman` the rank correlation over all weights, and `error` the relative error ‖F̂ − F‖ / ‖F‖.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 `selective_amnesia` with its tuned settings forgets one concept, with the Fisher information of each estimator and
 without any, all else equal. The exact value uses all time steps and therefore fewer samples, or it would take an hour;
 `passes` is the number of UNet passes of each. The other columns are those of `methods.py`. Existing rows are not
-computed again."""
+computed again.
+"""
 
 from __future__ import annotations
 

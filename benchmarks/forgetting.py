@@ -2,7 +2,8 @@
 
 The presets were tuned on other concepts (tree, mosaic and Hugo Marsh). Each concept has a replacement, and the others
 of its category are its retain set. All share the unedited model's pictures of the retain set, so that this takes less
-time than six runs of `forget-concept evaluate`."""
+time than six runs of `forget-concept evaluate`.
+"""
 
 from __future__ import annotations
 

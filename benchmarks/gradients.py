@@ -14,7 +14,8 @@ summary goes to standard output.
 - `forget_rose`, `retain_rose`, `either_rose`, `conflicts`: shares of the `steps`; a conflict is an angle above 90°
   between the gradients of the two losses;
 - `forget_before`, `forget_after`, `retain_after`: means over four held-out batches, before and after training (`retain`
-  starts at zero, because its target is the base model's own prediction)."""
+  starts at zero, because its target is the base model's own prediction).
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 per model, for the closed form with its preset `tuned`, which retains all everyday words and therefore encodes many
 prompts. `seconds` is the best of `--runs`, from the request to the patched MODEL, without the text encoder, whose time
 for the prompts of one run is `encoding_seconds`. `core_seconds` is the CPU time of the same run over all cores, which
-other work on the machine does not affect; `share_seconds` is the additional time to compute the surviving share."""
+other work on the machine does not affect; `share_seconds` is the additional time to compute the surviving share.
+"""
 
 from __future__ import annotations
 

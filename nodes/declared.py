@@ -1,7 +1,7 @@
-"""What the pack's nodes declare, read without a ComfyUI.
+"""Reads the schemas of the pack's nodes without a ComfyUI.
 
-A stand-in for ``comfy_api`` records each node's schema instead of serving it. Locales and help are generated from that,
-and tests look at the nodes through it; nothing of it is used inside a ComfyUI.
+A stand-in for ``comfy_api`` records the schema of each node. Locales and help pages are generated from the schemas, and
+tests inspect them. ComfyUI itself does not use this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["DeclaredNode", "DeclaredSocket", "declared_nodes"]
 
 @dataclass
 class DeclaredSocket:
-    """An input or output: its ``kind`` (``Int``, ``Model``), ``id``, ``tooltip`` and everything else it was given."""
+    """An input or output: its ``kind`` (``Int``, ``Model``), ``id``, ``tooltip`` and all other arguments."""
 
     kind: str
     id: str
@@ -55,7 +55,7 @@ def _socket(kind: str) -> Any:
 
 
 class _IO(ModuleType):
-    """``comfy_api.latest.io``: any name that the nodes use for a type is a kind of socket."""
+    """Stand-in for ``comfy_api.latest.io``: every type name that the nodes use is a kind of socket."""
 
     Schema = DeclaredNode
     NodeOutput = tuple
@@ -75,7 +75,7 @@ class _IO(ModuleType):
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """The stand-ins in place of the host's modules; afterwards nothing that was imported with them stays."""
+    """Replace the host's modules by stand-ins; modules imported with them are unloaded afterwards."""
     api, latest, host = ModuleType("comfy_api"), ModuleType("comfy_api.latest"), ModuleType(f"{__package__}.host")
     latest.__dict__.update(io=_IO("io"), ui=ModuleType("ui"), ComfyExtension=object)
     host.__dict__.update(lora_files=list)  # the only call that a schema makes
@@ -96,7 +96,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 def declared_nodes() -> dict[str, DeclaredNode]:
-    """Every node of the pack by its id, sorted."""
+    """The schemas of all nodes of the pack by node id, sorted."""
     with _stand_ins():
         extension = importlib.import_module(".extension", __package__).ForgetConceptExtension()
         found = [node.define_schema() for node in asyncio.run(extension.get_node_list())]

@@ -1,10 +1,10 @@
-"""Files made from what nodes and settings say of themselves: locales and the settings nodes' help pages.
+"""Generates locales and the settings nodes' help pages from the schemas of nodes and the metadata of settings.
 
 The numbers of files in ``docs/architecture.md`` are counted here too, so that a new file needs no edit there.
 
-``python -m forget_concept.nodes.generate`` (``make generated``) writes them, and ``--check`` only says which are out of
-date; neither needs a ComfyUI. Translations are in ``locales/<language>/texts.json``, by their English text. A text
-without a translation is ``null`` there and stays English in the locale.
+``python -m forget_concept.nodes.generate`` (``make generated``) writes the files, and ``--check`` only lists those that
+are out of date; neither needs a ComfyUI. Translations are in ``locales/<language>/texts.json``, by their English text.
+A text without a translation is ``null`` there and stays English in the locale.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ _ROOM = re.compile(r"^\| `([\w/.]+)` \| \d+ \|", re.MULTILINE)
 
 
 def escaped(text: str) -> str:
-    """``text`` as a locale has it: the page compiles it, so braces, ``@`` and ``|`` are written as literals."""
+    """Escape braces, ``@`` and ``|`` for a locale file, because the page compiles its texts as messages."""
     return re.sub(r"[{}@|]", lambda match: "{'" + match[0] + "'}", text)
 
 
 def plain(text: str) -> str:
-    """What the page shows of a locale's text. Raises :class:`ValueError` where it would not compile."""
+    """The text that the page shows for a locale's text.
+
+    Raises:
+        ValueError: If the text would not compile.
+    """
     rest = re.sub(r"\{'[{}@|]'\}", "", text)
     if re.search(r"[{}@|]", rest):
         raise ValueError(text)
@@ -58,7 +62,7 @@ def _english(nodes: Mapping[str, DeclaredNode]) -> Texts:
 
 
 def _places(texts: Texts) -> Iterator[tuple[str, Texts, str]]:
-    """Every text: its place in words, and the mapping and key that hold it."""
+    """Every text: its path, and the mapping and key that hold it."""
     for name, node in texts.items():
         for key in ("display_name", "description"):
             yield f"{name}/{key}", node, key
@@ -77,7 +81,7 @@ def _translated(english: Texts, catalogue: Texts) -> Texts:
 
 
 def _merged(english: Texts, catalogue: Texts) -> Texts:
-    """The catalogue with every text of today, in their order; translations that no text has any more are put aside."""
+    """The catalogue with all current texts, in order; translations of texts that no longer exist move to ``unused``."""
     known = {**catalogue["unused"], **catalogue["texts"]}
     places = list(_places(english))
     texts = {entry[key]: known.get(entry[key]) for _, entry, key in places if entry[key]}
@@ -105,7 +109,7 @@ def _catalogues() -> dict[Path, Texts]:
 
 
 def generated() -> dict[Path, str]:
-    """What every generated file is to contain."""
+    """The expected content of every generated file."""
     english = _english(declared_nodes())
     found = {ROOT / "locales" / "en" / "nodeDefs.json": _locale(english)}
     for path, catalogue in _catalogues().items():
@@ -130,7 +134,7 @@ def _counted(text: str) -> str:
 
 
 def missing_translations() -> dict[str, list[str]]:
-    """By language, the texts that its locale has in English only."""
+    """The texts without a translation, by language."""
     english = _english(declared_nodes())
     return {
         path.parent.name: [text for text, known in _merged(english, catalogue)["texts"].items() if known is None]
@@ -143,9 +147,9 @@ def _outdated(files: Mapping[Path, str]) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the files, or with ``--check`` say which are out of date; the exit code is 1 where some are."""
-    parser = argparse.ArgumentParser(description="Write locales and help pages from what nodes and settings declare.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is out of date")
+    """Write the files, or with ``--check`` list those that are out of date; returns 1 if there are any, else 0."""
+    parser = argparse.ArgumentParser(description="Generate locales and help pages from nodes and settings.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     check = parser.parse_args(argv).check
     files = generated()
     outdated = _outdated(files)

@@ -1,4 +1,4 @@
-"""The settings nodes' help pages, made of what the settings say of themselves; :mod:`.generate` writes them."""
+"""The settings nodes' help pages, from the metadata of the settings' fields; :mod:`.generate` writes them."""
 
 from __future__ import annotations
 
