@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["Cancelled", "ForgetConceptError", "ModelError", "PatchError", "RequestError", "TokenError", "listed"]
+__all__ = [
+    "Cancelled",
+    "ForgetConceptError",
+    "ModelError",
+    "PatchError",
+    "RequestError",
+    "TokenError",
+    "UnsupportedAdapterError",
+    "listed",
+]
 
 
 class ForgetConceptError(ValueError):
@@ -25,6 +34,10 @@ class ModelError(ForgetConceptError):
 
 class PatchError(ForgetConceptError):
     """A patch cannot be read, written or applied to this model."""
+
+
+class UnsupportedAdapterError(PatchError):
+    """A sound adapter that a patch cannot express, such as a LoKr or one of a text encoder: it can be inspected."""
 
 
 class Cancelled(Exception):

@@ -6,9 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.errors import PatchError
-from ..core.formats.lora_state import patch_of
-from ..core.service.summaries import base_model_summary, last_request, patch_summary, surviving_share_summary
+from ..core.errors import PatchError, UnsupportedAdapterError
+from ..core.formats.lora_state import contents_of_lora, patch_of
+from ..core.service.summaries import (
+    base_model_summary,
+    contents_summary,
+    last_request,
+    patch_summary,
+    surviving_share_summary,
+)
 from . import host
 from .common import LORA, schema
 
@@ -45,7 +51,12 @@ class InspectForgetPatch(io.ComfyNode):
     @classmethod
     def execute(cls, lora: Any, model: Any = None) -> io.NodeOutput:
         survey = None if model is None else host.surveyed(model)
-        patch = patch_of(lora, survey)
+        try:
+            patch = patch_of(lora, survey)
+        except UnsupportedAdapterError:
+            words = "\n".join(contents_summary(contents_of_lora(lora, survey)))
+            host.show_text(cls.hidden.unique_id, words)
+            return io.NodeOutput(words, "", ui={"text": (words,)})
         lines = [patch_summary(patch)]
         if survey is not None:
             try:

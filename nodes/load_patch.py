@@ -6,11 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.errors import PatchError, UnsupportedAdapterError
 from ..core.files.safetensors_io import read_metadata, read_safetensors
 from ..core.formats import context_map, kohya
+from ..core.formats.contents import contents_of
 from ..core.formats.lora_state import LoraState
 from ..core.patch.metadata import PatchMetadata
-from ..core.service.summaries import patch_summary
+from ..core.service.summaries import contents_summary, patch_summary
 from . import host
 from .common import LORA, schema
 
@@ -52,13 +54,15 @@ class LoadForgetPatch(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         path = host.lora_file(file)
         if PatchMetadata.from_strings(read_metadata(path)).format == context_map.FORMAT:
-            from ..core.errors import PatchError
-
             raise PatchError(
                 f"'{file}' is a context map, not a LoRA: load the patch that 'forget-concept forget' wrote with it."
             )
         tensors, metadata = read_safetensors(path)
-        words = f"{file}\n{patch_summary(kohya.from_state(tensors, metadata, source=file))}"
+        try:
+            found = patch_summary(kohya.from_state(tensors, metadata, source=file))
+        except UnsupportedAdapterError:  # for Inspect and the stock nodes; ours refuse to apply it
+            found = "\n".join(contents_summary(contents_of(tensors, metadata, source=file)))
+        words = f"{file}\n{found}"
         host.show_text(cls.hidden.unique_id, words)
         # keep the file's own keys: every loader knows them, and the UNet they will be applied to is not known yet
-        return io.NodeOutput(LoraState(tensors, metadata), words)
+        return io.NodeOutput(LoraState(kohya.with_alphas(tensors, metadata, file), metadata), words)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..errors import RequestError
 from .console import Console
 from .files import check_folder, make_folder
 
@@ -20,8 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from ..files.safetensors_io import MODEL_SUFFIXES
     from ..mini import ldm, weights_folder
 
+    if args.out.suffix.lower() in MODEL_SUFFIXES and not args.out.is_dir():
+        raise RequestError(
+            f"'{args.out}' has a file's ending, and --out is a folder: the checkpoint in it is {NAME}.safetensors."
+        )
     check_folder(args.out)
     parts = ldm.read_parts(weights_folder())
     folder = make_folder(args.out)

@@ -12,7 +12,22 @@ from ..files.writing import check_folder, check_writable, make_folder, write_byt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["check_folder", "check_writable", "make_folder", "write_bytes", "write_json", "write_picture"]
+__all__ = [
+    "check_folder",
+    "check_patch_file",
+    "check_writable",
+    "make_folder",
+    "write_bytes",
+    "write_json",
+    "write_picture",
+]
+
+
+def check_patch_file(path: Path) -> Path:
+    """:func:`check_writable` for a file of tensors, whose name has to end in ``.safetensors``."""
+    from ..files.safetensors_io import check_ending
+
+    return check_ending(check_writable(path))
 
 
 def write_picture(path: Path, image: Image, notes: Mapping[str, str] | None = None) -> None:

@@ -15,7 +15,7 @@ from ..request.concept import KINDS, Concept, normalized_phrase
 from ..request.request import ForgetRequest
 from . import options
 from .console import Console
-from .files import check_writable
+from .files import check_patch_file
 
 if TYPE_CHECKING:
     from ..patch.history import RequestRecord
@@ -112,9 +112,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise RequestError(
             "--max-rank bounds the rank of a patch of several requests: give --onto, or --set the method's own rank."
         )
-    out = check_writable(args.out or Path(f"forget-{file_stem(ForgetRequest(all_concepts))}.safetensors"))
+    out = check_patch_file(args.out or Path(f"forget-{file_stem(ForgetRequest(all_concepts))}.safetensors"))
     if args.context_map is not None:
-        check_writable(args.context_map)
+        check_patch_file(args.context_map)
     model = options.load_model(args, console)
     began = time.perf_counter()
     with console.progress(f"forgetting {concepts_text(request)}") as progress:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PatchError
+from ..errors import PatchError, UnsupportedAdapterError
 from . import options
 from .console import Console
 from .forget import concepts_text
 
 if TYPE_CHECKING:
+    from ..formats.contents import Contents
     from ..patch.low_rank import LowRank
     from ..patch.patch import Patch
 
@@ -27,18 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from ..files.safetensors_io import read_metadata
+    from ..files.safetensors_io import read_safetensors
     from ..formats import context_map, kohya, load_patch
+    from ..formats.contents import contents_of, dtype_name
     from ..patch.metadata import PatchMetadata, own_entries
 
-    raw = read_metadata(args.file)
+    tensors, raw = read_safetensors(args.file)
     kind = "context_map" if PatchMetadata.from_strings(raw).format == context_map.FORMAT else "lora"
     factors: dict[str, LowRank]
     if kind == "context_map":
         edit, _ = context_map.load(args.file)
         factors = {"context map": edit}
     else:
-        factors = dict(kohya.load(args.file).factors)
+        try:
+            factors = dict(kohya.from_state(tensors, raw, None, str(args.file)).factors)
+        except UnsupportedAdapterError:
+            if args.model:
+                raise
+            return _unsupported(args.file, contents_of(tensors, raw, None, str(args.file)), console)
     about = {name: _value(text) for name, text in own_entries(raw).items()}
     data: dict[str, Any] = {
         "schema": 1,
@@ -47,9 +54,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "bytes": Path(args.file).stat().st_size,
         "layers": len(factors),
         "rank": max(factor.rank for factor in factors.values()),
-        "dtype": str(next(iter(factors.values())).up.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensors),
         "metadata": about,
         "fit": None,
+        "why_not": None,
     }
     console.say(f"{args.file}: {'context map' if kind == 'context_map' else 'LoRA'}, {data['bytes']:,} bytes")
     if kind == "lora":
@@ -71,6 +79,31 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         patch.check_fits(model.survey)
         data["fit"] = _fit(patch, model, about, args.model, console)
     return data
+
+
+def _unsupported(file: str, contents: Contents, console: Console) -> dict[str, Any]:
+    """Print what an adapter holds that cannot be applied, and why."""
+    from ..service.summaries import contents_summary
+
+    size = Path(file).stat().st_size
+    console.say(f"{file}: {size:,} bytes")
+    for line in contents_summary(contents):
+        console.say(line)
+    return {
+        "schema": 1,
+        "file": str(file),
+        "kind": "unsupported",
+        "bytes": size,
+        "layers": contents.layers,
+        "rank": max(contents.ranks, default=None),
+        "dtype": contents.dtype,
+        "metadata": {},
+        "fit": None,
+        "why_not": contents.why_not,
+        "kinds": dict(contents.kinds),
+        "places": dict(contents.places),
+        "ranks": list(contents.ranks),
+    }
 
 
 def _show_history(metadata: Mapping[str, str], console: Console) -> None:

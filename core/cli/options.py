@@ -146,7 +146,8 @@ def split_strength(text: str) -> tuple[str, float]:
         return text, 1.0
     path, colon, strength = text.rpartition(":")
     # a colon also follows a drive letter on Windows
-    if not colon or not path or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):
+    file_name = "/" in strength or "\\" in strength or strength.lower().endswith((".safetensors", ".sft"))
+    if not colon or not path or file_name:
         return text, 1.0
     try:
         value = float(strength)

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RequestError
 from . import options
 from .console import Console
-from .files import check_writable
+from .files import check_patch_file
 from .forget import requests_to_dict
 
 HELP = "remove a concept from a patch that forgets several"
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     wanted: list[int | str] = [*(args.concept or ()), *(args.number or ())]
     if not wanted:
         raise RequestError("Nothing to restore: give --concept NAME or --number N.")
-    out = check_writable(args.out)
+    out = check_patch_file(args.out)
     # the model is loaded only if needed: to solve closed forms again, or to expand a context map
     map_only = PatchMetadata.from_strings(read_metadata(args.file)).format == context_map.FORMAT
     model = options.load_model(args, console) if map_only else None

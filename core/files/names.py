@@ -14,6 +14,7 @@ __all__ = ["check_unicode", "fresh_file", "is_unicode", "patch_name"]
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST = 120
+_OTHER_ENDINGS = ("ckpt", "pt", "pth", "bin", "pkl", "sft")
 
 
 def is_unicode(text: str) -> bool:
@@ -56,6 +57,13 @@ def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folde
         raise RequestError(
             f"'{prefix}' is no place in {root}: write a name, or folders and a name, without '..' and without a slash "
             "before it."
+        )
+    stem, dot, ending = parts[-1].rpartition(".")
+    if dot + ending.lower() == ".safetensors":
+        parts[-1] = stem.rstrip()
+    elif stem and ending.lower() in _OTHER_ENDINGS:
+        raise RequestError(
+            f"'{parts[-1]}' ends like a file of another kind: leave out '.{ending}'; the ending is added to the name."
         )
     for part in parts:
         if not part or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part.endswith("."):

@@ -13,9 +13,23 @@ from torch import Tensor
 from ..errors import PatchError, listed
 from .writing import write_bytes
 
-__all__ = ["check_finite", "read_metadata", "read_names", "read_safetensors", "write_safetensors"]
+__all__ = [
+    "MODEL_SUFFIXES",
+    "SUFFIX",
+    "check_ending",
+    "check_finite",
+    "read_metadata",
+    "read_names",
+    "read_safetensors",
+    "widened",
+    "write_safetensors",
+]
+
+SUFFIX = ".safetensors"
+MODEL_SUFFIXES = (SUFFIX, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 _HEADER_LIMIT = 100_000_000
+_PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 
 
 def _header(path: str | os.PathLike[str]) -> dict[str, object]:
@@ -27,23 +41,22 @@ def _header(path: str | os.PathLike[str]) -> dict[str, object]:
             raise PatchError(f"'{path}' is a folder, not a safetensors file.")
         with file.open("rb") as stream:
             start = stream.read(8)
-            if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            opening = stream.read(1)
+            length = int.from_bytes(start, "little")
+            # the two bytes that open a pickle are also those of some headers' length: the brace tells them apart
+            sound = len(start) == 8 and 2 <= length <= _HEADER_LIMIT and opening == b"{"
+            if not sound and start.startswith(_PICKLES):
                 raise PatchError(
                     f"'{path}' is a pickle (.pt, .ckpt, .bin), not a safetensors file: pickles can run code and are "
                     "not read. Convert it to safetensors first."
                 )
             if len(start) < 8:
                 raise PatchError(f"'{path}' is not a safetensors file: it has only {size} bytes.")
-            length = int.from_bytes(start, "little")
-            if not 2 <= length <= _HEADER_LIMIT:
+            if not sound:
                 raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.")
             if length + 8 > size:
-                # a cut-off file still opens its header with a brace; anything else was never one
-                if stream.read(1) == b"{":
-                    raise PatchError(
-                        f"'{path}' is cut off: {size} bytes are there, the header alone needs {length + 8}."
-                    )
-                raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.")
+                raise PatchError(f"'{path}' is cut off: {size} bytes are there, the header alone needs {length + 8}.")
+            stream.seek(8)
             raw = stream.read(length)
     except FileNotFoundError:
         raise PatchError(f"There is no file '{path}'.") from None
@@ -92,9 +105,49 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise :class:`PatchError` naming the tensors with NaN or infinity in them."""
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    bad = [name for name, t in tensors.items() if _is_float(t) and not torch.isfinite(t.float()).all()]
     if bad:
         raise PatchError(f"'{path}' holds NaN or infinite values ({listed(bad, 2)}): it is damaged, make it anew.")
+
+
+def _is_float(tensor: Tensor) -> bool:
+    # the name of a dtype that packs two values into one element, which cannot be converted, ends in "x2"
+    return tensor.is_floating_point() and not str(tensor.dtype).endswith("x2")
+
+
+def widened(name: str, tensor: Tensor, source: str) -> Tensor:
+    """A factor in fp32, or in fp64 if it is; narrower floats of every kind are exact in fp32.
+
+    Args:
+        name: The tensor's name, for error messages.
+        tensor: The tensor.
+        source: What error messages call its file.
+
+    Raises:
+        PatchError: Its dtype holds no floats, or packs two into one element.
+    """
+    if _is_float(tensor):
+        return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    raise PatchError(
+        f"The tensor {name} in '{source}' holds {dtype} values, not floating-point numbers: it may be quantized. "
+        "Convert the file to float32 or float16 first."
+    )
+
+
+def check_ending(path: Path) -> Path:
+    """``path`` itself, if it ends in ``.safetensors``: loaders choose how to read a file by its ending.
+
+    Raises:
+        PatchError: It has another ending, or none.
+    """
+    if path.suffix.lower() != SUFFIX:
+        name = path.stem if path.suffix.lower() in MODEL_SUFFIXES else path.name
+        raise PatchError(
+            f"'{path}' cannot be written: it would be a safetensors file, and programs read a file by its ending; call "
+            f"it '{name}{SUFFIX}'."
+        )
+    return path
 
 
 def write_safetensors(
@@ -102,10 +155,14 @@ def write_safetensors(
 ) -> None:
     """Write a file whole or not at all (:func:`write_bytes`).
 
-    Raises :class:`PatchError` where the place cannot be written or a value is not finite; nothing is left behind then.
+    Raises :class:`PatchError` where the place cannot be written, its name does not end in ``.safetensors`` or a value
+    is not finite; nothing is left behind then.
     """
     from safetensors.torch import save
 
+    file = Path(path)
+    if not file.is_dir():  # which the writer says in words of its own
+        check_ending(file)
     check_finite(tensors, path)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(Path(path), save(plain, metadata=dict(metadata) if metadata else None), PatchError)
+    write_bytes(file, save(plain, metadata=dict(metadata) if metadata else None), PatchError)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import PatchError
-from ..files.safetensors_io import read_safetensors, write_safetensors
+from ..files.safetensors_io import read_safetensors, widened, write_safetensors
 from ..models.unet import UNetSurvey
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str]) -> tuple[LowRank, dict[str, str]]:
     tensors, metadata = read_safetensors(path)
     if set(tensors) != {_UP, _DOWN}:
         raise PatchError(f"'{path}' is not a context map.")
-    context_map = LowRank(tensors[_UP], tensors[_DOWN])
+    context_map = LowRank(*(widened(name, tensors[name], str(path)) for name in (_UP, _DOWN)))
     if context_map.shape[0] != context_map.shape[1]:
         raise PatchError(
             f"'{path}' is not a context map: it maps {context_map.shape[1]} to {context_map.shape[0]} values."

@@ -1,39 +1,39 @@
 """Patches as kohya LoRA files, which ComfyUI, the webui, Forge and diffusers load without this plugin.
 
-Written: ``lora_unet_<layer>.lora_up.weight``, ``.lora_down.weight`` and ``.alpha`` with ``alpha = rank``, so that the
-factor ``alpha / rank`` of hosts is 1. Layers have their diffusers names; for SDXL their LDM names, as kohya's trainer
-writes them. Read: both namings, flattened or dotted, with ``lora_up``/``lora_down`` or ``lora_A``/``lora_B``.
+Written: ``lora_unet_<layer>.lora_up.weight``, ``.lora_down.weight`` and ``.alpha``. All layers have one alpha, whatever
+their ranks, with ``up`` scaled by ``rank / alpha``: diffusers takes the commonest alpha of a file for all its layers,
+while other hosts read each layer's own. Layers have their diffusers names; for SDXL their LDM names, as kohya's trainer
+writes them. Read: every naming of :mod:`.naming`, with alphas from tensors or from diffusers' metadata.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, PatchError, listed
-from ..files.safetensors_io import read_safetensors, write_safetensors
-from ..models.unet import UNetSurvey, canonical_from_ldm, ldm_from_canonical
+from ..errors import PatchError, UnsupportedAdapterError, listed
+from ..files.safetensors_io import read_safetensors, widened, write_safetensors
+from ..models.unet import UNetSurvey, ldm_from_canonical
 from ..patch.low_rank import LowRank
 from ..patch.metadata import kohya_metadata
 from ..patch.outlets import saves_as
 from ..patch.patch import Patch
+from . import adapter_config, naming
+from .adapter_config import AdapterConfig
 
-__all__ = ["from_state", "load", "save", "to_state"]
+__all__ = ["common_alpha", "from_state", "load", "save", "to_state", "with_alphas"]
 
-_PREFIXES = ("base_model.model.", "diffusion_model.", "model.diffusion_model.", "lora_unet_", "unet.")
-_UP = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight")
-_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
-_WORDS = (
-    "down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|attentions|transformer_blocks|"
-    "attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj"
-)
-_FLAT = re.compile(rf"({_WORDS}|\d+)(?:[._]|$)")
-_LINEAR = re.compile(r"\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out)|ff\.net\.(0\.proj|2))$")
+
+def common_alpha(patch: Patch) -> float:
+    """The alpha of all layers in a patch's file: their commonest rank (the highest of several), so that most stay."""
+    counts = Counter(factor.rank for factor in patch.factors.values())
+    return float(max(counts, key=lambda rank: (counts[rank], rank)))
 
 
 def to_state(
@@ -52,6 +52,7 @@ def to_state(
     """
     ldm = dotted or patch.about.family == "sdxl" or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
+    alpha = common_alpha(patch)
     for key, factor in patch.factors.items():
         layer = key
         if ldm:
@@ -59,14 +60,16 @@ def to_state(
         if layer.endswith(".to_out"):
             layer += ".0"
         name = f"diffusion_model.{layer}" if dotted else "lora_unet_" + layer.replace(".", "_")
-        up, down = factor.up.detach().cpu().to(dtype), factor.down.detach().cpu().to(dtype)
+        up, down = factor.up.detach().cpu(), factor.down.detach().cpu().to(dtype)
+        # equal ranks are written bit-exactly; in fp64 the factor costs the others one rounding, that of the dtype
+        up = (up if factor.rank == alpha else up.double() * (factor.rank / alpha)).to(dtype)
         if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
             raise PatchError(
                 f"The patch overflows {str(dtype).removeprefix('torch.')} at {key}: save it in a wider dtype."
             )
         state[f"{name}.lora_up.weight"] = up.contiguous()
         state[f"{name}.lora_down.weight"] = down.contiguous()
-        state[f"{name}.alpha"] = torch.tensor(float(factor.rank), dtype=torch.float32)
+        state[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return state
 
 
@@ -84,7 +87,7 @@ def save(
     """
     patch.check_finite()
     family = patch.about.family or (survey.family if survey else "other")
-    metadata = {**patch.metadata, **kohya_metadata(patch.rank, family, Path(path).stem)}
+    metadata = {**patch.metadata, **kohya_metadata(patch.rank, common_alpha(patch), family, Path(path).stem)}
     write_safetensors(to_state(patch, survey, dtype), path, metadata)
 
 
@@ -118,34 +121,26 @@ def from_state(
         source: What error messages call it.
     """
     ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
+    _check_expressible(tensors, ldm_keys, source)
+    config = AdapterConfig.from_metadata(metadata or {}, source)
+    if config is not None and config.dora:
+        raise _unsupported(source, f"is a DoRA, as its metadata ({adapter_config.KEY}) says")
     ups: dict[str, Tensor] = {}
     downs: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
-    strange = []
     for name, tensor in tensors.items():
-        for suffixes, parts in ((_UP, ups), (_DOWN, downs), ((".alpha",), alphas)):
-            suffix = next((s for s in suffixes if name.endswith(s)), None)
-            if suffix is None:
-                continue
-            key = _canonical(name[: -len(suffix)], ldm_keys)
-            if key is None:
-                strange.append(name)
-            elif key in parts:
-                raise PatchError(f"'{source}' has the layer {key} twice.")
-            elif parts is alphas:
-                alphas[key] = float(tensor)
-            else:
-                parts[key] = tensor  # type: ignore[assignment]
-            break
+        found = naming.parse(name)
+        assert found is not None
+        key = naming.canonical_key(found.layer, ldm_keys)
+        assert key is not None
+        if key in (alphas if found.part == "alpha" else ups if found.part == "up" else downs):
+            raise PatchError(
+                f"'{source}' has the layer {key} twice ({found.part}): it holds several LoRAs, or one in two namings."
+            )
+        if found.part == "alpha":
+            alphas[key] = _alpha(name, tensor, source)
         else:
-            strange.append(name)
-    if not ups and not downs:
-        raise PatchError(f"'{source}' holds no LoRA of an attention layer ({listed(strange, 2) or 'it is empty'}).")
-    if strange:
-        raise PatchError(
-            f"'{source}' is a LoRA that changes more than the UNet's attention and feed-forward layers ({len(strange)} "
-            f"entries such as {listed(strange, 2)}): load it with the host's own LoRA loader instead."
-        )
+            (ups if found.part == "up" else downs)[key] = widened(name, tensor, source)
     if lone := sorted(set(ups) ^ set(downs)) or sorted(set(alphas) - set(ups)):
         raise PatchError(f"'{source}' is incomplete: the layer {lone[0]} has only a part of its LoRA.")
     factors = {}
@@ -153,32 +148,99 @@ def from_state(
         down = downs[key]
         if up.ndim == 4 and down.ndim == 4:  # the LoRA of a 1×1 convolution
             up, down = up.flatten(1), down.flatten(1)
-        rank = down.shape[0]
-        scale = alphas.get(key, float(rank)) / max(rank, 1)
-        factors[key] = LowRank(up if scale == 1 else up.float() * scale, down if scale == 1 else down.float())
-    return Patch(factors, dict(metadata or {}))
+        rank = max(down.shape[0], 1) if down.ndim else 1
+        if key in alphas:
+            scale = alphas[key] / rank
+        else:
+            scale = 1.0 if config is None else config.scale(_module_name(key), rank)
+        factors[key] = LowRank(up if scale == 1 else (up.double() * scale).to(up.dtype), down)
+    # what the configuration said is in the factors now; diffusers refuses a file that has it beside alphas
+    return Patch(factors, {name: text for name, text in (metadata or {}).items() if name != adapter_config.KEY})
 
 
-def _canonical(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
-    """Canonical key of a layer in a file, for any prefix and naming; ``None`` if a patch cannot change it."""
-    while prefix := next((p for p in _PREFIXES if layer.startswith(p)), None):
-        layer = layer[len(prefix) :]
-    parts, at = [], 0
-    while at < len(layer):
-        if (match := _FLAT.match(layer, at)) is None:
-            return None
-        parts.append(match[1])
-        at = match.end()
-    if len(parts) > 2 and parts[-2:] == ["to_out", "0"]:
-        parts.pop()
-    key = ".".join(parts)
-    if _LINEAR.search(key) is None:
-        return None
-    if parts[0] in ("input_blocks", "output_blocks", "middle_block"):
-        if key in ldm_keys:
-            return ldm_keys[key]
-        try:
-            return canonical_from_ldm(key)
-        except ModelError:
-            return None
-    return key
+def with_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, Tensor]:
+    """A LoRA's state dict with the alphas that only its metadata has as tensors, for loaders that read no metadata.
+
+    Args:
+        tensors: The state dict, in any naming; layers that have an alpha keep it.
+        metadata: Metadata of its file.
+        source: What error messages call it.
+
+    Raises:
+        PatchError: The adapter's configuration in the metadata cannot be read.
+    """
+    state = dict(tensors)
+    config = AdapterConfig.from_metadata(metadata, source)
+    if config is None:
+        return state
+    names = {name: found for name in tensors if (found := naming.parse(name)) is not None}
+    stated = {found.layer for found in names.values() if found.part == "alpha"}
+    for name, found in names.items():
+        key = naming.canonical_key(found.layer, {})
+        if found.part == "down" and found.layer not in stated and key is not None:
+            rank = tensors[name].shape[0]
+            state[f"{found.layer}.alpha"] = torch.tensor(config.scale(_module_name(key), rank) * rank)
+    return state
+
+
+def _alpha(name: str, tensor: Tensor, source: str) -> float:
+    """The value of an alpha; trainers write integers, too."""
+    if tensor.numel() == 1 and not tensor.is_complex() and tensor.dtype != torch.bool:
+        value = float(tensor)
+        if math.isfinite(value):
+            return value
+    shown = f"is {float(tensor):g}" if tensor.numel() == 1 and not tensor.is_complex() else "is malformed"
+    raise PatchError(
+        f"The alpha {name} in '{source}' {shown} (shape {list(tensor.shape)}, "
+        f"{str(tensor.dtype).removeprefix('torch.')}): an alpha is one finite number. Make the LoRA again."
+    )
+
+
+def _module_name(key: str) -> str:
+    """The layer's name in diffusers' modules."""
+    return key + ".0" if key.endswith(".to_out") else key
+
+
+def _unsupported(source: str, what: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"'{source}' {what}, and a patch is a plain LoRA of the UNet's attention and feed-forward layers: load it with "
+        "the host's own LoRA loader instead."
+    )
+
+
+def _check_expressible(tensors: Mapping[str, Tensor], ldm_keys: Mapping[str, str], source: str) -> None:
+    """Refuse an adapter of which a patch could express only a part, or nothing."""
+    kinds: Counter[str] = Counter()
+    elsewhere: dict[str, list[str]] = {}
+    strange = []
+    for name in tensors:
+        if (found := naming.parse(name)) is None:
+            strange.append(name)
+            continue
+        if found.part == "other":
+            kinds[found.kind] += 1
+        if (place := naming.place_of(found.layer, ldm_keys)) != naming.UNET:
+            elsewhere.setdefault(place, []).append(name)
+    if len(strange) == len(tensors):
+        raise PatchError(f"'{source}' holds no LoRA of an attention layer ({listed(strange, 2) or 'it is empty'}).")
+    if kinds:
+        parts = ", ".join(f"{kind} in {_tensors(count)}" for kind, count in kinds.most_common())
+        raise _unsupported(source, f"has parts that plain LoRA has not ({parts})")
+    if elsewhere:
+        count = sum(map(len, elsewhere.values()))
+        names = [name for several in elsewhere.values() for name in several]
+        parts = f"{', '.join(elsewhere)}: {_tensors(count)} such as {listed(names, 2)}"
+        if count == len(tensors) - len(strange):
+            raise _unsupported(source, f"holds no LoRA of an attention layer ({parts})")
+        raise _unsupported(
+            source,
+            f"changes more than the UNet's attention and feed-forward layers ({parts})",
+        )
+    if strange:
+        raise _unsupported(
+            source, f"has tensors of unknown meaning ({_tensors(len(strange))} such as {listed(strange, 2)})"
+        )
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' if count > 1 else ''}"

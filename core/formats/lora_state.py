@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PatchError
+from ..errors import PatchError, listed
 from ..models.unet import UNetSurvey
 from ..patch.patch import Patch
-from . import kohya
+from . import contents, kohya
 
-__all__ = ["LoraState", "patch_of", "state_of"]
+__all__ = ["LoraState", "contents_of_lora", "patch_of", "state_of"]
 
 
 class LoraState(dict[str, Tensor]):
@@ -38,9 +38,26 @@ def patch_of(lora: Any, survey: UNetSurvey | None = None, source: str = "the LOR
 
     Raises :class:`PatchError` for what is not a LoRA, and for one that changes more than a patch can.
     """
-    if not isinstance(lora, Mapping) or not all(isinstance(name, str) for name in lora):
-        raise PatchError(f"There is no LoRA in {source}: connect a LORA_MODEL output.")
+    tensors = _tensors_of(lora, source)
     # clones made outside of inference mode are ordinary tensors, which gradients may flow past
     with torch.inference_mode(False), torch.no_grad():
-        tensors = {name: tensor.detach().clone() for name, tensor in lora.items() if isinstance(tensor, Tensor)}
-        return kohya.from_state(tensors, getattr(lora, "metadata", {}), survey, source)
+        cloned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return kohya.from_state(cloned, getattr(lora, "metadata", {}), survey, source)
+
+
+def contents_of_lora(
+    lora: Any, survey: UNetSurvey | None = None, source: str = "the LORA_MODEL that came in"
+) -> contents.Contents:
+    """What a LoRA's state dict holds, including adapters that a patch cannot express.
+
+    Raises :class:`PatchError` for what is no adapter, and for a damaged one.
+    """
+    return contents.contents_of(_tensors_of(lora, source), getattr(lora, "metadata", {}), survey, source)
+
+
+def _tensors_of(lora: Any, source: str) -> dict[str, Tensor]:
+    if not isinstance(lora, Mapping) or not all(isinstance(name, str) for name in lora):
+        raise PatchError(f"There is no LoRA in {source}: connect a LORA_MODEL output.")
+    if odd := [name for name, tensor in lora.items() if not isinstance(tensor, Tensor)]:
+        raise PatchError(f"{source} is no LoRA that can be read: {listed(odd, 2)} is not a tensor.")
+    return dict(lora)

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ModelError, PatchError
-from ..files.safetensors_io import read_metadata, read_names
+from ..files.safetensors_io import SUFFIX, read_metadata, read_names
 from .autoencoders import DiffusersAutoencoder
 from .latent_diffusion import LatentDiffusion
 from .text_encoders import CLIPText, SDXLText
 
 __all__ = ["from_pipeline", "load_checkpoint"]
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _STATED_PREDICTIONS = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
@@ -44,7 +46,7 @@ def load_checkpoint(
     """Load a Stable Diffusion 1.x, 2.x or XL model, or one of the same structure.
 
     Args:
-        source: A folder in diffusers' layout or a single-file ``.safetensors`` checkpoint.
+        source: A folder in diffusers' layout or a single-file safetensors checkpoint, whatever its ending.
         device: Device of the modules.
         dtype: Dtype of the weights.
         clip_skip: Text encoder layer counted from the last one, as in the webui; not used for SDXL.
@@ -55,10 +57,6 @@ def load_checkpoint(
         ModelError: If the source is missing, a pickle, incomplete, or not a supported model.
     """
     path = Path(source)
-    if path.suffix.lower() in _PICKLES:
-        raise ModelError(
-            f"'{source}' is a pickle ({path.suffix}): pickles can run code and are not read. Convert it to safetensors."
-        )
     if path.is_dir():
         return _from_folder(path, device, dtype, clip_skip)
     if not path.exists():
@@ -88,8 +86,8 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
         )
 
     def part(kind: Any, name: str) -> Any:
-        weights = [p.name for p in (folder / name).iterdir() if p.suffix in (".safetensors", ".bin")]
-        safe = [w for w in weights if w.endswith(".safetensors")]
+        weights = [p.name for p in (folder / name).iterdir() if p.suffix in (SUFFIX, ".bin")]
+        safe = [w for w in weights if w.endswith(SUFFIX)]
         if weights and not safe:
             raise ModelError(
                 f"'{folder / name}' has its weights only as a pickle ({weights[0]}): pickles can run code and are not "
@@ -152,7 +150,8 @@ def _from_single_file(
     if config is not None:
         extra |= {"config": str(config), "local_files_only": True}
     try:
-        pipe = kind.from_single_file(str(path), torch_dtype=dtype, **extra)
+        with _under_its_ending(path) as named:
+            pipe = kind.from_single_file(str(named), torch_dtype=dtype, **extra)
     except Exception as error:  # third-party loaders raise arbitrary errors; the cause is chained
         help_ = (
             "diffusers needs the configuration of this model family from the Hugging Face hub once: connect, or give a "
@@ -197,6 +196,21 @@ def _own_marks(path: Path, names: Sequence[str]) -> dict[str, Any]:
         # the last time step is pure noise then, and sampling must begin there
         marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return marks
+
+
+@contextmanager
+def _under_its_ending(path: Path) -> Iterator[Path]:
+    """A safetensors file under a name by which diffusers, which takes every other ending for a pickle's, reads it."""
+    if path.suffix == SUFFIX:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="forget-concept-", ignore_cleanup_errors=True) as folder:
+        named = Path(folder, path.stem + SUFFIX)
+        try:
+            named.symlink_to(path.resolve())
+        except OSError:  # Windows lets only some users make links
+            shutil.copyfile(path, named)
+        yield named
 
 
 def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentDiffusion:

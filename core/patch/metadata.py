@@ -268,18 +268,19 @@ def own_entries(strings: Mapping[str, str]) -> dict[str, str]:
 # -- entries of other programs ------------------------------------------------------------------------------------
 
 
-def kohya_metadata(rank: int, family: str, output_name: str) -> dict[str, str]:
+def kohya_metadata(rank: int, alpha: float, family: str, output_name: str) -> dict[str, str]:
     """The entries by which ComfyUI, the webui and Forge recognize a LoRA file and its base model.
 
     Args:
-        rank: Highest rank of the factors; written as the network's dimension and as its alpha.
+        rank: Highest rank of the factors; written as the network's dimension.
+        alpha: The alpha of all layers.
         family: Model family, such as ``"sd1"``.
         output_name: Name of the file, without its extension.
     """
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
+        "ss_network_alpha": str(alpha),
         _OUTPUT_NAME: output_name,
         "ss_base_model_version": {"sdxl": "sdxl_base_v1-0", "sd2": "sd_v2"}.get(family, "sd_v1"),
         "ss_v2": str(family == "sd2"),

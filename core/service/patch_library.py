@@ -20,11 +20,12 @@ from ..files.names import fresh_file, patch_name
 from ..files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from ..files.writing import check_folder, make_folder, write_bytes, write_json
 from ..formats import kohya
+from ..formats.contents import contents_of
 from ..patch.metadata import PatchMetadata, with_output_name
 from ..patch.patch import Patch
 from .errors import NotFoundError
 from .preview import bars, png
-from .summaries import concept_names, patch_summary
+from .summaries import concept_names, contents_summary, patch_summary
 
 __all__ = ["PRECISIONS", "Entry", "PatchLibrary"]
 
@@ -32,6 +33,7 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 FAMILIES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 PLACEHOLDER = "%concept%"
 _LORAS = (".safetensors", ".pt", ".ckpt")
+_SAFE = (".safetensors", ".sft")
 _PREVIEWS = tuple(f"{dot}{kind}" for dot in (".preview.", ".") for kind in ("png", "jpg", "jpeg", "webp"))
 _BESIDE = (*_PREVIEWS, ".json", ".txt", ".description.txt")
 
@@ -131,18 +133,37 @@ class PatchLibrary:
             )
         return found[0]
 
+    def _find_any(self, name: str) -> Entry:
+        """As :meth:`find`, among other programs' files, too, where this package has none of this name."""
+        own = [entry for entry in self.entries() if entry.name == name]
+        others = [file for file in self._files(_SAFE) if file.stem == name]
+        if own or len(others) != 1:
+            return self.find(name)
+        (file,) = others
+        stat = file.stat()
+        place = file.relative_to(self._folder()).as_posix()
+        return Entry(name, file, place, stat.st_size, stat.st_mtime, read_metadata(file))
+
     def load(self, name: str) -> Patch:
         """Read a patch. Raises as :meth:`find`, and :class:`PatchError` for a damaged file."""
         return kohya.load(self.find(name).path)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """:meth:`Entry.as_dict` with the number of layers, rank, precision, metadata and a summary (``words``)."""
-        entry, patch = self.find(name), self.load(name)
+        """:meth:`Entry.as_dict` with the number of layers, rank, precision, metadata and a summary (``words``).
+
+        Other programs' files can be inspected, too, including adapters that cannot be applied as a patch.
+        """
+        entry = self._find_any(name)
+        tensors, metadata = read_safetensors(entry.path)
+        contents = contents_of(tensors, metadata, source=name)
+        words = contents_summary(contents)
+        if contents.why_not is None:
+            words = [patch_summary(kohya.from_state(tensors, metadata, source=name))]
         return entry.as_dict() | {
-            "layers": len(patch),
-            "rank": patch.rank,
-            "precision": str(next(iter(patch.factors.values())).up.dtype).removeprefix("torch."),
-            "words": patch_summary(patch),
+            "layers": contents.layers,
+            "rank": max(contents.ranks, default=0),
+            "precision": contents.dtype,
+            "words": "\n".join(words),
             "metadata": dict(entry.metadata),
         }
 
@@ -261,8 +282,8 @@ class PatchLibrary:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _files(self) -> list[Path]:
-        """Every LoRA file, following links as the webui does; a link back to a parent folder is followed only once."""
+    def _files(self, suffixes: tuple[str, ...] = _LORAS) -> list[Path]:
+        """Every file with these endings, following links as the webui does; one back to a parent only once."""
         root = self._folder()
         found, seen = [], set()
         for folder, folders, files in os.walk(root, followlinks=True):
@@ -270,7 +291,7 @@ class PatchLibrary:
                 folders.clear()
                 continue
             seen.add(real)
-            found += [Path(folder, file) for file in files if Path(file).suffix.lower() in _LORAS]
+            found += [Path(folder, file) for file in files if Path(file).suffix.lower() in suffixes]
         return found
 
     def _stems(self) -> set[str]:

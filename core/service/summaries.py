@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..errors import PatchError, listed
+from ..formats.contents import Contents
 from ..patch.history import HistoryRecord, read_history
 from ..patch.metadata import CombinedPart, PatchMetadata, own_entries
 from ..patch.patch import Patch
@@ -16,6 +17,7 @@ from ..request.request import ForgetRequest
 __all__ = [
     "base_model_summary",
     "concept_names",
+    "contents_summary",
     "fit_summary",
     "history_summary",
     "last_request",
@@ -120,6 +122,20 @@ def patch_summary(patch: Patch) -> str:
     if about.note:
         lines.append(f"note: {about.note}")
     return "\n".join(lines)
+
+
+def contents_summary(contents: Contents) -> list[str]:
+    """What an adapter file holds, in lines to read, and why it cannot be applied where it cannot."""
+    kinds = ", ".join(f"{kind} of {count} layers" for kind, count in contents.kinds.items()) or "no known kind"
+    ranks = listed([str(rank) for rank in contents.ranks], 8)
+    lines = [f"adapter: {kinds}" + (f", rank {ranks}" if ranks else "") + f", {contents.dtype}"]
+    if contents.places:
+        lines.append("changes: " + ", ".join(f"{place} ({count})" for place, count in contents.places.items()))
+    if contents.unknown:
+        lines.append(f"unknown tensors: {listed(contents.unknown, 4)}")
+    if contents.why_not is not None:
+        lines.append(f"it cannot be applied: {contents.why_not}")
+    return lines
 
 
 def _requests(patch: Patch) -> list[str]:

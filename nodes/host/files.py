@@ -12,8 +12,8 @@ __all__ = ["lora_file", "lora_files", "lora_folder", "lora_stamp", "output_folde
 
 
 def lora_files() -> list[str]:
-    """The .safetensors files in the host's LoRA folders, named as in the stock loaders."""
-    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(".safetensors")]
+    """The safetensors files in the host's LoRA folders, named as in the stock loaders."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith((".safetensors", ".sft"))]
 
 
 def lora_file(name: str) -> Path:

@@ -245,6 +245,24 @@ def test_files_that_are_no_patch_say_so(comfyui: ComfyUI) -> None:
     assert "not in" in outside.words or "There is no file '../../x' in the LoRA folders" in outside.words
 
 
+def test_an_adapter_that_cannot_be_applied_is_inspected(comfyui: ComfyUI) -> None:
+    """A LoKr passes Load and is described by Inspect; Apply refuses it instead of applying a part."""
+    import torch
+    from safetensors.torch import save_file
+
+    layer = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_"
+    lokr = {f"{layer}k.lokr_w1": torch.ones(2, 2), f"{layer}k.lokr_w2": torch.ones(4, 4)}
+    lora = {f"{layer}v.lora_up.weight": torch.ones(8, 2), f"{layer}v.lora_down.weight": torch.ones(2, 8)}
+    save_file(lokr | lora, comfyui.folder / "models" / "loras" / "lokr.sft")
+    graph = base() | {"read": node("ForgetConceptLoadPatch", file="lokr.sft")}
+    looked = graph | {"inspect": node("ForgetConceptInspectPatch", lora=["read", 0])}
+    found = comfyui.run(looked)["outputs"]["inspect"]["text"][0]
+    assert "LoKr of 1 layers, LoRA of 1 layers, rank 2" in found and "cannot be applied" in found
+    graph["apply"] = node("ForgetConceptApplyPatch", model=["load", 0], lora=["read", 0], strength=1.0)
+    refused = red(comfyui, report(graph, "apply", 1))
+    assert refused.node == "apply" and "LoKr in 2 tensors" in refused.words
+
+
 def test_a_file_written_anew_is_read_anew(comfyui: ComfyUI) -> None:
     """Equal inputs are cached, unless the file itself is another one."""
     folder = comfyui.folder / "models" / "loras"

@@ -45,7 +45,7 @@ from forget_concept.core.files.writing import write_bytes
 mask = os.umask
 os.umask = None  # nobody may set it, not for a moment: it is every thread's
 write_bytes(Path("bytes"), b"1")
-write_safetensors({"a": torch.ones(1)}, "tensors")
+write_safetensors({"a": torch.ones(1)}, "t.safetensors")
 os.umask = mask
 print(oct(os.umask(0)))
 """
@@ -55,7 +55,7 @@ print(oct(os.umask(0)))
         [sys.executable, "-c", program], cwd=tmp_path, umask=mask, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == oct(mask)
-    for name in ("bytes", "tensors"):
+    for name in ("bytes", "t.safetensors"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
 
 
@@ -71,7 +71,7 @@ def test_no_other_code_makes_files_of_its_own_or_touches_the_umask():
 
 @each_writer
 def test_several_threads_write_one_file_and_readers_find_it_whole(tmp_path, writer):
-    path, write = tmp_path / "file", WRITERS[writer]
+    path, write = tmp_path / "file.safetensors", WRITERS[writer]
     whole = set()
     for value in range(4):
         write(path, value)
@@ -98,7 +98,7 @@ def test_several_threads_write_one_file_and_readers_find_it_whole(tmp_path, writ
     stop.set()
     reader.join()
     assert not failed and found <= whole and path.read_bytes() in whole
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
 
 
 class Full:
@@ -124,7 +124,7 @@ def broken_off(*_):
 @each_writer
 @pytest.mark.parametrize("there", [True, False], ids=["in place of one", "new"])
 def test_broken_off_nothing_is_left_and_what_was_there_stays(tmp_path, writer, there, monkeypatch):
-    path, write = tmp_path / "file", WRITERS[writer]
+    path, write = tmp_path / "file.safetensors", WRITERS[writer]
     if there:
         write(path, 1)
     before = path.read_bytes() if there else None
@@ -140,7 +140,7 @@ def test_broken_off_nothing_is_left_and_what_was_there_stays(tmp_path, writer, t
                 write(path, 2)
         if error is kind:
             assert "cannot be written" in str(raised.value) and str(path) in str(raised.value)
-        assert [p.name for p in tmp_path.iterdir()] == (["file"] if there else [])
+        assert [p.name for p in tmp_path.iterdir()] == (["file.safetensors"] if there else [])
         assert (path.read_bytes() if there else None) == before
     write(path, 2)
     assert path.read_bytes() != before
@@ -156,7 +156,7 @@ def test_where_nothing_can_be_written_it_is_said(tmp_path, writer):
 
 
 def test_a_name_as_long_as_names_can_be(tmp_path):
-    path = tmp_path / ("x" * 255)
+    path = tmp_path / ("x" * 243 + ".safetensors")
     write_bytes(path, b"1")
     assert path.read_bytes() == b"1"
     write_tensors(path, 3)

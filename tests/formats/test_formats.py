@@ -69,8 +69,9 @@ def test_half_precision_round_trip_is_measured(patch, tmp_path):
     path = tmp_path / "half.safetensors"
     kohya.save(patch, path, dtype=torch.float16)
     same(patch, kohya.load(path), rtol=5e-3, atol=1e-4)
+    huge = Patch({key: LowRank(1e9 * factor.up, factor.down) for key, factor in patch.factors.items()})
     with pytest.raises(PatchError, match="float16"):
-        kohya.save(patch.scaled(1e9), path, dtype=torch.float16)
+        kohya.save(huge, path, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +261,19 @@ def test_bad_files_are_refused_in_words(patch, tmp_path):
         kohya.load(tmp_path)
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, protocol):
+    """The length's first bytes, 0x80 and the protocol's number, open a pickle too."""
+    length = protocol * 256 + 0x80
+    path = tmp_path / "p.safetensors"
+    save_file({"a": torch.ones(1)}, path, {"k": "v"})
+    data = path.read_bytes()
+    padding = length - int.from_bytes(data[:8], "little")
+    header = data[8 : len(data) - 4] + b" " * padding
+    path.write_bytes(length.to_bytes(8, "little") + header + data[-4:])
+    assert torch.equal(read_safetensors(path)[0]["a"], torch.ones(1)) and read_metadata(path) == {"k": "v"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -269,7 +283,7 @@ def test_bad_files_are_refused_in_words(patch, tmp_path):
             lambda s, n: s.update({"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}),
             "more than the UNet's attention",
         ),
-        (lambda s, n: s.update({f"{n}.dora_scale": torch.ones(3)}), "more than the UNet's attention"),
+        (lambda s, n: s.update({f"{n}.dora_scale": torch.ones(3)}), "plain LoRA has not .DoRA in 1 tensor"),
         (
             lambda s, n: s.update({n.replace("attn2_to_q", "ff_net_1") + ".lora_up.weight": torch.ones(3, 3)}),
             "more than the UNet's attention",

@@ -107,6 +107,7 @@ def test_refusals_in_words(folder, tmp_path):
     with pytest.raises(ModelError, match=r"no model 'nothing'.*'mini'"):
         load_checkpoint("nothing")
     for name in ("old.ckpt", "old.pt"):
+        torch.save({"a": torch.zeros(1)}, tmp_path / name)
         with pytest.raises(ModelError, match="pickle"):
             load_checkpoint(tmp_path / name)
     (tmp_path / "empty").mkdir()
@@ -171,6 +172,11 @@ def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
     unet = single_file(pipeline, folder, tmp_path / "single.safetensors")
     model = load_checkpoint(tmp_path / "single.safetensors", config=folder)
     assert model.name == "single"
+    for name in ("UP.SAFETENSORS", "single.sft", "single.ckpt"):  # content decides, not the ending
+        (tmp_path / "single.safetensors").rename(tmp_path / name)
+        named = load_checkpoint(tmp_path / name, config=folder)
+        assert named.name == name.rpartition(".")[0] and named.model_hash == model.model_hash
+        (tmp_path / name).rename(tmp_path / "single.safetensors")
     for site in model.survey:
         assert torch.equal(site.projection("to_k").weight, unet.get_submodule(site.ldm_name).to_k.weight)
     states = from_pipeline(pipeline).text.encode(["a star"])

@@ -348,3 +348,40 @@ def test_a_damaged_patch_is_named(library: PatchLibrary) -> None:
     entry.path.write_bytes(entry.path.read_bytes()[:-10])
     with pytest.raises(NotFoundError, match="There is no patch 'star_00001'"):
         library.load("star_00001")
+
+
+def test_other_programs_adapters_are_inspected_but_not_listed(library: PatchLibrary, folder: Path) -> None:
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
+    lokr = {f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(4, 3), f"{key}.alpha": torch.ones(())}
+    write_safetensors(lokr, folder / "lokr.safetensors")
+    write_safetensors(kohya.to_state(patch()), folder / "plain.safetensors")
+    (folder / "plain.safetensors").rename(folder / "plain.sft")
+    found = library.inspect("lokr")
+    assert found["layers"] == 1 and "LoKr of 1 layers" in found["words"] and "cannot be applied" in found["words"]
+    assert library.inspect("plain")["rank"] == 2
+    assert library.names() == []
+    for name in ("lokr", "plain"):
+        with pytest.raises(NotFoundError):
+            library.load(name)
+
+
+def test_an_own_file_with_parts_that_are_no_lora_is_never_applied_in_part(library: PatchLibrary, folder: Path) -> None:
+    entry = library.save(patch(), "star", "")
+    tensors, metadata = read_safetensors(entry.path)
+    layer = next(name for name in tensors if name.endswith(".alpha")).removesuffix(".alpha")
+    write_safetensors(tensors | {f"{layer}.dora_scale": torch.ones(8, 1)}, entry.path, metadata)
+    with pytest.raises(PatchError, match="DoRA in 1 tensor"):
+        library.load(entry.name)
+    assert "DoRA of 1 layers" in library.inspect(entry.name)["words"]
+
+
+@pytest.mark.parametrize("name", ["star.ckpt", "forget/star.PT", "star.sft"])
+def test_a_name_with_the_ending_of_another_kind_is_refused(library: PatchLibrary, folder: Path, name: str) -> None:
+    with pytest.raises(RequestError, match="leave out"):
+        library.place(name, "", ["star"])
+    with pytest.raises(RequestError, match="leave out"):
+        library.save(patch(), name, "")
+    assert not list(folder.iterdir())
+    assert (
+        library.place("star.safetensors", "", [])[1] == "star" and library.place("v1.5 star", "", [])[1] == "v1.5 star"
+    )
