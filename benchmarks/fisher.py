@@ -35,8 +35,8 @@ class Redrawn(FisherSum):
 
     run = 0
 
-    def _drawn(self, sample: int) -> list[int]:
-        return super()._drawn(sample + 1_000_000 * self.run)
+    def _draw_steps(self, sample: int) -> list[int]:
+        return super()._draw_steps(sample + 1_000_000 * self.run)
 
 
 class Naive(Redrawn):

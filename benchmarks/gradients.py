@@ -160,10 +160,10 @@ class ObservedForgetMeNot(ForgetMeNot):
         self.pictures = pictures
         self.observer: StepObserver | None = None
 
-    def picture(self, batches: Any, settings: Any, inputs: Any, progress: Any) -> None:
+    def fill_pools(self, batches: Any, settings: Any, inputs: Any, progress: Any) -> None:
         key = tuple(target.text for target in batches.targets), batches.generator.initial_seed()
         if key not in self.pictures:
-            super().picture(batches, settings, inputs, progress)
+            super().fill_pools(batches, settings, inputs, progress)
             self.pictures[key] = dict(batches.pools), batches.generator.get_state()
         batches.pools = dict(self.pictures[key][0])
         batches.generator.set_state(self.pictures[key][1])

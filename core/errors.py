@@ -1,4 +1,4 @@
-"""Errors that speak to the person at the host: what is wrong, with which input, what to do."""
+"""Errors for the user: what is wrong, with which input, and what to do."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = [
 
 
 class ForgetConceptError(ValueError):
-    """Base of every error a person can act on; its message is one clear sentence."""
+    """Base class of the errors that a user can act on."""
 
 
 class RequestError(ForgetConceptError):
-    """What was asked for cannot be done as asked (an empty concept, an unknown method or setting, ...)."""
+    """A request cannot be fulfilled: an empty concept, an unknown method or setting, settings that contradict."""
 
 
 class TokenError(ForgetConceptError):
-    """A phrase was not found in a prompt, or the text encoder cuts it off."""
+    """A phrase does not occur in a prompt, or the text encoder truncates it."""
 
 
 class ModelError(ForgetConceptError):
-    """The model cannot be read or has not the parts that are needed."""
+    """A model cannot be read, or lacks a part that is needed."""
 
 
 class PatchError(ForgetConceptError):
-    """A patch cannot be read, written or applied to this model."""
+    """A patch cannot be read, written, or applied to a model."""
 
 
 class UnsupportedAdapterError(PatchError):
@@ -41,10 +41,10 @@ class UnsupportedAdapterError(PatchError):
 
 
 class Cancelled(Exception):
-    """The person cancelled. Deliberately no :class:`ForgetConceptError`: nothing is wrong with any input."""
+    """The user cancelled. Not a :class:`ForgetConceptError`, because no input is wrong."""
 
 
 def listed(items: Sequence[str], limit: int = 6) -> str:
-    """``a, b, c and 4 more``: a list short enough for a sentence."""
+    """Join items for a sentence, such as ``a, b, c and 4 more``; at most ``limit`` are named."""
     shown = ", ".join(items[:limit])
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown

@@ -1,4 +1,4 @@
-"""Progress of long work, told through one callback that may cancel by raising :class:`Cancelled`."""
+"""Progress of long work, reported to a callback that may cancel it by raising :class:`Cancelled`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ __all__ = ["Progress", "ProgressEvent", "report_progress"]
 class ProgressEvent:
     """One step of long work.
 
-    ``step`` counts up to ``total`` (0: begun, nothing done yet); ``loss`` and ``terms`` (its parts, by name,
-    unweighted) are those of this step, ``None`` and empty where the work has no loss (sampling); ``message`` says in
-    words what is being done.
+    Args:
+        step: Number of finished steps; 0: the work has started.
+        total: Number of all steps.
+        loss: Loss of this step; ``None``: the work has no loss, such as sampling.
+        terms: Unweighted terms of the loss, by name.
+        message: What is being done.
     """
 
     step: int
@@ -28,6 +31,6 @@ Progress = Callable[[ProgressEvent], None]
 
 
 def report_progress(progress: Progress | None, event: ProgressEvent) -> None:
-    """Pass ``event`` on where someone listens."""
+    """Pass ``event`` to the callback, if there is one."""
     if progress is not None:
         progress(event)

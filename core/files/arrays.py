@@ -1,4 +1,4 @@
-"""The bytes behind a tensor, for hashing."""
+"""The bytes of a tensor, for hashing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ __all__ = ["tensor_bytes"]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor of any shape and dtype in row-major order, as bytes.
+    """The values of a tensor in row-major order, as bytes.
 
-    A contiguous tensor on the CPU is not copied: use the view before the tensor changes.
+    Args:
+        tensor: A tensor of any shape and dtype. A contiguous one on the CPU is not copied, so use the view before the
+            tensor changes.
     """
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

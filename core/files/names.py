@@ -1,4 +1,4 @@
-"""File names that every system can have, from what a person wrote, and a fresh one for each run."""
+"""Portable file names from user input, and a new one for each run."""
 
 from __future__ import annotations
 
@@ -40,11 +40,18 @@ def check_unicode(text: str, what: str) -> None:
 
 
 def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folder") -> tuple[str, ...]:
-    """A file's folders and its name without number and ending, from what a person wrote; ``%concept%`` is filled in.
+    """Turn the user's name for a file into folders and a stem.
 
-    ``root`` says in words where they are to lie.
+    Args:
+        prefix: What the user wrote: a name, or folders and a name; ``%concept%`` is replaced by the concepts.
+        concepts: Names of the concepts.
+        root: What to call the folder they are relative to, for error messages.
 
-    Raises :class:`RequestError` for a place outside of the folder, and for names that not every system can have.
+    Returns:
+        The folders and the stem, without number and extension.
+
+    Raises:
+        RequestError: The name is empty, lies outside of the folder, or is not portable.
     """
     check_unicode(prefix or "", "The name of the file")
     slug = re.sub(r"[^\w]+", "-", "-".join(concepts[:3]).casefold()).strip("-_")[:60] or "concept"
@@ -55,8 +62,8 @@ def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folde
         raise RequestError("The file has no name: write one, such as forget/%concept%.")
     if ".." in parts or "." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", prefix.strip()):
         raise RequestError(
-            f"'{prefix}' is no place in {root}: write a name, or folders and a name, without '..' and without a slash "
-            "before it."
+            f"'{prefix}' is not inside {root}: write a name, or folders and a name, without '..' and without a leading "
+            "slash."
         )
     stem, dot, ending = parts[-1].rpartition(".")
     if dot + ending.lower() == ".safetensors":
@@ -68,22 +75,25 @@ def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folde
     for part in parts:
         if not part or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part.endswith("."):
             raise RequestError(
-                f"'{part}' cannot be part of a file's name on every system: leave out empty parts, a dot at the end "
-                'and the characters < > : " | ? *.'
+                f"'{part}' is not a valid file name on every system: leave out empty parts, a dot at the end and the "
+                'characters < > : " | ? *.'
             )
         if len(part.encode()) > _LONGEST:
-            raise RequestError(f"The name '{part[:40]}…' is too long: {_LONGEST} bytes at most.")
+            raise RequestError(f"The name '{part[:40]}…' is too long: use at most {_LONGEST} bytes.")
     return tuple(parts)
 
 
 def fresh_file(folder: Path, stem: str, suffix: str, taken: Collection[str] = ()) -> Path:
-    """``<stem>_<number><suffix>`` with the first number that is free in the folder, whatever the extension.
+    """The path ``<stem>_<number><suffix>`` with the first number that no file in the folder has.
 
     Args:
-        taken: Stems that are not free either, case-folded: files elsewhere that a host would confuse with this one.
+        folder: The folder.
+        stem: The name without number and extension.
+        suffix: The extension, with its dot. A number is taken whatever the extension of the file that has it.
+        taken: Further stems that are taken, case-folded: files elsewhere that a host would confuse with this one.
 
     Raises:
-        ForgetConceptError: Where the folder cannot be read.
+        ForgetConceptError: The folder cannot be read.
     """
     try:
         present = {path.name.casefold() for path in folder.iterdir()}

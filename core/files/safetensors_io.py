@@ -1,4 +1,4 @@
-"""Reading and writing safetensors with errors in words; nothing is ever unpickled, no file is left half-written."""
+"""Reading and writing safetensors files; nothing is unpickled, and writing is atomic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)
 
 
 def _header(path: str | os.PathLike[str]) -> dict[str, object]:
-    """The JSON header of a safetensors file, after checks that name what is wrong with one that is none."""
+    """The JSON header of a safetensors file; the errors name what is wrong with another file."""
     file = Path(path)
     try:
         size = file.stat().st_size
@@ -48,14 +48,17 @@ def _header(path: str | os.PathLike[str]) -> dict[str, object]:
             if not sound and start.startswith(_PICKLES):
                 raise PatchError(
                     f"'{path}' is a pickle (.pt, .ckpt, .bin), not a safetensors file: pickles can run code and are "
-                    "not read. Convert it to safetensors first."
+                    "never loaded. Convert it to safetensors first."
                 )
             if len(start) < 8:
                 raise PatchError(f"'{path}' is not a safetensors file: it has only {size} bytes.")
             if not sound:
-                raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.")
+                raise PatchError(f"'{path}' is not a safetensors file: its header is invalid.")
             if length + 8 > size:
-                raise PatchError(f"'{path}' is cut off: {size} bytes are there, the header alone needs {length + 8}.")
+                raise PatchError(
+                    f"'{path}' is cut off: it has {size} bytes, and the header alone needs {length + 8}. Download or "
+                    "copy it again."
+                )
             stream.seek(8)
             raw = stream.read(length)
     except FileNotFoundError:
@@ -68,28 +71,31 @@ def _header(path: str | os.PathLike[str]) -> dict[str, object]:
             raise ValueError
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise PatchError(f"'{path}' is not a safetensors file: its header makes no sense.") from None
+        raise PatchError(f"'{path}' is not a safetensors file: its header is invalid.") from None
     if (needed := 8 + length + max(ends, default=0)) > size:
-        raise PatchError(f"'{path}' is cut off: it should have {needed} bytes and has {size}.")
+        raise PatchError(
+            f"'{path}' is cut off: it should have {needed} bytes and has {size}. Download or copy it again."
+        )
     return header
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata alone. Raises :class:`PatchError` as :func:`read_safetensors`."""
+    """The metadata of a file, without its tensors. Raises as :func:`read_safetensors`."""
     metadata = _header(path).get("__metadata__", {})
     return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the tensors alone. Raises :class:`PatchError` as :func:`read_safetensors`."""
+    """The names of a file's tensors. Raises as :func:`read_safetensors`."""
     return [name for name in _header(path) if name != "__metadata__"]
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a file.
+    """The tensors, on the CPU, and the metadata of a file.
 
-    Raises :class:`PatchError`, in words, where the file is missing, a pickle, cut off, no safetensors file or holds
-    values that are not finite.
+    Raises:
+        PatchError: The file is missing, a pickle, cut off, not a safetensors file, or contains values that are not
+            finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -104,10 +110,14 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raise :class:`PatchError` naming the tensors with NaN or infinity in them."""
+    """Check that all values are finite.
+
+    Raises:
+        PatchError: A tensor contains NaN or infinity; the message names the tensors and ``path``.
+    """
     bad = [name for name, t in tensors.items() if _is_float(t) and not torch.isfinite(t.float()).all()]
     if bad:
-        raise PatchError(f"'{path}' holds NaN or infinite values ({listed(bad, 2)}): it is damaged, make it anew.")
+        raise PatchError(f"'{path}' holds NaN or infinite values ({listed(bad, 2)}): it is damaged, create it again.")
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -153,10 +163,11 @@ def check_ending(path: Path) -> Path:
 def write_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file whole or not at all (:func:`write_bytes`).
+    """Write a file atomically (:func:`write_bytes`).
 
-    Raises :class:`PatchError` where the place cannot be written, its name does not end in ``.safetensors`` or a value
-    is not finite; nothing is left behind then.
+    Raises:
+        PatchError: The file cannot be written, its name does not end in ``.safetensors``, or a value is not finite;
+            nothing is left behind.
     """
     from safetensors.torch import save
 

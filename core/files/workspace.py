@@ -1,7 +1,7 @@
-"""A folder for what takes long to make: Fisher information, inversions, self-made pictures, trainings cut short.
+"""A cache of results that take long to compute: Fisher information, inversions, generated images, checkpoints.
 
-Nothing in it is needed: what is missing is made anew. A file is found by its kind and a key, the hash of everything it
-depends on, so that a file of another model or request is never taken for this one's.
+Everything in it can be deleted and is then computed again. A file is identified by its kind and a key, the hash of
+everything that it depends on, so that a file of another model or request is never used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Workspace", "key_of"]
 
 
 def key_of(*parts: Any) -> str:
-    """A hash of plain values and tensors, as a key: equal exactly for equal parts (dtype and shape included)."""
+    """Hash plain values and tensors into a key; dtypes and shapes count."""
     digest = hashlib.sha256()
     for part in parts:
         _add(digest, part)
@@ -51,46 +51,64 @@ def _add(digest: Any, part: Any) -> None:
 
 
 class Workspace:
-    """Tensors by kind and key, as safetensors files ``<folder>/<kind>/<key>.safetensors``, each whole or not there."""
+    """Tensors by kind and key, in safetensors files ``<folder>/<kind>/<key>.safetensors`` that are written atomically.
+
+    Args:
+        folder: The folder, which is created.
+
+    Raises:
+        RequestError: The folder cannot be created.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Raises :class:`RequestError` where the folder cannot be made."""
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"The work folder '{folder}' cannot be made: {error.strerror or error}.") from error
+            raise RequestError(f"The work folder '{folder}' cannot be created: {error.strerror or error}.") from error
 
     def path(self, kind: str, key: str) -> Path:
-        """Where it is, or would be."""
+        """The path of a file, whether or not it exists.
+
+        Raises:
+            RequestError: ``kind`` or ``key`` is not a file name.
+        """
         if not re.fullmatch(r"[\w.-]+", kind) or not re.fullmatch(r"[\w.-]+", key):
             raise RequestError(f"'{kind}/{key}' cannot be the name of a file in a work folder.")
         return self.folder / kind / f"{key}.safetensors"
 
     def load(self, kind: str, key: str) -> dict[str, Tensor] | None:
-        """The tensors, on the CPU, or ``None`` where there are none.
+        """The tensors of a file, on the CPU; ``None``: there is no such file.
 
-        Raises :class:`PatchError`, naming the file, where it is damaged.
+        Raises:
+            PatchError: The file is damaged.
         """
         path = self.path(kind, key)
         return read_safetensors(path)[0] if path.exists() else None
 
     def metadata(self, kind: str, key: str) -> dict[str, str]:
-        """What was said of them when they were saved; empty where there are none."""
+        """The metadata of a file; empty if there is no such file."""
         path = self.path(kind, key)
         return read_metadata(path) if path.exists() else {}
 
     def save(self, kind: str, key: str, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
-        """Write them, in place of earlier ones. Raises :class:`PatchError` where that cannot be done."""
+        """Write a file and return its path; an existing one is replaced.
+
+        Raises:
+            RequestError: The folder cannot be created.
+            PatchError: The file cannot be written, or a value is not finite.
+        """
         path = self.path(kind, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"The work folder '{path.parent}' cannot be made: {error.strerror or error}.") from error
+            raise RequestError(
+                f"The work folder '{path.parent}' cannot be created: {error.strerror or error}."
+            ) from error
         plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         write_safetensors(plain, path, metadata)
         return path
 
     def remove(self, kind: str, key: str) -> None:
-        """Drop them; where there are none, nothing happens."""
+        """Delete a file, if it exists."""
         self.path(kind, key).unlink(missing_ok=True)

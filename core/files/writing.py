@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and saying beforehand where that cannot be done."""
+"""Atomic writing, and checks before long work that a result can be written."""
 
 from __future__ import annotations
 
@@ -104,26 +104,30 @@ def check_folder(path: Path, name: str | None = None) -> Path:
 
 
 def make_folder(path: Path) -> Path:
-    """``path`` as a folder, made where it is missing. Raises :class:`ForgetConceptError` in words."""
+    """Create a folder if it does not exist, and return it.
+
+    Raises:
+        ForgetConceptError: It cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ForgetConceptError(f"The folder '{path}' cannot be made: {_why(error)}.") from error
+        raise ForgetConceptError(f"The folder '{path}' cannot be created: {_why(error)}.") from error
     return path
 
 
 def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = ForgetConceptError) -> None:
-    """Write a file whole or not at all: under another name beside its place first, then moved there in one step.
+    """Write a file atomically: to a temporary file in the same folder, which then replaces the target.
 
-    The file has the permissions of any new file, as the process's umask leaves them, whatever an earlier one had.
+    The file gets the permissions of a new file under the process's umask, even if it replaces another one.
 
     Args:
-        path: Where the file goes, in place of one that is there.
+        path: The file; an existing one is replaced.
         data: Its contents.
-        error: The class of the error that is raised.
+        error: Class of the error to raise.
 
     Raises:
-        ForgetConceptError: The place cannot be written, in words; nothing is left behind then, nor after Ctrl-C.
+        ForgetConceptError: The file cannot be written; nothing is left behind then, nor after Ctrl-C.
     """
     temporary: Path | None = None
     try:
@@ -131,14 +135,14 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
             raise error(f"'{path}' cannot be written: it is a folder; give the name of a file.")
         handle: int | None = None
         while handle is None:
-            # a short name of its own: the file's own name may be as long as names can be
+            # a short random name, because the target's name may already have the maximum length
             temporary = place = path.parent / f".{secrets.token_hex(8)}.part"
             try:
-                # not by tempfile, whose files are their owner's alone: the umask applies by itself here, and is never
-                # asked for, which would mean to set it for every thread of a host
+                # tempfile would create it with mode 0600; os.open applies the umask without reading it, which is only
+                # possible by changing it for every thread of the host
                 handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             except FileExistsError:
-                temporary = None  # another's
+                temporary = None  # somebody else's file: do not delete it
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
         os.replace(place, path)
@@ -151,5 +155,5 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write one JSON object, UTF-8."""
+    """Write a JSON object atomically, in UTF-8. Raises as :func:`write_bytes`."""
     write_bytes(path, (json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode())

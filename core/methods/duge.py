@@ -1,23 +1,24 @@
-"""DUGE: decremental unlearning without generalization erosion, for requests that come one after the other.
+"""DUGE: decremental unlearning without generalization erosion, for sequences of requests.
 
 Thakral et al., *Continual Unlearning for Foundational Text-to-Image Models without Generalization Erosion* (arXiv
-2503.13769). At request ``n`` the model as the earlier ones left it is frozen as ``φ_n``, and
-``L = L_U + λ_p L_pr + λ_r L_reg`` is made small:
+2503.13769). At request ``n`` the model that the earlier requests left is frozen as ``φ_n``, and
+``L = L_U + λ_p L_pr + λ_r L_reg`` is minimized:
 
-- ``L_U = mean_l (A_l^θ(x_t, t, c_f) − A_l^{φ_n}(x_t, t, ∅))²``: every cross-attention site gives under the target what
-  it gave without it. ``A`` is the site's output, or its attention map, as a setting *(reading)*. With a replacement the
-  frozen model is asked for the replacement's prompt instead of the empty one: an extension.
-- ``L_pr``: the denoising loss on a small memory of pictures of what is kept, each under its own prompt.
-- ``L_reg``: ``‖θ − φ_0‖²`` and distillation on kept prompts *(reading)*. Both are measured from the **base** model, so
-  that drift does not compound over requests (CUIG, arXiv 2511.07970).
+- ``L_U = mean_l (A_l^θ(x_t, t, c_f) − A_l^{φ_n}(x_t, t, ∅))²``: every cross-attention site matches, under the target
+  prompt, what the frozen model computes under the empty one. ``A`` is the site's output or its attention map, as a
+  setting *(reading)*. Extension: with a replacement, its prompt takes the place of the empty one.
+- ``L_pr``: prior preservation, the denoising loss on a small memory of images of the retain set under their own
+  prompts.
+- ``L_reg``: ``‖θ − φ_0‖²``, and distillation on the prompts to preserve *(reading)*. Both are relative to the **base**
+  model, so drift does not accumulate over requests (CUIG, arXiv 2511.07970).
 
-Ours beside it: what earlier requests forgot stays as ``φ_n`` has it (``earlier_weight``; the anchor alone would pull it
-back); the trained change can be made blind to the text states of what is kept (``project``, CUIG's projection); and the
-sites can be trained each on its own (``local``). A site's output at a pixel depends on that pixel and the text alone,
-so a match at every site, on inputs recorded once, is a match of the whole network, without a pass through it.
+Additions: ``earlier_weight`` preserves what ``φ_n`` predicts for earlier forgotten concepts, which ``L_reg`` alone
+would restore. ``project`` applies CUIG's null-space projection for the text states of the retain set. ``local`` trains
+each site on its own: a site's output at a pixel depends only on that pixel and the text, so matching every site on
+inputs captured once matches the whole network without a pass through it.
 
-The paper's public pages give none of its hyperparameters: ``published`` takes its losses as they are, all weights 1, at
-the rate and length that UnlearnCanvas (arXiv 2402.11846) found for Forget-Me-Not's kindred loss.
+The paper's public pages state no hyperparameters. The preset ``published`` uses its losses with all weights 1, at the
+learning rate and length that UnlearnCanvas (arXiv 2402.11846) found for the similar loss of Forget-Me-Not.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ from ..prompts.pairs import mentions
 from ..prompts.phrases import replace_phrase
 from ..request.request import ForgetRequest
 from ..request.settings import setting
-from ..training.activations import SiteCapture, attention_map, cross_attention_map, cross_attention_output, sampled
+from ..training.activations import (
+    SiteCapture,
+    attention_map,
+    cross_attention_map,
+    cross_attention_output,
+    gather_pixels,
+)
 from ..training.adapters import Deltas
 from ..training.attention import AttentionCapture
 from ..training.batches import BatchSampler, Noised, TargetPrompt
@@ -53,15 +60,15 @@ from .uce import UCESettings, common_prompts
 
 __all__ = ["DUGE", "DugeObjective", "DugeSettings", "anchor_prompt"]
 
-MEMORY = "\0memory"  # a pool's name that no concept has
+MEMORY = "\0memory"  # name of a pool; no concept has it
 
 
 @dataclass(frozen=True)
 class DugeSettings(TrainedSettings):
     """Settings of :class:`DUGE`, in addition to those of every trained method.
 
-    ``prior_weight`` is λ_p; ``anchor_weight`` and ``preserve_weight`` are the two parts of λ_r: ``‖θ − φ_0‖²``, as a
-    share of ``‖φ_0‖²``, and the distillation.
+    ``prior_weight`` is λ_p. ``anchor_weight`` and ``preserve_weight`` are the two parts of λ_r: the weights of
+    ``‖θ − φ_0‖² / ‖φ_0‖²`` and of the distillation.
     """
 
     compare: Literal["outputs", "maps"] = setting(
@@ -114,22 +121,25 @@ class DugeSettings(TrainedSettings):
         super().__post_init__()
         if self.compare == "maps" and not {"to_q", "to_k"} & set(self.train):
             raise RequestError(
-                "With 'compare' set to 'maps', 'train' must name to_q or to_k: no map depends on others."
+                "With 'compare' set to 'maps', 'train' must name to_q or to_k: no map depends on other projections."
             )
         if self.project is not None and not {"to_k", "to_v"} & set(self.train):
-            raise RequestError("'project' is for to_k and to_v, which read the text, and 'train' names neither.")
+            raise RequestError(
+                "'project' is for to_k and to_v, which read the text, and 'train' names neither: add one of them, or "
+                "set 'project' to null."
+            )
 
 
 def anchor_prompt(prompt: TargetPrompt, settings: DugeSettings) -> str:
-    """The prompt whose outputs the target's are pulled to: the replacement's, else as ``no_replacement`` says."""
-    if prompt.instead is not None:
-        return prompt.instead
+    """The anchor prompt of a target: the one with the replacement, or else as ``no_replacement`` says."""
+    if prompt.replacement_text is not None:
+        return prompt.replacement_text
     return "" if settings.no_replacement == "empty" else replace_phrase(prompt.text, prompt.concept, "")
 
 
 @register
 class DUGE(TrainedMethod):
-    """Unlearning for requests in sequence; on its own it is a method like others."""
+    """Continual unlearning by matching the outputs of cross-attention layers."""
 
     id = "duge"
     title = "DUGE (continual unlearning without generalization erosion)"
@@ -150,7 +160,7 @@ class DUGE(TrainedMethod):
             anchor_weight=1.0,
             earlier_weight=0.0,
         ),
-        # looked at on tree, mosaic and Hugo Marsh of the embedded world, and on sequences of its other concepts
+        # chosen on tree, mosaic and Hugo Marsh of the embedded world, and on sequences of its other concepts
         "tuned": DugeSettings(
             steps=150,
             lr=2e-3,
@@ -167,36 +177,38 @@ class DUGE(TrainedMethod):
         ),
     }
 
-    def keeps(self, settings: DugeSettings) -> bool:
+    def preserves(self, settings: DugeSettings) -> bool:
         return settings.preserve_weight > 0 or settings.prior_weight > 0 or settings.project is not None
 
-    def refuse(self, request: ForgetRequest, settings: DugeSettings, inputs: Inputs) -> None:
+    def check_request(self, request: ForgetRequest, settings: DugeSettings, inputs: Inputs) -> None:
         if settings.gradient != "sum" and not (settings.preserve_weight or settings.prior_weight):
             raise RequestError(
-                f"The gradient rule '{settings.gradient}' sets forgetting against keeping: set 'preserve_weight' or "
+                f"The gradient rule '{settings.gradient}' balances forgetting and preserving: set 'preserve_weight' or "
                 "'prior_weight' above 0, or 'gradient' to 'sum'."
             )
         if settings.latents == "zeros" and settings.prior_weight:
-            raise RequestError("The prior needs pictures: set 'prior_weight' to 0, or 'latents' to 'generated'.")
-        if settings.keep_common and not self.keeps(settings):
-            raise RequestError("'keep_common' is on, and these settings keep nothing: set 'preserve_weight' above 0.")
+            raise RequestError("The prior needs images: set 'prior_weight' to 0, or 'latents' to 'generated'.")
+        if settings.keep_common and not self.preserves(settings):
+            raise RequestError(
+                "'keep_common' is on, and these settings preserve nothing: set 'preserve_weight' above 0."
+            )
 
     def prompts(
         self, encoder: TextEncoder, request: ForgetRequest, settings: DugeSettings
     ) -> tuple[list[TargetPrompt], list[str]]:
-        targets, kept = super().prompts(encoder, request, settings)
+        targets, retain = super().prompts(encoder, request, settings)
         if settings.contexts and settings.templates is None:
-            # one that names another target would keep it, or have it shown with this one's replacement
-            named = [
+            # a context that mentions another target would preserve it, or map it to this one's replacement
+            conflicting = [
                 c for kind in CONTEXTS for c in CONTEXTS[kind] if any(mentions(t.name, c) for t in request.concepts)
             ]
-            spoken = [*(concept.name for concept in request.concepts), *request.preserve]
-            out = {context.format(word) for context in named for word in spoken}
-            targets = [target for target in targets if target.text not in out]
-            kept = [text for text in kept if text not in out]
+            phrases = [*(concept.name for concept in request.concepts), *request.preserve]
+            excluded = {context.format(phrase) for context in conflicting for phrase in phrases}
+            targets = [target for target in targets if target.text not in excluded]
+            retain = [text for text in retain if text not in excluded]
         if settings.keep_common:
-            kept = list(dict.fromkeys([*kept, *common_prompts(request, UCESettings(contexts=settings.contexts))]))
-        return targets, kept
+            retain = list(dict.fromkeys([*retain, *common_prompts(request, UCESettings(contexts=settings.contexts))]))
+        return targets, retain
 
     def other_prompts(self, targets: Sequence[TargetPrompt], settings: DugeSettings) -> list[str]:
         return [anchor_prompt(target, settings) for target in targets]
@@ -206,13 +218,13 @@ class DUGE(TrainedMethod):
     ) -> Mapping[str, Tensor] | None:
         if settings.project is None:
             return None
-        states = batches.states(batches.kept).hidden.flatten(0, 1).float()
+        states = batches.states(batches.retain).hidden.flatten(0, 1).float()
         try:
             basis = retain_basis(torch.unique(states, dim=0), settings.project)
         except NoFreeDirection as error:
             raise RequestError(
-                f"What is kept fills all {states.shape[1]} directions of the text states, so that nothing could be "
-                f"changed: set 'project' below {settings.project:g}, or keep fewer prompts."
+                f"The retain set spans all {states.shape[1]} directions of the text states, so nothing could be "
+                f"changed: set 'project' below {settings.project:g}, or preserve fewer prompts."
             ) from error
         return {key: basis for key in self.keys(model, settings) if key.endswith((".to_k", ".to_v"))}
 
@@ -227,19 +239,19 @@ class DUGE(TrainedMethod):
     ) -> DugeObjective:
         memory: list[str] = []
         if settings.prior_weight:
-            others = [text for text in batches.kept if text] or batches.kept
+            others = [text for text in batches.retain if text] or batches.retain
             order = torch.randperm(len(others), generator=batches.generator).tolist()
             memory = [others[i % len(others)] for i in (order * settings.memory)[: settings.memory]]
             batches.draw({MEMORY: memory}, len(memory), progress)
         objective = DugeObjective(batches, deltas, settings, memory, inputs)
         if settings.local:
             with deltas.attached():
-                objective.record()
+                objective.capture()
         return objective
 
 
 class DugeObjective(BaseObjective):
-    """The terms of one step, through the network or site by site."""
+    """Computes the terms of a step, through the whole network or site by site."""
 
     def __init__(
         self,
@@ -254,31 +266,31 @@ class DugeObjective(BaseObjective):
         self.frozen: dict[str, tuple[Tensor, Tensor]] = {}
         if inputs.earlier is not None:
             for key, factor in inputs.earlier.factors.items():
-                moved = factor.to(self.model.survey.linear(key).weight.device, torch.float32)
-                self.frozen[key] = (moved.up, moved.down)
+                factor = factor.to(self.model.survey.linear(key).weight.device, torch.float32)
+                self.frozen[key] = (factor.up, factor.down)
         self.bank: dict[str, list[Tensor]] = {}
 
     # -- through the network -------------------------------------------------------------------------------------
 
     def sites(self, batch: Noised, texts: Sequence[str]) -> list[Tensor]:
-        """Every site's output (or map) in one pass over the batch under these prompts."""
+        """Every site's output, or attention map, in one pass over the batch under these prompts."""
         survey = self.model.survey
         if self.settings.compare == "outputs":
-            with SiteCapture(survey) as recorder:
+            with SiteCapture(survey) as captured:
                 self.predicted(batch.x, batch.times, texts)
-                return recorder.outputs()
-        with AttentionCapture(survey) as recorder:
+                return captured.outputs()
+        with AttentionCapture(survey) as attention:
             self.predicted(batch.x, batch.times, texts)
-            return [attention_map(recorder.q[site.name], recorder.k[site.name], site.heads) for site in survey]
+            return [attention_map(attention.q[site.name], attention.k[site.name], site.heads) for site in survey]
 
-    def _unlearn(self) -> Tensor:
+    def _unlearning_loss(self) -> Tensor:
         prompts = self.batches.next_targets()
         batch = self.batches.noised([prompt.concept for prompt in prompts])
-        with torch.no_grad(), self.deltas.showing("earlier"):
-            wanted = self.sites(batch, [anchor_prompt(prompt, self.settings) for prompt in prompts])
-        return attention_output_matching(self.sites(batch, [p.text for p in prompts]), wanted, self.settings.relative)
+        with torch.no_grad(), self.deltas.using("earlier"):
+            frozen = self.sites(batch, [anchor_prompt(prompt, self.settings) for prompt in prompts])
+        return attention_output_matching(self.sites(batch, [p.text for p in prompts]), frozen, self.settings.relative)
 
-    def _prior(self) -> Tensor:
+    def _prior_loss(self) -> Tensor:
         batches, count = self.batches, self.settings.batch_size
         rows = torch.randint(len(self.memory), (count,), generator=batches.generator)
         times = torch.randint(self.model.train_steps, (count,), generator=batches.generator)
@@ -288,53 +300,54 @@ class DugeObjective(BaseObjective):
 
     # -- site by site --------------------------------------------------------------------------------------------
 
-    def record(self) -> None:
-        """Fill the bank with inputs of every site, under what targets read as and under what is kept."""
+    def capture(self) -> None:
+        """Fill the bank with inputs of every site, under the anchor prompts and under the prompts to preserve."""
         batches, s = self.batches, self.settings
-        sides: tuple[tuple[str, Literal["base", "earlier"]], ...] = (("targets", "earlier"), ("kept", "base"))
-        for side, shown in sides:
-            done: list[list[Tensor]] = []
+        sides: tuple[tuple[str, Literal["base", "earlier"]], ...] = (("targets", "earlier"), ("retain", "base"))
+        for side, variant in sides:
+            captures: list[list[Tensor]] = []
             for start in range(0, s.bank, s.batch_size):
                 count = min(s.batch_size, s.bank - start)
                 if side == "targets":
                     prompts = batches.next_targets(count)
                     batch = batches.noised([prompt.concept for prompt in prompts])
                     texts = [anchor_prompt(prompt, self.settings) for prompt in prompts]
-                elif batches.kept:
+                elif batches.retain:
                     texts = batches.next_retain(count)
-                    batch = batches.noised([self.any_pool()] * count)
+                    batch = batches.noised([self.retain_pool()] * count)
                 else:
                     return
-                with torch.no_grad(), self.deltas.showing(shown), SiteCapture(self.model.survey) as recorder:
+                with torch.no_grad(), self.deltas.using(variant), SiteCapture(self.model.survey) as captured:
                     self.predicted(batch.x, batch.times, texts)
-                    done.append([self._some(x) for x in recorder.inputs()])
-            self.bank[side] = [torch.cat(parts) for parts in zip(*done, strict=True)]
+                    captures.append([self._sample_pixels(x) for x in captured.inputs()])
+            self.bank[side] = [torch.cat(parts) for parts in zip(*captures, strict=True)]
 
-    def _some(self, x: Tensor) -> Tensor:
+    def _sample_pixels(self, x: Tensor) -> Tensor:
+        """``pixels`` random pixels of each row of ``(batch, pixels, width)``."""
         pixels = x.shape[1]
         if pixels <= self.settings.pixels:
             return x.clone()
         order = torch.rand(x.shape[:2], generator=self.batches.generator).argsort(1)
-        return sampled(x, order[:, : self.settings.pixels])
+        return gather_pixels(x, order[:, : self.settings.pixels])
 
-    def _matched(
-        self, side: str, texts: Sequence[str], shown: Literal["base", "earlier"], instead: Sequence[str] | None = None
+    def _matching_loss(
+        self, side: str, texts: Sequence[str], variant: Literal["base", "earlier"], anchors: Sequence[str] | None = None
     ) -> Tensor:
-        """How far every site is, under ``texts``, from the frozen model under ``instead`` (default: the same)."""
+        """Match every site under ``texts`` to the frozen model under ``anchors`` (default: ``texts``)."""
         bank = self.bank.get(side) or self.bank["targets"]
         rows = torch.randint(len(bank[0]), (len(texts),), generator=self.batches.generator)
-        at = cross_attention_output if self.settings.compare == "outputs" else cross_attention_map
-        here, there = self._context(texts), self._context(texts if instead is None else instead)
-        now, wanted = [], []
+        evaluate = cross_attention_output if self.settings.compare == "outputs" else cross_attention_map
+        context, anchor_context = self._context(texts), self._context(texts if anchors is None else anchors)
+        outputs, targets = [], []
         for site, inputs in zip(self.model.survey, bank, strict=True):
             x = inputs[rows.to(inputs.device)]
-            with torch.no_grad(), self.deltas.showing(shown):
-                wanted.append(at(site, x, there))
-            now.append(at(site, x, here))
-        return attention_output_matching(now, wanted, self.settings.relative)
+            with torch.no_grad(), self.deltas.using(variant):
+                targets.append(evaluate(site, x, anchor_context))
+            outputs.append(evaluate(site, x, context))
+        return attention_output_matching(outputs, targets, self.settings.relative)
 
-    def _as_earlier(self, texts: Sequence[str]) -> Tensor:
-        return self._matched("kept", texts, "earlier") if self.settings.local else super()._as_earlier(texts)
+    def _earlier_loss(self, texts: Sequence[str]) -> Tensor:
+        return self._matching_loss("retain", texts, "earlier") if self.settings.local else super()._earlier_loss(texts)
 
     def _context(self, texts: Sequence[str]) -> Tensor:
         return self.batches.states(texts).to(self.model.device, self.model.dtype).hidden
@@ -346,22 +359,22 @@ class DugeObjective(BaseObjective):
         terms: dict[str, Term] = {}
         if s.local:
             prompts = batches.next_targets()
-            instead = [anchor_prompt(prompt, self.settings) for prompt in prompts]
+            anchors = [anchor_prompt(prompt, self.settings) for prompt in prompts]
             terms["unlearn"] = Term(
-                self._matched("targets", [p.text for p in prompts], "earlier", instead), s.unlearn_weight
+                self._matching_loss("targets", [p.text for p in prompts], "earlier", anchors), s.unlearn_weight
             )
         else:
-            terms["unlearn"] = Term(self._unlearn(), s.unlearn_weight)
+            terms["unlearn"] = Term(self._unlearning_loss(), s.unlearn_weight)
         if s.prior_weight:
-            terms["prior"] = Term(self._prior(), s.prior_weight, "retain")
+            terms["prior"] = Term(self._prior_loss(), s.prior_weight, "retain")
         if s.anchor_weight:
             weights = {key: self.model.survey.linear(key).weight for key in self.deltas.keys}
             drift = drift_from_base(self.deltas.changes(), weights, self.frozen)
             terms["anchor"] = Term(drift, s.anchor_weight, "retain")
         if s.preserve_weight:
             if s.local:
-                kept = self._matched("kept", batches.next_retain(), "base")
-                terms["preserve"] = Term(kept, s.preserve_weight, "retain")
+                preserve = self._matching_loss("retain", batches.next_retain(), "base")
+                terms["preserve"] = Term(preserve, s.preserve_weight, "retain")
             else:
                 terms["preserve"] = self.preserve(s.preserve_weight)
         terms |= self.preserve_earlier(s.earlier_weight, s.batch_size)

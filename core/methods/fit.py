@@ -42,7 +42,7 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
     for name, pictures in images.items():
         if name not in names.values():
             raise RequestError(
-                f"There are pictures of '{name}', which is not to be forgotten: leave them out, or name one of "
+                f"There are images of '{name}', which is not to be forgotten: leave them out, or name one of "
                 f"{', '.join(names.values())}."
             )
         check_images(pictures, MIN_IMAGES, size, f"'{name}'")
@@ -96,8 +96,8 @@ def fit(
     inputs = _with_images(model, request, inputs or Inputs())
     if inputs.images and not method.takes_images:
         raise RequestError(
-            f"The method '{method.id}' works from words alone, and pictures of '{next(iter(inputs.images))}' were "
-            "given: leave them out, or use another method."
+            f"The method '{method.id}' does not use images, and images of '{next(iter(inputs.images))}' were given: "
+            "leave them out, or use another method."
         )
     patch = method().fit(model, plan, progress, inputs)
     patch.check_finite()

@@ -1,30 +1,30 @@
 """Forget-Me-Not: attention re-steering, trained end to end.
 
-Zhang et al., *Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models* (arXiv 2303.17591). At a random time
-step one conditional pass is made; at every cross-attention site ``l`` the attention of the concept's own tokens ``S``
-is looked at, and ``L = ‖concat_l A_l[..., S]‖₂`` made small, so that no pixel looks at the concept any more.
+Zhang et al., *Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models* (arXiv 2303.17591). Each step makes
+one conditional pass at a random time step and minimizes ``L = ‖concat_l A_l[..., S]‖₂``, the attention on the concept's
+tokens ``S`` at all cross-attention sites ``l``, so that no pixel attends to the concept.
 
-The concept is said by its name or by vectors that textual inversion learns from its pictures (:mod:`..inversion`).
+The concept is given by its name, or by vectors that textual inversion learns from images of it
+(:mod:`~..training.textual_inversion`).
 
-The published method keeps nothing and replaces nothing. Two optional terms here do: ``preserve_weight`` keeps the noise
-prediction on preserved prompts (the empty one always among them) where the base model has it, and ``steer_weight``
-moves the concept's prediction to the base model's of its replacement (Concept Ablation's target, arXiv 2303.13516), or
-of the prompt without it where there is none.
-Where a term is off and a request asks for what it does, the request is refused: nothing is ignored in silence.
+The published method has no retain set and no replacement. Two optional terms add them. ``preserve_weight`` preserves
+the base model's noise prediction for the prompts to preserve, always including the empty one. ``steer_weight`` moves
+the concept's prediction to the base model's prediction for the replacement (the target of Concept Ablation, arXiv
+2303.13516), or for the prompt without the concept if there is no replacement. A request that needs a term that is off
+is an error, so that no part of it is ignored.
 
-**Correction.** A name may have a sense, an attribute or a bias that is to go, while the name stays in use (concept
-correction and disentanglement, §4). ``unwanted`` says what it is no longer to show, ``wanted`` what it is to show from
-now on, as phrases in the name's place. Published, in our reading, is the attention loss on pictures of the unwanted
-under the name's own prompts. With ``wanted`` phrases ``w_j`` the name's prediction is also moved to the base model's
-under them, on pictures of the unwanted and of each wanted alike. On pictures of the wanted that has a meaning: what
-minimises
+**Correction** (concept correction and disentanglement, §4) removes a sense, an attribute or a bias of a name that
+remains in use. ``unwanted`` and ``wanted`` list phrases that say what the name must no longer show and what it shows
+from now on. As published, in our reading, the attention loss is applied on images of the unwanted phrases under the
+name's own prompts. With ``wanted`` phrases ``w_j``, the name's prediction is also moved to the base model's prediction
+for them, on images of the unwanted and of each wanted phrase. On images of the wanted phrases, the minimizer of
 ``Σ_j E_{x_0 ~ p(·|w_j)} ‖ε_θ(x_t, t, name) − ε_base(x_t, t, w_j)‖²`` is ``Σ_j p(w_j | x_t) ε_base(x_t, t, w_j)``, the
-exact prediction for pictures of which each ``w_j`` has an equal share. So one wanted phrase is a sense that stays,
-and several make a biased word an even one.
+exact prediction for images of which each ``w_j`` has an equal share. So a single wanted phrase is the sense that
+remains, and several phrases balance a biased name.
 
-A model that confuses two senses confuses them under longer phrases too, and the targets with them: ``contrast`` ``η``
-steers to ``ε_base(w_j) + η (ε_base(w_j) − ε_base(u_j))`` instead, away from an unwanted ``u_j`` (from the name itself
-where none is given), as guidance does when a picture is drawn.
+A model that confuses two senses also confuses them in longer phrases, so these targets are confused as well.
+``contrast`` ``η`` replaces the target by ``ε_base(w_j) + η (ε_base(w_j) − ε_base(u_j))``, away from an unwanted ``u_j``
+(from the name itself if none is given), as guidance does in sampling.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from .trained import BaseObjective, TrainedMethod, TrainedSettings
 
 __all__ = ["ForgetMeNot", "ForgetMeNotObjective", "ForgetMeNotSettings"]
 
-# the pools of pictures of what a name is to show; no name of a concept begins so
+# prefix of the pools of images of wanted phrases; no concept's name starts with it
 _WANTED = "\nwanted: "
 
 
@@ -69,7 +69,7 @@ _WANTED = "\nwanted: "
 class ForgetMeNotSettings(TrainedSettings):
     """Settings of :class:`ForgetMeNot`, in addition to those of every trained method.
 
-    The three weights compare root-mean-square attention mass and mean squared noise, so that they carry over between
+    The weights are relative to root-mean-square attention mass and mean squared noise, so they carry over between
     models of any size.
     """
 
@@ -108,7 +108,7 @@ class ForgetMeNotSettings(TrainedSettings):
         advanced=True,
         group="inversion",
     )
-    # with ``latents`` "images" the pictures are of the unwanted
+    # with ``latents`` "images", the user's images show what is unwanted
     unwanted: tuple[str, ...] = setting(
         (),
         "Correction: what the name must no longer show, one phrase per line, such as wooden bat for bat.",
@@ -134,26 +134,31 @@ class ForgetMeNotSettings(TrainedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attention_weight == 0 and self.steer_weight == 0:
-            raise RequestError("With 'attention_weight' and 'steer_weight' both 0 nothing would be forgotten.")
-        phrases = [normalized_phrase(_bare(phrase)) for phrase in (*self.unwanted, *self.wanted)]
+            raise RequestError(
+                "With 'attention_weight' and 'steer_weight' both 0 nothing would be forgotten: set one of them above 0."
+            )
+        phrases = [normalized_phrase(_without_article(phrase)) for phrase in (*self.unwanted, *self.wanted)]
         if not all(phrases) or len(set(phrases)) < len(phrases):
-            raise RequestError("A phrase in 'unwanted' and 'wanted' is empty, or there twice.")
+            raise RequestError("A phrase in 'unwanted' or 'wanted' is empty or given twice: remove it.")
         if phrases and self.latents == "zeros":
-            raise RequestError("'unwanted' and 'wanted' need pictures: set 'latents' to 'generated' or 'images'.")
+            raise RequestError("'unwanted' and 'wanted' need images: set 'latents' to 'generated' or 'images'.")
         if self.unwanted and self.latents == "images":
-            raise RequestError("With 'latents' 'images' the pictures are what is unwanted: leave 'unwanted' out.")
+            raise RequestError(
+                "With 'latents' set to 'images', the images show what is unwanted: leave 'unwanted' out."
+            )
         if self.contrast and not self.wanted:
-            raise RequestError("'contrast' above 0 needs phrases that are 'wanted'.")
+            raise RequestError("'contrast' above 0 needs phrases in 'wanted': give some, or set it to 0.")
         if self.wanted and self.steer_weight == 0:
-            raise RequestError("With 'steer_weight' 0 nothing would show what is 'wanted': set it above 0.")
+            raise RequestError("With 'steer_weight' 0 the 'wanted' phrases have no effect: set it above 0.")
         if self.wanted and self.attention_weight and not self.resteers:
             raise RequestError(
-                "There is nothing to turn attention away from: say what is 'unwanted', or set 'attention_weight' to 0."
+                "There is nothing to turn attention away from: give phrases in 'unwanted', or set 'attention_weight' to "
+                "0."
             )
 
     @property
     def resteers(self) -> bool:
-        """Whether there are pictures to turn attention away from."""
+        """Whether there are images to turn attention away from."""
         return not self.wanted or bool(self.unwanted) or self.latents == "images"
 
 
@@ -162,7 +167,7 @@ _CORRECTION = ForgetMeNotSettings(steps=60, lr=2e-3, train=("to_k", "to_v"), att
 
 @register
 class ForgetMeNot(TrainedMethod):
-    """Attention re-steering end to end; seconds to minutes, by the model's size."""
+    """Attention re-steering, trained end to end; takes seconds to minutes, depending on the model's size."""
 
     id = "forget_me_not"
     title = "Forget-Me-Not (attention re-steering)"
@@ -170,7 +175,7 @@ class ForgetMeNot(TrainedMethod):
     message = "re-steering attention"
     Settings = ForgetMeNotSettings
     presets = {
-        # the authors': attn2 whole, dense, batch 1, 35 steps; nothing kept, nothing replaced
+        # the authors': all projections of attn2, dense, batch size 1, 35 steps; no retain set, no replacement
         "published": ForgetMeNotSettings(
             lr=2e-6,
             batch_size=1,
@@ -191,41 +196,41 @@ class ForgetMeNot(TrainedMethod):
             steer_weight=10.0,
             earlier_weight=10.0,
         ),
-        # a name loses a sense, an attribute or a bias: 'unwanted' and 'wanted' say which
+        # removes a sense, an attribute or a bias of a name, given by 'unwanted' and 'wanted'
         "correction": _CORRECTION,
         # many names at once: a whole theme
         "theme": dataclasses.replace(_CORRECTION, lr=5e-3, rank=16, n_images=4),
     }
 
-    def refuse(self, request: ForgetRequest, settings: ForgetMeNotSettings, inputs: Inputs) -> None:
+    def check_request(self, request: ForgetRequest, settings: ForgetMeNotSettings, inputs: Inputs) -> None:
         replaced = [concept.name for concept in request.concepts if concept.replacement_text]
-        lacking = [concept.name for concept in request.concepts if concept.name not in inputs.images]
-        if settings.concept_source == "inversion" and lacking:
+        missing = [concept.name for concept in request.concepts if concept.name not in inputs.images]
+        if settings.concept_source == "inversion" and missing:
             raise RequestError(
-                f"'concept_source' is 'inversion', and there are no pictures of '{lacking[0]}' to learn it from: give "
+                f"'concept_source' is 'inversion', and there are no images of '{missing[0]}' to learn it from: give "
                 "some, or set it to 'name'."
             )
         if (settings.unwanted or settings.wanted) and len(request.concepts) > 1:
-            raise RequestError("'unwanted' and 'wanted' are about one name; correct several names in several requests.")
+            raise RequestError("'unwanted' and 'wanted' are for one name: correct several names in separate requests.")
         if settings.wanted:
             if replaced:
                 raise RequestError(
-                    f"'{replaced[0]}' has a replacement, and 'wanted' also says what it is to show: give one of them."
+                    f"'{replaced[0]}' has a replacement, and 'wanted' also says what it shows: give only one of them."
                 )
             return
         if replaced and settings.steer_weight == 0:
             raise RequestError(
-                f"Forget-Me-Not as published replaces nothing, and '{replaced[0]}' has a replacement: leave it out, "
+                f"With 'steer_weight' 0 nothing is replaced, and '{replaced[0]}' has a replacement: leave it out, "
                 "set 'steer_weight' above 0, or use another preset or method."
             )
         if settings.attention_weight == 0 and len(replaced) < len(request.concepts):
             unreplaced = next(concept.name for concept in request.concepts if not concept.replacement_text)
             raise RequestError(
                 f"With 'attention_weight' 0 nothing would make the model forget '{unreplaced}': give a replacement, or "
-                "say what is 'wanted' in its place."
+                "phrases in 'wanted'."
             )
 
-    def drops(self, settings: ForgetMeNotSettings) -> bool:
+    def drops_phrase(self, settings: ForgetMeNotSettings) -> bool:
         return settings.steer_weight > 0 and not settings.wanted
 
     def uses_images(self, settings: ForgetMeNotSettings) -> bool:
@@ -244,54 +249,54 @@ class ForgetMeNot(TrainedMethod):
         progress: Progress | None,
         inputs: Inputs,
     ) -> Patch:
-        """As every trained method; with ``concept_source`` ``"inversion"`` the concepts' vectors are learned first."""
+        """As every trained method; with ``concept_source`` ``"inversion"``, the concepts' vectors are learned first."""
         if settings.concept_source == "inversion":
-            self._refuse_without_use(request, settings, inputs)
-            self.refuse(request, settings, inputs)
+            self._check_inputs(request, settings, inputs)
+            self.check_request(request, settings, inputs)
             vectors = {
-                c.name: _inverted(model, c.name, c.kind, request.seed, settings, inputs, progress)
+                c.name: _learn_vectors(model, c.name, c.kind, request.seed, settings, inputs, progress)
                 for c in request.concepts
             }
-            model = with_vectors(model, {_slot(name): several for name, several in vectors.items()})
+            model = with_vectors(model, {_placeholder(name): rows for name, rows in vectors.items()})
             request = dataclasses.replace(
-                request, concepts=tuple(dataclasses.replace(c, name=_slot(c.name)) for c in request.concepts)
+                request, concepts=tuple(dataclasses.replace(c, name=_placeholder(c.name)) for c in request.concepts)
             )
-            images = {_slot(name): images for name, images in inputs.images.items()}
+            images = {_placeholder(name): images for name, images in inputs.images.items()}
             inputs = dataclasses.replace(inputs, images=images)
         return super().train_patch(model, request, settings, progress, inputs)
 
     def prompts(
         self, encoder: TextEncoder, request: ForgetRequest, settings: ForgetMeNotSettings
     ) -> tuple[list[TargetPrompt], list[str]]:
-        targets, kept = super().prompts(encoder, request, settings)
-        said = [text for target in targets for text in _in_place(target, settings.wanted)]
-        for text in [*said, *(text for target in targets for text in _in_place(target, settings.unwanted))]:
-            end_position(encoder, text)  # raises where it is cut off
-        if kept:  # under their own words the wanted stay what they are
+        targets, retain = super().prompts(encoder, request, settings)
+        wanted = [text for target in targets for text in _with_phrases(target, settings.wanted)]
+        for text in [*wanted, *(text for target in targets for text in _with_phrases(target, settings.unwanted))]:
+            end_position(encoder, text)  # raises if the prompt is cut off
+        if retain:  # the wanted phrases themselves keep their meaning
             own = {target.text for target in targets}
-            kept = list(dict.fromkeys([*kept, *(text for text in said if text not in own)]))
-        return targets, kept
+            retain = list(dict.fromkeys([*retain, *(text for text in wanted if text not in own)]))
+        return targets, retain
 
     def other_prompts(self, targets: Sequence[TargetPrompt], settings: ForgetMeNotSettings) -> list[str]:
-        return [text for target in targets for text in _in_place(target, settings.wanted + settings.unwanted)]
+        return [text for target in targets for text in _with_phrases(target, settings.wanted + settings.unwanted)]
 
-    def picture(
+    def fill_pools(
         self, batches: BatchSampler, settings: ForgetMeNotSettings, inputs: Inputs, progress: Progress | None
     ) -> None:
         if not (settings.unwanted or settings.wanted):
-            return super().picture(batches, settings, inputs, progress)
+            return super().fill_pools(batches, settings, inputs, progress)
         name = batches.targets[0].concept
-        scenes: dict[str, tuple[str, ...]] = {_WANTED + phrase: (phrase,) for phrase in settings.wanted}
+        phrases_by_pool: dict[str, tuple[str, ...]] = {_WANTED + phrase: (phrase,) for phrase in settings.wanted}
         if settings.unwanted:
-            scenes[name] = settings.unwanted
-        drawn = {
-            pool: [text for target in batches.targets for text in _in_place(target, phrases)]
-            for pool, phrases in scenes.items()
+            phrases_by_pool[name] = settings.unwanted
+        prompts = {
+            pool: [text for target in batches.targets for text in _with_phrases(target, phrases)]
+            for pool, phrases in phrases_by_pool.items()
         }
-        if batches.kept:
-            order = torch.randperm(len(batches.kept), generator=batches.generator).tolist()
-            drawn[RETAIN_POOL] = [batches.kept[i] for i in order]
-        batches.draw(drawn, settings.n_images, progress)
+        if batches.retain:
+            order = torch.randperm(len(batches.retain), generator=batches.generator).tolist()
+            prompts[RETAIN_POOL] = [batches.retain[i] for i in order]
+        batches.draw(prompts, settings.n_images, progress)
         if settings.latents == "images":
             batches.encode(name, inputs.images[name])
         return None
@@ -308,12 +313,12 @@ class ForgetMeNot(TrainedMethod):
         return ForgetMeNotObjective(batches, deltas, settings)
 
 
-def _slot(name: str) -> str:
-    """What stands for a concept in a prompt that is given its vectors."""
+def _placeholder(name: str) -> str:
+    """The phrase that stands for a concept's learned vectors in prompts."""
     return f"<{name}>"
 
 
-def _inverted(
+def _learn_vectors(
     model: LatentDiffusion,
     name: str,
     kind: str,
@@ -324,43 +329,51 @@ def _inverted(
 ) -> Tensor:
     if model.vae is None:
         raise RequestError(
-            f"Pictures of '{name}' were given, and this model has no autoencoder here to read them with."
+            f"Images of '{name}' were given, but there is no autoencoder to encode them with: load the model with its "
+            "VAE, or set 'concept_source' to 'name'."
         )
     images = inputs.images[name]
     latents = torch.cat([model.vae.encode(images[i : i + 16]) for i in range(0, len(images), 16)])
-    how = InversionSettings(
+    inversion = InversionSettings(
         settings.tokens,
         settings.inversion_steps,
         settings.inversion_lr,
         batch_size=settings.batch_size,
-        templates=settings.said(kind),
+        templates=settings.prompt_templates(kind),
     )
-    return invert(model, latents, how, seed, progress, workspace=inputs.workspace)
+    return invert(model, latents, inversion, seed, progress, workspace=inputs.workspace)
 
 
-def _bare(phrase: str) -> str:
+def _without_article(phrase: str) -> str:
     return re.sub(r"^\s*(an?|the)\s+", "", phrase, flags=re.IGNORECASE)
 
 
-def _in_place(target: TargetPrompt, phrases: tuple[str, ...]) -> list[str]:
-    """The prompt with each phrase said for the concept's name."""
-    return [replace_phrase(target.text, target.concept, _bare(phrase)) for phrase in phrases]
+def _with_phrases(target: TargetPrompt, phrases: tuple[str, ...]) -> list[str]:
+    """The prompt with each of the phrases in place of the concept's name."""
+    return [replace_phrase(target.text, target.concept, _without_article(phrase)) for phrase in phrases]
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a batch: its prompt, the pool of its picture, the prompt it is steered to, whether attention is turned
-    away from it, and the prompt it is steered away from."""
+    """One row of a batch.
+
+    Args:
+        prompt: Its prompt.
+        pool: Pool of its image.
+        steer_to: Prompt whose prediction it is steered to; ``None``: it is not steered.
+        resteered: Whether attention to the concept is minimized.
+        steer_from: Prompt whose prediction it is steered away from, if ``contrast`` is set.
+    """
 
     prompt: TargetPrompt
     pool: str
-    instead: str | None
+    steer_to: str | None
     resteered: bool
-    against: str | None = None
+    steer_from: str | None = None
 
 
 class ForgetMeNotObjective(BaseObjective):
-    """The terms of one step: the published loss on a batch of the concept's prompts, and the optional ones."""
+    """Computes the terms of a step: the published loss on a batch of the concept's prompts, and the optional ones."""
 
     def __init__(self, batches: BatchSampler, deltas: Deltas, settings: ForgetMeNotSettings) -> None:
         super().__init__(batches, deltas)
@@ -369,26 +382,26 @@ class ForgetMeNotObjective(BaseObjective):
     def _rows(self, step: int) -> list[_Row]:
         s, prompts = self.settings, self.batches.next_targets()
         if not s.wanted:
-            return [_Row(prompt, prompt.concept, prompt.instead, True) for prompt in prompts]
+            return [_Row(prompt, prompt.concept, prompt.replacement_text, True) for prompt in prompts]
         rows = []
         for i, prompt in enumerate(prompts, step * len(prompts)):
-            # the unwanted and the wanted by turns, and each wanted phrase as often as any other
-            away = s.resteers and i % 2 == 0
+            # alternate unwanted and wanted images, with equal shares of the wanted phrases
+            resteered = s.resteers and i % 2 == 0
             j = (i // 2 if s.resteers else i) % len(s.wanted)
-            pool = prompt.concept if away else _WANTED + s.wanted[j]
-            against = None
+            pool = prompt.concept if resteered else _WANTED + s.wanted[j]
+            steer_from = None
             if s.contrast:
-                against = _in_place(prompt, s.unwanted)[j % len(s.unwanted)] if s.unwanted else prompt.text
-            rows.append(_Row(prompt, pool, _in_place(prompt, s.wanted)[j], away, against))
+                steer_from = _with_phrases(prompt, s.unwanted)[j % len(s.unwanted)] if s.unwanted else prompt.text
+            rows.append(_Row(prompt, pool, _with_phrases(prompt, s.wanted)[j], resteered, steer_from))
         return rows
 
-    def _steered(self, x: Tensor, times: Tensor, rows: Sequence[_Row]) -> Tensor:
-        """The base model's prediction that each of these rows is moved to."""
-        wanted = self.base(x, times, [row.instead or "" for row in rows])
-        if all(row.against is None for row in rows):
-            return wanted
-        against = self.base(x, times, [row.against or row.instead or "" for row in rows])
-        return contrast_target(wanted, against, self.settings.contrast)
+    def _steering_target(self, x: Tensor, times: Tensor, rows: Sequence[_Row]) -> Tensor:
+        """The prediction of the base model that each of these rows is steered to."""
+        target = self.base(x, times, [row.steer_to or "" for row in rows])
+        if all(row.steer_from is None for row in rows):
+            return target
+        opposed = self.base(x, times, [row.steer_from or row.steer_to or "" for row in rows])
+        return contrast_target(target, opposed, self.settings.contrast)
 
     def __call__(self, step: int) -> Terms:
         s, model = self.settings, self.model
@@ -397,27 +410,27 @@ class ForgetMeNotObjective(BaseObjective):
         batch = self.batches.noised([row.pool for row in rows])
         states = self.batches.states([row.prompt.text for row in rows])
         mask = token_mask([row.prompt.positions for row in rows], states.hidden.shape[1], batch.x.device)
-        away = [i for i, row in enumerate(rows) if row.resteered]
-        # entered after the deltas were attached: what is recorded has them in it
+        resteered_rows = [i for i, row in enumerate(rows) if row.resteered]
         scale = 1.0
-        with AttentionCapture(model.survey) as recorder:
+        # entered after the deltas were attached, so the captured queries and keys include them
+        with AttentionCapture(model.survey) as attention:
             predicted = model.predict_noise(batch.x, batch.times, states)
             if s.attention_weight:
-                masses = recorder.masses(mask)
-                if away:
-                    masses = [mass[away] for mass in masses]
+                masses = attention.masses(mask)
+                if resteered_rows:
+                    masses = [mass[resteered_rows] for mass in masses]
                     terms["attention"] = Term(attention_resteering(masses), s.attention_weight)
-                # the published norm grows with the root of their number, a mean does not: brought to one scale
+                # the published norm grows with the square root of the number of elements: scale the means to match
                 scale = sum(mass.numel() for mass in masses) ** 0.5
-        steered = [i for i, row in enumerate(rows) if row.instead is not None]
+        steered = [i for i, row in enumerate(rows) if row.steer_to is not None]
         if s.steer_weight and steered:
-            wanted = self._steered(batch.x[steered], batch.times[steered], [rows[i] for i in steered])
-            # what is not turned away from shows what the name is to keep
-            away_or_not: tuple[tuple[str, Side, bool], ...] = (("steer", "forget", True), ("show", "retain", False))
-            for name, side, resteered in away_or_not:
+            target = self._steering_target(batch.x[steered], batch.times[steered], [rows[i] for i in steered])
+            # images that attention is not turned away from show what the name keeps
+            groups: tuple[tuple[str, Side, bool], ...] = (("steer", "forget", True), ("show", "retain", False))
+            for name, side, resteered in groups:
                 if chosen := [k for k, i in enumerate(steered) if rows[i].resteered is resteered]:
-                    error = noise_matching(predicted[[steered[k] for k in chosen]], wanted[chosen])
+                    error = noise_matching(predicted[[steered[k] for k in chosen]], target[chosen])
                     terms[name] = Term(error, scale * s.steer_weight, side)
-        if self.batches.kept:
+        if self.batches.retain:
             terms["preserve"] = self.preserve(scale * s.preserve_weight)
         return terms | self.preserve_earlier(scale * s.earlier_weight, s.batch_size)

@@ -28,7 +28,7 @@ def register(method: C) -> C:
 
     Raises:
         ForgetConceptError: Another method has its id, one of the presets ``published`` and ``tuned`` is missing, or a
-            setting does not describe itself.
+            setting has no description.
     """
     known = _METHODS.get(method.id)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
@@ -36,7 +36,9 @@ def register(method: C) -> C:
             f"Two methods are called '{method.id}': {known.__qualname__} and {method.__qualname__}. Rename one of them."
         )
     if not {"published", "tuned"} <= set(method.presets):
-        raise ForgetConceptError(f"The method '{method.id}' lacks one of the presets 'published' and 'tuned'.")
+        raise ForgetConceptError(
+            f"The method '{method.id}' lacks one of the presets 'published' and 'tuned': declare both."
+        )
     check_described(method)
     _METHODS[method.id] = method
     return method

@@ -1,18 +1,18 @@
-"""Selective Amnesia: a concept's prompts are taught pictures of something else, and what matters elsewhere is held.
+"""Selective Amnesia: training a concept's prompts on surrogate images, with replay and an elastic penalty.
 
 Heng & Soh, *Selective Amnesia: A Continual Learning Approach to Forgetting in Deep Generative Models* (arXiv
 2305.10120), equation 8 with its likelihoods written as denoising losses:
 
 ``L = E_{q(x|c_f)} ‖ε − ε_θ(x_t, t, c_f)‖² + γ E_{replay} ‖ε − ε_θ(x_t, t, c_r)‖² + λ Σ_i F_i (θ_i − θ*_i)²``
 
-``q`` is the user's choice, which makes the forgetting controllable: pictures the model draws of a surrogate prompt, the
-user's own, or uniform noise. Replayed are the model's own pictures of what is kept, each under its own prompt. ``F`` is
-the Fisher information of the trained projections (:mod:`..fisher`); on a LoRA ``θ − θ* = BA``, so that the penalty is
-``Σ F⊙(BA)²``. ``θ*`` is where this request starts from.
+The surrogate distribution ``q`` is the user's choice: images that the model generates for a surrogate prompt, the
+user's own images, or uniform noise. Replay uses images that the model generates for the prompts to preserve, each under
+its own prompt. ``F`` is the Fisher information of the trained projections (:mod:`~..training.fisher`). ``θ*`` are the
+weights that the request starts from; for a LoRA ``θ − θ* = BA``, so the penalty is ``Σ F⊙(BA)²``.
 
-``λ`` does not carry over between models, since ``F`` grows and falls with the loss, the widths and the number of
-weights. By default the penalty is ``Σ F (θ − θ*)² / Σ F θ*²``: 1 for a change as large as the weights themselves, where
-``F`` says that they matter. That number stays when the loss, or a layer's input or output, is scaled.
+``λ`` does not carry over between models, because ``F`` scales with the loss, the widths and the number of weights. By
+default the penalty is ``Σ F (θ − θ*)² / Σ F θ*²``, which is 1 for a change as large as the weights. It is invariant to
+the scale of the loss and of a layer's inputs or outputs.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ __all__ = [
 class SelectiveAmnesiaSettings(TrainedSettings):
     """Settings of :class:`SelectiveAmnesia`, in addition to those of every trained method.
 
-    ``preserve_weight`` is ``γ``, ``ewc_weight`` ``λ``. The default ``fisher_prompts`` do not depend on the request, so
-    that one file of Fisher information serves every request on a model.
+    ``preserve_weight`` is ``γ`` and ``ewc_weight`` is ``λ``. The default ``fisher_prompts`` do not depend on the
+    request, so one file of Fisher information serves every request on a model.
     """
 
     surrogate: Literal["prompt", "images", "noise"] = setting(
@@ -121,25 +121,25 @@ class SelectiveAmnesiaSettings(TrainedSettings):
         super().__post_init__()
         if self.latents != "generated":
             raise RequestError(
-                "Selective Amnesia replays pictures that the model makes, so 'latents' must be 'generated': which "
-                "pictures come in a concept's place is the setting 'surrogate'."
+                "Selective Amnesia trains on images that the model generates, so 'latents' must be 'generated': choose "
+                "the images in a concept's place with 'surrogate'."
             )
         if self.contexts and self.templates is not None:
-            raise RequestError("With 'templates' of your own 'contexts' has no use: leave one of the two out.")
+            raise RequestError("With your own 'templates', 'contexts' has no effect: leave one of the two out.")
         if self.include_end:
-            raise RequestError("Selective Amnesia looks at no single tokens: leave 'include_end' out.")
+            raise RequestError("Selective Amnesia does not use token positions: leave 'include_end' out.")
 
 
 def fisher_prompts() -> list[str]:
-    """What Fisher information is measured on by default: the empty prompt and every everyday word, each said once."""
-    words = [[templates(kind)[0].format(word) for word in COMMON[kind]] for kind in KINDS]
-    # the kinds mixed, so that few samples see all of them
-    places = sorted((i / len(group), k, text) for k, group in enumerate(words) for i, text in enumerate(group))
-    return ["", *dict.fromkeys(text for _, _, text in places)]
+    """The default prompts of Fisher information: the empty one, and every everyday word in one template."""
+    prompts = [[templates(kind)[0].format(word) for word in COMMON[kind]] for kind in KINDS]
+    # interleave the kinds, so that a few samples cover all of them
+    order = sorted((i / len(group), k, text) for k, group in enumerate(prompts) for i, text in enumerate(group))
+    return ["", *dict.fromkeys(text for _, _, text in order)]
 
 
 def fisher_measurement(settings: SelectiveAmnesiaSettings) -> tuple[list[str], FisherSettings]:
-    """The prompts and settings of the Fisher measurement that a request with these settings needs."""
+    """The prompts that Fisher information is measured on under these settings, and how it is measured."""
     return list(settings.fisher_prompts) or fisher_prompts(), FisherSettings(
         settings.fisher,
         settings.fisher_samples,
@@ -151,7 +151,7 @@ def fisher_measurement(settings: SelectiveAmnesiaSettings) -> tuple[list[str], F
 
 @register
 class SelectiveAmnesia(TrainedMethod):
-    """Surrogate, replay and elastic weights; minutes, of which the Fisher information is made once a model."""
+    """Surrogate, replay and elastic penalty; takes minutes. Fisher information is measured once per model."""
 
     id = "selective_amnesia"
     title = "Selective Amnesia (surrogate, replay, elastic weights)"
@@ -159,9 +159,9 @@ class SelectiveAmnesia(TrainedMethod):
     message = "learning the surrogate"
     Settings = SelectiveAmnesiaSettings
     presets = {
-        # the authors': AdamW 1e-5, batches of 4 (on each of 4 GPUs), γ = 1, λ = 50, the bare name as prompt, dense
-        # weights. Not theirs: attn2 alone and not the whole UNet; 48 pictures and 600 steps in place of 1,000 and 200
-        # rounds of them; an unbiased estimate in place of the exact Fisher information of 5,000 pictures
+        # the authors': AdamW 1e-5, batches of 4 (on each of 4 GPUs), γ = 1, λ = 50, the concept's name as prompt, dense
+        # weights. Different: only attn2 instead of the whole UNet; 48 images and 600 steps instead of 1,000 images and
+        # 200 epochs; an unbiased estimate instead of the exact Fisher information of 5,000 images
         "published": SelectiveAmnesiaSettings(
             steps=600,
             lr=1e-5,
@@ -192,77 +192,82 @@ class SelectiveAmnesia(TrainedMethod):
     def uses_images(self, settings: SelectiveAmnesiaSettings) -> bool:
         return settings.surrogate == "images"
 
-    def _refuse_without_use(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
+    def _check_inputs(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
         if inputs.images and settings.surrogate != "images":
             raise RequestError(
-                f"There are pictures of '{next(iter(inputs.images))}', which Selective Amnesia does not look at with "
-                "these settings: leave them out, or set 'surrogate' to 'images' if they show what is to come in its "
-                "place."
+                f"There are images of '{next(iter(inputs.images))}', which Selective Amnesia does not use with these "
+                "settings: leave them out, or set 'surrogate' to 'images' if they show what replaces it."
             )
-        super()._refuse_without_use(request, settings, inputs)
+        super()._check_inputs(request, settings, inputs)
 
-    def refuse(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
+    def check_request(self, request: ForgetRequest, settings: SelectiveAmnesiaSettings, inputs: Inputs) -> None:
         if settings.surrogate == "prompt":
             return
         replaced = [concept.name for concept in request.concepts if concept.replacement_text]
         if replaced:
             raise RequestError(
-                f"With 'surrogate' set to '{settings.surrogate}' a replacement is not looked at, and '{replaced[0]}' "
+                f"With 'surrogate' set to '{settings.surrogate}' a replacement is not used, and '{replaced[0]}' "
                 "has one: leave it out, or set 'surrogate' to 'prompt'."
             )
-        lacking = [concept.name for concept in request.concepts if concept.name not in inputs.images]
-        if settings.surrogate == "images" and lacking:
+        missing = [concept.name for concept in request.concepts if concept.name not in inputs.images]
+        if settings.surrogate == "images" and missing:
             raise RequestError(
-                f"'surrogate' is 'images', and there are no pictures for '{lacking[0]}': give some that show what is "
-                "to come in its place, or set 'surrogate' to 'prompt' or 'noise'."
+                f"'surrogate' is 'images', and there are no images for '{missing[0]}': give some that show what "
+                "replaces it, or set 'surrogate' to 'prompt' or 'noise'."
             )
 
     def prompts(
         self, encoder: TextEncoder, request: ForgetRequest, settings: SelectiveAmnesiaSettings
     ) -> tuple[list[TargetPrompt], list[str]]:
-        """As for every trained method, each target with its surrogate's prompt."""
+        """As for every trained method; every target has the prompt of its surrogate."""
         for concept in request.concepts:
-            _refuse_the_same(encoder, concept.name, concept.replacement_text)
-        targets, kept = super().prompts(encoder, request, settings)
+            _check_replacement(encoder, concept.name, concept.replacement_text)
+        targets, retain = super().prompts(encoder, request, settings)
         names = [concept.name for concept in request.concepts]
-        # a context that names another of the concepts would teach that one again
+        # a context that mentions another concept would teach that one again
         targets = [
-            dataclasses.replace(target, instead=replace_phrase(target.text, target.concept, ""))
-            if target.instead is None
+            dataclasses.replace(target, replacement_text=replace_phrase(target.text, target.concept, ""))
+            if target.replacement_text is None
             else target
             for target in targets
-            if not any(_says(target.text, name) and not _says(target.concept, name) for name in names)
+            if not any(_contains(target.text, name) and not _contains(target.concept, name) for name in names)
         ]
-        meant = (*request.preserve, *settings.retain_prompts)
-        banned = [name for name in names if not any(_says(phrase, name) for phrase in meant)]
-        if settings.keep_common and kept:
-            kept += fisher_prompts()
-        kept = [text for text in kept if not any(_says(text, name) for name in banned)]
-        return targets, list(dict.fromkeys(kept))
+        explicit = (*request.preserve, *settings.retain_prompts)
+        excluded = [name for name in names if not any(_contains(phrase, name) for phrase in explicit)]
+        if settings.keep_common and retain:
+            retain += fisher_prompts()
+        retain = [text for text in retain if not any(_contains(text, name) for name in excluded)]
+        return targets, list(dict.fromkeys(retain))
 
-    def picture(
+    def fill_pools(
         self, batches: BatchSampler, settings: SelectiveAmnesiaSettings, inputs: Inputs, progress: Progress | None
     ) -> None:
-        """A pool for every target prompt (of its surrogate) or every concept (pictures, noise), one for every kept."""
+        """Fill the surrogate pools and the replay pools.
+
+        There is one surrogate pool per target prompt (``"prompt"``) or per concept (``"images"``, ``"noise"``), and one
+        replay pool per prompt to preserve.
+        """
         model, generator = batches.model, batches.generator
-        of: dict[str, list[TargetPrompt]] = {}
+        by_concept: dict[str, list[TargetPrompt]] = {}
         for target in batches.targets:
-            of.setdefault(target.concept, []).append(target)
-        for name, targets in of.items():
+            by_concept.setdefault(target.concept, []).append(target)
+        for name, targets in by_concept.items():
             if settings.surrogate == "prompt":
-                wanted = {target.text: [target.instead or ""] for target in targets}
-                batches.draw(wanted, -(-settings.n_images // len(targets)), progress)
+                surrogates = {target.text: [target.replacement_text or ""] for target in targets}
+                batches.draw(surrogates, -(-settings.n_images // len(targets)), progress)
             elif settings.surrogate == "images":
                 batches.encode(name, inputs.images[name])
             else:
-                batches.pools[name] = _noise(model, settings.n_images, generator)
-        if batches.kept:
-            order = torch.randperm(len(batches.kept) - 1, generator=generator).tolist()
-            shuffled, common = [batches.kept[1 + i] for i in order], set(fisher_prompts())
-            # what the person named goes first (a stable sort)
+                batches.pools[name] = _uniform_noise(model, settings.n_images, generator)
+        if batches.retain:
+            order = torch.randperm(len(batches.retain) - 1, generator=generator).tolist()
+            shuffled, common = [batches.retain[1 + i] for i in order], set(fisher_prompts())
+            # the user's own prompts first (the sort is stable)
             shuffled.sort(key=lambda text: text in common)
-            batches.kept = [batches.kept[0], *shuffled[: settings.replay_images - 1]]
-            batches.draw({text: [text] for text in batches.kept}, settings.replay_images // len(batches.kept), progress)
+            batches.retain = [batches.retain[0], *shuffled[: settings.replay_images - 1]]
+            batches.draw(
+                {text: [text] for text in batches.retain}, settings.replay_images // len(batches.retain), progress
+            )
 
     def objective(
         self,
@@ -287,7 +292,13 @@ class SelectiveAmnesia(TrainedMethod):
 def scaled_fisher(
     model: LatentDiffusion, fisher: Mapping[str, Tensor], scale: Literal["relative", "published"]
 ) -> dict[str, Tensor]:
-    """``F`` in the unit of ``λ``, on the weights' devices: divided by ``Σ F θ*²``, or times ``T²`` as published."""
+    """Fisher information in the unit of ``λ``, on the weights' devices.
+
+    Args:
+        model: The base model.
+        fisher: By canonical key ``F``, ``(d_out, d_in)``.
+        scale: ``"relative"``: divided by ``Σ F θ*²``. ``"published"``: times ``T²``, a sum over time steps.
+    """
     weights = {key: model.survey.linear(key).weight.detach() for key in fisher}
     found = {key: value.to(weights[key].device) for key, value in fisher.items()}
     if scale == "published":
@@ -296,7 +307,14 @@ def scaled_fisher(
 
 
 class SelectiveAmnesiaObjective(BaseObjective):
-    """The three terms of one step: ``surrogate`` (to forget), ``replay`` and ``elastic`` (to keep)."""
+    """Computes the three terms of a step: ``surrogate`` to forget, ``replay`` and ``elastic`` to retain.
+
+    Args:
+        batches: Training batches.
+        deltas: The trained deltas.
+        settings: The method's settings.
+        fisher: Fisher information by key, from :func:`scaled_fisher`; empty: no penalty.
+    """
 
     def __init__(
         self,
@@ -305,7 +323,6 @@ class SelectiveAmnesiaObjective(BaseObjective):
         settings: SelectiveAmnesiaSettings,
         fisher: Mapping[str, Tensor],
     ) -> None:
-        """``fisher`` is :func:`scaled_fisher`, empty without the penalty."""
         super().__init__(batches, deltas)
         self.settings, self.fisher = settings, dict(fisher)
 
@@ -314,7 +331,7 @@ class SelectiveAmnesiaObjective(BaseObjective):
         targets = self.batches.next_targets()
         pools = [target.text if s.surrogate == "prompt" else target.concept for target in targets]
         terms = {"surrogate": Term(surrogate_matching(*self._denoised(pools, [target.text for target in targets])))}
-        if self.batches.kept:
+        if self.batches.retain:
             texts = self.batches.next_retain()
             terms["replay"] = Term(replay_matching(*self._denoised(texts, texts)), s.preserve_weight, "retain")
         if self.fisher:
@@ -322,13 +339,13 @@ class SelectiveAmnesiaObjective(BaseObjective):
         return terms | self.preserve_earlier(s.earlier_weight, s.batch_size)
 
     def _denoised(self, pools: Sequence[str], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The predicted and the true noise of a batch of these pools' samples under these prompts."""
+        """The predicted and the true noise of a batch from these pools under these prompts."""
         batch = self.batches.noised(pools)
         return self.predicted(batch.x, batch.times, texts), batch.noise
 
 
-def _noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Tensor:
-    """Uniform noise as pictures, read in by the autoencoder; without one, as latents of variance 1."""
+def _uniform_noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Tensor:
+    """Latents of images of uniform noise; without an autoencoder, uniform latents of variance 1."""
     if model.vae is None:
         uniform = torch.rand(count, *model.latent_shape, generator=generator)
         return ((2 * uniform - 1) * 3**0.5).to(model.device)
@@ -337,15 +354,15 @@ def _noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Te
     return torch.cat([model.vae.encode(2 * part - 1) for part in uniform.split(16)]).float().to(model.device)
 
 
-def _says(text: str, phrase: str) -> bool:
+def _contains(text: str, phrase: str) -> bool:
     return normalized_phrase(phrase) in normalized_phrase(text)
 
 
-def _refuse_the_same(encoder: TextEncoder, name: str, instead: str) -> None:
-    """Raise where the surrogate's prompt would say the concept itself."""
-    wanted, said = list(encoder.phrase_ids(name)), list(encoder.phrase_ids(instead)) if instead else []
-    if any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1)):
+def _check_replacement(encoder: TextEncoder, name: str, replacement: str) -> None:
+    """Raise if the replacement contains the concept."""
+    concept, ids = list(encoder.phrase_ids(name)), list(encoder.phrase_ids(replacement)) if replacement else []
+    if any(ids[i : i + len(concept)] == concept for i in range(len(ids) - len(concept) + 1)):
         raise RequestError(
-            f"The replacement '{instead}' says the concept '{name}' itself: its pictures would show what is to be "
-            "forgotten. Name something else."
+            f"The replacement '{replacement}' contains the concept '{name}' itself, so its images would show what is "
+            "to be forgotten: name another replacement."
         )

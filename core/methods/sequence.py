@@ -97,7 +97,7 @@ class History:
             PatchError: The history is empty.
         """
         if not self.parts:
-            raise PatchError("Nothing is forgotten in this history, so there is no patch.")
+            raise PatchError("Nothing is forgotten in this history, so there is no patch: forget a concept first.")
         whole = Patch.combined([(part.patch, 1.0) for part in self.parts])
         records = self.records
         base = self.parts[0].patch.about.of_base().to_strings()

@@ -1,7 +1,7 @@
-"""Base of the trained methods: their common settings, prompts, pictures, and the one way through the loop.
+"""Base class of the trained methods: common settings, prompts, images, and the call of the training loop.
 
-A method says which terms its loss has (:meth:`TrainedMethod.objective`); everything else is here, so that every one of
-them takes the same inputs, can be cancelled and resumed, and gives a patch of bounded rank.
+A method defines the terms of its loss (:meth:`TrainedMethod.objective`). Everything else is here, so every trained
+method takes the same inputs, can be cancelled and resumed, and returns a patch of bounded rank.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class TrainedSettings:
     retain_prompts: tuple[str, ...] = setting(
         (), "Your own prompts to preserve, one per line.", advanced=True, group="prompts"
     )
-    # the first end-of-text token only, never the padding, which has the same id in SD1
+    # only the first end-of-text token, not the padding, which has the same id in SD1
     include_end: bool = setting(
         False, "Treat the end-of-text token as part of the concept.", advanced=True, group="prompts"
     )
@@ -196,12 +196,14 @@ class TrainedSettings:
         for template in self.templates or ():
             check_template(template)
         if self.templates == ():
-            raise RequestError("The setting 'templates' is an empty list: leave it out for the kind's own.")
+            raise RequestError(
+                "The setting 'templates' is an empty list: leave it out to use the templates of the concept's kind."
+            )
         if self.diverse and (self.forget_prompts or self.retain_prompts):
-            raise RequestError("Give prompts of your own or 'diverse', not both.")
+            raise RequestError("Give either 'diverse' or 'forget_prompts' and 'retain_prompts', not both.")
 
-    def said(self, kind: str) -> tuple[str, ...]:
-        """The templates for concepts of a kind, and its everyday contexts where wanted."""
+    def prompt_templates(self, kind: str) -> tuple[str, ...]:
+        """The templates for concepts of a kind, with its everyday contexts if ``contexts`` is set."""
         found = self.templates or templates(kind)
         if self.one_template:
             return found[:1]
@@ -209,45 +211,65 @@ class TrainedSettings:
 
 
 class BaseObjective:
-    """What objectives share: the material, the frozen base model's prediction, keeping what is to be kept."""
+    """Common base of the objectives: training batches, noise predictions, and the terms that preserve."""
 
     def __init__(self, batches: BatchSampler, deltas: Deltas) -> None:
         self.batches, self.deltas, self.model = batches, deltas, batches.model
 
     def predicted(self, x: Tensor, times: Tensor, texts: Sequence[str]) -> Tensor:
-        """``ε_θ(x_t, t, c)`` of the model as it is now."""
+        """``ε_θ(x_t, t, c)`` of the model with the deltas, ``(n, 4, h, w)``.
+
+        Args:
+            x: Noised latents, ``(n, 4, h, w)``.
+            times: Their time steps, ``(n,)``.
+            texts: One prompt per row.
+        """
         return self.model.predict_noise(x, times, self.batches.states(texts))
 
     def base(self, x: Tensor, times: Tensor, texts: Sequence[str]) -> Tensor:
-        """The same of the base model, without gradient: drift does not compound over requests."""
-        with torch.no_grad(), self.deltas.showing("base"):
+        """:meth:`predicted` of the base model, without gradient."""
+        with torch.no_grad(), self.deltas.using("base"):
             return self.predicted(x, times, texts)
 
     def preserve(self, weight: float, texts: Sequence[str] | None = None) -> Term:
-        """Prompts that are to be kept predict what they did in the base model, on pictures of any kept one."""
+        """Match the base model's predictions for the retain set, on images of the retain set.
+
+        The base model is the reference for every request of a sequence, so drift does not accumulate.
+
+        Args:
+            weight: Weight of the term.
+            texts: The prompts; ``None``: the next ones of the retain set.
+        """
         texts = self.batches.next_retain() if texts is None else texts
         batch = self.batches.noised([RETAIN_POOL] * len(texts))
-        now = self.predicted(batch.x, batch.times, texts)
-        return Term(noise_matching(now, self.base(batch.x, batch.times, texts)), weight, "retain")
+        predicted = self.predicted(batch.x, batch.times, texts)
+        return Term(noise_matching(predicted, self.base(batch.x, batch.times, texts)), weight, "retain")
 
     def preserve_earlier(self, weight: float, count: int) -> dict[str, Term]:
-        """Prompts of what earlier requests forgot predict what these left, not what the base model does.
+        """Match the predictions that earlier requests left, for the prompts of what they forgot.
 
-        Nothing where there are none. Without it, what is kept pulls them back to the base model.
+        Without this term, preserving the base model's predictions would undo the earlier requests.
+
+        Args:
+            weight: Weight of the term.
+            count: Prompts per batch.
+
+        Returns:
+            The term by its name; empty if there is no earlier request.
         """
         if not weight or not self.batches.earlier:
             return {}
         texts = self.batches.next_earlier(count)
-        return {"earlier": Term(self._as_earlier(texts), weight, "retain")}
+        return {"earlier": Term(self._earlier_loss(texts), weight, "retain")}
 
-    def _as_earlier(self, texts: Sequence[str]) -> Tensor:
-        batch = self.batches.noised([self.any_pool()] * len(texts))
-        with torch.no_grad(), self.deltas.showing("earlier"):
-            wanted = self.predicted(batch.x, batch.times, texts)
-        return noise_matching(self.predicted(batch.x, batch.times, texts), wanted)
+    def _earlier_loss(self, texts: Sequence[str]) -> Tensor:
+        batch = self.batches.noised([self.retain_pool()] * len(texts))
+        with torch.no_grad(), self.deltas.using("earlier"):
+            target = self.predicted(batch.x, batch.times, texts)
+        return noise_matching(self.predicted(batch.x, batch.times, texts), target)
 
-    def any_pool(self) -> str:
-        """Of pictures that are no concept's own, where there are such."""
+    def retain_pool(self) -> str:
+        """Name of the pool of the retain set; of any other pool if there is none."""
         pools = self.batches.pools
         return RETAIN_POOL if RETAIN_POOL in pools or not pools else next(iter(pools))
 
@@ -262,7 +284,7 @@ class BaseObjective:
 
 
 class TrainedMethod(Method):
-    """A method that trains deltas on the model's projections; ``Settings`` extends :class:`TrainedSettings`."""
+    """A method that trains deltas of the model's projections; its ``Settings`` extends :class:`TrainedSettings`."""
 
     takes_images: ClassVar[bool] = True
     trained: ClassVar[bool] = True
@@ -278,44 +300,49 @@ class TrainedMethod(Method):
         inputs: Inputs,
         progress: Progress | None,
     ) -> Objective:
-        """The terms of the loss; pictures beyond the usual ones are drawn here. The model is frozen."""
+        """Build the objective; it may generate further images. The model is frozen."""
 
-    def refuse(self, request: ForgetRequest, settings: Any, inputs: Inputs) -> None:
-        """Raise :class:`RequestError` for what this method would ignore or cannot do; before any work."""
+    def check_request(self, request: ForgetRequest, settings: Any, inputs: Inputs) -> None:
+        """Check a request before any work.
+
+        Raises:
+            RequestError: The method would ignore a part of the request, or cannot do it.
+        """
 
     def keys(self, model: LatentDiffusion, settings: Any) -> list[str]:
-        """The projections to train."""
+        """Canonical keys of the projections to train."""
         return [site.key(which) for site in model.survey for which in settings.train]
 
     def null_space(self, model: LatentDiffusion, batches: BatchSampler, settings: Any) -> Mapping[str, Tensor] | None:
-        """Input directions that the trained change must not react to, by key (:class:`Deltas`)."""
+        """By key the input directions that the deltas must not react to, as for :class:`Deltas`; ``None``: none."""
         return None
 
-    def drops(self, settings: Any) -> bool:
-        """Whether a concept without a replacement is steered to the same prompt without it."""
+    def drops_phrase(self, settings: Any) -> bool:
+        """Whether a concept without a replacement is mapped to the same prompt without its name."""
         return False
 
-    def keeps(self, settings: Any) -> bool:
-        """Whether anything is kept at all under these settings."""
+    def preserves(self, settings: Any) -> bool:
+        """Whether these settings preserve anything."""
         return bool(settings.preserve_weight > 0)
 
     def uses_images(self, settings: Any) -> bool:
-        """Whether a person's own pictures are looked at under these settings."""
+        """Whether these settings use the user's reference images."""
         return bool(settings.latents == "images")
 
-    def _refuse_without_use(self, request: ForgetRequest, settings: Any, inputs: Inputs) -> None:
-        lacking = [concept.name for concept in request.concepts if concept.name not in inputs.images]
-        if settings.latents == "images" and lacking:
+    def _check_inputs(self, request: ForgetRequest, settings: Any, inputs: Inputs) -> None:
+        """Check that images and preserve list are used, and that the images needed are there."""
+        missing = [concept.name for concept in request.concepts if concept.name not in inputs.images]
+        if settings.latents == "images" and missing:
             raise RequestError(
-                f"'latents' is 'images', and there are no pictures of '{lacking[0]}': give some, or set it to "
+                f"'latents' is 'images', and there are no images of '{missing[0]}': give some, or set it to "
                 "'generated'."
             )
         if inputs.images and not self.uses_images(settings):
             raise RequestError(
-                f"There are pictures of '{next(iter(inputs.images))}', which '{self.id}' does not look at with these "
+                f"There are images of '{next(iter(inputs.images))}', which '{self.id}' does not use with these "
                 "settings: leave them out, or set 'latents' to 'images'."
             )
-        if self.keeps(settings):
+        if self.preserves(settings):
             return
         if request.preserve or settings.retain_prompts:
             raise RequestError(
@@ -324,64 +351,78 @@ class TrainedMethod(Method):
             )
         if settings.gradient != "sum":
             raise RequestError(
-                f"The gradient rule '{settings.gradient}' sets forgetting against keeping, and with these settings "
+                f"The gradient rule '{settings.gradient}' balances forgetting and preserving, and with these settings "
                 f"'{self.id}' preserves nothing: set 'preserve_weight' above 0, or 'gradient' to 'sum'."
             )
 
     def prompts(
         self, encoder: TextEncoder, request: ForgetRequest, settings: Any
     ) -> tuple[list[TargetPrompt], list[str]]:
-        """What is forgotten and what is kept, as prompts: the kind's templates, diverse pairs or the person's own.
+        """The prompts to forget and to preserve: from templates, varied pairs, or the user's own.
 
-        Kept are the empty prompt, every preserved phrase in the templates, and the retain side of the pairs.
+        The prompts to preserve are the empty one, every preserved phrase in the templates, and the retain side of the
+        pairs.
+
+        Raises:
+            RequestError: The user's own prompts do not fit the request.
+            TokenError: A prompt is cut off, or does not contain the concept.
         """
         targets: list[TargetPrompt] = []
-        kept = [""]
+        retain = [""]
         for concept in request.concepts:
-            forget, retain = _said(concept, request, settings)
-            kept += retain
+            forget, paired = _concept_prompts(concept, request, settings)
+            retain += paired
             for template, text in forget:
-                instead = None
+                replaced = None
                 if concept.replacement_text:
-                    instead = (
+                    replaced = (
                         template.format(concept.replacement_text)
                         if template is not None
                         else replace_phrase(text, concept.name, concept.replacement_text)
                     )
-                elif self.drops(settings):
-                    instead = replace_phrase(text, concept.name, "")
-                targets.append(target_prompt(encoder, concept, text, instead, settings.include_end))
+                elif self.drops_phrase(settings):
+                    replaced = replace_phrase(text, concept.name, "")
+                targets.append(target_prompt(encoder, concept, text, replaced, settings.include_end))
         kinds = dict.fromkeys(concept.kind for concept in request.concepts)
-        kept += [template.format(p) for p in request.preserve for kind in kinds for template in settings.said(kind)]
-        kept = list(dict.fromkeys(kept)) if self.keeps(settings) else []
-        for text in kept:
-            end_position(encoder, text)
-        return targets, kept
+        retain += [
+            template.format(phrase)
+            for phrase in request.preserve
+            for kind in kinds
+            for template in settings.prompt_templates(kind)
+        ]
+        retain = list(dict.fromkeys(retain)) if self.preserves(settings) else []
+        for text in retain:
+            end_position(encoder, text)  # raises if the prompt is cut off
+        return targets, retain
 
     def other_prompts(self, targets: Sequence[TargetPrompt], settings: Any) -> list[str]:
-        """Prompts that the objective reads beside the targets, their replacements, what is kept and the empty one.
+        """Prompts that the objective reads besides targets, replacements and retain set.
 
-        They are encoded with all others before the first step; a prompt that is not named cannot be read later.
+        All fixed prompts are encoded before the first step, so the objective can read only these.
         """
         return []
 
     def batches(self, model: LatentDiffusion, request: ForgetRequest, settings: Any, inputs: Inputs) -> BatchSampler:
-        """What this request trains on, nothing drawn yet; its generator is the request's seed's."""
-        targets, kept = self.prompts(model.text, request, settings)
+        """The batch sampler of a request, seeded by it; its pools are still empty."""
+        targets, retain = self.prompts(model.text, request, settings)
         earlier = [] if inputs.earlier is None else list(read_history(inputs.earlier.metadata).concepts)
-        # the base model still shows them: keeping these prompts as it has them would bring them back
-        kept = [text for text in kept if not any(mentions(concept.name, text) for concept in earlier)]
+        # preserving the base model's predictions for prompts with forgotten concepts would bring these back
+        retain = [text for text in retain if not any(mentions(concept.name, text) for concept in earlier)]
         return BatchSampler(
             model,
             targets,
-            kept,
+            retain,
             torch.Generator("cpu").manual_seed(request.seed),
             settings.batch_size,
             GenerationSettings(
                 settings.sample_steps, model.guidance if settings.guidance is None else settings.guidance
             ),
             inputs.workspace,
-            [template.format(concept.name) for concept in earlier for template in settings.said(concept.kind)],
+            [
+                template.format(concept.name)
+                for concept in earlier
+                for template in settings.prompt_templates(concept.kind)
+            ],
             self.other_prompts(targets, settings),
         )
 
@@ -392,9 +433,9 @@ class TrainedMethod(Method):
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> Patch:
-        """Train the deltas and return them; deterministic under the request's seed on one device.
+        """Train the deltas; deterministic under the request's seed on one device.
 
-        With a workspace, an interrupted training continues where it was.
+        With a workspace in ``inputs``, an interrupted training is resumed.
         """
         return self.train_patch(model, plan.request, plan.settings, progress, inputs or Inputs())
 
@@ -407,12 +448,12 @@ class TrainedMethod(Method):
         inputs: Inputs,
     ) -> Patch:
         """Train on a checked request with its resolved settings; see :meth:`fit`."""
-        self._refuse_without_use(request, settings, inputs)
-        self.refuse(request, settings, inputs)
-        # what is made here must not be made in a host's inference mode, or it could not take part in a gradient
+        self._check_inputs(request, settings, inputs)
+        self.check_request(request, settings, inputs)
+        # tensors made in a host's inference mode could not take part in autograd
         with frozen(model.unet):
             batches = self.batches(model, request, settings, inputs)
-            self.picture(batches, settings, inputs, progress)
+            self.fill_pools(batches, settings, inputs, progress)
             null_space = self.null_space(model, batches, settings)
             deltas = Deltas(
                 model, self.keys(model, settings), settings.rank, batches.generator, inputs.earlier, null_space
@@ -420,39 +461,39 @@ class TrainedMethod(Method):
             objective = self.objective(batches, deltas, request, settings, inputs, progress)
             checkpoint = None
             if inputs.workspace is not None:
-                given = [
+                dependencies = [
                     [model.text_layer, list(model.latent_shape), model.prediction_type, model.guidance],
                     inputs.images,
                     dataclasses.asdict(settings),
                     request.without_images().to_json(),
                     inputs.earlier_factors(),
                 ]
-                checkpoint = Checkpoint(inputs.workspace, key_of(VERSION, model.model_hash, given))
-            told = train(
+                checkpoint = Checkpoint(inputs.workspace, key_of(VERSION, model.model_hash, dependencies))
+            report = train(
                 model, deltas, objective, _loop(settings), progress, message=self.message, checkpoint=checkpoint
             )
             factors = deltas.factors(settings.max_rank)
         note = None
         if model.survey.family == "sdxl":
-            note = "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
+            note = "SDXL also reads the concept from the pooled text vector, which this edit does not change."
         about = PatchMetadata(
-            trained=settings.train, terms={"first": dict(told.first), "last": dict(told.last)}, note=note
+            trained=settings.train, terms={"first": dict(report.first), "last": dict(report.last)}, note=note
         )
         return Patch(factors, about.to_strings())
 
-    def picture(self, batches: BatchSampler, settings: Any, inputs: Inputs, progress: Progress | None) -> None:
-        """Fill the pools of the concepts and of what is kept, as ``settings.latents`` says."""
+    def fill_pools(self, batches: BatchSampler, settings: Any, inputs: Inputs, progress: Progress | None) -> None:
+        """Fill the pools of the concepts and of the retain set, as ``settings.latents`` says."""
         if settings.latents == "zeros":
             return
-        wanted: dict[str, list[str]] = {}
+        prompts: dict[str, list[str]] = {}
         for prompt in batches.targets:
             if settings.latents == "images":
                 continue
-            wanted.setdefault(prompt.concept, []).append(prompt.text)
-        if batches.kept:  # a kept prompt is shown any of these: it shall stay as it is on other pictures than its own
-            order = torch.randperm(len(batches.kept), generator=batches.generator).tolist()
-            wanted[RETAIN_POOL] = [batches.kept[i] for i in order]
-        batches.draw(wanted, settings.n_images, progress)
+            prompts.setdefault(prompt.concept, []).append(prompt.text)
+        if batches.retain:  # one pool for all of them: predictions are also preserved on images of other prompts
+            order = torch.randperm(len(batches.retain), generator=batches.generator).tolist()
+            prompts[RETAIN_POOL] = [batches.retain[i] for i in order]
+        batches.draw(prompts, settings.n_images, progress)
         if settings.latents == "images":
             for name in dict.fromkeys(prompt.concept for prompt in batches.targets):
                 batches.encode(name, inputs.images[name])
@@ -463,18 +504,18 @@ def _loop(settings: Any) -> TrainingSettings:
     return TrainingSettings(**{name: getattr(settings, name) for name in names})
 
 
-def _said(
+def _concept_prompts(
     concept: Concept, request: ForgetRequest, settings: TrainedSettings
 ) -> tuple[list[tuple[str | None, str]], list[str]]:
-    """The concept's prompts (with the template each comes from, if any) and those that are kept beside them."""
+    """The prompts of a concept, each with the template it comes from, if any, and the prompts to preserve with them."""
     if settings.diverse:
         others = [other.name for other in request.concepts if other is not concept]
         pairs = prompt_pairs(concept, settings.diverse, request.seed, grammar=settings.grammar, without=others)
         return [(None, pair.forget) for pair in pairs], [pair.retain for pair in pairs]
     if settings.forget_prompts:
         if len(request.concepts) > 1:
-            raise RequestError("'forget_prompts' are for one concept; forget several in several requests.")
+            raise RequestError("'forget_prompts' are for one concept: forget several concepts in separate requests.")
         given_pairs(settings.forget_prompts, settings.retain_prompts, concept)
         return [(None, text) for text in settings.forget_prompts], list(settings.retain_prompts)
-    found = settings.said(concept.kind)
+    found = settings.prompt_templates(concept.kind)
     return [(template, template.format(concept.name)) for template in found], list(settings.retain_prompts)

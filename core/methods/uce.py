@@ -1,12 +1,12 @@
-"""Unified Concept Editing in its exactly low-rank form, with one solve for all sites.
+"""Unified Concept Editing in closed form: an exact low-rank update from one solve for all layers.
 
 Gandikota et al., *Unified Concept Editing in Diffusion Models* (arXiv 2308.14761), equation 7: for every K and V
 
 ``W* = (λW + s_e W G Cᵀ + s_p W K Kᵀ) N⁻¹`` with ``N = λI + s_e C Cᵀ + s_p K Kᵀ``
 
-(columns of ``C``: text states to forget; of ``G``: what they shall read as; of ``K``: states to keep). The right-hand
-side has ``W`` on its left throughout, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the same ``M`` at every site: it
-is worked out once, in fp64, from the text states alone. No gradient, no UNet pass.
+The columns of ``C`` are the text states to forget, those of ``G`` the guide states that they are mapped to, and those
+of ``K`` the states to preserve. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
+same ``M`` at every site. It is computed once, in fp64, from the text states alone, without gradients or UNet passes.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ __all__ = [
     "solve_context_map",
 ]
 
-# the projections that read the text
+# projections that read the text
 TEXT_PROJECTIONS = ("to_k", "to_v")
 
 
 @dataclass(frozen=True)
 class UCESettings:
-    """Settings of :class:`UCE`: ``erase_weight`` is ``s_e``, ``preserve_weight`` ``s_p`` and ``ridge`` ``λ``."""
+    """Settings of :class:`UCE`: ``erase_weight`` is ``s_e``, ``preserve_weight`` is ``s_p`` and ``ridge`` is ``λ``."""
 
-    # a causal encoder carries the concept through every later position
+    # in a causal encoder every later position carries the concept
     columns: Literal["tail", "last"] = setting(
         "tail",
         "Token positions that are edited. tail: every position from the concept's first token on. last: only its last "
@@ -131,20 +131,29 @@ class UCESettings:
         for template in self.templates or ():
             check_template(template)
         if self.templates == ():
-            raise RequestError("The setting 'templates' is an empty list: leave it out for the kind's own.")
+            raise RequestError(
+                "The setting 'templates' is an empty list: leave it out to use the templates of the concept's kind."
+            )
 
 
 def check_template(template: str) -> None:
-    """Raise :class:`RequestError` unless ``template`` has exactly one ``{}`` and no other braces."""
+    """Check a template.
+
+    Raises:
+        RequestError: It does not have exactly one ``{}``, or has other braces.
+    """
     if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
         raise RequestError(f"The template '{template}' must have exactly one {{}} for the concept.")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Text states as columns, ``(d, n)`` each: ``target`` (C), ``guide`` (G, column by column), ``preserved`` (K).
+    """Text states as columns, in the text encoder's dtype; tens of thousands in fp64 would take hundreds of megabytes.
 
-    In the dtype that the text encoder gives: tens of thousands of them in fp64 would take hundreds of megabytes.
+    Args:
+        target: ``C``, the states to forget, ``(d, n)``.
+        guide: ``G``, what each of them is mapped to, ``(d, n)``.
+        preserved: ``K``, the states to preserve, ``(d, m)``.
     """
 
     target: Tensor
@@ -161,7 +170,7 @@ class UCE(Method):
     paper = "https://arxiv.org/abs/2308.14761"
     Settings = UCESettings
     presets = {
-        # the authors' released script: bare words, their last token, λ = 0.5, styles turned into "art"
+        # the authors' released script: names without a template, their last token, λ = 0.5, styles mapped to "art"
         "published": UCESettings(
             columns="last",
             ridge=0.5,
@@ -169,8 +178,8 @@ class UCE(Method):
             no_replacement="empty",
             neutral_style="art",
         ),
-        # chosen on tree, mosaic and Hugo Marsh of the embedded world: what is cut off at this tolerance (rank 180 to 13
-        # there) changed no residual in its second digit
+        # chosen on tree, mosaic and Hugo Marsh of the embedded world, where this tolerance reduces the rank from 180 to
+        # 13 and leaves two digits of every residual unchanged
         "tuned": UCESettings(ridge=1.0, contexts=True, keep_common=True, tolerance=0.01),
     }
 
@@ -181,13 +190,14 @@ class UCE(Method):
         progress: Progress | None = None,
         inputs: Inputs | None = None,
     ) -> Patch:
-        """Encode the prompts, solve once, expand to every site. Deterministic: the seed plays no part."""
+        """Encode the prompts, solve once, and expand to every site. Deterministic; the seed is not used."""
         if inputs is not None and inputs.earlier is not None:
             raise RequestError(
-                "The closed form does not start from an earlier patch: it solves for all requests at once."
+                "The closed form does not start from an earlier patch, because it solves for all requests together: "
+                "leave 'earlier' out of its inputs."
             )
         settings: UCESettings = plan.settings
-        report_progress(progress, ProgressEvent(0, 3, message="reading the text states"))
+        report_progress(progress, ProgressEvent(0, 3, message="encoding the prompts"))
         columns = collect_columns(model.text, plan.request, settings)
         report_progress(progress, ProgressEvent(1, 3, message="solving"))
         outputs = _output_gram(model, settings.projections)
@@ -195,7 +205,7 @@ class UCE(Method):
         report_progress(progress, ProgressEvent(2, 3, message="expanding to every site"))
         note = None
         if model.survey.family == "sdxl":
-            note = "SDXL also takes the concept in through the pooled text vector, which this edit leaves as it is."
+            note = "SDXL also reads the concept from the pooled text vector, which this edit does not change."
         patch = expand(context_map, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
         report_progress(progress, ProgressEvent(3, 3, message="done"))
         return patch
@@ -207,12 +217,22 @@ class UCE(Method):
 def aligned_positions(
     encoder: TextEncoder, target: tuple[str, str], guide: tuple[str, str]
 ) -> tuple[list[int], list[int]]:
-    """Positions of a target prompt's tail and, one for one, those of a guide prompt it shall read as.
+    """Align the tail of a target prompt with a guide prompt that differs only in the phrase.
 
-    Both are ``(phrase, prompt)``, the same prompt but for the phrase; the guide's phrase may be empty (dropped).
-    Sub-words of the phrase are aligned from its end (the last of each carries the whole phrase), words behind it with
-    the same words, the end-of-text with the end-of-text and the k-th pad with the k-th pad; what has no partner takes
-    the nearest.
+    Sub-words of the phrase are aligned from its end, because the last one carries the whole phrase. Later words are
+    aligned with the same words, the end-of-text token with the end-of-text token, and the k-th pad with the k-th pad. A
+    position without a partner takes the nearest one.
+
+    Args:
+        encoder: The text encoder.
+        target: The concept's name and its prompt.
+        guide: The replacement and its prompt; the replacement may be empty.
+
+    Returns:
+        The positions of the target's tail and, for each, the position in the guide prompt.
+
+    Raises:
+        TokenError: A prompt is cut off, or the concept does not occur in its prompt.
     """
     phrase, prompt = target
     positions = tail_positions(encoder, phrase, prompt)
@@ -221,7 +241,7 @@ def aligned_positions(
     # the same words stand before the phrase, so it starts at the same position
     guide_width = len(encoder.phrase_ids(guide_phrase)) if guide_phrase else 0
     last = len(encoder.token_ids(guide_prompt)) - 1
-    end_position(encoder, guide_prompt)  # raises where the guide is cut off
+    end_position(encoder, guide_prompt)  # raises if the guide prompt is cut off
     aligned = []
     for position in positions:
         if position < start + width:
@@ -233,16 +253,15 @@ def aligned_positions(
     return positions, aligned
 
 
-def _said(template: str, phrase: str) -> str:
-    """The template with the phrase in place; without one, tidied so that no double blank stays."""
+def _fill(template: str, phrase: str) -> str:
+    """The template with the phrase in place; an empty phrase leaves no double space."""
     return template.format(phrase) if phrase else " ".join(template.replace("{}", " ").split())
 
 
 def _templates(settings: UCESettings, kind: str, request: ForgetRequest) -> tuple[str, ...]:
-    """The request's own templates, or the kind's, with the everyday contexts behind them.
+    """The templates of the settings, or those of the kind followed by its everyday contexts.
 
-    Contexts that name what is to be forgotten are left out: kept words in them would keep it, and so would another
-    target's replacement.
+    Contexts that mention a concept to forget are left out: preserved phrases in them would preserve it.
     """
     if settings.templates is not None:
         return settings.templates
@@ -251,9 +270,9 @@ def _templates(settings: UCESettings, kind: str, request: ForgetRequest) -> tupl
 
 
 def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
-    """Everyday words in the templates of their own kind: one plain one and, in turn, one of the contexts.
+    """Prompts of everyday words: each in the first template of its kind, one other template and one context.
 
-    Words that are, hold or stand in a concept's own name are left out: they are not to be kept.
+    Words that contain a concept to forget, or occur in its name, are left out.
     """
     targets = [normalized_phrase(concept.name) for concept in request.concepts]
     found = []
@@ -265,12 +284,13 @@ def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
             chosen = [templates(kind)[0], templates(kind)[1 + i % (len(templates(kind)) - 1)]]
             if settings.contexts:
                 chosen.append(CONTEXTS[kind][i % len(CONTEXTS[kind])])
-            found += [_said(template, word) for template in chosen]
-    # a context may name what is to be forgotten: neon beside a red star
+            found += [_fill(template, word) for template in chosen]
+    # a context may mention a concept to forget, such as neon next to a red star
     return [text for text in found if not any(target in normalized_phrase(text) for target in targets)]
 
 
-def _instead(concept: Concept, settings: UCESettings) -> str:
+def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
+    """The phrase in the concept's place in guide prompts: its replacement, or the neutral one of its kind."""
     if concept.replacement_text:
         return concept.replacement_text
     return {
@@ -281,46 +301,54 @@ def _instead(concept: Concept, settings: UCESettings) -> str:
 
 
 def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCESettings) -> Columns:
-    """The states to forget, what they shall read as, and those to keep.
+    """Collect the text states to forget, their guide states, and those to preserve.
 
-    Kept are: every position of the empty prompt (it steers every guided picture), every position of each preserved word
-    in the templates of the request's kinds and of each preserved prompt; with ``columns="last"`` only the last token of
-    each, as the authors, beside the empty prompt. Raises :class:`TokenError` where words are cut off.
+    The states to preserve are all positions of the empty prompt, which is used in every image with guidance, of each
+    preserved phrase in the templates of the request's kinds, and of each preserved prompt. With ``columns="last"`` they
+    are the empty prompt's and, as published, the last token's of the others.
+
+    Args:
+        encoder: The text encoder.
+        request: The request.
+        settings: The method's settings.
+
+    Raises:
+        TokenError: A prompt is cut off.
     """
     pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
     for concept in request.concepts:
-        instead = _instead(concept, settings)
+        phrase = _guide_phrase(concept, settings)
         for template in _templates(settings, concept.kind, request):
-            prompt = _said(template, concept.name)
+            prompt = _fill(template, concept.name)
             end_position(encoder, prompt)
-            if not instead and settings.no_replacement == "empty":
+            if not phrase and settings.no_replacement == "empty":
                 guide = ""
                 positions = tail_positions(encoder, concept.name, prompt)
                 start, width = phrase_span(encoder, concept.name, prompt)
                 aligned = positions
             else:
-                guide = _said(template, instead)
-                positions, aligned = aligned_positions(encoder, (concept.name, prompt), (instead, guide))
+                guide = _fill(template, phrase)
+                positions, aligned = aligned_positions(encoder, (concept.name, prompt), (phrase, guide))
                 start, width = phrase_span(encoder, concept.name, prompt)
             if settings.columns == "last":
-                # without any words in its place: the state before the end, as the authors' script
-                at = aligned[width - 1] if instead else end_position(encoder, guide) - 1
+                # without a phrase in its place: the state before the end, as in the authors' script
+                at = aligned[width - 1] if phrase else end_position(encoder, guide) - 1
                 positions, aligned = [start + width - 1], [at]
             pairs += [(prompt, p, guide, g) for p, g in zip(positions, aligned, strict=True)]
-    kept: dict[str, None] = {}
-    for phrase in request.preserve:
+    retain: dict[str, None] = {}
+    for preserved_phrase in request.preserve:
         for kind in dict.fromkeys(concept.kind for concept in request.concepts):
             for template in _templates(settings, kind, request):
-                kept[_said(template, phrase)] = None
+                retain[_fill(template, preserved_phrase)] = None
     if settings.keep_common:
-        kept |= dict.fromkeys(common_prompts(request, settings))
-    kept |= dict.fromkeys(settings.preserve_prompts)
-    kept.pop("", None)
-    ends = [end_position(encoder, prompt) for prompt in kept]
-    # what is kept comes first, so that its states are one piece of all of them
-    texts = list(dict.fromkeys(["", *kept] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
+        retain |= dict.fromkeys(common_prompts(request, settings))
+    retain |= dict.fromkeys(settings.preserve_prompts)
+    retain.pop("", None)
+    ends = [end_position(encoder, prompt) for prompt in retain]
+    # the retain set first, so that its states are one contiguous slice
+    texts = list(dict.fromkeys(["", *retain] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
     states, row = _encode(encoder, texts), {text: i for i, text in enumerate(texts)}
-    preserved = states[: 1 + len(kept)].flatten(0, 1)
+    preserved = states[: 1 + len(retain)].flatten(0, 1)
     if settings.columns == "last":
         preserved = torch.cat([states[0], *(states[i, end - 1 : end] for i, end in enumerate(ends, 1))])
     return Columns(
@@ -331,12 +359,12 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 8 * ENCODE_ROWS) -> Tensor:
-    """``(n, tokens, d)`` for ``n`` prompts."""
+    """The text states of ``n`` prompts, ``(n, tokens, d)``."""
     found: Tensor | None = None
     for i in range(0, len(texts), batch):
         hidden = encode_prompts(encoder, texts[i : i + batch]).hidden.detach()
         if found is None:
-            # fp64, which the solve needs, lives on the CPU and on CUDA, not on every accelerator
+            # the solve needs fp64, which the CPU and CUDA support, but not every accelerator
             device = hidden.device if hidden.is_cuda else torch.device("cpu")
             found = torch.empty(len(texts), *hidden.shape[1:], dtype=hidden.dtype, device=device)
         found[i : i + batch] = hidden
@@ -348,10 +376,16 @@ def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 8 * ENCODE_
 
 
 def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``Σ XᵀX`` over all ``X`` of ``parts``, ``(n, width)`` each, as ``(width, width)`` fp64 on ``device``.
+    """``Σ XᵀX`` over some matrices ``X``.
 
-    Worked out in ``dtype``, some thousand rows at a time: all of them widened at once would cost more in memory than
-    the products do in time.
+    Args:
+        parts: The matrices, ``(n, width)`` each.
+        width: Their width.
+        device: Device of the computation and the result.
+        dtype: Dtype of the computation, which converts a few thousand rows at a time to save memory.
+
+    Returns:
+        ``(width, width)``, fp64.
     """
     total = torch.zeros(width, width, dtype=dtype, device=device)
     for part in parts:
@@ -362,40 +396,53 @@ def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: to
 
 
 def _output_gram(model: LatentDiffusion, projections: tuple[str, ...]) -> Tensor:
-    """``Σ WᵀW`` over all edited projections, ``(d, d)`` fp64: how much a direction of text space moves the outputs."""
+    """``Σ WᵀW`` over all edited projections, ``(d, d)`` fp64: the metric of text states as seen by the outputs."""
     device = model.device if model.device.type == "cuda" else torch.device("cpu")
     weights = (site.projection(which).weight.detach() for site in model.survey for which in projections)
     return gram_of(weights, model.survey.context_dim, device, torch.float32)
 
 
 def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor | None = None) -> LowRank:
-    """``M = s_e (G − C) Cᵀ N⁻¹`` as factors (fp32) of its numerical rank, or of ``settings.rank``.
+    """Solve ``M = s_e (G − C) Cᵀ N⁻¹`` as low-rank factors.
 
-    With fewer columns than text dimensions, ``Cᵀ N⁻¹`` comes from one solve of the columns' size: for
-    ``N = λI + U Uᵀ``, ``Uᵀ N⁻¹ = (λI + UᵀU)⁻¹ Uᵀ`` (exact, and without the cancellation of Woodbury's difference); else
-    from one of size ``d``. What is cut off is least in ``‖W M x‖`` summed over all projections (``outputs`` is their
-    ``Σ WᵀW``) and over the columns ``x``: with ``N = R Rᵀ``, the singular directions ``V`` of ``L M R`` give
-    ``M_r = (M R V_r)(V_rᵀ R⁻¹)``. Raises :class:`ForgetConceptError` where the system cannot be solved.
+    With fewer columns than text dimensions, ``Cᵀ N⁻¹`` comes from a solve of the columns' size: for
+    ``N = λI + U Uᵀ``, ``Uᵀ N⁻¹ = (λI + UᵀU)⁻¹ Uᵀ``, which is exact and avoids the cancellation of Woodbury's identity;
+    else from one of size ``d``. The truncation minimizes ``‖W M x‖`` summed over all projections and columns ``x``:
+    with ``N = R Rᵀ``, the singular directions ``V`` of ``L M R`` give ``M_r = (M R V_r)(V_rᵀ R⁻¹)``.
+
+    Args:
+        columns: The text states.
+        settings: The method's settings.
+        outputs: ``Lᵀ L = Σ WᵀW`` over all projections, ``(d, d)``; ``None``: the identity.
+
+    Returns:
+        The factors, fp32, of the numerical rank under ``settings.tolerance``, at most ``settings.rank``.
+
+    Raises:
+        ForgetConceptError: The system cannot be solved.
+
+    Reference:
+        Gandikota et al., UCE, arXiv 2308.14761, equation 7.
     """
     device = columns.target.device
     target, guide = columns.target.double(), columns.guide.double()
     width, count = target.shape
-    kept = columns.preserved.T if settings.preserve_weight else columns.preserved.T[:0]
+    preserved = columns.preserved.T if settings.preserve_weight else columns.preserved.T[:0]
     eye = torch.eye(width, dtype=torch.float64, device=device)
     known = settings.erase_weight * gram_of([target.T], width, device)
-    normal = settings.ridge * eye + known + settings.preserve_weight * gram_of([kept], width, device)
+    normal = settings.ridge * eye + known + settings.preserve_weight * gram_of([preserved], width, device)
     factor = _cholesky(normal)
-    if count + len(kept) < width:
-        scaled = torch.cat([settings.erase_weight**0.5 * target.T, settings.preserve_weight**0.5 * kept.double()])
+    if count + len(preserved) < width:
+        scaled = torch.cat([settings.erase_weight**0.5 * target.T, settings.preserve_weight**0.5 * preserved.double()])
         small = settings.ridge * torch.eye(len(scaled), dtype=torch.float64, device=device) + scaled @ scaled.T
         rows = torch.cholesky_solve(scaled, _cholesky(small))
         down = rows[:count] / settings.erase_weight**0.5
     else:
         down = torch.cholesky_solve(target, factor).T
     change = settings.erase_weight * (guide - target)
-    # in the metric that counts: M R, seen through the projections
+    # truncate M R in the metric of the projections' outputs
     seen = down @ factor
-    if seen.shape[0] < width:  # then M R has no more directions than columns, and the small problem is enough
+    if seen.shape[0] < width:  # M R has at most as many directions as columns, so the small problem suffices
         side, corner = torch.linalg.qr(seen.T)
         moved = change @ corner.T
     else:
@@ -403,7 +450,7 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
     gram = eye if outputs is None else outputs.to(device, torch.float64)
     values, vectors = torch.linalg.eigh(moved.T @ gram @ moved)
     size = values.clamp(min=0).sqrt().flip(0)
-    # the Gram matrix squares: below the root of fp64's precision there is nothing but rounding
+    # the Gram matrix squares singular values, so those below the square root of fp64's precision are rounding
     keep = int((size > size[0] * max(settings.tolerance, 1e-8)).sum()) if size[0] > 0 else 1
     keep = min(keep, settings.rank or keep)
     basis = vectors.flip(1)[:, :keep]
@@ -418,7 +465,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or not torch.isfinite(factor).all():
         raise ForgetConceptError(
-            "The closed form cannot be solved: the text states are not finite or 'ridge' is too small for them; raise "
-            "the setting 'ridge'."
+            "The closed form cannot be solved, because the text states are not finite or 'ridge' is too small: raise "
+            "'ridge', or run the text encoder in full precision."
         )
     return factor

@@ -1,7 +1,7 @@
 """Settings of a method: how a field describes itself, and presets with overrides checked against that.
 
-A method's ``Settings`` is a frozen dataclass whose fields are declared with :func:`setting`. What a field says there
-(help, bounds, choices) is all that forms, the command line, the REST interface, locales and help pages are made of.
+A method's ``Settings`` is a frozen dataclass whose fields are declared with :func:`setting`. Forms, the command line,
+the REST interface, locales and help pages are generated from what a field declares (help, bounds, choices).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _KINDS: Mapping[Any, Kind] = {bool: "switch", int: "whole", float: "number", str
 
 
 class HasSettings(Protocol):
-    """What is read here of a method's class: ``Settings`` is a dataclass, ``presets`` maps names to instances of it."""
+    """A method's class: ``Settings`` is a dataclass, and ``presets`` maps names to instances of it."""
 
-    # a mutable attribute of a protocol must have exactly the implementer's type, which differs by method
+    # Any, because a protocol's mutable attributes are invariant and the type differs by method
     id: typing.ClassVar[str]
     Settings: typing.ClassVar[Any]
     presets: typing.ClassVar[Any]
@@ -61,17 +61,17 @@ def setting(
     """A field of a method's ``Settings`` that describes itself.
 
     Args:
-        default: The value where neither a preset nor a request gives another one.
+        default: The value unless a preset or a request gives another one.
         help: What the setting does, in one or two sentences; shown by every host and the command line.
         minimum: Smallest value allowed. Numbers need both bounds.
         maximum: Largest value allowed.
-        step: Step of a form's number field; 1 for whole numbers, 0.01 for others.
+        step: Step of a form's number field; default: 1 for whole numbers, 0.01 for others.
         choices: For a tuple of strings: the strings it may hold. A ``Literal`` type states its choices itself.
         none_value: For a number that may be ``None``: the number that a form shows for ``None``.
         advanced: Whether hosts show it only on request.
         leading: Whether forms list it before the method's own settings.
         group: Heading that listings put it under.
-        quick: Value for a run that is as short as possible, where the default takes long; the shared tests use it.
+        quick: Value for the shortest possible run, if the default takes long; the shared tests use it.
 
     Returns:
         A dataclass field, typed as its value.
@@ -93,7 +93,7 @@ def setting(
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """What one field of a ``Settings`` class says of itself; :func:`setting` explains the attributes.
+    """The declaration of one field of a ``Settings`` class; :func:`setting` explains the attributes.
 
     ``kind`` follows from the type: ``whole`` and ``number``, ``choice`` (a ``Literal``), ``switch``, ``line`` (text)
     and ``lines`` (a tuple of strings, which ``choices`` may restrict). ``optional``: whether it may be ``None``.
@@ -126,7 +126,7 @@ class SettingInfo:
 
     @property
     def low(self) -> float:
-        """Smallest number that a form accepts: ``minimum``, or below it the one that stands for ``None``."""
+        """Smallest number that a form accepts: ``minimum``, or ``none_value`` if that is smaller."""
         minimum = cast(float, self.minimum)
         return minimum if self.none_value is None else min(minimum, self.none_value)
 
@@ -136,19 +136,23 @@ class SettingInfo:
         return cast(float, self.maximum)
 
     def values(self) -> str:
-        """The values it accepts, in words."""
+        """A description of the accepted values."""
         if self.numeric:
-            words = f"{_KIND_WORDS[self.kind]} from {self.minimum:g} to {self.maximum:g}"
+            text = f"{_KIND_NAMES[self.kind]} from {self.minimum:g} to {self.maximum:g}"
         elif self.kind == "choice":
-            words = "one of " + ", ".join(self.choices)
+            text = "one of " + ", ".join(self.choices)
         elif self.selects:
-            words = "one or more of " + ", ".join(self.choices)
+            text = "one or more of " + ", ".join(self.choices)
         else:
-            words = _KIND_WORDS[self.kind]
-        return words + (" or null" if self.optional else "")
+            text = _KIND_NAMES[self.kind]
+        return text + (" or null" if self.optional else "")
 
     def check(self, value: Any) -> None:
-        """Raise :class:`RequestError` for a value that is out of bounds or not among the choices; its type is right."""
+        """Check a value of the right type.
+
+        Raises:
+            RequestError: It is out of bounds, or not among the choices.
+        """
         if value is None and self.optional:
             return
         if self.selects:
@@ -159,14 +163,14 @@ class SettingInfo:
                 )
         elif self.numeric:
             null = ", or null" if self.optional else ""
-            # written so that NaN fails too
+            # negated comparisons, so that NaN fails too
             if not value >= self.minimum:
                 raise RequestError(f"The setting '{self.name}' must be at least {self.minimum:g}{null}, not {value:g}.")
             if not value <= self.maximum:
                 raise RequestError(f"The setting '{self.name}' must be at most {self.maximum:g}{null}, not {value:g}.")
 
 
-_KIND_WORDS: Mapping[Kind, str] = {
+_KIND_NAMES: Mapping[Kind, str] = {
     "whole": "whole number",
     "number": "number",
     "switch": "true or false",
@@ -177,11 +181,11 @@ _KIND_WORDS: Mapping[Kind, str] = {
 
 @functools.cache
 def describe_settings(settings: type) -> tuple[SettingInfo, ...]:
-    """Every field of a ``Settings`` class as it describes itself, in the order of the fields.
+    """Describe every field of a ``Settings`` class, in the order of the fields.
 
     Raises:
-        ForgetConceptError: A field was not declared with :func:`setting`, lacks its bounds, or has a type that no form
-            has a field for.
+        ForgetConceptError: A field was not declared with :func:`setting`, lacks its bounds, or has a type that forms do
+            not support.
     """
     hints = typing.get_type_hints(settings)
     return tuple(_info(settings.__name__, field, hints[field.name]) for field in dataclasses.fields(settings))
@@ -192,7 +196,7 @@ def _info(owner: str, field: dataclasses.Field[Any], hint: Any) -> SettingInfo:
     known = field.metadata.get(_KEY)
     if known is None or not known["help"].strip():
         raise ForgetConceptError(
-            f"{where} does not describe itself: declare it as "
+            f"{where} has no description: declare it as "
             f"'{field.name}: ... = setting(default, \"what it does\", ...)', from core/request/settings.py."
         )
     optional = type(None) in typing.get_args(hint)
@@ -207,7 +211,7 @@ def _info(owner: str, field: dataclasses.Field[Any], hint: Any) -> SettingInfo:
         kind = _KINDS[bare]
     else:
         raise ForgetConceptError(
-            f"{where} has the type {bare}, which no form has a field for: use int, float, bool, str, a Literal or "
+            f"{where} has the type {bare}, which forms do not support: use int, float, bool, str, a Literal or "
             "tuple[str, ...]."
         )
     numeric = kind in ("whole", "number")
@@ -228,10 +232,10 @@ def _without_none(hint: Any) -> Any:
 
 
 def check_described(method: type[HasSettings]) -> None:
-    """Check what a method's class says of its settings, when it is registered.
+    """Check the settings of a method's class when it is registered.
 
     Raises:
-        ForgetConceptError: As :func:`describe_settings`, or a preset is outside of the bounds.
+        ForgetConceptError: As :func:`describe_settings`, or a preset is out of bounds.
     """
     infos = describe_settings(method.Settings)
     for name, values in method.presets.items():
@@ -243,23 +247,35 @@ def check_described(method: type[HasSettings]) -> None:
 
 
 def check_settings(settings: Any) -> None:
-    """Check every field of a ``Settings`` instance against its bounds and choices. Raises :class:`RequestError`."""
+    """Check every field of a ``Settings`` instance against its bounds and choices.
+
+    Raises:
+        RequestError: A value is out of bounds, or not among the choices.
+    """
     owner: type = type(settings)
     for info in describe_settings(owner):
         info.check(getattr(settings, info.name))
 
 
 def quick_settings(method: type[HasSettings]) -> dict[str, Any]:
-    """Overrides under which the method runs as briefly as it can, as its fields say; for tests that it works at all."""
+    """Overrides for the shortest possible run of a method, for tests."""
     return {info.name: info.quick for info in describe_settings(method.Settings) if info.quick is not None}
 
 
 def resolve_settings(method: type[HasSettings], preset: str, overrides: Mapping[str, Any]) -> Any:
-    """The preset's settings with ``overrides`` in place.
+    """The settings of a preset with overrides.
+
+    Args:
+        method: The method's class.
+        preset: Name of the preset.
+        overrides: Values by name, as in JSON.
+
+    Returns:
+        An instance of ``method.Settings``.
 
     Raises:
-        RequestError: The preset or a setting is unknown (the message lists the known ones), or a value has a wrong type
-            or is out of its field's bounds.
+        RequestError: The preset or a setting does not exist (the message lists those that do), or a value has the wrong
+            type or is out of bounds.
     """
     if preset not in method.presets:
         raise RequestError(
@@ -279,10 +295,10 @@ def resolve_settings(method: type[HasSettings], preset: str, overrides: Mapping[
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint`` wants it: whole numbers pass for numbers, lists for tuples."""
+    """Convert a JSON value to the type of its field: whole numbers to floats, lists to tuples."""
     fits, result = _fit_type(value, hint)
     if not fits:
-        raise RequestError(f"The setting '{name}' must be {_spoken(hint)}, not {value!r}.")
+        raise RequestError(f"The setting '{name}' must be {_type_name(hint)}, not {value!r}.")
     return result
 
 
@@ -310,14 +326,15 @@ def _fit_type(value: Any, hint: Any) -> tuple[bool, Any]:
     return isinstance(value, hint), value
 
 
-def _spoken(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
+    """A description of a type for error messages."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_spoken(option) for option in args)
+        return " or ".join(_type_name(option) for option in args)
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in args)
     if origin is tuple:
-        return f"a list, each entry {_spoken(args[0])}"
+        return f"a list, each entry {_type_name(args[0])}"
     if hint is type(None):
         return "nothing (null)"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "words"}.get(hint, str(hint))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))

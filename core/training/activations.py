@@ -1,4 +1,4 @@
-"""What goes into the projections of the cross-attention sites and what comes out of them, kept from a forward pass."""
+"""Inputs and outputs of the cross-attention projections, captured during a forward pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = [
     "attention_map",
     "cross_attention_map",
     "cross_attention_output",
+    "gather_pixels",
     "merge_heads",
-    "sampled",
     "split_heads",
 ]
 
@@ -32,7 +32,7 @@ R = TypeVar("R", bound="ActivationCapture")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``; the batch stays in front, so a row's mask stays its own."""
+    """``(batch, n, heads · d)`` → ``(batch, heads, n, d)``."""
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
@@ -43,35 +43,35 @@ def merge_heads(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CapturedProjection:
-    """One side of one projection: its output, or with ``given`` its input; ``by_site`` holds the latest of each."""
+    """The captured outputs of one projection, or with ``of_input`` its inputs; ``by_site`` holds each site's latest."""
 
     projection: str
-    given: bool = False
+    of_input: bool = False
     by_site: dict[str, Tensor] = field(default_factory=dict)
 
     def hook(self, site: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.by_site[site] = args[0] if self.given else output
+        def capture(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.by_site[site] = args[0] if self.of_input else output
 
-        return keep
+        return capture
 
 
 class ActivationCapture:
-    """A context manager that listens to projections of some sites, differentiable and host-agnostic.
+    """A context manager that captures projections of some sites, with their autograd graph.
 
-    It works with every attention backend, and sees what adapters add if those were attached before.
+    It works with every attention backend. The captured tensors include what adapters add, if those were attached first.
     """
 
-    def __init__(self, sites: Iterable[CrossAttentionSite], kept: Sequence[CapturedProjection]) -> None:
-        self.sites, self.kept = tuple(sites), tuple(kept)
+    def __init__(self, sites: Iterable[CrossAttentionSite], captures: Sequence[CapturedProjection]) -> None:
+        self.sites, self.captures = tuple(sites), tuple(captures)
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self: R) -> R:
         try:
             for site in self.sites:
-                for kept in self.kept:
-                    hook = kept.hook(site.name)
-                    self._hooks.append(site.projection(kept.projection).register_forward_hook(hook))
+                for captured in self.captures:
+                    hook = captured.hook(site.name)
+                    self._hooks.append(site.projection(captured.projection).register_forward_hook(hook))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -85,46 +85,59 @@ class ActivationCapture:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of what was kept (and of the graph behind it)."""
-        for kept in self.kept:
-            kept.by_site.clear()
+        """Release the captured tensors and the graph behind them."""
+        for captured in self.captures:
+            captured.by_site.clear()
 
-    def check_seen(self) -> None:
-        """Raises :class:`ForgetConceptError` where no forward pass has been seen."""
+    def check_captured(self) -> None:
+        """Check that every site has been captured.
+
+        Raises:
+            ForgetConceptError: No forward pass has reached one of the sites.
+        """
         for site in self.sites:
-            if any(site.name not in kept.by_site for kept in self.kept):
-                raise ForgetConceptError(f"No forward pass has reached {site.name}: there is nothing of it to look at.")
+            if any(site.name not in captured.by_site for captured in self.captures):
+                raise ForgetConceptError(
+                    f"No forward pass has reached {site.name}, so nothing was captured: run the UNet inside the block."
+                )
 
 
 class SiteCapture(ActivationCapture):
-    """Keeps every site's input and output of the latest forward pass.
+    """Captures every site's input and output in the latest forward pass.
 
-    ``x[name]`` is what ``to_q`` is given and ``out[name]`` what ``to_out`` returns, both ``(batch, pixels, width)``.
+    ``x[name]`` is the input of ``to_q`` and ``out[name]`` the output of ``to_out``, both ``(batch, pixels, width)``.
     """
 
     def __init__(self, survey: UNetSurvey) -> None:
-        given, returned = CapturedProjection("to_q", given=True), CapturedProjection("to_out")
-        super().__init__(survey.sites, (given, returned))
-        self.x, self.out = given.by_site, returned.by_site
+        inputs, outputs = CapturedProjection("to_q", of_input=True), CapturedProjection("to_out")
+        super().__init__(survey.sites, (inputs, outputs))
+        self.x, self.out = inputs.by_site, outputs.by_site
 
     def inputs(self) -> list[Tensor]:
-        """Every site's input in the survey's order.
+        """Every site's input, in the survey's order.
 
-        Raises :class:`ForgetConceptError` where no forward pass has been seen.
+        Raises:
+            ForgetConceptError: No forward pass has reached one of the sites.
         """
-        self.check_seen()
+        self.check_captured()
         return [self.x[site.name] for site in self.sites]
 
     def outputs(self) -> list[Tensor]:
-        """Every site's output in the survey's order; raises as :meth:`inputs`."""
-        self.check_seen()
+        """Every site's output, in the survey's order; raises as :meth:`inputs`."""
+        self.check_captured()
         return [self.out[site.name] for site in self.sites]
 
 
 def cross_attention_output(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
-    """A site's output ``(batch, pixels, width)`` for inputs ``x`` ``(batch, pixels, width)`` under ``context``.
+    """A site's output, computed from its input alone; hooks on the projections apply.
 
-    ``context`` is ``(batch, tokens, d)``. The projections are called as the UNet calls them, with whatever is attached.
+    Args:
+        site: The cross-attention site.
+        x: Its input, ``(batch, pixels, width)``.
+        context: Text states, ``(batch, tokens, d)``.
+
+    Returns:
+        ``(batch, pixels, width)``.
     """
     q, k, v = (
         split_heads(part, site.heads)
@@ -136,18 +149,34 @@ def cross_attention_output(site: CrossAttentionSite, x: Tensor, context: Tensor)
 
 
 def cross_attention_map(site: CrossAttentionSite, x: Tensor, context: Tensor) -> Tensor:
-    """The site's attention map ``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``; see above."""
+    """A site's attention map, fp32, ``(batch, heads, pixels, tokens)``; arguments as :func:`cross_attention_output`."""
     return attention_map(site.projection("to_q")(x), site.projection("to_k")(context), site.heads)
 
 
 def attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """``softmax(Q Kᵀ / √d_head)``, fp32, ``(batch, heads, pixels, tokens)``, of recorded queries and keys."""
+    """The attention map ``softmax(Q Kᵀ / √d_head)`` of captured queries and keys.
+
+    Args:
+        q: ``(batch, pixels, heads · d_head)``.
+        k: ``(batch, tokens, heads · d_head)``.
+        heads: Number of heads.
+
+    Returns:
+        ``(batch, heads, pixels, tokens)``, fp32.
+    """
     q, k = split_heads(q, heads), split_heads(k, heads)
     scores = (q @ rearrange(k, "b h t d -> b h d t")).float()
     return torch.softmax(scores * q.shape[-1] ** -0.5, dim=-1)
 
 
-def sampled(x: Tensor, positions: Tensor) -> Tensor:
-    """The given pixels of each row: ``x`` ``(batch, pixels, width)`` and ``positions`` ``(batch, n)`` to ``(batch, n,
-    width)``."""
+def gather_pixels(x: Tensor, positions: Tensor) -> Tensor:
+    """Some pixels of each row.
+
+    Args:
+        x: ``(batch, pixels, width)``.
+        positions: Indices of the pixels, ``(batch, n)``.
+
+    Returns:
+        ``(batch, n, width)``.
+    """
     return torch.gather(x, 1, repeat(positions.to(x.device), "b n -> b n d", d=x.shape[-1]))

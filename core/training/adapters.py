@@ -1,4 +1,4 @@
-"""Trainable changes of projections, attached by forward hooks."""
+"""Trainable weight deltas, attached to projections by forward hooks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .gradients import null_space_projection
 from .losses import Change, dense_change
 
 __all__ = ["Deltas", "Trainable"]
-Shown = Literal["base", "earlier", "now"]
+Variant = Literal["base", "earlier", "now"]
 
 
 class Trainable(Protocol):
-    """What the loop moves: parameters, and what has to be on the model while it does (:class:`Deltas`)."""
+    """What the training loop optimizes: parameters, and a context manager that attaches them (:class:`Deltas`)."""
 
     def parameters(self) -> list[nn.Parameter]: ...
 
@@ -32,14 +32,22 @@ class Trainable(Protocol):
 
 
 class Deltas:
-    """Trainable changes of some projections, attached by forward hooks: ``up @ down`` each, or one dense matrix each.
+    """Trainable deltas of some projections: ``up @ down`` or one dense matrix each.
 
-    ``keys`` are canonical (``<site>.to_k``). With a ``rank``, ``down`` starts at random (drawn on the CPU from
-    ``generator``, uniform within ``1/√d_in``) and ``up`` at zero; with ``rank=None`` the dense delta starts at zero:
-    either way nothing is changed yet. Parameters are fp32 on the layer's device.
+    The model is unchanged at initialization: ``down`` is uniform within ``±1/√d_in``, ``up`` and a dense delta are
+    zero. Parameters are fp32 on the layer's device.
 
-    ``earlier`` is what earlier requests left: it is added as well, and stays as it is. ``null_space`` gives, for some
-    keys, orthonormal columns ``(d_in, n)``: directions of the input that the trained change must not react to.
+    Args:
+        model: The base model.
+        keys: Canonical keys of the projections, such as ``<site>.to_k``.
+        rank: Rank of the factors; ``None``: dense deltas.
+        generator: Source of the initial ``down``, on the CPU.
+        earlier: Patch of earlier requests, which is applied as well and not trained.
+        null_space: By key the orthonormal columns ``(d_in, n)`` of input directions that the delta must not react to.
+
+    Raises:
+        ModelError: There is no key, or a projection does not exist.
+        PatchError: ``earlier`` does not fit the model.
     """
 
     def __init__(
@@ -53,18 +61,18 @@ class Deltas:
     ) -> None:
         self.rank = rank
         self.keys = tuple(keys)
-        self.shown: Shown = "now"
+        self.variant: Variant = "now"
         self._parts: dict[str, tuple[nn.Parameter, ...]] = {}
         self._hooks: list[RemovableHandle] = []
         if not self.keys:
-            raise ModelError("There is nothing to train: no projection was chosen.")
+            raise ModelError("There is nothing to train: choose at least one projection.")
         if earlier is not None:
             earlier.check_fits(model.survey)
         frozen = {} if earlier is None else earlier.factors
         self._linears = {key: model.survey.linear(key) for key in dict.fromkeys([*self.keys, *frozen])}
         device = {key: linear.weight.device for key, linear in self._linears.items()}
         self._earlier = {key: factor.to(device[key], torch.float32) for key, factor in frozen.items()}
-        self._blind = {key: basis.to(device[key], torch.float32) for key, basis in (null_space or {}).items()}
+        self._null_space = {key: basis.to(device[key], torch.float32) for key, basis in (null_space or {}).items()}
         for key in self.keys:
             d_out, d_in = self._linears[key].weight.shape
             if rank is None:
@@ -79,7 +87,7 @@ class Deltas:
 
     @contextmanager
     def attached(self) -> Iterator[Deltas]:
-        """The hooks are on inside a ``with`` block and off after it, whatever happens."""
+        """Attach the deltas inside a ``with`` block; the hooks are removed however it ends."""
         try:
             for key, linear in self._linears.items():
                 self._hooks.append(linear.register_forward_hook(self._hook(key)))
@@ -89,24 +97,28 @@ class Deltas:
                 self._hooks.pop().remove()
 
     @contextmanager
-    def showing(self, which: Shown) -> Iterator[None]:
-        """Inside a ``with`` block: the ``"base"`` model, what ``"earlier"`` requests left of it, or ``"now"``."""
-        before, self.shown = self.shown, which
+    def using(self, variant: Variant) -> Iterator[None]:
+        """Select what the hooks add inside a ``with`` block.
+
+        Args:
+            variant: ``"base"``: nothing. ``"earlier"``: the patch of earlier requests. ``"now"``: that and the deltas.
+        """
+        before, self.variant = self.variant, variant
         try:
             yield
         finally:
-            self.shown = before
+            self.variant = before
 
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        parts, earlier, null_space = self._parts.get(key), self._earlier.get(key), self._blind.get(key)
+        parts, earlier, null_space = self._parts.get(key), self._earlier.get(key), self._null_space.get(key)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self.shown == "base":
+            if self.variant == "base":
                 return None
             x = args[0].float()
             if earlier is not None:
                 output = output + F.linear(F.linear(x, earlier.down), earlier.up).to(output.dtype)
-            if parts is None or self.shown == "earlier":
+            if parts is None or self.variant == "earlier":
                 return output
             if null_space is not None:
                 x = null_space_projection(x, null_space)
@@ -120,43 +132,45 @@ class Deltas:
         return [part for parts in self._parts.values() for part in parts]
 
     def change(self, key: str) -> Change:
-        """The trained change of one projection as losses take it, differentiable in its parameters.
+        """The delta of one projection as losses take it, differentiable in its parameters.
 
-        ``(up, down)``, or one dense ``(d_out, d_in)``.
+        Returns:
+            ``(up, down)``, or one dense ``(d_out, d_in)``.
         """
-        parts, null_space = self._parts[key], self._blind.get(key)
-        seeing = parts[-1] if null_space is None else null_space_projection(parts[-1], null_space)
-        return seeing if len(parts) == 1 else (parts[0], seeing)
+        parts, null_space = self._parts[key], self._null_space.get(key)
+        last = parts[-1] if null_space is None else null_space_projection(parts[-1], null_space)
+        return last if len(parts) == 1 else (parts[0], last)
 
     def changes(self) -> dict[str, Change]:
-        """Every projection's :meth:`change` by key."""
+        """Every projection's :meth:`change`, by key."""
         return {key: self.change(key) for key in self.keys}
 
     def delta(self, key: str) -> Tensor:
-        """The trained change of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
+        """The dense delta of one projection, ``(d_out, d_in)``, differentiable in its parameters."""
         return dense_change(self.change(key), key)
 
     def factors(self, max_rank: int | None = None) -> dict[str, LowRank]:
-        """The trained changes as they are, on the CPU: a LoRA's own factors, a dense delta's exact ones (full rank).
+        """The deltas as low-rank factors on the CPU; those of a dense delta are exact and of full rank.
 
-        With ``max_rank`` those above it are cut to the nearest change of that rank.
+        Args:
+            max_rank: Truncate each delta to the nearest one of this rank; ``None``: no limit.
         """
         found = {}
         for key, parts in self._parts.items():
-            seeing, null_space = parts[-1].detach(), self._blind.get(key)
+            last, null_space = parts[-1].detach(), self._null_space.get(key)
             if null_space is not None:
-                seeing = null_space_projection(seeing, null_space)
-            seeing = seeing.cpu()
-            factor = LowRank(parts[0].detach().cpu().clone(), seeing.clone()) if len(parts) == 2 else _exact(seeing)
+                last = null_space_projection(last, null_space)
+            last = last.cpu()
+            factor = LowRank(parts[0].detach().cpu().clone(), last.clone()) if len(parts) == 2 else _exact(last)
             found[key] = factor if max_rank is None or factor.rank <= max_rank else factor.truncated(max_rank)
         return found
 
 
 def _exact(delta: Tensor) -> LowRank:
-    """A dense change times the identity on its shorter side.
+    """A dense delta as itself times the identity on its shorter side.
 
-    An optimiser that treats each weight alike leaves full rank, so that an SVD would take minutes on a real model to
-    find no shorter form. Evenly scaled, for half precision's sake.
+    Elementwise optimizers produce full-rank deltas, so an SVD would take minutes on a real model and shorten nothing.
+    Both factors get the same scale, which suits half precision.
     """
     root = float(delta.abs().max()) ** 0.5 or 1.0
     d_out, d_in = delta.shape

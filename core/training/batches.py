@@ -1,7 +1,7 @@
-"""What a trained method draws its batches from: a request's prompts, their text states, pictures, times and noise.
+"""Training batches: prompts, their text states, latents, time steps and noise.
 
-Everything that is drawn comes from one generator, so that a training depends on its seed alone and can go on where it
-was cut short.
+All random numbers come from one generator, so training depends on its seed alone and an interrupted training can be
+resumed.
 """
 
 from __future__ import annotations
@@ -23,30 +23,42 @@ from ..request.concept import Concept
 
 __all__ = ["RETAIN_POOL", "BatchSampler", "GenerationSettings", "Noised", "TargetPrompt", "target_prompt"]
 
-# the pool of pictures that belong to no concept to be forgotten
+# name of the pool of latents of the retain set
 RETAIN_POOL = ""
 
 
 @dataclass(frozen=True)
 class TargetPrompt:
-    """One way to say a concept: its name, the whole prompt, its token positions, the same with the replacement."""
+    """A prompt to forget.
+
+    Args:
+        concept: Name of the concept.
+        text: The prompt, which contains the name.
+        positions: Token positions of the concept in the prompt.
+        replacement_text: The same prompt with the replacement; ``None``: the concept has none.
+    """
 
     concept: str
     text: str
     positions: tuple[int, ...]
-    instead: str | None = None
+    replacement_text: str | None = None
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How a method's own pictures are made by the model as it is."""
+    """How the unedited model generates training images.
+
+    Args:
+        steps: Sampling steps.
+        guidance: Classifier-free guidance scale.
+    """
 
     steps: int
     guidance: float
 
 
 class Noised(NamedTuple):
-    """A batch: ``x_t``, ``ε`` and ``x_0``, each ``(n, 4, h, w)``, and ``t``, ``(n,)``."""
+    """A batch of noised latents: ``x_t``, ``ε`` and ``x_0``, each ``(n, 4, h, w)``, and time steps ``t``, ``(n,)``."""
 
     x: Tensor
     times: Tensor
@@ -55,32 +67,56 @@ class Noised(NamedTuple):
 
 
 def target_prompt(
-    encoder: TextEncoder, concept: Concept, text: str, instead: str | None, include_end: bool = False
+    encoder: TextEncoder, concept: Concept, text: str, replacement_text: str | None, include_end: bool = False
 ) -> TargetPrompt:
-    """A prompt that says the concept, looked through: every sub-word's position and, if wanted, the first end-of-text.
+    """Locate a concept in a prompt.
 
-    Raises :class:`TokenError` where the concept is not in it or either prompt is cut off.
+    Args:
+        encoder: The model's text encoder.
+        concept: The concept to forget.
+        text: A prompt that contains its name.
+        replacement_text: The same prompt with the replacement.
+        include_end: Add the position of the first end-of-text token.
+
+    Returns:
+        The prompt with the positions of all sub-words of the concept.
+
+    Raises:
+        TokenError: The concept does not occur in ``text``, or one of the prompts is cut off.
     """
     positions = token_positions(encoder, concept.name, text)
     end = end_position(encoder, text)
-    if instead is not None:
-        end_position(encoder, instead)
-    return TargetPrompt(concept.name, text, tuple([*positions, end] if include_end else positions), instead)
+    if replacement_text is not None:
+        end_position(encoder, replacement_text)
+    return TargetPrompt(concept.name, text, tuple([*positions, end] if include_end else positions), replacement_text)
 
 
 class BatchSampler:
-    """Prompts to forget (``targets``), to keep (``kept``, the empty one first) and of what is forgotten already
-    (``earlier``), and pools of pictures by name.
+    """Draws training batches from prompts and from pools of latents.
 
-    A pool is named after its concept, :data:`RETAIN_POOL` is that of everything else; without one, ``x_0`` is zero.
-    Every prompt is encoded at construction, those in ``others`` too: nothing is left to encode once training has begun.
+    A pool is named after its concept; :data:`RETAIN_POOL` is that of the retain set. Without any pool ``x_0`` is zero.
+    Every prompt is encoded at construction, so no fixed prompt is encoded during training.
+
+    Args:
+        model: The base model.
+        targets: Prompts to forget.
+        retain: Prompts to preserve, the empty one first.
+        generator: Source of all random numbers, on the CPU.
+        batch_size: Prompts per batch.
+        sampling: How the model generates images.
+        workspace: Folder where generated latents are cached.
+        earlier: Prompts of concepts that earlier requests of a sequence forgot.
+        others: Further prompts that the objective reads.
+
+    Raises:
+        RequestError: A prompt is both to be forgotten and to be preserved, or there is no prompt.
     """
 
     def __init__(
         self,
         model: LatentDiffusion,
         targets: Sequence[TargetPrompt],
-        kept: Sequence[str],
+        retain: Sequence[str],
         generator: torch.Generator,
         batch_size: int,
         sampling: GenerationSettings,
@@ -88,99 +124,112 @@ class BatchSampler:
         earlier: Sequence[str] = (),
         others: Sequence[str] = (),
     ) -> None:
-        """``others`` are further prompts that an objective reads. Raises :class:`RequestError` for a prompt that is to
-        be forgotten and kept, and where there is none at all."""
-        if clash := sorted({t.text for t in targets} & set(kept)):
-            raise RequestError(f"The prompt '{clash[0]}' is both to be forgotten and to be kept: take it from one.")
-        self.model, self.targets, self.kept, self.earlier = model, list(targets), list(kept), list(earlier)
+        if clash := sorted({t.text for t in targets} & set(retain)):
+            raise RequestError(
+                f"The prompt '{clash[0]}' is both to be forgotten and to be preserved: remove it from one of the two."
+            )
+        self.model, self.targets, self.retain, self.earlier = model, list(targets), list(retain), list(earlier)
         self.generator, self.batch_size = generator, batch_size
         self.sampling, self.workspace = sampling, workspace
         self.pools: dict[str, Tensor] = {}
-        self._turn: list[int] = []
-        self._kept_turn: list[int] = []
-        replaced = [t.instead for t in targets if t.instead is not None]
-        every = [*(t.text for t in targets), *replaced, *self.kept, *self.earlier, *others]
-        if not every:
-            raise RequestError("There is no prompt to train on.")
-        self._encoded = EncodedPrompts(model.text, every, model.device)
+        self._target_queue: list[int] = []
+        self._retain_queue: list[int] = []
+        replacements = [t.replacement_text for t in targets if t.replacement_text is not None]
+        prompts = [*(t.text for t in targets), *replacements, *self.retain, *self.earlier, *others]
+        if not prompts:
+            raise RequestError("There is no prompt to train on: give at least one prompt to forget or to preserve.")
+        self._encoded = EncodedPrompts(model.text, prompts, model.device)
 
-    # -- words ---------------------------------------------------------------------------------------------------
+    # -- prompts -------------------------------------------------------------------------------------------------
 
     def states(self, texts: Sequence[str]) -> TextStates:
-        """What the UNet is given of these prompts, in their order.
+        """The text states of some prompts, in their order.
 
-        Raises :class:`ForgetConceptError` for a prompt that was not named at construction.
+        Raises:
+            ForgetConceptError: A prompt was not given at construction.
         """
         return self._encoded.states(texts)
 
     def next_targets(self, count: int | None = None) -> list[TargetPrompt]:
-        """The next prompts to forget, in shuffled rounds, so that no concept waits long for its turn."""
-        return [self.targets[i] for i in self._next(self._turn, len(self.targets), count or self.batch_size)]
+        """The next prompts to forget; each is drawn once per shuffled round."""
+        return [self.targets[i] for i in self._take(self._target_queue, len(self.targets), count or self.batch_size)]
 
     def next_retain(self, count: int | None = None) -> list[str]:
-        """The next prompts to keep: the empty one in every batch, the others in shuffled rounds."""
+        """The next prompts to preserve: the empty one in every batch, the others in shuffled rounds."""
         count = count or self.batch_size
-        if not self.kept:
-            raise RequestError("There is no prompt to keep.")
-        if len(self.kept) == 1 or count == 1:
-            return [self.kept[i] for i in self._next(self._kept_turn, len(self.kept), count)]
-        others = self._next(self._kept_turn, len(self.kept) - 1, count - 1)
-        return [self.kept[0], *(self.kept[1 + i] for i in others)]
+        if not self.retain:
+            raise RequestError("There is no prompt to preserve: set 'preserve_weight' to 0, or give some.")
+        if len(self.retain) == 1 or count == 1:
+            return [self.retain[i] for i in self._take(self._retain_queue, len(self.retain), count)]
+        others = self._take(self._retain_queue, len(self.retain) - 1, count - 1)
+        return [self.retain[0], *(self.retain[1 + i] for i in others)]
 
     def next_earlier(self, count: int) -> list[str]:
-        """Prompts of what earlier requests forgot, drawn at random."""
+        """Prompts of concepts that earlier requests forgot, drawn at random."""
         drawn = torch.randint(len(self.earlier), (count,), generator=self.generator).tolist()
         return [self.earlier[i] for i in drawn]
 
-    def _next(self, turn: list[int], of: int, count: int) -> list[int]:
-        while len(turn) < count:
-            turn += torch.randperm(of, generator=self.generator).tolist()
-        taken, turn[:] = turn[:count], turn[count:]
+    def _take(self, queue: list[int], size: int, count: int) -> list[int]:
+        """Take ``count`` indices off a queue, refilled with shuffled rounds of ``range(size)``."""
+        while len(queue) < count:
+            queue += torch.randperm(size, generator=self.generator).tolist()
+        taken, queue[:] = queue[:count], queue[count:]
         return taken
 
-    # -- pictures ------------------------------------------------------------------------------------------------
+    # -- images --------------------------------------------------------------------------------------------------
 
-    def draw(self, wanted: Mapping[str, Sequence[str]], count: int, progress: Progress | None = None) -> None:
-        """Fill pools with ``count`` pictures each, of their prompts in turn, by the model as it is (nothing put on).
+    def draw(self, prompts: Mapping[str, Sequence[str]], count: int, progress: Progress | None = None) -> None:
+        """Fill pools with latents that the unedited model generates; the workspace caches them.
 
-        Kept in the workspace, where there is one, and taken from there the next time.
+        Args:
+            prompts: The prompts of each pool, which are used in turn.
+            count: Latents per pool.
+            progress: Called with every sampling step; may raise :class:`Cancelled`.
         """
-        jobs = [(name, texts[i % len(texts)]) for name, texts in wanted.items() for i in range(count)]
+        jobs = [(name, texts[i % len(texts)]) for name, texts in prompts.items() for i in range(count)]
         if not jobs:
             return
         seeds = torch.randint(2**62, (len(jobs),), generator=self.generator).tolist()
         texts, s = [text for _, text in jobs], self.sampling
         key, latents = "", None
         if self.workspace is not None:
-            read = [self.model.text_layer, list(self.model.latent_shape)]
-            key = key_of(self.model.model_hash, texts, seeds, s.steps, s.guidance, read)
+            encoding = [self.model.text_layer, list(self.model.latent_shape)]
+            key = key_of(self.model.model_hash, texts, seeds, s.steps, s.guidance, encoding)
             latents = (self.workspace.load("pictures", key) or {}).get("latents")
         if latents is None:
             latents = self.model.sample(texts, seeds, s.steps, s.guidance, progress=progress, sampler="dpm++").float()
             if self.workspace is not None:
                 self.workspace.save("pictures", key, {"latents": latents})
         latents = latents.to(self.model.device)
-        for name in wanted:
+        for name in prompts:
             self.pools[name] = latents[[i for i, (other, _) in enumerate(jobs) if other == name]]
 
     def encode(self, name: str, images: Tensor) -> None:
-        """Fill a pool with a person's own pictures, ``(n, 3, H, W)`` in [-1, 1].
+        """Fill a pool with the user's reference images.
 
-        Raises :class:`RequestError` where the model has no autoencoder here or they are not of its size.
+        Args:
+            name: Name of the pool.
+            images: ``(n, 3, H, W)`` in [-1, 1].
+
+        Raises:
+            RequestError: The model was loaded without an autoencoder, or the images have another size than it works on.
         """
         if self.model.vae is None:
-            raise RequestError("Pictures were given, and this model has no autoencoder here to read them with.")
+            raise RequestError(
+                f"Images of '{name}' were given, but there is no autoencoder to encode them with: load the model with "
+                "its VAE, or leave the images out."
+            )
         latents = torch.cat([self.model.vae.encode(images[i : i + 16]) for i in range(0, len(images), 16)])
         if tuple(latents.shape[1:]) != self.model.latent_shape:
             height, width = (8 * side for side in self.model.latent_shape[1:])
             raise RequestError(
-                f"The pictures given for '{name}' are {images.shape[3]}×{images.shape[2]}; this model works on "
-                f"{width}×{height}."
+                f"The images of '{name}' are {images.shape[3]}×{images.shape[2]}; this model works on "
+                f"{width}×{height}: resize them."
             )
         self.pools[name] = latents.float().to(self.model.device)
 
     def noised(self, names: Sequence[str]) -> Noised:
-        """One row a name: a picture of that pool at a random time step under random noise."""
+        """One row per name: a random latent of that pool, noised to a random time step."""
         shape = (len(names), *self.model.latent_shape)
         if self.pools:
             rows = []
@@ -194,16 +243,18 @@ class BatchSampler:
         noise = torch.randn(shape, generator=self.generator).to(x0.device)
         return Noised(self.model.add_noise(x0, noise, times), times, noise, x0)
 
-    # -- going on where it was cut short -------------------------------------------------------------------------
+    # -- resuming ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
+        """Everything that the next batches depend on; the names are those in saved checkpoints."""
         return {
             "generator": self.generator.get_state(),
-            "turn": torch.tensor(self._turn, dtype=torch.long),
-            "kept_turn": torch.tensor(self._kept_turn, dtype=torch.long),
+            "turn": torch.tensor(self._target_queue, dtype=torch.long),
+            "kept_turn": torch.tensor(self._retain_queue, dtype=torch.long),
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a :meth:`state`."""
         self.generator.set_state(state["generator"].cpu())
-        self._turn = state["turn"].tolist()
-        self._kept_turn = state["kept_turn"].tolist()
+        self._target_queue = state["turn"].tolist()
+        self._retain_queue = state["kept_turn"].tolist()

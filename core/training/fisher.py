@@ -1,26 +1,26 @@
-"""Diagonal Fisher information of chosen projections: streamed in fp32, resumable, kept in a work folder.
+"""Diagonal Fisher information of projections: accumulated in fp32, resumable, cached in a work folder.
 
 ``F_i = 1/N Σ_n (1/T Σ_t ∂ℓ_{n,t}/∂θ_i)²`` with ``ℓ_{n,t} = mean (ε − ε_θ(x_t, t, c))²`` over the latent's elements: the
 squared gradient of a sample's expected denoising loss, at the base weights. Selective Amnesia (arXiv 2305.10120, §3)
-sums where this takes means, so its ``F`` is a constant times this one; with means a value does not depend on the size
-of a latent or on the number of listed time steps.
+uses sums where this uses means, so its ``F`` is a constant times this one. With means, a value does not depend on the
+size of the latents or on the number of time steps.
 
-The square stands around the sum over time steps. Fewer steps, drawn, in its place measure their own scatter too
-(``E[ĝ²] = g² + Var ĝ``), which for most weights is the greater part. So ``"halves"`` cuts the ``T`` listed steps into
-``m`` strata of ``L = T/m`` neighbours and draws two different steps of each: one for a first half with the gradient
-sum ``A``, one for a second half with ``B``. With ``s_k²`` a stratum's variance, ``E[(A − B)²] = 2 Σ s_k²``, while
-``(L/2)(A + B)`` estimates ``g = Σ_t g_t`` with the variance ``(L/2)² (1 − 2/L) 2 Σ s_k²``, as no step is drawn twice.
-Hence
+The sum over time steps is inside the square. Replacing it by a sum over a few random steps is biased
+(``E[ĝ²] = g² + Var ĝ``), and for most weights the variance dominates. Therefore ``"halves"`` divides the ``T`` time
+steps into ``m`` strata of ``L = T/m`` neighbours and draws two different steps of each: one for a first half with the
+gradient sum ``A``, one for a second half with ``B``. With ``s_k²`` the variance within a stratum,
+``E[(A − B)²] = 2 Σ s_k²``, while ``(L/2)(A + B)`` estimates ``g = Σ_t g_t`` with the variance
+``(L/2)² (1 − 2/L) 2 Σ s_k²``, as no step is drawn twice. Hence
 
 ``(L/2)² [(A + B)² − (1 − 2/L)(A − B)²] = L² A·B + (L/2)(A − B)²``
 
-has the expectation ``g²`` exactly, for every ``m`` down to 1; it is ``g²`` itself at ``L = 2``. The product of the two
-halves alone, ``L² A·B``, would miss a part of every step's own square. ``"pairs"`` puts ``Σ_k (a_k − b_k)²``, the mean
-of ``(A − B)²`` over all ways to share the drawn steps out, in its place: the same passes, the same expectation, less
-scatter.
+has expectation ``g²`` for every ``m`` down to 1, and is ``g²`` itself at ``L = 2``. The product of the two halves
+alone, ``L² A·B``, would miss a part of every step's own square. ``"pairs"`` replaces ``(A − B)²`` by
+``Σ_k (a_k − b_k)²``, its mean over all assignments of the drawn steps to the halves: the same passes and expectation,
+less variance.
 
-A single sample's estimate can be negative; it is added up as it is, and only the mean over all samples is clamped at
-zero. What that adds is reported (:attr:`Fisher.added`).
+The estimate of a single sample can be negative. It is accumulated as it is, and only the mean over all samples is
+clamped at zero. :attr:`Fisher.added` reports how much clamping adds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Estimator = Literal["exact", "halves", "pairs"]
 ESTIMATORS: tuple[Estimator, ...] = ("exact", "halves", "pairs")
 KIND = "fisher"
 _COUNT = "samples"
-_CHUNK = 8  # pictures made at a time; always whole chunks, so that going on later gives the same ones
+_CHUNK = 8  # images generated at a time; always whole chunks, so that resuming generates the same ones
 _SAVE_EVERY = 32
 
 
@@ -59,11 +59,18 @@ _SAVE_EVERY = 32
 class FisherSettings:
     """How Fisher information is measured.
 
-    ``samples``: ``N``. ``times``: ``T``, evenly spread over the model's schedule (``None``: every one of its steps).
-    ``estimator``: ``"exact"`` goes through all of them, ``"halves"`` and ``"pairs"`` through ``2 · draws`` a sample,
-    where ``draws`` is ``m`` and must divide ``T``. ``batch``: time steps of one sample in one pass (memory; the result
-    is the same up to rounding). Pictures made by the model take ``sample_steps`` at ``guidance``, ``None`` for the
-    model's usual one.
+    Args:
+        estimator: ``"exact"`` uses all ``T`` time steps of a sample, ``"halves"`` and ``"pairs"`` ``2 · draws``.
+        samples: Number of samples ``N``.
+        times: Number of time steps ``T``, evenly spread over the schedule; ``None``: all of them.
+        draws: Number of strata ``m``, which must divide ``T``.
+        batch: Time steps of one sample per pass; affects memory, and the result only by rounding.
+        sample_steps: Sampling steps of generated images.
+        guidance: Guidance scale of generated images; ``None``: the model's default.
+        seed: Seed of images, time steps and noise.
+
+    Raises:
+        RequestError: A value is out of range.
     """
 
     estimator: Estimator = "halves"
@@ -88,28 +95,35 @@ class FisherSettings:
                 "The Fisher information's batch must be at least 2, and its number of time steps at least 1 or null."
             )
 
-    def listed(self, train_steps: int) -> list[int]:
-        """The ``T`` listed time steps, each in the middle of its share of the schedule.
+    def time_steps(self, train_steps: int) -> list[int]:
+        """The ``T`` time steps, each in the middle of its share of a schedule of ``train_steps``.
 
-        Raises :class:`RequestError` where there are more than the schedule has, or ``draws`` cannot share them out.
+        Raises:
+            RequestError: There are more than the schedule has, or ``draws`` does not divide them into strata.
         """
         count = train_steps if self.times is None else self.times
         if count > train_steps:
-            raise RequestError(f"The model has {train_steps} time steps, so {count} of them cannot be listed.")
+            raise RequestError(
+                f"The model has {train_steps} time steps, so Fisher information cannot be measured on {count}: use at "
+                "most as many as it has."
+            )
         if self.estimator != "exact" and (count % self.draws or count // self.draws < 2):
             raise RequestError(
-                f"{count} time steps cannot be cut into {self.draws} equal strata of two or more: choose a number of "
-                f"draws that divides {count} and is at most half of it."
+                f"{count} time steps cannot be divided into {self.draws} equal strata of two or more: choose a number "
+                f"of draws that divides {count} and is at most half of it."
             )
         return [(2 * i + 1) * train_steps // (2 * count) for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """A measured diagonal: ``values`` by canonical key, each ``(d_out, d_in)``, fp32 on the CPU, nowhere negative.
+    """A measured diagonal.
 
-    ``samples`` is ``N``. ``negative`` is the share of weights whose estimate had to be clamped, ``added`` what clamping
-    added to the sum of all values, relative to the sum before (both 0 for the exact one).
+    Args:
+        values: By canonical key ``(d_out, d_in)``, fp32 on the CPU, not negative.
+        samples: Number of samples.
+        negative: Share of weights whose estimate was negative and clamped; 0 for the exact estimator.
+        added: How much clamping added to the sum of all values, relative to that sum; 0 for the exact estimator.
     """
 
     values: Mapping[str, Tensor]
@@ -119,33 +133,45 @@ class Fisher:
 
 
 def square_of_sum(total: Tensor, scatter: Tensor, stratum: int) -> Tensor:
-    """``(L/2)² [S² − (1 − 2/L) R]``, unbiased for ``(Σ_t g_t)²``.
+    """``(L/2)² [S² − (1 − 2/L) R]``, an unbiased estimate of ``(Σ_t g_t)²``.
 
-    ``total``: ``S = A + B``. ``scatter``: ``R``, either ``(A − B)²`` or the sum of the strata's ``(a_k − b_k)²``.
-    ``stratum``: ``L``, steps a stratum, of each of which two different ones were drawn. With a single stratum of ``T``
-    steps and ``m`` draws for each half, ``L = T/m`` and ``R = (A − B)²`` make it unbiased too.
+    It is also unbiased for a single stratum of ``T`` steps with ``m`` draws per half, where ``L = T/m`` and
+    ``R = (A − B)²``.
+
+    Args:
+        total: ``S = A + B``.
+        scatter: ``R``: ``(A − B)²``, or the sum of the strata's ``(a_k − b_k)²``.
+        stratum: ``L``, the number of steps per stratum, of which two different ones were drawn.
     """
     return (stratum / 2) ** 2 * (total.square() - (1 - 2 / stratum) * scatter)
 
 
 class FisherSum:
-    """The running sum over samples: :meth:`add` one, :meth:`state` and :meth:`restore` to go on later.
+    """Running sum over samples, which can be saved and restored.
 
-    ``keys`` are canonical projections. Sample ``n`` draws its time steps and noise from ``(seed, n)`` alone, the noise
-    of a time step whatever the estimator: so going on after ``restore`` gives the same as never having stopped, and the
-    estimators are unbiased for exactly what ``"exact"`` finds on the same samples. At no time is there more than one
-    sample's gradient.
+    The time steps and the noise of sample ``n`` depend on ``(seed, n)`` alone, and the noise of a time step is the same
+    for every estimator. So a restored sum continues bit-exactly, and the other estimators are unbiased for what
+    ``"exact"`` measures on the same samples. Only one sample's gradient is in memory at a time.
+
+    Args:
+        model: The base model.
+        keys: Canonical keys of the projections.
+        settings: How to measure.
+
+    Raises:
+        ModelError: There is no key, or a projection does not exist.
+        RequestError: As :meth:`FisherSettings.time_steps`.
     """
 
     def __init__(self, model: LatentDiffusion, keys: Sequence[str], settings: FisherSettings) -> None:
         if not keys:
-            raise ModelError("There is nothing to measure: no projection was chosen.")
+            raise ModelError("There is nothing to measure: choose at least one projection.")
         self.model, self.settings = model, settings
         self.count, self.passes = 0, 0
         self.linears = {key: model.survey.linear(key) for key in keys}
-        self.times = settings.listed(model.train_steps)
+        self.times = settings.time_steps(model.train_steps)
         self.stratum = 2 if settings.estimator == "exact" else len(self.times) // settings.draws
-        with torch.inference_mode(False):  # a host's inference mode would leave sums that nothing can be added to
+        with torch.inference_mode(False):  # inference tensors of a host could not be updated outside of it
             self._sums = {
                 key: torch.zeros(linear.weight.shape, device=linear.weight.device)
                 for key, linear in self.linears.items()
@@ -153,19 +179,23 @@ class FisherSum:
         self._scale = 1.0
 
     def add(self, latent: Tensor, states: TextStates) -> None:
-        """One more sample: a clean latent ``(1, 4, h, w)`` and its prompt's states (one row).
+        """Add one sample; ``passes`` counts the time steps that were evaluated.
 
-        ``passes`` counts the time steps that this object went through. Raises :class:`ModelError` where a gradient is
-        not finite, and where a projection is used in a way that cannot be followed.
+        Args:
+            latent: A clean latent, ``(1, 4, h, w)``.
+            states: The text states of its prompt, one row.
+
+        Raises:
+            ModelError: A gradient is not finite, or a projection is not used exactly once per pass.
         """
         exact = self.settings.estimator == "exact"
-        rows = list(range(len(self.times))) if exact else self._drawn(self.count)
+        rows = list(range(len(self.times))) if exact else self._draw_steps(self.count)
         size = self.settings.batch if exact else self.settings.batch // 2 * 2
-        # half precision has no room for the gradient of a mean: scaled up, and down again where that is too much
+        # the gradient of a mean underflows in half precision: scale it up, and down again if it overflows
         self._scale = float(2**14) if self.model.dtype == torch.float16 else 1.0
         with frozen(self.model.unet):
             totals = {key: torch.zeros_like(total) for key, total in self._sums.items()}
-            spread = {} if exact else {key: torch.zeros_like(total) for key, total in self._sums.items()}
+            scatter = {} if exact else {key: torch.zeros_like(total) for key, total in self._sums.items()}
             latent, hidden, pooled = latent.clone(), states.hidden.clone(), states.pooled
             states = TextStates(hidden, None if pooled is None else pooled.clone())
             for start in range(0, len(rows), size):
@@ -173,22 +203,22 @@ class FisherSum:
                 for key, (x, g) in self._gradients(latent, states, chunk).items():
                     totals[key] += _product(x, g)
                     if self.settings.estimator == "halves":
-                        spread[key] += _product(x, _alternating(g))
+                        scatter[key] += _product(x, _alternating(g))
                     elif self.settings.estimator == "pairs":
                         for pair in range(0, len(chunk), 2):
-                            spread[key] += _product(x[pair : pair + 2], _alternating(g[pair : pair + 2])).square()
+                            scatter[key] += _product(x[pair : pair + 2], _alternating(g[pair : pair + 2])).square()
             for key, total in self._sums.items():
                 if self.settings.estimator == "halves":
-                    spread[key].square_()
-                total += self._square(totals[key], spread.get(key)) / len(self.times) ** 2
+                    scatter[key].square_()
+                total += self._square(totals[key], scatter.get(key)) / len(self.times) ** 2
         self.count += 1
         self.passes += len(rows)
 
     def _square(self, total: Tensor, scatter: Tensor | None) -> Tensor:
         return total.square() if scatter is None else square_of_sum(total, scatter, self.stratum)
 
-    def _drawn(self, sample: int) -> list[int]:
-        """Places in ``times``: of every stratum one for the first half, then another for the second."""
+    def _draw_steps(self, sample: int) -> list[int]:
+        """Indices into ``times``: for every stratum one for the first half, then a different one for the second."""
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, sample, "times"))
         size, count = self.stratum, self.settings.draws
         first = torch.randint(size, (count,), generator=generator)
@@ -197,23 +227,23 @@ class FisherSum:
         return torch.stack([starts + first, starts + second], 1).flatten().tolist()
 
     def _gradients(self, latent: Tensor, states: TextStates, rows: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each key the inputs and the gradients at the outputs, ``(len(rows), n, d_in)`` and ``(…, d_out)``."""
+        """By key the inputs ``(len(rows), n, d_in)`` and the gradients at the outputs ``(len(rows), n, d_out)``."""
         model = self.model
         times = torch.tensor([self.times[row] for row in rows])
         noise = torch.stack([self._noise(row) for row in rows]).to(model.device)
         x = model.add_noise(latent.to(model.device).float().expand(len(rows), -1, -1, -1), noise, times)
-        with _Taps(self.linears).attached() as taps:
+        with _LinearCapture(self.linears).attached() as captured:
             predicted = model.predict_noise(x, times, states.index([0] * len(rows)))
         loss = (predicted - noise).square().mean(dim=tuple(range(1, noise.ndim))).sum()
-        inputs, outputs = taps.inputs(len(rows)), taps.outputs()
+        inputs, outputs = captured.inputs(len(rows)), captured.outputs()
         while True:
             gradients = torch.autograd.grad(loss * self._scale, outputs, retain_graph=self._scale > 1)
             if all(bool(torch.isfinite(g).all()) for g in gradients):
                 break
             if self._scale <= 1:
                 raise ModelError(
-                    f"The Fisher information broke down at sample {self.count + 1}: a gradient is not a finite number. "
-                    "Run the model in full precision."
+                    f"Fisher information cannot be measured: a gradient is not finite at sample {self.count + 1}. Run "
+                    "the model in full precision."
                 )
             self._scale /= 4
         return {
@@ -225,27 +255,33 @@ class FisherSum:
         return torch.randn(self.model.latent_shape, generator=torch.Generator().manual_seed(seed))
 
     def state(self) -> dict[str, Tensor]:
-        """The sums and the number of samples in them, copied to the CPU."""
+        """The sums and the number of samples, copied to the CPU."""
         sums = {key: total.detach().to("cpu", copy=True) for key, total in self._sums.items()}
         return {**sums, _COUNT: torch.tensor(self.count)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state` of the same model, keys and settings.
+        """Continue from a :meth:`state` of the same model, keys and settings.
 
-        Raises :class:`ModelError` where it is not one of these projections.
+        Raises:
+            ModelError: The state is of other projections.
         """
         shapes = {key: total.shape for key, total in self._sums.items()}
         if {key: total.shape for key, total in state.items() if key != _COUNT} != shapes or _COUNT not in state:
-            raise ModelError("This Fisher information is not of the projections that are asked for: make it anew.")
+            raise ModelError("This Fisher information is not of the chosen projections: measure it again.")
         for key, total in self._sums.items():
             total.copy_(state[key])
         self.count = int(state[_COUNT])
 
     def result(self) -> Fisher:
-        """The mean over the samples so far, clamped at zero. Raises :class:`ModelError` where there are none."""
+        """The mean over the samples so far, clamped at zero.
+
+        Raises:
+            ModelError: No sample was added, or all values are zero.
+        """
         if self.count == 0:
-            raise ModelError("There is no Fisher information yet: no sample was added.")
-        means = {key: total.cpu() / self.count for key, total in self._sums.items()}  # fp64 is not on every device
+            raise ModelError("There is no Fisher information yet: add at least one sample.")
+        # on the CPU, because not every device supports the fp64 below
+        means = {key: total.cpu() / self.count for key, total in self._sums.items()}
         below = sum(int((mean < 0).sum()) for mean in means.values())
         before = sum(float(mean.sum(dtype=torch.float64)) for mean in means.values())
         values = {key: mean.clamp(min=0) for key, mean in means.items()}
@@ -263,12 +299,12 @@ class FisherSum:
 
 
 def _product(x: Tensor, g: Tensor) -> Tensor:
-    """The gradient of a linear layer's weight, summed over rows and tokens: ``(d_out, d_in)``."""
+    """The gradient of a linear layer's weight, ``(d_out, d_in)``, summed over rows and tokens."""
     return g.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 def _alternating(g: Tensor) -> Tensor:
-    """Every second row with the other sign."""
+    """``g`` with every second row negated."""
     signs = torch.ones(len(g), device=g.device)
     signs[1::2] = -1
     return g * signs[:, None, None]
@@ -279,38 +315,38 @@ def _seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") // 2
 
 
-class _Taps:
-    """What goes into some projections and what comes out, the latter differentiable although every weight is frozen."""
+class _LinearCapture:
+    """Captures inputs and outputs of projections; the outputs are differentiable although every weight is frozen."""
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
         self._linears = linears
         self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {key: [] for key in linears}
 
     @contextmanager
-    def attached(self) -> Iterator[_Taps]:
+    def attached(self) -> Iterator[_LinearCapture]:
         hooks: list[RemovableHandle] = []
         try:
             for key, linear in self._linears.items():
-                hooks.append(linear.register_forward_hook(self._tap(key)))
+                hooks.append(linear.register_forward_hook(self._hook(key)))
             yield self
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _tap(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             self._calls[key].append((args[0].detach(), output))
             return output
 
-        return tap
+        return hook
 
     def inputs(self, rows: int) -> list[Tensor]:
         for key, calls in self._calls.items():
             if len(calls) != 1 or calls[0][0].ndim != 3 or len(calls[0][0]) != rows:
                 raise ModelError(
-                    f"The projection '{key}' is not used once a pass, on the whole batch, in this model: its Fisher "
-                    "information cannot be measured."
+                    f"The Fisher information of '{key}' cannot be measured: this model does not use the projection "
+                    "exactly once per pass, on the whole batch. Leave it out."
                 )
         return [calls[0][0] for calls in self._calls.values()]
 
@@ -325,18 +361,19 @@ def fisher_key(
     settings: FisherSettings,
     latents: Tensor | None = None,
 ) -> str:
-    """What the file is called: of the base model, the projections, the prompts, given latents and the settings.
+    """Key of the cached file: a hash of the model, the projections, the prompts, the latents and the settings.
 
-    The number of samples is not in it, for a file can be added to; nor is what changes nothing but speed.
+    The number of samples is not part of it, because samples can be added to a file; nor are settings that only affect
+    speed.
     """
     plain: dict[str, Any] = dataclasses.asdict(settings)
-    left_out = {"samples", "batch"} | ({"draws"} if settings.estimator == "exact" else set())
-    left_out |= {"sample_steps", "guidance"} if latents is not None else set()
-    used = {name: value for name, value in plain.items() if name not in left_out}
+    ignored = {"samples", "batch"} | ({"draws"} if settings.estimator == "exact" else set())
+    ignored |= {"sample_steps", "guidance"} if latents is not None else set()
+    used = {name: value for name, value in plain.items() if name not in ignored}
     if "guidance" in used:
         used["guidance"] = _guidance(model, settings)
-    read = [model.text_layer, list(model.latent_shape)]
-    return key_of(model.model_hash, read, sorted(keys), list(prompts), used, [] if latents is None else latents)
+    encoding = [model.text_layer, list(model.latent_shape)]
+    return key_of(model.model_hash, encoding, sorted(keys), list(prompts), used, [] if latents is None else latents)
 
 
 def fisher_information(
@@ -348,49 +385,62 @@ def fisher_information(
     workspace: Workspace | None = None,
     progress: Progress | None = None,
 ) -> Fisher:
-    """Fisher information of ``keys`` on ``settings.samples`` samples.
+    """Measure the Fisher information of some projections.
 
-    Sample ``n`` has the prompt ``n mod len(prompts)`` and the latent ``n``; without ``latents`` ``(samples, 4, h, w)``
-    the model itself draws them. With a ``workspace`` a finished file is read in place of any pass, an unfinished one
-    (cancelled, or of fewer samples) is gone on with, to the same result. ``progress`` counts samples and may cancel.
+    Args:
+        model: The base model.
+        keys: Canonical keys of the projections.
+        prompts: Sample ``n`` uses the prompt ``n mod len(prompts)``.
+        settings: How to measure.
+        latents: Clean latents, ``(samples, 4, h, w)``; ``None``: the model generates them.
+        workspace: Folder of cached results. A finished one is read; one that was interrupted, or has fewer samples, is
+            continued to the same result.
+        progress: Called with every sample; may raise :class:`Cancelled`.
 
-    Raises :class:`RequestError` on too few latents or no prompt, :class:`ModelError` for a file of another model, and
-    as :meth:`FisherSum.add`.
+    Returns:
+        The diagonal of every projection.
+
+    Raises:
+        RequestError: There are too few latents or no prompt.
+        ModelError: The cached file is of another model, or as :meth:`FisherSum.add`.
+
+    Reference:
+        Heng & Soh, Selective Amnesia, arXiv 2305.10120, §3.
     """
     settings = settings or FisherSettings()
     if not prompts:
-        raise RequestError("Fisher information is measured on pictures of prompts: give at least one prompt.")
+        raise RequestError("Fisher information is measured on images of prompts: give at least one prompt.")
     if latents is not None and (len(latents) < settings.samples or latents.shape[1:] != model.latent_shape):
         raise RequestError(
-            f"Latents of the shape {tuple(latents.shape)} do not make {settings.samples} samples of "
-            f"{tuple(model.latent_shape)}."
+            f"Latents of the shape {tuple(latents.shape)} do not make {settings.samples} samples of the shape "
+            f"{tuple(model.latent_shape)}: give one latent per sample."
         )
     total = FisherSum(model, keys, settings)
     name = fisher_key(model, keys, prompts, settings, latents)
-    found = None if workspace is None else _read(workspace, name, model)
+    found = None if workspace is None else _load(workspace, name, model)
     if found is not None and int(found.get(_COUNT, torch.tensor(0))) <= settings.samples:
         total.restore(found)
-    elif found is not None:  # of more samples: left as it is, for the result must not depend on what was made before
+    elif found is not None:  # of more samples: ignored, because the result must not depend on what was cached
         workspace = None
-    kept = total.count
+    saved = total.count
 
-    def keep() -> None:
-        nonlocal kept
-        if workspace is not None and total.count > kept:
-            said = {"base_model": model.model_hash, "base_name": model.name, "samples": str(total.count)}
-            workspace.save(KIND, name, total.state(), **said, settings=json.dumps(dataclasses.asdict(settings)))
-            kept = total.count
+    def save() -> None:
+        nonlocal saved
+        if workspace is not None and total.count > saved:
+            about = {"base_model": model.model_hash, "base_name": model.name, "samples": str(total.count)}
+            workspace.save(KIND, name, total.state(), **about, settings=json.dumps(dataclasses.asdict(settings)))
+            saved = total.count
 
     try:
         for latent, states in _samples(model, prompts, settings, latents, total.count, progress):
             total.add(latent, states)
             if total.count % _SAVE_EVERY == 0:
-                keep()
+                save()
             report_progress(
                 progress, ProgressEvent(total.count, settings.samples, message="measuring Fisher information")
             )
-    finally:  # cancelled or broken off: what was done is kept
-        keep()
+    finally:  # also when cancelled
+        save()
     return total.result()
 
 
@@ -398,12 +448,12 @@ def _guidance(model: LatentDiffusion, settings: FisherSettings) -> float:
     return model.guidance if settings.guidance is None else settings.guidance
 
 
-def _read(workspace: Workspace, name: str, model: LatentDiffusion) -> dict[str, Tensor] | None:
+def _load(workspace: Workspace, name: str, model: LatentDiffusion) -> dict[str, Tensor] | None:
     found = workspace.load(KIND, name)
     if found is not None and workspace.metadata(KIND, name).get("base_model") != model.model_hash:
         raise ModelError(
             f"The Fisher information in '{workspace.path(KIND, name)}' was measured on another model than "
-            f"'{model.name}': remove it, or use another work folder."
+            f"'{model.name}': remove the file, or use another work folder."
         )
     return found
 
@@ -416,10 +466,10 @@ def _samples(
     start: int,
     progress: Progress | None,
 ) -> Iterator[tuple[Tensor, TextStates]]:
-    """The samples from number ``start`` on, made a whole chunk at a time."""
+    """The samples from number ``start`` on, generated in whole chunks."""
     if start == settings.samples:
         return
-    encoded = EncodedPrompts(model.text, prompts)  # of all prompts, wherever the measurement goes on
+    encoded = EncodedPrompts(model.text, prompts)  # all prompts, wherever the measurement is resumed
     for first in range(start - start % _CHUNK, settings.samples, _CHUNK):
         rows = range(first, first + _CHUNK)
         texts = [prompts[n % len(prompts)] for n in rows]

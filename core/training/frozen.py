@@ -1,4 +1,4 @@
-"""A context manager that freezes modules and restores their flags."""
+"""Freezing modules for the length of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["frozen"]
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Modules frozen and in evaluation mode for the length of a ``with`` block; every flag is given back as it was.
+    """Freeze modules and put them in evaluation mode inside a ``with`` block; every flag is restored.
 
-    Gradients are on inside, even where a host has turned them off (ComfyUI runs everything in inference mode).
+    Gradients are enabled inside, even in a host that runs in inference mode, as ComfyUI does.
     """
     parameters = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for parameter, trainable in parameters:
-                if trainable:  # asked first: an inference tensor takes no flag, and has none
+                if trainable:  # an inference tensor does not accept the flag, and is never trainable
                     parameter.requires_grad_(False)
             for part, _ in modes:
                 part.training = False

@@ -1,7 +1,7 @@
-"""The one training loop: trainable deltas beside a frozen model, optimiser, progress, cancel, resuming, guards.
+"""The training loop of all trained methods: optimizer, progress, cancellation, checkpoints, divergence checks.
 
-The deltas are added by forward hooks; the model's own weights are frozen and never written, so it comes back bit for
-bit as it was on success, error and cancel alike, with every flag as before.
+Deltas are added by forward hooks; the model's own weights are frozen and never written. The model is restored
+bit-exactly on success, error and cancellation, with every flag as before.
 """
 
 from __future__ import annotations
@@ -40,12 +40,18 @@ Optimiser = Literal["adamw", "sgd"]
 SIDES: tuple[Side, Side] = ("forget", "retain")
 GRADIENTS: tuple[GradientRule, ...] = ("sum", "restricted", "restricted_step")
 OPTIMISERS: tuple[Optimiser, ...] = ("adamw", "sgd")
-BACKTRACKS = 2  # times that a projected step is halved where it really raised a loss; see benchmarks/gradients.py
+BACKTRACKS = 2  # how often a projected step that raised a loss is halved; see benchmarks/gradients.py
 
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a loss: ``weight · value`` (a scalar), and whether it is there to forget or to keep."""
+    """One term of a loss, ``weight · value``.
+
+    Args:
+        value: A scalar.
+        weight: Its weight.
+        side: Whether the term makes the model forget, or retain what it knows.
+    """
 
     value: Tensor
     weight: float = 1.0
@@ -60,10 +66,10 @@ Terms = Mapping[str, Term]
 
 
 class Objective(Protocol):
-    """Makes the terms of a step, with the deltas attached and the model frozen.
+    """Computes the terms of a step, with the deltas attached and the model frozen.
 
-    What it draws, it draws from its own generators: ``state`` is all that the next step depends on besides the deltas,
-    and after ``restore`` of it the same steps follow.
+    Its random numbers come from its own generators. ``state`` holds everything that the next step depends on besides
+    the deltas, so the same steps follow after ``restore``.
     """
 
     def __call__(self, step: int) -> Terms: ...
@@ -75,13 +81,19 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What the loop itself needs: ``steps``, the ``optimiser``'s ``lr`` and ``weight_decay``, a bound of the gradient's
-    norm, and how the two sides' gradients become one.
+    """Settings of the loop.
 
-    Weight decay acts on the deltas, so it pulls back to the base model, not to zero weights. ``gradient`` is ``"sum"``
-    (plain), ``"restricted"`` (:func:`restricted_gradient` with ``alpha``) or ``"restricted_step"`` (that,
-    and the step the optimiser then makes goes through :func:`project_step`, and is halved, twice at most,
-    while one of the losses, worked out again on the same draws, is above what it was).
+    Args:
+        steps: Training steps.
+        lr: Learning rate.
+        weight_decay: Weight decay of the deltas, which pulls towards the base model, not towards zero weights.
+        clip_norm: Maximum norm of the gradient; ``None``: not clipped.
+        optimiser: ``"adamw"`` or ``"sgd"``.
+        gradient: How the gradients of both sides are combined. ``"sum"``: added up. ``"restricted"``:
+            :func:`restricted_gradient` with ``alpha``. ``"restricted_step"`` also projects the optimizer's actual
+            update with :func:`project_step`, and halves it, at most twice, while one of the losses, computed again on
+            the same draws, is higher than before.
+        alpha: Weight of the retain side in :func:`restricted_gradient`.
     """
 
     steps: int
@@ -95,7 +107,13 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a training that is cut short is kept, and under which key it goes on; also every ``every`` steps."""
+    """Where an interrupted training is saved.
+
+    Args:
+        workspace: The folder.
+        key: Identifies the training: a hash of everything that it depends on.
+        every: Steps from one periodic save to the next.
+    """
 
     workspace: Workspace
     key: str
@@ -104,7 +122,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What the loss's terms were, unweighted: means over the first and the last tenth of all steps."""
+    """The unweighted terms of the loss, averaged over the first and over the last tenth of all steps."""
 
     steps: int
     first: Mapping[str, float]
@@ -120,46 +138,61 @@ def train(
     message: str = "training",
     checkpoint: Checkpoint | None = None,
 ) -> TrainingReport:
-    """Minimise ``Σ weight · term`` over the deltas, in place.
+    """Minimize ``Σ weight · term`` over the deltas, in place.
 
-    ``progress`` cancels by raising :class:`Cancelled`. With a ``checkpoint``, the progress made until then is saved,
-    and the same call resumes from there to a bit-identical result on one device. Raises :class:`ForgetConceptError`
-    where the loss or a gradient is not finite; no step is made then.
+    Args:
+        model: The base model, which stays frozen.
+        deltas: What is trained.
+        objective: Computes the terms of each step.
+        settings: Settings of the loop.
+        progress: Called with every step; may raise :class:`Cancelled`.
+        message: What progress events say is being done.
+        checkpoint: If given, an interrupted training is saved there, and the same call resumes it to a bit-identical
+            result on the same device.
+
+    Returns:
+        The terms at the beginning and at the end.
+
+    Raises:
+        ForgetConceptError: The loss or a gradient is not finite, in which case the step is not made, or the loss does
+            not depend on the deltas.
+        RequestError: The gradient rule needs terms of both sides and one side has none.
     """
     optimiser = _optimiser(deltas.parameters(), settings)
     with frozen(model.unet), deltas.attached():
-        told = _restored(checkpoint, deltas, optimiser, objective)
-        done = len(told)
-        kept = objective.state() if checkpoint else {}
-        whole = True  # whether what would be saved is the state after a whole step
+        history = _restore(checkpoint, deltas, optimiser, objective)
+        done = len(history)
+        state = objective.state() if checkpoint else {}
+        consistent = True  # whether parameters, optimizer and `state` belong to the same step
         try:
             for step in range(done + 1, settings.steps + 1):
-                value, terms, move = _gradients(deltas, objective, optimiser, settings, step)
-                whole = False
-                move()
-                del move  # it holds on to the loss's graph
+                value, terms, update = _gradients(deltas, objective, optimiser, settings, step)
+                consistent = False
+                update()
+                del update  # it holds a reference to the loss's graph
                 if checkpoint is not None:
-                    kept = objective.state()
-                told.append(terms)
-                whole = True
+                    state = objective.state()
+                history.append(terms)
+                consistent = True
                 if checkpoint is not None and step % checkpoint.every == 0 and step < settings.steps:
-                    _save(checkpoint, deltas, optimiser, kept, told)
+                    _save(checkpoint, deltas, optimiser, state, history)
                 report_progress(progress, ProgressEvent(step, settings.steps, value, terms, message))
         except BaseException:
-            # broken off (Ctrl-C, out of memory) while parameters moved, the state is of no step: an earlier save stays
-            if checkpoint is not None and told and whole:
-                _save(checkpoint, deltas, optimiser, kept, told)
+            # interrupted in the middle of an update (Ctrl-C, out of memory): keep the previous save
+            if checkpoint is not None and history and consistent:
+                _save(checkpoint, deltas, optimiser, state, history)
             raise
     if checkpoint is not None:
         checkpoint.workspace.remove("training", checkpoint.key)
-    tenth = max(len(told) // 10, 1)
-    return TrainingReport(settings.steps, _means(told[:tenth]), _means(told[-tenth:]))
+    tenth = max(len(history) // 10, 1)
+    return TrainingReport(settings.steps, _means(history[:tenth]), _means(history[-tenth:]))
 
 
 def _optimiser(parameters: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
     if settings.gradient not in GRADIENTS or settings.optimiser not in OPTIMISERS:
         raise RequestError(
-            f"'gradient' must be one of {', '.join(GRADIENTS)} and 'optimiser' one of {', '.join(OPTIMISERS)}."
+            f"'gradient' must be one of {', '.join(GRADIENTS)} and 'optimiser' one of {', '.join(OPTIMISERS)}, not "
+            f"'{settings.gradient}' and '{settings.optimiser}'."
         )
     if settings.optimiser == "sgd":
         return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -173,9 +206,11 @@ def _gradients(
     settings: TrainingSettings,
     step: int,
 ) -> tuple[float, dict[str, float], Callable[[], None]]:
-    """The whole loss and its terms, unweighted, before a step, and the function that makes the step.
+    """Compute the gradients of a step.
 
-    Parameters and optimizer change in that function alone.
+    Returns:
+        The loss, its unweighted terms, and the function that makes the update; only that function changes parameters
+        and optimizer.
     """
     parameters = deltas.parameters()
     optimiser.zero_grad(set_to_none=True)
@@ -186,7 +221,7 @@ def _gradients(
     if not math.isfinite(value):
         raise _diverged(step, "the loss", settings.lr)
     if not loss.requires_grad:
-        raise ForgetConceptError("The loss does not depend on what is trained: choose other projections to train.")
+        raise ForgetConceptError("The loss does not depend on the trained parameters: choose other projections.")
     if settings.gradient == "sum":
         loss.backward()
         sides = None
@@ -202,14 +237,14 @@ def _gradients(
         for gradient in gradients:
             gradient.mul_(settings.clip_norm / norm)
 
-    def move() -> None:
+    def update() -> None:
         if sides is None or drawn is None:
             optimiser.step()
         else:
-            was, change = _projected_step(optimiser, parameters, sides)
-            _backtrack(objective, step, drawn, terms, sides, parameters, was, change)
+            before, change = _projected_step(optimiser, parameters, sides)
+            _backtrack(objective, step, drawn, terms, sides, parameters, before, change)
 
-    return value, {name: float(term.value.detach()) for name, term in terms.items()}, move
+    return value, {name: float(term.value.detach()) for name, term in terms.items()}, update
 
 
 def _both_sides(
@@ -220,8 +255,8 @@ def _both_sides(
         parts = [term.weighted for term in terms.values() if term.side == side and term.value.requires_grad]
         if not parts:
             raise RequestError(
-                f"The gradient rule '{settings.gradient}' sets forgetting against keeping, and this loss has no part "
-                f"that is there to {side}: give both sides a weight above 0, or set 'gradient' to 'sum'."
+                f"The gradient rule '{settings.gradient}' balances forgetting and retaining, and this loss has no term "
+                f"to {side}: give both sides a weight above 0, or set 'gradient' to 'sum'."
             )
         gradients = torch.autograd.grad(
             torch.stack(parts).sum(), parameters, retain_graph=side == "forget", allow_unused=True
@@ -234,13 +269,13 @@ def _both_sides(
 def _projected_step(
     optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], sides: tuple[list[Tensor], list[Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make the step; returns the parameters as they were, and what was taken off them."""
+    """Make a projected update; returns the parameters before it, and the step that was subtracted from them."""
     before = [parameter.detach().clone() for parameter in parameters]
     optimiser.step()
-    made = [b - p for b, p in zip(before, parameters, strict=True)]
-    change = project_step(made, *sides).step
-    for parameter, was, taken in zip(parameters, before, change, strict=True):
-        parameter.copy_(was - taken)
+    proposed = [b - p for b, p in zip(before, parameters, strict=True)]
+    change = project_step(proposed, *sides).step
+    for parameter, start, delta in zip(parameters, before, change, strict=True):
+        parameter.copy_(start - delta)
     return before, change
 
 
@@ -255,67 +290,66 @@ def _backtrack(
     before: Sequence[Tensor],
     change: Sequence[Tensor],
 ) -> None:
-    """Halve a step that raised a loss of the very same draws, at most :data:`BACKTRACKS` times.
+    """Halve a step that raised a loss on the same draws, at most :data:`BACKTRACKS` times.
 
-    Such a step falls to first order, so what raises a loss is its curvature, which a shorter step feels less. A loss
-    without a gradient can only rise (what is kept, at the start), and is not asked.
+    A projected step descends to first order, so only curvature can raise a loss, and it affects a shorter step less. A
+    side with zero gradient (the retain side, at the start) can only rise and is not checked.
     """
-    asked = [
-        side
+    limits = {
+        side: _side_loss(terms, side)
         for side, gradients in zip(SIDES, sides, strict=True)
         if any(bool(gradient.any()) for gradient in gradients)
-    ]
-    held = {side: _of_side(terms, side) for side in asked}
+    }
     after = objective.state()
     for halvings in range(1, BACKTRACKS + 1):
         objective.restore(drawn)
         now = objective(step)
-        if all(_of_side(now, side) <= value for side, value in held.items()):
+        if all(_side_loss(now, side) <= limit for side, limit in limits.items()):
             break
-        for parameter, was, taken in zip(parameters, before, change, strict=True):
-            parameter.copy_(was - taken * 0.5**halvings)
+        for parameter, start, delta in zip(parameters, before, change, strict=True):
+            parameter.copy_(start - delta * 0.5**halvings)
     objective.restore(after)
 
 
-def _of_side(terms: Terms, side: Side) -> float:
+def _side_loss(terms: Terms, side: Side) -> float:
     return float(torch.stack([term.weighted.detach() for term in terms.values() if term.side == side]).sum())
 
 
-def _means(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for terms in told for name in terms)
-    values = {name: [terms[name] for terms in told if name in terms] for name in names}
+def _means(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for terms in history for name in terms)
+    values = {name: [terms[name] for terms in history if name in terms] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-# -- a training cut short ------------------------------------------------------------------------------------------
+# -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
 def _save(
     checkpoint: Checkpoint,
     deltas: Trainable,
     optimiser: torch.optim.Optimizer,
-    kept: Mapping[str, Tensor],
-    told: Sequence[Mapping[str, float]],
+    state: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, float]],
 ) -> None:
     tensors: dict[str, Tensor] = {f"parameter.{i}": p for i, p in enumerate(deltas.parameters())}
     for i, values in optimiser.state_dict()["state"].items():
-        # plain SGD has None for its momentum in some versions of torch
+        # some versions of torch store None as the momentum of plain SGD
         known = {name: value for name, value in values.items() if value is not None}
         tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in known.items()}
-    tensors |= {f"objective.{name}": value for name, value in kept.items()}
-    tensors["done"] = torch.tensor(len(told))
-    # by number, for a file does not keep its tensors' order, and the report lists the terms in theirs
-    for i, name in enumerate(dict.fromkeys(name for terms in told for name in terms)):
-        values = [terms.get(name, math.nan) for terms in told]
+    tensors |= {f"objective.{name}": value for name, value in state.items()}
+    tensors["done"] = torch.tensor(len(history))
+    # numbered, because a file does not preserve the order of its tensors
+    for i, name in enumerate(dict.fromkeys(name for terms in history for name in terms)):
+        values = [terms.get(name, math.nan) for terms in history]
         tensors[f"told.{i}.{name}"] = torch.tensor(values, dtype=torch.float64)
     checkpoint.workspace.save("training", checkpoint.key, tensors)
 
 
 @torch.no_grad()
-def _restored(
+def _restore(
     checkpoint: Checkpoint | None, deltas: Trainable, optimiser: torch.optim.Optimizer, objective: Objective
 ) -> list[dict[str, float]]:
-    """The terms of the steps already made; deltas, optimiser and objective are then as they were after them."""
+    """Restore deltas, optimizer and objective from a checkpoint; returns the terms of the steps already made."""
     found = None if checkpoint is None else checkpoint.workspace.load("training", checkpoint.key)
     if found is None:
         return []
@@ -324,27 +358,27 @@ def _restored(
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in found.items():
         if name.startswith("optimiser."):
-            _, number, what = name.split(".", 2)
-            state.setdefault(int(number), {})[what] = value
+            _, number, field = name.split(".", 2)
+            state.setdefault(int(number), {})[field] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     objective.restore({name[len("objective.") :]: t for name, t in found.items() if name.startswith("objective.")})
-    told: list[dict[str, float]] = [{} for _ in range(int(found["done"]))]
+    history: list[dict[str, float]] = [{} for _ in range(int(found["done"]))]
     columns = sorted((name.split(".", 2)[1:] for name in found if name.startswith("told.")), key=lambda c: int(c[0]))
     for number, name in columns:
-        for terms, value in zip(told, found[f"told.{number}.{name}"].tolist(), strict=True):
-            if not math.isnan(value):  # a step without this term; no step is made on a loss that is not finite
+        for terms, value in zip(history, found[f"told.{number}.{name}"].tolist(), strict=True):
+            if not math.isnan(value):  # NaN marks a step without this term; losses of steps made are finite
                 terms[name] = value
-    return told
+    return history
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:
-    # one number fetched from the device, not one a matrix
+    # one transfer from the device, not one per matrix
     norms = [torch.linalg.vector_norm(g) for g in gradients]
     return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
 
 
 def _diverged(step: int, what: str, lr: float) -> ForgetConceptError:
     return ForgetConceptError(
-        f"The training broke down at step {step}: {what} is no longer a finite number. Use a lower learning rate than "
+        f"Training diverged at step {step}: {what} is not finite. Use a lower learning rate than "
         f"{lr:g}, or run the model in full precision."
     )

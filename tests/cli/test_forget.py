@@ -166,7 +166,7 @@ def test_pictures_at_the_command_line(run, tiny, tmp_path):
     assert str(tmp_path).encode() not in Path("p.safetensors").read_bytes()
     pair = ["--concept", "star", "--concept", "tree"]
     assert run("forget", *pair, *quick, "--image", f"star={tmp_path}", "--out", "q.safetensors") == 1
-    assert "no pictures of 'tree'" in run.err
+    assert "no images of 'tree'" in run.err
     assert run("forget", *pair, *quick, "--image", tmp_path, "--out", "q.safetensors") == 1
     assert "NAME=PATH" in run.err
     assert run("forget", "--concept", "star", "--image", tmp_path, "--out", "q.safetensors") == 1

@@ -41,7 +41,7 @@ def test_a_key_is_the_same_for_equal_parts_and_no_others():
 
 def test_what_cannot_be_is_said(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RequestError, match=r"work folder.*cannot be made"):
+    with pytest.raises(RequestError, match=r"work folder.*cannot be created"):
         Workspace(tmp_path / "file" / "below")
     work = Workspace(tmp_path)
     for kind, key in (("..", "/etc"), ("a", "../b"), ("a b", "c")):

@@ -247,7 +247,7 @@ def test_bad_files_are_refused_in_words(patch, tmp_path):
         (pickle.dumps({"a": 1}), "pickle"),
         (b"PK\x03\x04" + bytes(100), "pickle"),
         (b"hello, this is plain text and no more", "not a safetensors"),
-        (b"\x20" + bytes(7) + b"[1, 2" + b" " * 27, "makes no sense"),
+        (b"\x20" + bytes(7) + b"[1, 2" + b" " * 27, "header is invalid"),
         (b"\x02" + bytes(7) + b"{}", "holds no LoRA"),
     ]:
         with pytest.raises(PatchError, match=words):

@@ -52,9 +52,9 @@ def test_pictures_of_both_senses_are_steered_to_the_one_that_stays(model, watche
     assert len(away) == 8 and {row.pool for row in away} == {"bat"}
     assert len({row.pool for row in rows if not row.resteered}) == 1
     for row in rows:
-        assert row.instead == row.prompt.text.replace("bat", "flying bat")
+        assert row.steer_to == row.prompt.text.replace("bat", "flying bat")
     # what stays is kept under its own words too, the name itself is not
-    kept = watched["objective"].material.kept
+    kept = watched["objective"].material.retain
     assert "a photo of a flying bat" in kept and "a photo of tree" in kept and RETAIN_POOL in pools
     assert not any(prompt.text in kept for prompt in watched["objective"].material.targets)
     assert set(told[-1].terms) == {"attention", "steer", "show", "preserve"}
@@ -67,7 +67,7 @@ def test_an_even_share_is_drawn_of_everything_wanted(model, watched):
     assert sorted(row.pool.partition(": ")[2] for row in rows) == sorted(
         ["pilot", "pilot with long hair", "tall pilot"] * 4
     )
-    assert all(row.instead == row.prompt.text.replace("pilot", row.pool.partition(": ")[2]) for row in rows)
+    assert all(row.steer_to == row.prompt.text.replace("pilot", row.pool.partition(": ")[2]) for row in rows)
 
 
 def test_the_names_prediction_goes_to_that_of_what_is_wanted(model):
@@ -100,37 +100,39 @@ def test_a_contrast_steers_beyond_the_wanted_away_from_the_unwanted(model, watch
     rows, objective = watched["rows"], watched["objective"]
     found: dict[str, set[str]] = {}
     for row in rows:
-        found.setdefault(row.instead.removeprefix("a photo of "), set()).add(row.against.removeprefix("a photo of "))
+        found.setdefault(row.steer_to.removeprefix("a photo of "), set()).add(
+            row.steer_from.removeprefix("a photo of ")
+        )
     assert found == against
     x, t = rand(4, 4, 8, 8), torch.tensor([100, 400, 600, 900])
     with torch.no_grad():
         to, off = (
             model.predict_noise(x, t, model.text.encode(texts))
-            for texts in ([row.instead for row in rows], [row.against for row in rows])
+            for texts in ([row.steer_to for row in rows], [row.steer_from for row in rows])
         )
-    torch.testing.assert_close(objective._steered(x, t, rows), 2.5 * to - 1.5 * off, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(objective._steering_target(x, t, rows), 2.5 * to - 1.5 * off, atol=1e-5, rtol=1e-4)
 
 
 def test_published_is_the_attention_loss_on_pictures_of_the_unwanted(model, watched):
     told = []
     fit(model, request(preset="published", batch_size=2, unwanted=("wooden bat",)), told.append)
     assert set(told[-1].terms) == {"attention"}
-    assert {(row.prompt.text, row.pool, row.instead) for row in watched["rows"]} == {("a photo of bat", "bat", None)}
+    assert {(row.prompt.text, row.pool, row.steer_to) for row in watched["rows"]} == {("a photo of bat", "bat", None)}
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (request(), "'wanted' in its place"),
-        (request(unwanted=("wooden bat",)), "'wanted' in its place"),
+        (request(), "phrases in 'wanted'"),
+        (request(unwanted=("wooden bat",)), "phrases in 'wanted'"),
         (request(Concept("bat", replacement="cat"), **BAT), "'bat' has a replacement"),
         (request(wanted=("flying bat",), attention_weight=1.0), "nothing to turn attention away from"),
         (request(**BAT, steer_weight=0.0, attention_weight=1.0), "'steer_weight' 0"),
-        (request(**BAT, latents="zeros"), "need pictures"),
+        (request(**BAT, latents="zeros"), "need images"),
         (request(**BAT, latents="images"), "leave 'unwanted' out"),
-        (request(unwanted=("a bat of wood",), wanted=("Bat of  Wood",)), "there twice"),
+        (request(unwanted=("a bat of wood",), wanted=("Bat of  Wood",)), "given twice"),
         (request(**BAT, contrast=-1.0), "'contrast' must be at least 0"),
-        (request(contrast=1.0), "needs phrases that are 'wanted'"),
+        (request(contrast=1.0), "needs phrases in 'wanted'"),
         (request(wanted=(" ",)), "is empty"),
         (request(wanted="flying bat"), "'wanted' must be a list"),
     ],
@@ -142,7 +144,7 @@ def test_what_cannot_be_meant_is_refused(model, asked, words):
 
 def test_a_correction_is_about_one_name(model):
     both = ForgetRequest((Concept("bat"), Concept("bow")), (), "forget_me_not", "correction", QUICK | BAT)
-    with pytest.raises(RequestError, match="about one name"):
+    with pytest.raises(RequestError, match="for one name"):
         fit(model, both)
 
 

@@ -26,7 +26,7 @@ from forget_concept.core.training.activations import (
     attention_map,
     cross_attention_map,
     cross_attention_output,
-    sampled,
+    gather_pixels,
 )
 from forget_concept.core.training.adapters import Deltas
 from forget_concept.core.training.attention import AttentionCapture
@@ -70,7 +70,7 @@ def built(model, request, earlier=None):
     method, settings = DUGE(), resolve_settings(DUGE, request.preset, request.settings)
     inputs = Inputs(earlier=earlier)
     material = method.batches(model, request, settings, inputs)
-    method.picture(material, settings, inputs, None)
+    method.fill_pools(material, settings, inputs, None)
     null_space = method.null_space(model, material, settings)
     deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier, null_space)
     with frozen(model.unet):
@@ -105,7 +105,7 @@ def test_a_site_worked_out_on_its_own_is_what_the_network_has_there(device, dtyp
             torch.testing.assert_close(cross_attention_map(site, x, states.hidden), seen, **tolerance)
             # pixels are independent of one another
             some = torch.tensor([[3, 0], [1, 2]])
-            part = cross_attention_output(site, sampled(x, some), states.hidden)
+            part = cross_attention_output(site, gather_pixels(x, some), states.hidden)
             torch.testing.assert_close(part, torch.stack([out[0, [3, 0]], out[1, [1, 2]]]), **tolerance)
     assert flags(model.unet) == before
     assert recorder.x == {} and recorder.out == {}
@@ -252,12 +252,12 @@ def test_unlearning_pulls_every_site_to_the_frozen_model_with_the_earlier_parts_
                 handle.remove()
         return kept
 
-    assert all(prompt.instead and "circle" in prompt.instead for prompt in prompts)
-    wanted = outputs([prompt.instead for prompt in prompts], earlier)
+    assert all(prompt.replacement_text and "circle" in prompt.replacement_text for prompt in prompts)
+    wanted = outputs([prompt.replacement_text for prompt in prompts], earlier)
     now = outputs([prompt.text for prompt in prompts], earlier, Patch(deltas.factors()))
     plain = sum(float(((a - b) ** 2).mean()) for a, b in zip(now, wanted, strict=True)) / len(now)
     assert float(found.value) == pytest.approx(plain, rel=1e-3)
-    without = outputs([prompt.instead for prompt in prompts])
+    without = outputs([prompt.replacement_text for prompt in prompts])
     assert (
         abs(sum(float(((a - b) ** 2).mean()) for a, b in zip(now, without, strict=True)) / len(now) / plain - 1) > 0.05
     )
@@ -304,7 +304,7 @@ def test_the_prior_is_the_denoising_loss_on_pictures_under_their_own_prompts(mod
     assert len(objective.memory) == 2 and "" not in objective.memory and len(material.pools[MEMORY]) == 2
     state = material.state()
     with frozen(model.unet), deltas.attached(), torch.no_grad():
-        found = float(objective._prior())
+        found = float(objective._prior_loss())
         material.restore(state)
         rows = torch.randint(2, (2,), generator=material.generator)
         times = torch.randint(1000, (2,), generator=material.generator)
@@ -317,19 +317,19 @@ def test_the_prior_is_the_denoising_loss_on_pictures_under_their_own_prompts(mod
 def test_prompts_to_keep_that_name_what_was_forgotten_earlier_are_left_out(model):
     request = asked(preserve=("moon",), retain_prompts=("a fish and a moon", "a moon"))
     _, _, material = built(model, request)
-    assert "a fish and a moon" in material.kept
+    assert "a fish and a moon" in material.retain
     _, _, material = built(model, request, earlier_patch(model))
-    assert "a fish and a moon" not in material.kept and {"", "a moon"} <= set(material.kept)
+    assert "a fish and a moon" not in material.retain and {"", "a moon"} <= set(material.retain)
     assert {text for text in material.earlier if "fish" in text} == set(material.earlier) != set()
 
 
 def test_contexts_that_name_another_target_are_left_out(model):
     request = asked(Concept("tree"), Concept("mosaic", "style"), preserve=("moon", "comic"), contexts=True)
     _, _, material = built(model, request)
-    said = [target.text for target in material.targets] + material.kept
+    said = [target.text for target in material.targets] + material.retain
     assert "a red tree" in said and "mosaic style" in said and "a pink moon, sketch style" in said
     assert not any("mosaic" in text and ("tree" in text or "moon" in text) for text in said)
-    assert not any("tree" in text for text in material.kept)
+    assert not any("tree" in text for text in material.retain)
 
 
 # -- the promises of a method -------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_blind_change_does_not_move_what_is_kept(model):
     request = asked(preserve=("moon", "key"), project=0.9, train=("to_q", "to_k", "to_v"), lr=1e-2)
     patch = fit(model, request)
     _, _, material = built(model, request)
-    states = torch.unique(material.states(material.kept).hidden.flatten(0, 1), dim=0)
+    states = torch.unique(material.states(material.retain).hidden.flatten(0, 1), dim=0)
     basis = retain_basis(states, 0.9)
     seen = float((states @ basis).square().sum() / states.square().sum())
     assert 0.9 <= seen < 1
@@ -414,7 +414,7 @@ def test_a_blind_change_does_not_move_what_is_kept(model):
             assert float((factor.delta() @ basis).norm() / factor.delta().norm()) < 1e-5
             other = plain.factors[key].delta()
             assert float((other @ basis).norm() / other.norm()) > 0.1
-    with pytest.raises(ForgetConceptError, match="fills all"):
+    with pytest.raises(ForgetConceptError, match="spans all"):
         fit(model, asked(project=1.0))
 
 
@@ -438,15 +438,15 @@ def test_a_sequence_keeps_its_parts_apart(model):
         ({"project": 1.5}, "'project' must be at most 1, or null"),
         ({"anchor_weight": -1}, "'anchor_weight' must be at least 0"),
         ({"preserve_weight": 0}, "preserves nothing, and there is a preserve list"),
-        ({"prior_weight": 1, "latents": "zeros"}, "needs pictures"),
-        ({"project": 0.5, "preserve_weight": 0, "gradient": "restricted"}, "sets forgetting against keeping"),
+        ({"prior_weight": 1, "latents": "zeros"}, "needs images"),
+        ({"project": 0.5, "preserve_weight": 0, "gradient": "restricted"}, "balances forgetting and preserving"),
         ({"compare": "colours"}, "'compare' must be one of"),
     ],
 )
 def test_what_would_be_ignored_is_refused(model, settings, words):
     with pytest.raises(RequestError, match=words):
         fit(model, asked(**settings))
-    with pytest.raises(RequestError, match="keep nothing"):
+    with pytest.raises(RequestError, match="preserve nothing"):
         fit(model, asked(preserve=(), keep_common=True, preserve_weight=0))
 
 

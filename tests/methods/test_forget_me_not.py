@@ -215,7 +215,7 @@ def test_progress_tells_of_every_term_and_cancel_leaves_the_model(model):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (request(Concept("star", replacement="circle"), preset="published"), "replaces nothing"),
+        (request(Concept("star", replacement="circle"), preset="published"), "nothing is replaced"),
         (request(preset="published", preserve=("tree",)), "preserves nothing"),
         (request(attention_weight=0.0), "'attention_weight' 0"),
         (request(attention_weight=0.0, steer_weight=0.0), "nothing would be forgotten"),
@@ -325,20 +325,20 @@ def test_a_concept_is_said_by_the_vectors_of_its_pictures(seeing, tmp_path, monk
     assert {target.text for target in material.targets} >= {"a photo of <star>", "a portrait of <Mira Vale>"}
     torch.testing.assert_close(material.pools["<star>"], Quarter().encode(inputs.images["star"]))
     messages = [event.message for event in told]
-    assert messages.count("inverting pictures into words") == 4 and messages[-1] == "re-steering attention"
+    assert messages.count("learning vectors of the images") == 4 and messages[-1] == "re-steering attention"
     assert "<star>" not in patch.metadata["forget_concept.concepts"]
     # by name it is another edit; a second time the vectors are taken from the folder
     again = fit(seeing, asked, told.append, inputs)
-    assert [e.message for e in told].count("inverting pictures into words") == 4
+    assert [e.message for e in told].count("learning vectors of the images") == 4
     key = next(iter(patch.factors))
     assert torch.equal(again.factors[key].up, patch.factors[key].up)
 
 
 def test_pictures_that_are_not_there_or_cannot_be_used_are_said(seeing, model):
     asked = request(**INVERTED)
-    with pytest.raises(RequestError, match="no pictures of 'star'"):
+    with pytest.raises(RequestError, match="no images of 'star'"):
         fit(seeing, asked)
-    with pytest.raises(RequestError, match="no pictures of 'star' to learn it from"):
+    with pytest.raises(RequestError, match="no images of 'star' to learn it from"):
         fit(seeing, request(**INVERTED | {"latents": "zeros"}))
     model.vae = Quarter()
     with pytest.raises(ModelError, match=r"TinyText.*by name"):
@@ -353,7 +353,7 @@ def test_without_a_replacement_it_is_steered_to_the_prompt_without_it(model):
     (target,), _ = ForgetMeNot().prompts(
         model.text, ForgetRequest((Concept("star"),)), ForgetMeNotSettings(templates=("a photo of {} at night",))
     )
-    assert target.instead == "a photo of at night"
+    assert target.replacement_text == "a photo of at night"
     events = []
     fit(model, request(), events.append)
     assert set(events[-1].terms) == {"attention", "steer", "preserve"}

@@ -95,13 +95,13 @@ def declared(kind, field):
 @pytest.mark.parametrize(
     ("kind", "field", "says"),
     [
-        (int, 3, "'odd' of Odd does not describe itself"),
-        (int, setting(3, "  ", minimum=0, maximum=9), "does not describe itself"),
+        (int, 3, "'odd' of Odd has no description"),
+        (int, setting(3, "  ", minimum=0, maximum=9), "has no description"),
         (int, setting(3, "A number."), "without bounds"),
         (float, setting(3.0, "A number.", minimum=0), "without bounds"),
         (int | None, setting(3, "A number.", minimum=1, maximum=9), "none_value"),
-        (dict, setting(None, "Anything."), "no form has a field for"),
-        (tuple[int, ...], setting((), "Numbers."), "no form has a field for"),
+        (dict, setting(None, "Anything."), "forms do not support"),
+        (tuple[int, ...], setting((), "Numbers."), "forms do not support"),
         (int, setting(30, "A number.", minimum=1, maximum=9), "preset 'published'.*at most 9, not 30"),
         (tuple[str, ...], setting(("x",), "Some.", choices=("y",)), "preset 'published'.*one or more of y"),
     ],
@@ -180,7 +180,7 @@ def test_an_edit_of_nothing_or_of_nan_is_never_a_success(registry, model, value,
 
 def test_pictures_for_a_method_that_looks_at_none_are_refused(model):
     given = Inputs(images={"star": torch.zeros(4, 3, 64, 64)})
-    with pytest.raises(RequestError, match=r"'uce' works from words alone.*'star'"):
+    with pytest.raises(RequestError, match=r"'uce' does not use images.*'star'"):
         fit(model, ForgetRequest((Concept("star"),)), inputs=given)
 
 

@@ -177,7 +177,7 @@ def filled(model, settings, asked, inputs=None):
     method = SelectiveAmnesia()
     targets, kept = method.prompts(model.text, asked, settings)
     material = BatchSampler(model, targets, kept, torch.Generator().manual_seed(0), 2, GenerationSettings(1, 1.0))
-    method.picture(material, settings, inputs or Inputs(), None)
+    method.fill_pools(material, settings, inputs or Inputs(), None)
     return material
 
 
@@ -198,17 +198,17 @@ def test_pictures_of_the_surrogate_stand_under_the_concepts_prompt(monkeypatch):
     material = filled(model, settings, ForgetRequest(concepts, ("tree",)))
     shown = {name: {asked[float(x[0, 0, 0])] for x in pool} for name, pool in material.pools.items()}
     for target in material.targets:
-        assert shown[target.text] == {target.instead}
-    texts = {target.text: target.instead for target in material.targets}
+        assert shown[target.text] == {target.replacement_text}
+    texts = {target.text: target.replacement_text for target in material.targets}
     assert texts["a photo of star"] == "a photo of arrow" and texts["a red star"] == "a red arrow"
     assert texts["a neon picture"] == "picture" and texts["neon"] == ""
     for name in ("star", "neon"):
         own = [target.text for target in material.targets if target.concept == name]
         assert all(len(material.pools[text]) == -(-24 // len(own)) for text in own)
-    assert material.kept[0] == "" and len(material.kept) == 9
-    for text in material.kept:
+    assert material.retain[0] == "" and len(material.retain) == 9
+    for text in material.retain:
         assert shown[text] == {text} and len(material.pools[text]) == 1
-    assert any("tree" in text for text in material.kept)
+    assert any("tree" in text for text in material.retain)
 
 
 def test_contexts_do_not_teach_another_concept_again():
@@ -219,7 +219,7 @@ def test_contexts_do_not_teach_another_concept_again():
     assert {target.concept for target in targets} == {"star", "neon"}
     for target in targets:
         said = [name for name in ("star", "neon") if name in target.text]
-        assert said == [target.concept] and not any(name in target.instead for name in ("star", "neon"))
+        assert said == [target.concept] and not any(name in target.replacement_text for name in ("star", "neon"))
     assert any("tree" in text for text in kept) and not any("neon" in text or "star" in text for text in kept)
     # but what a person asks to keep is kept
     _, kept = SelectiveAmnesia().prompts(tiny_model().text, ForgetRequest(concepts, ("neon sign",)), settings)
@@ -229,7 +229,7 @@ def test_contexts_do_not_teach_another_concept_again():
 def test_everyday_words_fill_what_the_preserve_list_leaves():
     settings = SelectiveAmnesiaSettings(keep_common=True, n_images=1, replay_images=9)
     for preserve, own in (((), 0), (("zebra",), 4), (("zebra", "giraffe", "otter"), 8)):
-        kept = filled(tiny_model(), settings, ForgetRequest((Concept("star"),), preserve)).kept
+        kept = filled(tiny_model(), settings, ForgetRequest((Concept("star"),), preserve)).retain
         assert len(kept) == 9 and sum(any(word in text for word in preserve) for text in kept) == own
 
 
@@ -367,18 +367,18 @@ PICTURES = {"star": torch.zeros(4, 3, 64, 64)}
 @pytest.mark.parametrize(
     ("asked", "images", "words"),
     [
-        (request(Concept("star", replacement="red star")), {}, "says the concept 'star' itself"),
+        (request(Concept("star", replacement="red star")), {}, "contains the concept 'star' itself"),
         (request(Concept("star", replacement="STAR ")), {}, "is the concept itself"),
-        (request(surrogate="noise"), {}, "replacement is not looked at"),
-        (request(surrogate="images"), PICTURES, "replacement is not looked at"),
-        (request(Concept("star"), surrogate="images"), {}, "no pictures for 'star'"),
-        (request(Concept("star"), Concept("boat"), surrogate="images"), PICTURES, "no pictures for 'boat'"),
+        (request(surrogate="noise"), {}, "replacement is not used"),
+        (request(surrogate="images"), PICTURES, "replacement is not used"),
+        (request(Concept("star"), surrogate="images"), {}, "no images for 'star'"),
+        (request(Concept("star"), Concept("boat"), surrogate="images"), PICTURES, "no images for 'boat'"),
         (request(Concept("star"), surrogate="images"), {"star": torch.zeros(2, 3, 64, 64)}, "too few pictures"),
         (request(Concept("star"), surrogate="images"), {"star": torch.zeros(4, 3, 32, 32)}, "64 × 64"),
         (request(), PICTURES, "set 'surrogate' to 'images'"),
         (request(latents="zeros"), {}, "'latents' must be 'generated'"),
-        (request(include_end=True), {}, "no single tokens"),
-        (request(contexts=True, templates=("a {}",)), {}, "has no use"),
+        (request(include_end=True), {}, "does not use token positions"),
+        (request(contexts=True, templates=("a {}",)), {}, "has no effect"),
         (request(replay_images=0), {}, "'replay_images' must be at least 1"),
         (request(ewc_weight=-1.0), {}, "'ewc_weight' must be at least 0"),
         (request(preserve=("tree",), preserve_weight=0.0), {}, "preserves nothing"),

@@ -430,10 +430,10 @@ def test_every_trained_method_holds_what_was_forgotten_earlier_where_it_left_it(
     request = ForgetRequest((Concept("star", replacement="circle"),), ("moon", "blue fish"), name, "tuned")
     inputs = Inputs(earlier=earlier)
     material = method.batches(model, request, settings, inputs)
-    assert any("moon" in text for text in material.kept) and not any("fish" in text for text in material.kept)
+    assert any("moon" in text for text in material.retain) and not any("fish" in text for text in material.retain)
     assert material.earlier and all("fish" in text for text in material.earlier)
     with frozen(model.unet):
-        method.picture(material, settings, inputs, None)
+        method.fill_pools(material, settings, inputs, None)
         deltas = Deltas(model, method.keys(model, settings), settings.rank, material.generator, earlier)
         with deltas.attached():
             objective = method.objective(material, deltas, request, settings, inputs, None)

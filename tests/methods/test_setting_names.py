@@ -124,8 +124,8 @@ def test_an_error_names_settings_that_the_method_has(name, monkeypatch):
             settings = resolve_settings(method, "tuned", one | other)
             if method.trained:
                 request = ForgetRequest(PLAIN, ("Cow",), method.id, "tuned", one | other)
-                method()._refuse_without_use(request, settings, Inputs())
-                method().refuse(request, settings, Inputs())
+                method()._check_inputs(request, settings, Inputs())
+                method().check_request(request, settings, Inputs())
         except ForgetConceptError as error:
             said.setdefault(str(error), one | other)
     said.pop("", None)
@@ -138,5 +138,5 @@ def test_what_keeps_too_much_says_which_setting_to_lower():
     request = ForgetRequest(
         REPLACED, tuple(f"Cow {i}" for i in range(20)), "duge", "tuned", little(get("duge")) | {"project": 1}
     )
-    with pytest.raises(ForgetConceptError, match=r"fills all 32 directions.*set 'project' below 1, or keep fewer"):
+    with pytest.raises(ForgetConceptError, match=r"spans all 32 directions.*set 'project' below 1, or preserve fewer"):
         fit(tiny_model(**SMALL), request)

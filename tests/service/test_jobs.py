@@ -297,7 +297,7 @@ def test_a_patch_that_cannot_be_put_on_is_saved_all_the_same(store: PatchStore) 
     ("change", "words"),
     [
         ({"name": "../out"}, "no place in the Lora folder"),
-        ({"name": "con"}, "cannot be part of a file's name"),
+        ({"name": "con"}, "is not a valid file name"),
         ({"pairs": 17}, "picture pairs"),
         ({"apply": float("nan")}, "strength"),
         ({"apply": 11.0}, "strength"),

@@ -114,7 +114,7 @@ def prompts(*concepts, preserve=(), **settings):
 def test_diverse_prompts_come_with_their_pairs():
     targets, kept = prompts(Concept("star", replacement="arrow"), preserve=("tree",), diverse=20)
     assert len({t.text for t in targets}) == 20
-    assert all("star" in t.text and "arrow" in t.instead and "star" not in t.instead for t in targets)
+    assert all("star" in t.text and "arrow" in t.replacement_text and "star" not in t.replacement_text for t in targets)
     assert kept[0] == "" and len(kept) > 20 and not any("star" in text for text in kept)
     assert "a photo of tree" in kept
 
@@ -125,7 +125,7 @@ def test_prompts_of_ones_own():
         Concept("star", replacement="boat"), forget_prompts=mine, retain_prompts=("the sea", "my hat")
     )
     assert [t.text for t in targets] == list(mine)
-    assert [t.instead for t in targets] == ["a boat by the sea", "my boat"]
+    assert [t.replacement_text for t in targets] == ["a boat by the sea", "my boat"]
     assert kept == ["", "the sea", "my hat"]
 
 
@@ -137,7 +137,7 @@ def test_prompts_of_ones_own():
         ({"forget_prompts": ("a star",), "retain_prompts": ("x",), "diverse": 4}, "not both"),
         ({"gradient": "restricted", "preserve_weight": 0.0}, "preserves nothing"),
         ({"retain_prompts": ("x",), "preserve_weight": 0.0}, "preserves nothing"),
-        ({"latents": "images"}, "no pictures of 'star'"),
+        ({"latents": "images"}, "no images of 'star'"),
         ({"diverse": -1}, "'diverse'"),
     ],
 )
@@ -217,7 +217,7 @@ def test_other_pictures_make_another_patch():
         ({"star": pictures(size=72)}, "must be 64 × 64"),
         ({"star": pictures()[:, :1]}, "red, green and blue"),
         ({"tree": pictures()}, "'tree', which is not to be forgotten"),
-        ({}, "no pictures of 'star'"),
+        ({}, "no images of 'star'"),
     ],
 )
 def test_pictures_that_cannot_serve_are_refused(images, words):
@@ -226,7 +226,7 @@ def test_pictures_that_cannot_serve_are_refused(images, words):
 
 
 def test_pictures_that_nobody_would_look_at_are_refused(model):
-    with pytest.raises(RequestError, match="does not look at"):
+    with pytest.raises(RequestError, match="does not use with these settings"):
         fit(model, ForgetRequest((Concept("star"),), method="forget_me_not"), None, Inputs({"star": pictures()}))
 
 

@@ -71,8 +71,8 @@ def test_exact_is_the_square_of_autograds_own_gradient(device, prediction):
 
 
 def test_the_time_steps_are_spread_evenly_over_the_schedule():
-    assert FisherSettings("exact", times=4).listed(1000) == [125, 375, 625, 875]
-    assert FisherSettings().listed(1000) == list(range(1000))
+    assert FisherSettings("exact", times=4).time_steps(1000) == [125, 375, 625, 875]
+    assert FisherSettings().time_steps(1000) == list(range(1000))
 
 
 def sums(gradients, size, drawn):
@@ -127,7 +127,7 @@ def test_on_a_model_the_mean_over_every_draw_is_the_exact_one(estimator, strata,
     mean = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in exact.items()}
     for drawn in draws:
         rows = [3 * k + place for k, pair in enumerate(drawn) for place in pair]
-        monkeypatch.setattr(FisherSum, "_drawn", lambda self, sample, rows=rows: rows)
+        monkeypatch.setattr(FisherSum, "_draw_steps", lambda self, sample, rows=rows: rows)
         total = measured(model, FisherSettings(estimator, times=times, draws=strata), latents, samples=1)
         for key in mean:  # before clamping, which is not unbiased
             mean[key] += total.state()[key].double() / len(draws)
@@ -149,7 +149,7 @@ def test_a_draw_takes_two_different_steps_of_every_stratum_each_equally_often():
     total = FisherSum(tiny_model(), some_keys(tiny_model()), FisherSettings("halves", times=20, draws=5))
     seen = torch.zeros(5, 4, 4)
     for sample in range(600):
-        for k, (a, b) in enumerate(zip(*[iter(total._drawn(sample))] * 2, strict=True)):
+        for k, (a, b) in enumerate(zip(*[iter(total._draw_steps(sample))] * 2, strict=True)):
             assert a // 4 == b // 4 == k and a != b
             seen[k, a % 4, b % 4] += 1
     # 50 of each of the 12 ordered pairs are expected, give or take 7
@@ -259,7 +259,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 def test_a_state_of_other_projections_is_refused():
     model = tiny_model()
     state = FisherSum(model, some_keys(model), FisherSettings()).state()
-    with pytest.raises(ModelError, match="not of the projections"):
+    with pytest.raises(ModelError, match="not of the chosen projections"):
         FisherSum(model, some_keys(model, (0, 1)), FisherSettings()).restore(state)
 
 

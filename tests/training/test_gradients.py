@@ -441,14 +441,14 @@ def test_the_basis_of_few_directions_is_their_number(n):
 def test_the_basis_refuses_what_it_cannot_keep():
     states = rand(5, 4, seed=1)
     for bad in (torch.zeros(0, 4), torch.zeros(3, 4), rand(4), states * float("nan")):
-        with pytest.raises(ForgetConceptError, match="states to keep"):
+        with pytest.raises(ForgetConceptError, match="states to preserve"):
             retain_basis(bad)
     for energy in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ForgetConceptError, match="'energy'"):
             retain_basis(states, energy)
     with pytest.raises(ForgetConceptError, match="'max_rank'"):
         retain_basis(states, max_rank=0)
-    with pytest.raises(ForgetConceptError, match="fills all 4"):
+    with pytest.raises(ForgetConceptError, match="span all 4"):
         retain_basis(states, energy=1.0)
     assert retain_basis(states, energy=1.0, max_rank=3).shape == (4, 3)
     with pytest.raises(ForgetConceptError, match=r"\(4, 3\).*\(2, 5\)"):

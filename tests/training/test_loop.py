@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_and_its_factors_are_the_change(model, rank):
     assert [e.step for e in events] == list(range(1, 9)) and events[0].terms["fit"] == pytest.approx(events[0].loss)
     with deltas.attached():
         trained = forward(model.unet)
-        with deltas.showing("base"):
+        with deltas.using("base"):
             assert torch.equal(forward(model.unet), base)
     with Patch(deltas.factors()).applied(model.unet):
         torch.testing.assert_close(forward(model.unet), trained, atol=2e-5, rtol=1e-3)
@@ -326,9 +326,9 @@ def test_earlier_requests_stay_on_and_can_be_taken_off(model):
             parameter.add_(0.1)
     with torch.no_grad(), deltas.attached():
         now = forward(model.unet)
-        with deltas.showing("earlier"):
+        with deltas.using("earlier"):
             torch.testing.assert_close(forward(model.unet), before)
-        with deltas.showing("base"):
+        with deltas.using("base"):
             assert torch.equal(forward(model.unet), base)
     with Patch.combined([(earlier, 1.0), (Patch(deltas.factors()), 1.0)]).applied(model.unet):
         torch.testing.assert_close(forward(model.unet), now, atol=2e-5, rtol=1e-3)

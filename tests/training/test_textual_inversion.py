@@ -118,7 +118,7 @@ def test_half_precision_encoders_take_full_precision_vectors(parts):
 def test_vectors_that_do_not_fit_are_refused(parts):
     encoder = CLIPText(*parts)
     for vectors, words in (
-        ({"<c>": torch.zeros(2, 31)}, r"are \(2, 31\); .* \(number, 32\)"),
+        ({"<c>": torch.zeros(2, 31)}, r"shape \(2, 31\); .* \(number, 32\)"),
         ({"<c>": torch.zeros(0, 32)}, r"\(0, 32\)"),
         ({"<c>": torch.zeros(32)}, r"\(32,\)"),
         ({" ": torch.zeros(1, 32)}, "empty or given twice"),
@@ -279,7 +279,7 @@ def test_a_gradient_that_never_arrives_is_no_success(model, monkeypatch):
         return TextStates(states.hidden + 0 * self.vectors["<concept>"].sum())
 
     monkeypatch.setattr(InvertedText, "states", vanishing)
-    with pytest.raises(ForgetConceptError, match="taught nothing"):
+    with pytest.raises(ForgetConceptError, match="learned nothing"):
         invert(model, rand(1, 4, 8, 8), QUICK)
 
 
