@@ -152,8 +152,8 @@ class ForgetMeNotSettings(TrainedSettings):
             raise RequestError("With 'steer_weight' 0 the 'wanted' phrases have no effect: set it above 0.")
         if self.wanted and self.attention_weight and not self.resteers:
             raise RequestError(
-                "There is nothing to turn attention away from: give phrases in 'unwanted', or set 'attention_weight' to "
-                "0."
+                "There is nothing to turn attention away from: give phrases in 'unwanted', or set "
+                "'attention_weight' to 0."
             )
 
     @property

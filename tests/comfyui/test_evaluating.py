@@ -227,7 +227,7 @@ def test_attacks_reach_through_the_hosts_text_encoder(comfyui: ComfyUI) -> None:
         ({"model": ["narrow", 0], "benchmark": "world"}, "embedded model's own world"),
         ({"model": ["narrow", 0], "concept": "umbrella", "clip_judge": "no/such-clip"}, "is not on this machine"),
         ({"lora": ["nothing", 2]}, "no LoRA"),
-        ({"filename": "../out"}, "no place in the output folder"),
+        ({"filename": "../out"}, "not inside the output folder"),
         ({"filename": " "}, "has no name"),
     ],
 )

@@ -197,7 +197,8 @@ def test_a_file_outside_of_the_folder_is_refused_in_words(comfyui: ComfyUI, name
     found = red(comfyui, graph)
     assert found.node == "save"
     assert any(
-        part in found.words for part in ("no place in the LoRA folder", "has no name", "cannot be part", "too long")
+        part in found.words
+        for part in ("not inside the LoRA folder", "has no name", "is not a valid file name", "too long")
     )
     assert saved(comfyui) == before
 

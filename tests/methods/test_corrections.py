@@ -46,7 +46,7 @@ def test_pictures_of_both_senses_are_steered_to_the_one_that_stays(model, watche
     assert state_hash(model.unet) == before and flags(model.unet) == flagged
     # the phrases stand in the name's place, article and all, and each has its pictures
     assert {"a photo of flying bat", "a photo of wooden bat", "a photo of baseball bat"} <= set(asked)
-    rows, pools = watched["rows"], watched["objective"].material.pools
+    rows, pools = watched["rows"], watched["objective"].batches.pools
     assert len(rows) == 16 and {len(pools[row.pool]) for row in rows} == {2}
     away = [row for row in rows if row.resteered]
     assert len(away) == 8 and {row.pool for row in away} == {"bat"}
@@ -54,9 +54,9 @@ def test_pictures_of_both_senses_are_steered_to_the_one_that_stays(model, watche
     for row in rows:
         assert row.steer_to == row.prompt.text.replace("bat", "flying bat")
     # what stays is kept under its own words too, the name itself is not
-    kept = watched["objective"].material.retain
+    kept = watched["objective"].batches.retain
     assert "a photo of a flying bat" in kept and "a photo of tree" in kept and RETAIN_POOL in pools
-    assert not any(prompt.text in kept for prompt in watched["objective"].material.targets)
+    assert not any(prompt.text in kept for prompt in watched["objective"].batches.targets)
     assert set(told[-1].terms) == {"attention", "steer", "show", "preserve"}
 
 

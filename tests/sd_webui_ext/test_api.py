@@ -194,8 +194,8 @@ def test_one_job_at_a_time(client: Client, host: FakeWebui) -> None:
         ({"seed": -1}, 400, "seed"),
         ({"apply": 0}, 400, "strength"),
         ({"pictures": 99}, 400, "picture pairs"),
-        ({"name": "../../out"}, 400, "no place in the Lora folder"),
-        ({"name": "/etc/out"}, 400, "no place in the Lora folder"),
+        ({"name": "../../out"}, 400, "not inside the Lora folder"),
+        ({"name": "/etc/out"}, 400, "not inside the Lora folder"),
     ],
 )
 def test_a_request_that_is_wrong_is_answered_in_words(

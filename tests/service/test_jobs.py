@@ -296,7 +296,7 @@ def test_a_patch_that_cannot_be_put_on_is_saved_all_the_same(store: PatchStore) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "../out"}, "no place in the Lora folder"),
+        ({"name": "../out"}, "not inside the Lora folder"),
         ({"name": "con"}, "is not a valid file name"),
         ({"pairs": 17}, "picture pairs"),
         ({"apply": float("nan")}, "strength"),

@@ -201,7 +201,7 @@ def test_a_new_files_number_is_free_for_every_ending(tmp_path: Path) -> None:
     (tmp_path / "star_00002.html").touch()
     assert fresh_file(tmp_path, "star", ".html") == tmp_path / "star_00003.html"
     assert fresh_file(tmp_path, "sta", ".html") == tmp_path / "sta_00001.html"
-    with pytest.raises(RequestError, match="no place in the output folder"):
+    with pytest.raises(RequestError, match="not inside the output folder"):
         patch_name("../x", [], "the output folder")
     with pytest.raises(ForgetConceptError, match="cannot be read"):
         fresh_file(tmp_path / "none", "star", ".html")
