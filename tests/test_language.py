@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # host weights, detached_view, BatchSampler, null_space_projection, retain_basis, captured activations, AttackContext,
 # Evaluators, PatchStore, job heartbeat, required_request_inputs, optional_request_inputs, fit_context,
 # usual_size_and_guidance, PLAIN_DTYPES, ConceptPreview, fisher_measurement, differentiable_copy, RequestSequence,
-# fullest_request
+# fullest_request, _check_inputs, _retain_queue, _LinearCapture, _earlier_loss, _matching_loss, _with_phrases,
+# _learn_vectors, _check_replacement, _side_loss, retain_pool, check_captured, _DenoisingObjective, _restore, _type_name
 REPLACED = frozenset(
     [
         "said_instead",
@@ -70,6 +71,20 @@ REPLACED = frozenset(
         "doomed",
         "Course",
         "dealt",
+        "_refuse_without_use",
+        "_kept_turn",
+        "_Taps",
+        "_as_earlier",
+        "_matched",
+        "_in_place",
+        "_inverted",
+        "_refuse_the_same",
+        "_of_side",
+        "any_pool",
+        "check_seen",
+        "_Denoising",
+        "_restored",
+        "_spoken",
     ]
 )
 

@@ -178,15 +178,15 @@ def test_an_interrupted_training_goes_on_from_its_work_folder(run, tiny, monkeyp
 
     quick = ["forget", "--concept", "star", "--method", "forget_me_not", "--set", "steps=3", "--set", "latents=zeros"]
     assert run(*quick, "--out", "whole.safetensors") == 0
-    step, made = training._step, []
+    gradients, made = training._gradients, []
 
     def interrupted(*args):
         made.append(args[-1])
         if made == [1, 2]:
             raise KeyboardInterrupt
-        return step(*args)
+        return gradients(*args)
 
-    monkeypatch.setattr(training, "_step", interrupted)
+    monkeypatch.setattr(training, "_gradients", interrupted)
     assert run(*quick, "--out", "p.safetensors", "--work", "work") == 130
     assert run(*quick, "--out", "p.safetensors", "--work", "work") == 0
     assert made == [1, 2, 2, 3]
