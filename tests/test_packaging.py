@@ -190,10 +190,11 @@ def test_installing_the_wheel_moves_nothing_that_is_there(wheel, tmp_path):
 
     def frozen() -> dict[str, str]:
         lines = pip("freeze").stdout.splitlines()
-        return {line.partition("==")[0].partition(" @ ")[0].lower(): line for line in lines}
+        return {line.partition("==")[0].partition(" @ ")[0].lower().replace("_", "-"): line for line in lines}
 
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    interpreter = next((tmp_path / "env").glob("*/python*"))
+    folder = tmp_path / "env"
+    interpreter = folder / "Scripts" / "python.exe" if os.name == "nt" else folder / "bin" / "python"
     # this environment's torch, so that no other one is downloaded
     torch = f"torch=={importlib.metadata.version('torch')}"
     made = pip("install", "--quiet", torch, *PRESENT[1:])

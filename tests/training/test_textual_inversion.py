@@ -96,7 +96,7 @@ def test_the_encoder_is_left_as_it_was(parts, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(encoder.model.text_model.encoder, "forward", broken)
+    monkeypatch.setattr(getattr(encoder.model, "text_model", encoder.model).encoder, "forward", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         text.encode(["<c>"])
     assert (state_hash(encoder.model), flags(encoder.model), len(encoder.tokenizer)) == (before, flagged, rows)
@@ -224,7 +224,7 @@ def test_cut_short_it_goes_on_to_the_same_result_and_is_not_made_twice(model, tm
     # of other pictures, another seed, another text encoder, it is another inversion
     invert(model, latents + 1e-3, QUICK, 0, progress, workspace=workspace)
     invert(model, latents, QUICK, 1, progress, workspace=workspace)
-    bias = model.text.model.text_model.final_layer_norm.bias
+    bias = getattr(model.text.model, "text_model", model.text.model).final_layer_norm.bias
     with torch.no_grad():
         bias.add_(1)
         invert(model, latents, QUICK, 0, progress, workspace=workspace)
