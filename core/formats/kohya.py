@@ -2,8 +2,10 @@
 
 Written: ``lora_unet_<layer>.lora_up.weight``, ``.lora_down.weight`` and ``.alpha``. All layers have one alpha, whatever
 their ranks, with ``up`` scaled by ``rank / alpha``: diffusers takes the commonest alpha of a file for all its layers,
-while other hosts read each layer's own. Layers have their diffusers names; for SDXL their LDM names, as kohya's trainer
-writes them. Read: every naming of :mod:`.naming`, with alphas from tensors or from diffusers' metadata.
+while other hosts read each layer's own. Where ranks differ, each is padded with zeros to a power of two, so that this
+scale is a power of two and costs no rounding; reading removes the padding. Layers have their diffusers names; for SDXL
+their LDM names, as kohya's trainer writes them. Read: every naming of :mod:`.naming`, with alphas from tensors or from
+diffusers' metadata.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import PatchError, UnsupportedAdapterError, listed
 from ..files.safetensors_io import read_safetensors, widened, write_safetensors
@@ -30,10 +33,25 @@ from .adapter_config import AdapterConfig
 __all__ = ["common_alpha", "from_state", "load", "save", "to_state", "with_alphas"]
 
 
-def common_alpha(patch: Patch) -> float:
-    """The alpha of all layers in a patch's file: their commonest rank (the highest of several), so that most stay."""
-    counts = Counter(factor.rank for factor in patch.factors.values())
+def stored_ranks(patch: Patch) -> dict[str, int]:
+    """The rank of every layer in a patch's file: its own where all are equal, else the next power of two."""
+    ranks = {key: factor.rank for key, factor in patch.factors.items()}
+    if len(set(ranks.values())) == 1:
+        return ranks
+    return {key: 1 << (rank - 1).bit_length() for key, rank in ranks.items()}
+
+
+def common_alpha(ranks: Mapping[str, int]) -> float:
+    """The alpha of all layers in a file with these ranks: the commonest rank, the highest of several."""
+    counts = Counter(ranks.values())
     return float(max(counts, key=lambda rank: (counts[rank], rank)))
+
+
+def _without_padding(factor: LowRank) -> LowRank:
+    """The factor without trailing directions that are zero on both sides; at least one direction is kept."""
+    used = ((factor.up != 0).any(0) | (factor.down != 0).any(1)).nonzero()
+    rank = int(used.max()) + 1 if len(used) else 1
+    return factor if rank >= factor.rank else LowRank(factor.up[:, :rank], factor.down[:rank])
 
 
 def to_state(
@@ -52,7 +70,8 @@ def to_state(
     """
     ldm = dotted or patch.about.family == "sdxl" or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
-    alpha = common_alpha(patch)
+    ranks = stored_ranks(patch)
+    alpha = common_alpha(ranks)
     for key, factor in patch.factors.items():
         layer = key
         if ldm:
@@ -61,8 +80,10 @@ def to_state(
             layer += ".0"
         name = f"diffusion_model.{layer}" if dotted else "lora_unet_" + layer.replace(".", "_")
         up, down = factor.up.detach().cpu(), factor.down.detach().cpu().to(dtype)
-        # equal ranks are written bit-exactly; in fp64 the factor costs the others one rounding, that of the dtype
-        up = (up if factor.rank == alpha else up.double() * (factor.rank / alpha)).to(dtype)
+        padding = ranks[key] - factor.rank
+        up, down = functional.pad(up, (0, padding)), functional.pad(down, (0, 0, 0, padding))
+        # a power of two: exact, unless a value leaves the range of the dtype
+        up = (up * (ranks[key] / alpha)).to(dtype)
         if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
             raise PatchError(
                 f"The patch overflows {str(dtype).removeprefix('torch.')} at {key}: save it in a wider dtype."
@@ -87,7 +108,8 @@ def save(
     """
     patch.check_finite()
     family = patch.about.family or (survey.family if survey else "other")
-    metadata = {**patch.metadata, **kohya_metadata(patch.rank, common_alpha(patch), family, Path(path).stem)}
+    ranks = stored_ranks(patch)
+    metadata = {**patch.metadata, **kohya_metadata(max(ranks.values()), common_alpha(ranks), family, Path(path).stem)}
     write_safetensors(to_state(patch, survey, dtype), path, metadata)
 
 
@@ -153,7 +175,8 @@ def from_state(
             scale = alphas[key] / rank
         else:
             scale = 1.0 if config is None else config.scale(_module_name(key), rank)
-        factors[key] = LowRank(up if scale == 1 else (up.double() * scale).to(up.dtype), down)
+        factor = LowRank(up if scale == 1 else (up.double() * scale).to(up.dtype), down)
+        factors[key] = _without_padding(factor)
     # what the configuration said is in the factors now; diffusers refuses a file that has it beside alphas
     return Patch(factors, {name: text for name, text in (metadata or {}).items() if name != adapter_config.KEY})
 

@@ -75,9 +75,10 @@ def test_a_file_has_one_alpha_and_every_layer_its_own_effect(ranks, dtype):
     for key, factor in patch.factors.items():
         name = "lora_unet_" + (key + ".0" if key.endswith("to_out") else key).replace(".", "_")
         torch.testing.assert_close(changes[name], factor.delta(), rtol=tolerance, atol=tolerance)
-    if len(set(ranks.values())) == 1 and dtype == torch.float32:
+    if dtype == torch.float32:  # whatever the ranks, a file holds the very factors
         again = kohya.from_state(state)
-        assert all(torch.equal(f.up, again.factors[k].up) for k, f in patch.factors.items())
+        for key, factor in patch.factors.items():
+            assert torch.equal(factor.up, again.factors[key].up) and torch.equal(factor.down, again.factors[key].down)
 
 
 def diffusers_changes(path) -> dict[str, torch.Tensor]:
@@ -118,7 +119,7 @@ def test_diffusers_reads_every_layers_effect(tmp_path, kind):
     described = read_metadata(tmp_path / "p.safetensors")
     alphas = {float(t) for n, t in load_file(tmp_path / "p.safetensors").items() if n.endswith(".alpha")}
     assert alphas == {float(described["ss_network_alpha"])}
-    assert int(described["ss_network_dim"]) == patch.rank
+    assert patch.rank <= int(described["ss_network_dim"]) < 2 * patch.rank
 
 
 # -- alpha in the metadata ----------------------------------------------------------------------------------------

@@ -59,17 +59,6 @@ def same(one: Patch, other: Patch) -> bool:
     )
 
 
-def alike(one: Patch, other: Patch, dtype: torch.dtype) -> bool:
-    """The same change, key by key, up to the roundings of a file in ``dtype`` that scales layers of unusual ranks."""
-    tolerance = 4 * torch.finfo(dtype).eps
-    return one.factors.keys() == other.factors.keys() and all(
-        f.rank == other.factors[k].rank
-        and torch.allclose(f.up.float(), other.factors[k].up.float(), rtol=tolerance, atol=1e-7)
-        and torch.allclose(f.down.float(), other.factors[k].down.float(), rtol=tolerance, atol=1e-7)
-        for k, f in one.factors.items()
-    )
-
-
 def through_a_file(found, tmp_path, dtype=torch.float32):
     kohya.save(found.patch, tmp_path / "p.safetensors", dtype=dtype)
     return History.from_patch(kohya.load(tmp_path / "p.safetensors"))
@@ -215,21 +204,18 @@ def test_a_file_can_be_read_back_and_continued(model, tmp_path, dtype):
     assert again.requests == found.requests and again.records == found.records
     assert len(again.parts) == 3
     for part, read in zip(found.parts, again.parts, strict=True):
-        assert alike(part.patch, read.patch, dtype) and part.records == read.records
+        assert same(part.patch.to(dtype), read.patch) and part.records == read.records
         assert {k: v for k, v in part.patch.metadata.items() if k.endswith((".trained", ".projections"))} == {
             k: v for k, v in read.patch.metadata.items() if k.endswith((".trained", ".projections"))
         }
     ranks = {rank for part in found.parts for rank in {f.rank for f in part.patch.factors.values()}}
     assert len(ranks) > 3  # a LoRA of rank 40 is narrower where the layer is
     assert same(again.without("star").patch, again.patch) is False
-    assert alike(again.without("star").without("boat").patch, history(model, WASH).patch, dtype)
+    assert same(again.without("star").without("boat").patch, history(model, WASH).patch.to(dtype))
     if dtype == torch.float32:
-        assert alike(again.forget(model, plan_request(KEY)).patch, found.forget(model, plan_request(KEY)).patch, dtype)
+        assert same(again.forget(model, plan_request(KEY)).patch, found.forget(model, plan_request(KEY)).patch)
         last = trained("fish")
-        continued, direct = (history.forget(model, plan_request(last)).patch for history in (again, found))
-        for key, factor in direct.factors.items():
-            off = continued.factors[key].delta() - factor.delta()
-            assert float(off.norm()) <= 1e-3 * float(factor.delta().norm())
+        assert same(again.forget(model, plan_request(last)).patch, found.forget(model, plan_request(last)).patch)
         assert json.loads(again.patch.metadata["forget_concept.history"]) == json.loads(
             found.patch.metadata["forget_concept.history"]
         )
