@@ -21,6 +21,7 @@ from .drawing import (
 from .intervals import Score, paired_ratio, wilson
 from .judges import ClipJudge, Judge, WorldJudge
 from .mini_table import MiniTable, mini_table
+from .questions import Question, find_concept, retain_questions, target_questions
 from .scores import (
     BASELINES,
     NEGATIVE,
@@ -30,13 +31,9 @@ from .scores import (
     Evaluation,
     EvaluationTarget,
     Example,
-    Question,
     QuestionSets,
     Scores,
     evaluate,
-    find_concept,
-    retain_questions,
-    target_questions,
 )
 
 __all__ = [

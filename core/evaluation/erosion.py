@@ -25,7 +25,8 @@ from .drawing import ImageClassifier, LabeledImage, SampleCache, SamplingSetting
 from .intervals import Score
 from .metrics.mean import Mean
 from .metrics.perceptual import PairDistance, perceptual_distance
-from .scores import CATEGORIES, MIN_COUNT, Question, find_concept, image_distance, retain_questions
+from .questions import CATEGORIES, Question, find_concept, retain_questions
+from .scores import MIN_COUNT, image_distance
 from .weight_drift import WeightDrift, weight_drift
 
 __all__ = ["ErosionStep", "erosion"]

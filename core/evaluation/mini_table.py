@@ -12,7 +12,7 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..progress import Progress
 from .drawing import ImageClassifier, Picture, SampleCache, SamplingSettings, Variant
 from .intervals import Score
-from .scores import ATTRIBUTES
+from .questions import ATTRIBUTES
 
 __all__ = ["MiniTable", "mini_table"]
 

@@ -55,7 +55,8 @@ from ..training.loop import Term, Terms
 from ..training.losses import attention_output_matching, drift_from_base, prior_preservation
 from .base import Inputs
 from .registry import register
-from .trained import BaseObjective, TrainedMethod, TrainedSettings
+from .trained import BaseObjective, TrainedMethod
+from .trained_settings import TrainedSettings
 from .uce import UCESettings, common_prompts
 
 __all__ = ["DUGE", "DugeObjective", "DugeSettings", "anchor_prompt"]

@@ -57,7 +57,8 @@ from ..training.losses import attention_resteering, contrast_target, noise_match
 from ..training.textual_inversion import InversionSettings, invert, with_vectors
 from .base import Inputs
 from .registry import register
-from .trained import BaseObjective, TrainedMethod, TrainedSettings
+from .trained import BaseObjective, TrainedMethod
+from .trained_settings import TrainedSettings
 
 __all__ = ["ForgetMeNot", "ForgetMeNotObjective", "ForgetMeNotSettings"]
 

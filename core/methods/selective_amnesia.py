@@ -42,7 +42,8 @@ from ..training.loop import Term, Terms
 from ..training.losses import elastic_penalty, relative_fisher, replay_matching, surrogate_matching
 from .base import Inputs
 from .registry import register
-from .trained import BaseObjective, TrainedMethod, TrainedSettings
+from .trained import BaseObjective, TrainedMethod
+from .trained_settings import TrainedSettings
 
 __all__ = [
     "SelectiveAmnesia",

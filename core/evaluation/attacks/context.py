@@ -19,7 +19,7 @@ from ...models.text_encoders import CLIPText
 from ...patch.patch import Patch
 from ...progress import Progress
 from ..drawing import Picture, SamplingSettings, Variant, draw, patched
-from ..scores import seed_of
+from ..questions import seed_of
 from .budget import AttackBudget
 from .judge import SuccessJudge
 from .target import Target

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...files.workspace import key_of
 from ..drawing import ImageClassifier
-from ..scores import find_concept
+from ..questions import find_concept
 
 __all__ = ["ProbeJudge", "SuccessJudge"]
 

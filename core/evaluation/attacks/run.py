@@ -19,7 +19,7 @@ from ...patch.patch import Patch
 from ...progress import Progress, ProgressEvent, report_progress
 from ..drawing import Picture, SamplingSettings, Variant, draw
 from ..intervals import Score
-from ..scores import seed_of
+from ..questions import seed_of
 from .budget import AttackBudget, AttackCost, attack_budget
 from .context import AttackContext, SearchResult, example_latents, with_hash_of
 from .discrete import discrete

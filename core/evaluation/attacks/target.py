@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...errors import RequestError
 from ...mini import vocabulary as v
 from ...request.concept import Concept, templates
-from ..scores import find_concept
+from ..questions import find_concept
 
 __all__ = ["Target", "with_name"]
 

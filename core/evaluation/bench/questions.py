@@ -15,7 +15,8 @@ from ...errors import RequestError
 from ...mini.vocabulary import article
 from ...mini.world import Labels, Prompt
 from ...request.concept import KINDS, canonical_phrase, normalized_phrase
-from ..scores import MIN_COUNT, Question, QuestionSets, seed_of
+from ..questions import Question, seed_of
+from ..scores import MIN_COUNT, QuestionSets
 from .concept_bench import PROMPT_KINDS, BenchConcept, ConceptBench, contains_phrase, find_names
 from .prompt_lists import ListedPrompt
 
