@@ -13,6 +13,7 @@ from torch import Tensor
 
 from forget_concept.core.mini.vocabulary import COLOURS, IDENTITIES, NONE, OBJECTS, STYLES
 from forget_concept.core.mini.world import LABELS, Labels
+from forget_concept.core.patch.metadata import PatchMetadata
 from forget_concept.core.progress import ProgressEvent, report_progress
 
 WORDS = {
@@ -39,6 +40,10 @@ class DrawnPatch:
         self.fault = fault
         self.metadata: dict[str, str] = {}
 
+    @property
+    def about(self) -> PatchMetadata:
+        return PatchMetadata.from_strings(self.metadata)
+
     def __len__(self) -> int:
         return 1
 
@@ -59,6 +64,7 @@ class DrawnModel:
 
     device, dtype, name = torch.device("cpu"), torch.float32, "mini"
     model_hash, guidance = "drawn", 2.5
+    text = None  # reserves no words
 
     def __init__(self, fault: Fault | None = None) -> None:
         self.faults: list[Fault] = [fault] if fault else []

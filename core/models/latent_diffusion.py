@@ -337,7 +337,7 @@ class LatentDiffusion:
                 share = ((1 - after) / (1 - alpha)) ** 0.5
                 x = share * x + (after**0.5 - share * alpha**0.5) * ahead
                 done += 1
-                report_progress(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} pictures"))
+                report_progress(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} images"))
             if not bool(torch.isfinite(x).all()):
                 check_weights(self)
                 raise ForgetConceptError(

@@ -135,7 +135,7 @@ def test_the_report_is_the_command_lines_and_the_model_comes_back(
     words = text(entry, "words")
     assert found["verdict"]["text"] in words and "“star”" in words
     assert "judged by the embedded model's probe" in words and str(page) in words
-    assert any(line.startswith("drawing ") for line in told) and words in told
+    assert any(line.startswith("sampling ") for line in told) and words in told
     width, height = png_size(comfyui.image(entry, "evaluate"))
     assert width > 6 * 2 * 128 and height > 128
     pairs = entry["outputs"]["evaluate"]["forget_concept_pairs"]
