@@ -197,7 +197,7 @@ def test_progress_tells_of_every_term_and_cancel_leaves_the_model(model):
         request(Concept("star", replacement="circle"), latents="generated", n_images=1, sample_steps=2),
         events.append,
     )
-    assert [e.message for e in events[:2]] == ["sampling 2 pictures"] * 2
+    assert [e.message for e in events[:2]] == ["sampling 2 images"] * 2
     assert set(events[-1].terms) == {"attention", "steer", "preserve"} and events[-1].step == events[-1].total == 3
 
     for at in (1, 4):  # while sampling, while training
