@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ForgetConceptError
 from .names import check_unicode
 
-__all__ = ["check_folder", "check_writable", "make_folder", "write_bytes", "write_json"]
+__all__ = ["check_folder", "check_writable", "make_folder", "write_bytes", "write_folder", "write_json"]
 
 # how much check_writable tries to write, in bytes
 _TRIED_BYTES = 2**20
@@ -152,6 +153,43 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(
+    path: Path,
+    fill: Callable[[Path], None],
+    files: Sequence[str],
+    error: type[ForgetConceptError] = ForgetConceptError,
+) -> None:
+    """Write a folder of files: they are written beside it first, and moved when all of them are complete.
+
+    A folder that exists cannot be replaced in one step; its files of these names are, each atomically.
+
+    Args:
+        path: The folder.
+        fill: Writes the files into the folder that it is given.
+        files: Names of the files, in the order in which they are replaced.
+        error: Class of the error to raise.
+
+    Raises:
+        ForgetConceptError: The folder cannot be written; nothing is left behind then.
+    """
+    temporary: Path | None = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        assert temporary is not None
+        temporary.mkdir()
+        fill(temporary)
+        if path.is_dir():
+            for name in files:
+                os.replace(temporary / name, path / name)
+        else:
+            os.replace(temporary, path)
+            temporary = None
+    except OSError as problem:
+        raise error(f"'{path}' cannot be written: {_why(problem)}.") from problem
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

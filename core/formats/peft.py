@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchError, listed
 from ..files.safetensors_io import check_finite, read_metadata, write_safetensors
+from ..files.writing import write_folder
 from ..models.unet import UNetSurvey, survey
 from ..patch.apply import PatchHandle
 from ..patch.low_rank import LowRank
@@ -114,26 +113,14 @@ def save(
     if not state:
         raise PatchError("This patch changes nothing: all of its factors have rank 0.")
     config = _config(ranks)
-    beside: Path | None = None
-    try:
-        if target.exists() and not target.is_dir():
-            raise PatchError(f"'{path}' cannot be written: a peft adapter is a folder, and this is a file.")
-        beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-        os.chmod(beside, 0o755)  # mkdtemp lets only the owner in
-        config.save_pretrained(str(beside))
-        write_safetensors(state, beside / _WEIGHTS, {**patch.metadata, "format": "pt"})
-        if target.is_dir():
-            # a folder cannot be replaced in one step: its own two files are, each whole
-            os.replace(beside / _WEIGHTS, target / _WEIGHTS)
-            os.replace(beside / _CONFIG, target / _CONFIG)
-        else:
-            os.replace(beside, target)
-            beside = None
-    except OSError as error:
-        raise PatchError(f"'{path}' cannot be written: {error.strerror or error}.") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+    if target.exists() and not target.is_dir():
+        raise PatchError(f"'{path}' cannot be written: a peft adapter is a folder, and this is a file.")
+
+    def fill(folder: Path) -> None:
+        config.save_pretrained(str(folder))
+        write_safetensors(state, folder / _WEIGHTS, {**patch.metadata, "format": "pt"})
+
+    write_folder(target, fill, (_WEIGHTS, _CONFIG), PatchError)
 
 
 def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
@@ -152,7 +139,9 @@ def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patc
     """
     folder = Path(path)
     if not is_adapter_folder(folder):
-        raise PatchError(f"'{path}' is no peft adapter: it has no {_CONFIG}.")
+        raise PatchError(
+            f"'{path}' is a folder without {_CONFIG}, so it is not a peft adapter: give a file, or an adapter's folder."
+        )
     if not (folder / _WEIGHTS).is_file():
         # peft would fall back to a pickle, or to a download of that name
         raise PatchError(f"'{path}' has no {_WEIGHTS}: only adapters saved as safetensors are read.")

@@ -287,7 +287,7 @@ def test_folders_that_are_none_or_more_are_refused(unet, tmp_path):
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(PatchError, match="only adapters saved as safetensors"):
         load_patch(tmp_path / "a")
-    with pytest.raises(PatchError, match="is no peft adapter"):
+    with pytest.raises(PatchError, match="not a peft adapter"):
         load_patch(tmp_path)
 
 

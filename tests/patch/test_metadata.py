@@ -141,8 +141,9 @@ def test_another_name_of_a_file_changes_one_entry():
 
 
 def test_no_other_file_spells_a_metadata_key():
-    # modules (forget_concept.core …) and the webui's script are no metadata keys
-    key = re.compile(r"forget_concept\.(?!(core|nodes|sd_webui_ext|js)\b)|\bss_[a-z]|modelspec\.")
+    # modules (forget_concept.core …) and the webui's script are no metadata keys; a checkpoint's prediction type is not
+    # a patch's
+    key = re.compile(r"forget_concept\.(?!(core|nodes|sd_webui_ext|js)\b)|\bss_[a-z]|modelspec\.(?!prediction_type)")
     files = [
         *(file for room in ("core", "nodes", "sd_webui_ext", "scripts") for file in (ROOT / room).rglob("*.py")),
         *ROOT.glob("*.py"),
