@@ -44,6 +44,10 @@ class DrawnPatch:
     def about(self) -> PatchMetadata:
         return PatchMetadata.from_strings(self.metadata)
 
+    @about.setter
+    def about(self, about: PatchMetadata) -> None:
+        self.metadata = about.to_strings()
+
     def __len__(self) -> int:
         return 1
 

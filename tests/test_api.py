@@ -122,7 +122,7 @@ def test_images_come_as_tensors_or_as_files(mini, tmp_path):
     tensors = torch.rand(3, 3, size, size) * 2 - 1
     for images in (tensors, tmp_path, [str(path) for path in sorted(tmp_path.iterdir())], {"star": tensors}):
         # the method works from words alone, and says so: the images reached it
-        with pytest.raises(RequestError, match="does not use images, and images of 'star'"):
+        with pytest.raises(RequestError, match="works from words alone, and images of 'star'"):
             fc.fit(mini, "star", images=images)
 
 

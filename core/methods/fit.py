@@ -96,7 +96,7 @@ def fit(
     inputs = _with_images(model, request, inputs or Inputs())
     if inputs.images and not method.takes_images:
         raise RequestError(
-            f"The method '{method.id}' does not use images, and images of '{next(iter(inputs.images))}' were given: "
+            f"The method '{method.id}' works from words alone, and images of '{next(iter(inputs.images))}' were given: "
             "leave them out, or use another method."
         )
     patch = method().fit(model, plan, progress, inputs)

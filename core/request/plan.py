@@ -51,7 +51,7 @@ class Plan:
         pictured = next((concept.name for concept in request.concepts if concept.images), None)
         if pictured is not None and not method.takes_images:
             raise RequestError(
-                f"The method '{method.id}' works from words alone, and pictures of '{pictured}' were given: leave them "
+                f"The method '{method.id}' works from words alone, and images of '{pictured}' were given: leave them "
                 "out, or use another method."
             )
         object.__setattr__(self, "settings", resolve_settings(method, request.preset, request.settings))

@@ -180,7 +180,7 @@ def test_an_edit_of_nothing_or_of_nan_is_never_a_success(registry, model, value,
 
 def test_pictures_for_a_method_that_looks_at_none_are_refused(model):
     given = Inputs(images={"star": torch.zeros(4, 3, 64, 64)})
-    with pytest.raises(RequestError, match=r"'uce' does not use images.*'star'"):
+    with pytest.raises(RequestError, match=r"'uce' works from words alone.*'star'"):
         fit(model, ForgetRequest((Concept("star"),)), inputs=given)
 
 
