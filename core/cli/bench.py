@@ -115,6 +115,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = choose(bench, args.concept, args.category)
     if args.out is not None:
         check_results(check_writable(args.out))
+    options.warn_of_strengths(args.patch, console)
     processes = launched_processes(options.device_of(args))
     try:
         if not processes.is_main:

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise RequestError(f"--pictures '{args.pictures}' is not a .png file: choose a name that ends in .png.")
     if args.report is not None and args.report.suffix.lower() not in (".html", ".htm"):
         raise RequestError(f"--report '{args.report}' is not an .html file: choose a name that ends in .html.")
+    options.warn_of_strengths(args.patch, console)
     model, evaluators = options.load_evaluators(args, bench, console, quality=args.report is not None)
     patches = options.load_patches(args.patch, model)
     earlier = [patch for patch, _ in options.load_patches(args.earlier, model)]

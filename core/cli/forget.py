@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..request.concept import KINDS, Concept, normalized_phrase
-from ..request.request import ForgetRequest
+from ..request.request import ForgetRequest, strength_warning
 from . import options
 from .console import Console
 from .files import check_patch_file
@@ -115,6 +115,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = check_patch_file(args.out or Path(f"forget-{file_stem(ForgetRequest(all_concepts))}.safetensors"))
     if args.context_map is not None:
         check_patch_file(args.context_map)
+    if (warning := strength_warning(request.strength)) is not None:
+        console.note(f"warning: {warning}")
     model = options.load_model(args, console)
     began = time.perf_counter()
     with console.progress(f"forgetting {concepts_text(request)}") as progress:

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     else:
         check_folder(out)
     pictures = [Picture(prompt, args.seed + i) for prompt in args.prompt for i in range(args.count)]
+    options.warn_of_strengths(args.patch, console)
     model = options.load_model(args, console)
     patches = options.load_patches(args.patch, model)
     for prompt in (*args.prompt, args.negative):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ForgetConceptError, RequestError
-from ..request.request import check_patch_strength
+from ..request.request import check_patch_strength, strength_warning
 
 if TYPE_CHECKING:
     from ..evaluation import SamplingSettings
@@ -31,6 +31,7 @@ __all__ = [
     "load_patches",
     "sampling_of",
     "split_strength",
+    "warn_of_strengths",
     "whole",
 ]
 
@@ -157,6 +158,13 @@ def split_strength(text: str) -> tuple[str, float]:
         raise RequestError(f"The strength '{strength}' in '{text}' is not a finite number: write FILE:0.8, say.")
     check_patch_strength(value)
     return path, value
+
+
+def warn_of_strengths(given: Sequence[str], console: Console) -> None:
+    """Print a warning for every patch of ``--patch`` whose strength is known to damage pictures."""
+    for path, strength in map(split_strength, given):
+        if (warning := strength_warning(strength)) is not None:
+            console.note(f"warning: {path}: {warning}")
 
 
 def load_patches(given: Sequence[str], model: LatentDiffusion) -> list[tuple[Patch, float]]:

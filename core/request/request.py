@@ -19,10 +19,11 @@ from ..errors import PatchError, RequestError
 from ..files.names import is_unicode
 from .concept import KINDS, Concept, canonical_phrase, templates
 
-__all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest", "check_patch_strength"]
+__all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest", "check_patch_strength", "strength_warning"]
 SCHEMA_VERSION = 1
 SCHEMA_PATH = Path(__file__).with_name("request.schema.json")
 MAX_STRENGTH = 10.0
+HIGH_STRENGTH = 1.5  # above it there is a warning
 MAX_SEED = 2**64 - 1  # ComfyUI's widest seed; torch.Generator takes it too
 
 
@@ -37,6 +38,20 @@ def check_patch_strength(strength: float) -> None:
             f"The strength of a patch must be a finite number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}, not "
             f"{strength:g}."
         )
+
+
+def strength_warning(strength: float) -> str | None:
+    """What is known to happen at a high strength, as one sentence; ``None`` up to 1.5 in either direction.
+
+    Args:
+        strength: Strength of a request, or of a patch where it is applied.
+    """
+    if abs(strength) <= HIGH_STRENGTH:
+        return None
+    return (
+        f"The strength {strength:g} is above {HIGH_STRENGTH:g}, where an edit also damages what should stay: on the "
+        "embedded model a preserved moon became a disc at 10. Use 1, or at most 1.5."
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..patch.history import HistoryRecord, read_history
 from ..patch.metadata import CombinedPart, PatchMetadata, own_entries
 from ..patch.patch import Patch
 from ..request.concept import KINDS, Concept
-from ..request.request import ForgetRequest
+from ..request.request import ForgetRequest, strength_warning
 
 __all__ = [
     "base_model_summary",
@@ -52,6 +52,8 @@ def fit_summary(request: ForgetRequest, patch: Patch, seconds: float, title: str
     size = _amount(patch.nbytes)
     lines.append(f"patch: {len(patch)} weights, rank {patch.rank}, {size}, made in {seconds:.1f} s")
     lines.append(f"base model: {(patch.about.base_model or '')[:12]}")
+    if (warning := strength_warning(request.strength)) is not None:
+        lines.append(f"warning: {warning}")
     lines += [f"note: {note}" for note in (*_read_as(request), *notes)]
     if patch.about.note:
         lines.append(f"note: {patch.about.note}")

@@ -72,6 +72,17 @@ def test_forget_names_its_file_after_the_concepts_and_says_what_it_did(run, tiny
         torch.testing.assert_close(factor.delta(), expanded.factors[key].delta(), atol=1e-5, rtol=1e-4)
 
 
+def test_a_high_strength_is_warned_of_before_the_work(run, tiny):
+    for strength in ("1", "1.5"):
+        assert run("forget", "--concept", "star", "--strength", strength, "--out", "p.safetensors") == 0
+        assert "warning" not in run.err
+    assert run("forget", "--concept", "star", "--strength", "2", "--out", "p.safetensors", "--json") == 0
+    assert "warning: The strength 2 " in run.err and run.json["request"]["strength"] == 2
+    Path("r.json").write_text(ForgetRequest((Concept("star"),), strength=10.0).to_json(), encoding="utf-8")
+    assert run("forget", "--request", "r.json", "--out", "p.safetensors") == 0
+    assert run.err.index("warning: The strength 10 ") < run.err.index("forgetting")
+
+
 def test_half_precision_halves_the_file(run, tiny):
     assert run("forget", "--concept", "star", "--out", "wide.safetensors") == 0
     assert run("forget", "--concept", "star", "--out", "half.safetensors", "--dtype", "fp16") == 0

@@ -73,6 +73,16 @@ def test_generate_refuses_what_cannot_be_done(run, tiny, args, says):
     assert not run.left
 
 
+def test_a_high_strength_of_a_patch_is_warned_of(run, tiny):
+    kohya.save(random_patch(tiny.survey, scale=0.01), "p.safetensors")
+    kohya.save(random_patch(tiny.survey, scale=0.01), "q.safetensors")
+    common = ("generate", "--prompt", "a star", "--steps", "1", "--out", "a.png", "--patch", "p.safetensors:1.5")
+    assert run(*common) == 0
+    assert "warning" not in run.err
+    assert run(*common, "--patch", "q.safetensors:-2") == 0
+    assert "warning: q.safetensors: The strength -2 " in run.err and "p.safetensors" not in run.err
+
+
 @pytest.mark.parametrize("strength", ["1e30", "-1e30", "10.5", "nan", "inf"])
 def test_a_strength_out_of_range_is_refused_before_the_model(run, monkeypatch, strength):
     monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from forget_concept.core.errors import RequestError
 from forget_concept.core.request.concept import KINDS, Concept, default_replacement, normalized_phrase, templates
-from forget_concept.core.request.request import SCHEMA_PATH, ForgetRequest, _problems
+from forget_concept.core.request.request import SCHEMA_PATH, ForgetRequest, _problems, strength_warning
 
 
 @pytest.mark.parametrize(
@@ -237,3 +237,14 @@ def test_half_characters_are_refused_wherever_they_stand_in_json(half, place):
     with pytest.raises(RequestError, match="not valid Unicode") as refused:
         ForgetRequest.from_json(json.dumps(document))
     str(refused.value).encode()  # the message itself can be printed
+
+
+@pytest.mark.parametrize("strength", [0.05, 0, -1, 1, 1.5, -1.5])
+def test_no_warning_at_a_usual_strength(strength):
+    assert strength_warning(strength) is None
+
+
+@pytest.mark.parametrize("strength", [1.51, 2, -3, 10])
+def test_a_high_strength_is_warned_of(strength):
+    warning = strength_warning(strength)
+    assert warning is not None and f"strength {strength:g}" in warning and "at most 1.5" in warning

@@ -135,6 +135,12 @@ def test_a_patch_in_words(model) -> None:
     assert "188 more" in fit_summary(many, patch, 1.0, "T")
 
 
+def test_a_high_strength_is_warned_of(model) -> None:
+    patch = fit(model, request())
+    assert "warning" not in fit_summary(request(strength=1.5), patch, 1.0, "T")
+    assert "warning: The strength 3 " in fit_summary(request(strength=3.0), patch, 1.0, "T")
+
+
 def test_a_share_below_a_half_is_a_warning() -> None:
     assert surviving_share_summary(None) == []
     assert surviving_share_summary((0.5, "float16")) == ["in the host's weights (float16) 50.0 % of the edit survives"]
