@@ -66,6 +66,49 @@
         press("forget_concept_beat");
     }
 
+    // The badges: what is in the model, on the pages that generate pictures. The tab's hidden element holds it; it is
+    // asked for again whenever something has happened that can change it: a page was chosen, pictures were generated,
+    // the webui has other options, or another checkpoint is in its menu. That one takes a while to load.
+    const LOADING = [1500, 5000, 15000, 40000]; // milliseconds after a change of the menu
+    const GALLERIES = ["txt2img", "img2img"];
+    let seen = "";
+
+    function happenings() {
+        const menu = find("#setting_sd_model_checkpoint input") || find(".model_selection input");
+        const drawn = GALLERIES.map((one) => find(`#html_info_${one}`)?.textContent ?? "");
+        return { menu: menu ? menu.value : "", drawn: drawn.join() };
+    }
+
+    function glance() {
+        press("forget_concept_glance");
+    }
+
+    function watch() {
+        const now = happenings();
+        const key = JSON.stringify(now);
+        if (seen && seen !== key) {
+            if (JSON.parse(seen).menu !== now.menu) LOADING.forEach((delay) => setTimeout(glance, delay));
+            glance();
+        }
+        seen = key;
+        const content = find("#forget_concept_badge .fc-badge-content")?.innerHTML ?? "";
+        for (const one of GALLERIES) {
+            const place = find(`#${one}_settings`);
+            if (!place) continue;
+            let badge = document.getElementById(`forget_concept_badge_${one}`);
+            if (!badge) {
+                badge = document.createElement("div");
+                badge.id = `forget_concept_badge_${one}`;
+                badge.className = "fc-badge";
+                badge.setAttribute("role", "status");
+                place.prepend(badge);
+            }
+            if (badge.dataset.content === content) continue;
+            badge.dataset.content = content;
+            badge.innerHTML = content;
+        }
+    }
+
     // gradio reacts to input events, not to values
     function write(id, text) {
         const area = find(`#${id} textarea, #${id} input`);
@@ -75,6 +118,13 @@
     }
 
     function choose(event) {
+        const button = event.target.closest && event.target.closest("[data-press]");
+        if (button) {
+            button.disabled = true;
+            press(button.dataset.press);
+            setTimeout(() => { button.disabled = false; }, 3 * INTERVAL);
+            return;
+        }
         const card = event.target.closest && event.target.closest("#forget_concept_cards .fc-card");
         if (!card) return;
         write("forget_concept_pressed", card.dataset.name);
@@ -116,6 +166,10 @@
     onUiLoaded(function () {
         if (!find("#forget_concept_beat")) return;
         gradioApp().addEventListener("click", choose);
-        setInterval(() => { poll(); fixAccessibility(); }, INTERVAL);
+        gradioApp().addEventListener("click", (event) => {
+            if (event.target.closest && event.target.closest("#tabs > .tab-nav button")) glance();
+        });
+        setInterval(() => { poll(); watch(); fixAccessibility(); }, INTERVAL);
     });
+    onOptionsChanged(glance);
 })();

@@ -49,6 +49,7 @@ def register() -> type:
         The class of the always-on script.
     """
     from .always_on import script_of
+    from .plot_axes import add_axes
     from .webui import api_auth, listen, serves_api
 
     host = running()
@@ -69,5 +70,5 @@ def register() -> type:
 
         return SECTION, options()
 
-    listen(host, tabs, started, settings)
+    listen(host, tabs, started, settings, lambda: add_axes(host))
     return script_of(host)

@@ -34,6 +34,7 @@ from .models import (
     ActiveModel,
     ApplyBody,
     CombineBody,
+    DroppedModel,
     EvaluateBody,
     ForgetBody,
     JobModel,
@@ -305,6 +306,26 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
     def active() -> Any:
         """The patches in the loaded model's weights, in the order in which they were applied."""
         return _active(store)
+
+    @router.get("/dropped", response_model=list[DroppedModel], summary="List the dropped patches")
+    def dropped() -> Any:
+        """The patches that were applied and not removed, and that the current checkpoint's weights do not contain.
+
+        Loading another checkpoint, or the same one again, takes patches out of the weights.
+        """
+        return [dataclasses.asdict(one) for one in store.dropped()]
+
+    @router.post("/dropped/apply", response_model=list[ActiveModel], summary="Apply the dropped patches again")
+    def apply_again() -> Any:
+        """Apply every dropped patch to the loaded model at its strength."""
+        store.apply_again()
+        return _active(store)
+
+    @router.post("/dropped/dismiss", response_model=list[DroppedModel], summary="Leave the dropped patches out")
+    def dismiss() -> Any:
+        """No longer list the dropped patches; the model stays as it is."""
+        store.dismiss_dropped()
+        return [dataclasses.asdict(one) for one in store.dropped()]
 
     # -- reports -------------------------------------------------------------------------------------------------
 

@@ -90,6 +90,10 @@ class A1111(WebUI):
         resident = self._resident(model)
         return LoadedModel(model.sd_checkpoint_info.title, resident.survey.family, resident.key)
 
+    def checkpoint(self) -> str:
+        info = getattr(sd_models.model_data.sd_model, "sd_checkpoint_info", None)
+        return "" if info is None else str(info.name)
+
     # -- patches in its weights ----------------------------------------------------------------------------------
 
     def apply(self, name: str, patch: Patch, strength: float) -> None:

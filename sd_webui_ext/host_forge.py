@@ -97,12 +97,15 @@ class Forge(WebUI):
     def model(self) -> LoadedModel:
         data = sd_models.model_data
         model = data.sd_model
-        # Forge loads the selected checkpoint only when it is needed
-        if data.forge_hash != str(data.forge_loading_parameters) or getattr(model, "forge_objects", None) is None:
+        if _other_is_selected() or getattr(model, "forge_objects", None) is None:
             with self.alone():
                 model = self._loaded()
         resident = self._resident(model)
         return LoadedModel(model.sd_checkpoint_info.title, resident.survey.family, resident.key)
+
+    def checkpoint(self) -> str:
+        info = sd_models.model_data.forge_loading_parameters.get("checkpoint_info")
+        return "" if info is None else str(info.name)
 
     # -- patches in its weights ----------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class Forge(WebUI):
     def active(self) -> list[ActivePatch]:
         model = sd_models.model_data.sd_model
         resident = None if getattr(model, "forge_objects", None) is None else self._residents.get(model)
-        if resident is None or not resident.patches:
+        if resident is None or not resident.patches or _other_is_selected():
             return []
         in_force = resident.unpatched or model.forge_objects_original.unet is resident.now
         # while it generates a picture, Forge moves weights; the picture uses the patcher checked above, which suffices
@@ -194,6 +197,12 @@ class Forge(WebUI):
             stack.enter_context(without_checkpointing(unet))
             stack.enter_context(_norm_inputs_copied(unet))
             yield _diffusion(model, resident)
+
+
+def _other_is_selected() -> bool:
+    """Whether the loaded model is not the selected one: Forge loads that only when it is needed."""
+    data = sd_models.model_data
+    return bool(data.forge_hash != str(data.forge_loading_parameters))
 
 
 def _check_dtype(resident: _Resident) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "ActiveModel",
     "ApplyBody",
     "CombineBody",
+    "DroppedModel",
     "EvaluateBody",
     "ForgetBody",
     "JobModel",
@@ -190,6 +191,15 @@ class ActiveModel(BaseModel):
     name: str
     strength: float
     in_force: bool = Field(..., description="Whether the weights currently contain it.")
+
+
+class DroppedModel(BaseModel):
+    """A patch that was applied and that the current checkpoint's weights do not contain."""
+
+    name: str
+    strength: float
+    checkpoint: str = Field(..., description="The checkpoint that it was applied to.")
+    same: bool = Field(..., description="Whether that is the current checkpoint, loaded again since.")
 
 
 def request_of(body: ForgetBody, images: dict[int, list[str]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ clicks a hidden button, so that updates use gradio's own connection, with its lo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,7 @@ import gradio as gr
 from ..core.errors import ForgetConceptError
 from ..core.service import html
 from ..core.service.host_interface import Host
+from ..core.service.jobs import Job
 from ..core.service.patch_store import PatchStore, patch_store_of
 from .tab_evaluate import EvaluatePart
 from .tab_forget import ForgetPart
@@ -22,6 +24,7 @@ from .tab_patches import PatchesPart
 __all__ = ["build"]
 
 _QUICK = {"queue": False, "show_progress": "hidden"}
+_KINDS = ("forget", "evaluate")
 
 
 def build(host: Host) -> gr.Blocks:
@@ -36,18 +39,19 @@ def build(host: Host) -> gr.Blocks:
             with gr.TabItem("Evaluate", id="evaluate", elem_id="forget_concept_tab_evaluate") as evaluate_tab:
                 evaluate = EvaluatePart(store)
         poll = gr.Button("Look again", elem_id="forget_concept_beat", elem_classes=["fc-hidden"])
+        glance = gr.Button("Look at the model", elem_id="forget_concept_glance", elem_classes=["fc-hidden"])
         opened = gr.Button("Page opened", elem_id="forget_concept_opened", elem_classes=["fc-hidden"])
         shown = gr.Textbox("", visible=False)  # the jobs and states that this page shows
         heartbeat = _JobHeartbeat(store, forget, patches, evaluate, shown)
         heartbeat.outputs = [
             shown,
             *heartbeat.live,
-            forget.result,
-            *evaluate.results,
+            *evaluate.results[1:],
             *patches.live,
             evaluate.chosen,
         ]
         poll.click(heartbeat.look, [shown, patches.chosen, evaluate.chosen], heartbeat.outputs, **_QUICK)
+        glance.click(patches.looked, [], patches.in_model, **_QUICK)
         opened.click(
             lambda a, b: [*heartbeat.look("", a, b), *forget.recalled()],
             [patches.chosen, evaluate.chosen],
@@ -82,51 +86,72 @@ class _JobHeartbeat:
     @property
     def live(self) -> list[Any]:
         """The components that :meth:`started` and :meth:`stopped` update."""
-        return [*self.forget.status, *self.evaluate.status]
+        return [*self.forget.status, self.forget.result, *self.evaluate.status, self.evaluate.words]
 
-    def _status(self, problems: tuple[str, str] = ("", "")) -> list[Any]:
+    def _status(self, changed: Collection[str], problems: Mapping[str, str] | None = None) -> list[Any]:
+        """Values for :attr:`live`.
+
+        Args:
+            changed: The kinds of jobs whose state and result are sent again.
+            problems: Why no job was started, by kind: shown alone, because the last job's state and result would read
+                as those of what is in the form now.
+        """
         number = next(self._heartbeats)
         busy = any(not job.over for job in self.store.jobs.all())
         found: list[Any] = []
-        for kind, words in zip(("forget", "evaluate"), problems, strict=True):
+        for kind in _KINDS:
             job = self.store.jobs.latest(kind)
-            text = html.state(job, number) + (html.problem(words) if words else "")
             running = job is not None and not job.over
-            found += [text, gr.update(interactive=not busy), gr.update(interactive=running)]
+            words = (problems or {}).get(kind, "")
+            state: Any = gr.update()
+            result: Any = gr.update()
+            if words and not running:
+                state, result = html.state(None, number) + html.problem(words), ""
+            elif kind in changed:
+                state, result = html.state(job, number) + (html.problem(words) if words else ""), html.outcome(job)
+            found += [state, gr.update(interactive=not busy), gr.update(interactive=running), result]
         return found
 
     def started(self, kind: str, begin: Any) -> list[Any]:
-        """Start a job; an error is shown beside the button."""
-        words = ""
+        """Start a job; an error is shown beside the button, in place of the last job's result."""
+        problems = {}
         try:
             begin()
         except ForgetConceptError as error:
-            words = str(error)
-        return self._status((words, "") if kind == "forget" else ("", words))
+            problems[kind] = str(error)
+        return self._status([kind], problems)
 
     def stopped(self) -> list[Any]:
         """Interrupt the running job."""
         job = self.store.jobs.latest()
-        if job is not None:
-            self.store.jobs.cancel(job.id)
-        return self._status()
+        if job is None:
+            return self._status([])
+        self.store.jobs.cancel(job.id)
+        return self._status([job.kind])
 
     def look(self, shown: str, chosen: str | None, evaluated: str | None) -> list[Any]:
-        """Everything that may have changed since this page last polled."""
+        """Everything that may have changed since this page last polled; ``shown`` is empty for a page just opened."""
         jobs = self.store.jobs.all()
-        now = ",".join(f"{job.id}:{job.state}" for job in jobs)
-        status = self._status()
+        latest = {kind: self.store.jobs.latest(kind) for kind in _KINDS}
+        known = shown.split(",")
+        changed = [kind for kind, job in latest.items() if _sign(job) not in known or (job and not job.over)]
+        status = self._status(changed)
+        now = ",".join([_sign(None), *map(_sign, jobs)])
         if now == shown:
             rest: list[Any] = [gr.update()] * (len(self.outputs) - 1 - len(status))
             return [shown, *status, *rest]
-        forget, evaluate = self.store.jobs.latest("forget"), self.store.jobs.latest("evaluate")
+        forget, evaluate = latest["forget"], latest["evaluate"]
         made = forget is not None and forget.outcome is not None and jobs and jobs[-1].id == forget.id
         name = forget.outcome.data["name"] if made and forget and forget.outcome else None
         return [
             now,
             *status,
-            html.outcome(forget),
-            *self.evaluate.outcome(evaluate),
+            *self.evaluate.outcome(evaluate)[1:],
             *self.patches.refreshed(name or chosen),
             self.evaluate.listed(name or evaluated),
         ]
+
+
+def _sign(job: Job | None) -> str:
+    """What a page remembers of a job that it shows; of none, that it was opened."""
+    return "opened" if job is None else f"{job.id}:{job.state}"

@@ -42,8 +42,8 @@ class ForgetPart:
         preset = settings.preset if settings.preset in self.methods[method].presets else "tuned"
         gr.HTML(
             '<p class="fc-lead">Makes the loaded checkpoint forget an object, a style or a person, and retains the '
-            "rest. The checkpoint itself stays unchanged: the result is a small LoRA, which this webui, SD.Next, "
-            "ComfyUI and others can load without this extension.</p>"
+            "rest. The checkpoint itself stays unchanged: the result is a small LoRA file, which this webui and "
+            "ComfyUI load without this extension.</p>"
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=420):

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..core.errors import ForgetConceptError
+from ..core.errors import ForgetConceptError, listed
 from ..core.service import html
 from ..core.service.forget_job import MOST_STRENGTH
 from ..core.service.patch_store import PatchStore
@@ -27,6 +27,10 @@ class PatchesPart:
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=380):
                 self.active = gr.HTML("", elem_id=f"{_ID}active")
+                self.dropped = gr.HTML("", elem_id=f"{_ID}dropped")
+                # the page's script presses these for the buttons beside the words, here and on the badges
+                self.again = gr.Button("Apply again", elem_id=f"{_ID}again", elem_classes=["fc-hidden"])
+                self.dismiss = gr.Button("Leave out", elem_id=f"{_ID}dismiss", elem_classes=["fc-hidden"])
                 with gr.Row():
                     self.refresh = gr.Button("Look again", size="sm", elem_id=f"{_ID}refresh")
                     self.clear = gr.Button("Take all patches out", size="sm", elem_id=f"{_ID}clear")
@@ -39,7 +43,10 @@ class PatchesPart:
             with gr.Column(scale=5, min_width=340):
                 self._chosen()
         self._combining()
-        self.live = [self.active, self.cards, self.chosen, self.tag, self.details, *self.parts]
+        # the pages that generate pictures show it: the page's script copies it there
+        self.badge = gr.HTML("", elem_id=f"{_ID}badge", elem_classes=["fc-hidden"])
+        self.in_model = [self.badge, self.active, self.dropped]
+        self.live = [*self.in_model, self.cards, self.chosen, self.tag, self.details, *self.parts]
 
     def _chosen(self) -> None:
         self.chosen = gr.Dropdown([], value=None, label="Patch", elem_id=f"{_ID}chosen")
@@ -53,7 +60,7 @@ class PatchesPart:
         self.tag = gr.Textbox(
             "",
             label="For a prompt",
-            info="Works in every webui that loads LoRAs, including SD.Next, without this extension",
+            info="Works in programs that load LoRAs, without this extension",
             interactive=False,
             show_copy_button=True,
             elem_id=f"{_ID}tag",
@@ -114,6 +121,8 @@ class PatchesPart:
         self.apply.click(self._applied, [self.chosen, self.strength], [self.message, *live], **_QUICK)
         self.remove.click(self._removed, [self.chosen], [self.message, *live], **_QUICK)
         self.clear.click(self._cleared, [self.chosen], [self.message, *live], **_QUICK)
+        self.again.click(self._applied_again, [self.chosen], [self.message, *live], **_QUICK)
+        self.dismiss.click(self._dismissed, [self.chosen], [self.message, *live], **_QUICK)
         self.rename.click(self._renamed, [self.chosen, self.new_name], [self.message, self.new_name, *live], **_QUICK)
         self.folder.click(self._opened, [self.chosen], [self.message], **_QUICK)
         self.delete.click(
@@ -130,16 +139,23 @@ class PatchesPart:
 
     def refreshed(self, chosen: str | None) -> list[Any]:
         """Values for :attr:`live`, with ``chosen`` selected if it exists, else the newest patch."""
-        table, active = self._active()
+        active: list[str] = []
+        try:
+            self.store.host.model()
+        except ForgetConceptError as error:
+            in_model = ["", html.problem(str(error)), ""]
+        else:
+            in_model, active = self._now()
         try:
             entries = self.store.library.entries()
         except ForgetConceptError as error:
-            return [table, html.problem(str(error)), *[gr.update()] * (len(self.live) - 2)]
+            rest = len(self.live) - len(in_model) - 1
+            return [*in_model, html.problem(str(error)), *[gr.update()] * rest]
         names = [entry.name for entry in entries]
         chosen = chosen if chosen in names else names[0] if names else None
         entry = next((entry for entry in entries if entry.name == chosen), None)
         return [
-            table,
+            *in_model,
             html.cards(entries, chosen, active),
             gr.update(choices=names, value=chosen),
             entry.tag if entry else "",
@@ -147,12 +163,23 @@ class PatchesPart:
             *[gr.update(choices=names) for _ in self.parts],
         ]
 
-    def _active(self) -> tuple[str, list[str]]:
+    def looked(self) -> list[Any]:
+        """Values for :attr:`in_model`, without loading a checkpoint."""
         try:
-            model, active = self.store.host.model(), self.store.active()
+            return self._now()[0]
         except ForgetConceptError as error:
-            return html.problem(str(error)), []
-        return html.active_table(active, model.title), [one.name for one in active]
+            return ["", html.problem(str(error)), ""]
+
+    def _now(self) -> tuple[list[Any], list[str]]:
+        """Values for :attr:`in_model`, and the names of the active patches."""
+        active, dropped = self.store.active(), self.store.dropped()
+        by_itself = self.store.settings.reapply
+        found = [
+            html.badge(active, dropped, by_itself),
+            html.active_table(active, self.store.host.checkpoint() or "the model"),
+            html.dropped_patches(dropped, by_itself),
+        ]
+        return found, [one.name for one in active]
 
     def _details(self, name: str | None) -> str:
         if name is None:
@@ -185,6 +212,19 @@ class PatchesPart:
             return f"'{chosen}' is removed from the loaded model; its weights are restored."
 
         return self._done(chosen, work)
+
+    def _applied_again(self, chosen: str | None) -> list[Any]:
+        try:
+            names = [f"'{one.name}'" for one in self.store.apply_again()]
+            message = html.notice(f"Applied to the loaded model again: {listed(names)}.") if names else ""
+        except ForgetConceptError as error:
+            message = html.problem(str(error))
+        return [message, *self.refreshed(chosen)]
+
+    def _dismissed(self, chosen: str | None) -> list[Any]:
+        names = [f"'{one.name}'" for one in self.store.dismiss_dropped()]
+        message = html.notice(f"Left out of the loaded model: {listed(names)}.") if names else ""
+        return [message, *self.refreshed(chosen)]
 
     def _cleared(self, chosen: str | None) -> list[Any]:
         try:

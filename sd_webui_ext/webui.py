@@ -35,6 +35,7 @@ __all__ = [
     "api_auth",
     "listen",
     "lora_extension",
+    "plot_script",
     "refresh_button",
     "scripts",
     "serves_api",
@@ -46,6 +47,12 @@ def lora_extension() -> Any:
     """The module of the built-in Lora extension; ``None`` if it is disabled."""
     found = sys.modules.get("networks")
     return found if hasattr(found, "available_networks") else None
+
+
+def plot_script() -> Any:
+    """The module of the X/Y/Z plot as loaded now; ``None`` before that, or if there is none."""
+    modules = [one.module for one in scripts.scripts_data if one.path.endswith("xyz_grid.py")]
+    return next((found for found in modules if hasattr(found, "axis_options")), None)
 
 
 class WebUI:
@@ -78,6 +85,22 @@ class WebUI:
                 self._owner = None
 
     @contextmanager
+    def during_picture(self) -> Iterator[None]:
+        """Inside of a script's callback: the webui holds its queue lock for this thread already, unlike ours."""
+        if self._owner == threading.get_ident():
+            yield
+            return
+        # another extension may generate pictures without the lock
+        taken = call_queue.queue_lock.acquire(blocking=False)
+        before, self._owner = self._owner, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._owner = before
+            if taken:
+                call_queue.queue_lock.release()
+
+    @contextmanager
     def job(self, title: str) -> Iterator[Progress]:
         with self.alone():
             state = shared.state
@@ -107,6 +130,9 @@ class WebUI:
 
     def model(self) -> LoadedModel:
         self._unsupported()
+
+    def checkpoint(self) -> str:
+        return ""
 
     def latent_diffusion(self) -> Any:
         self._unsupported()
@@ -184,6 +210,7 @@ def listen(
     tabs: Callable[[], list[tuple[Any, str, str]]],
     started: Callable[[Any], None],
     settings: Callable[[], tuple[tuple[str, str], Sequence[Any]]],
+    before: Callable[[], None],
 ) -> None:
     """Register callbacks with the webui, which drops them whenever its UI is reloaded."""
 
@@ -202,6 +229,8 @@ def listen(
 
     if shared.cmd_opts.nowebui:  # without a page, the webui does not call ui_settings
         add_settings()
+    before()  # the webui's own scripts come first, and without a page its API creates them before any callback
+    _register("before_ui", before)
     _register("ui_settings", add_settings)
     _register("ui_tabs", tabs)
     _register("app_started", lambda demo, app: started(app))

@@ -42,6 +42,15 @@ class FakeWebui:
             raise ModelError("No checkpoint is loaded: choose one first.")
         return self.loaded
 
+    def checkpoint(self) -> str:
+        return "" if self.loaded is None else self.loaded.title.partition(" [")[0]
+
+    def load(self, title: str) -> None:
+        """Load a checkpoint, as a webui does: what was in the weights is gone."""
+        for name in list(self._applied):
+            self.remove(name)
+        self.loaded = LoadedModel(title, "other", self.loaded.key + 1)
+
     @contextmanager
     def job(self, title: str) -> Iterator[Progress]:
         with self.queue:

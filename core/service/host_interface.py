@@ -59,6 +59,9 @@ class Host(Protocol):
     def model(self) -> LoadedModel:
         """The loaded model. Raises :class:`ModelError` where there is none or it is not supported."""
 
+    def checkpoint(self) -> str:
+        """The file name of the checkpoint that the next picture uses, without loading it; empty where there is none."""
+
     def job(self, title: str) -> AbstractContextManager[Progress]:
         """Hold the host's queue, so that image generation waits, and show a job in its state.
 
@@ -75,7 +78,7 @@ class Host(Protocol):
         """Remove an active patch; the weights are bit-identical to what they would be without it."""
 
     def active(self) -> list[ActivePatch]:
-        """The patches applied to the loaded model, in the order of their application."""
+        """The patches applied to the model that the next picture uses, in the order of their application."""
 
     def lora_folder(self) -> Path:
         """Where patches are saved, so that the host's own LoRA loader finds them."""

@@ -13,13 +13,27 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..errors import listed
 from ..models.images import to_pil
+from .applied import DroppedPatch
 from .host_interface import ActivePatch
 from .jobs import Job, Pair
 from .patch_library import Entry
 from .progress_text import clock_time
 
-__all__ = ["active_table", "cards", "details", "notice", "outcome", "problem", "question", "report_frame", "state"]
+__all__ = [
+    "active_table",
+    "badge",
+    "cards",
+    "details",
+    "dropped_patches",
+    "notice",
+    "outcome",
+    "problem",
+    "question",
+    "report_frame",
+    "state",
+]
 
 _STATES = {
     "queued": "waiting",
@@ -162,6 +176,45 @@ def active_table(active: Sequence[ActivePatch], title: str) -> str:
 
 def _force(one: ActivePatch) -> tuple[str, str]:
     return ("yes", "yes, looked at just now") if one.in_force else ("no", "no: put it in again")
+
+
+def dropped_patches(dropped: Sequence[DroppedPatch], by_itself: bool) -> str:
+    """Which patches the current checkpoint lost, with buttons to apply them again or leave them out; empty for none.
+
+    The page's script presses the tab's button that ``data-press`` names.
+
+    Args:
+        by_itself: Whether the host applies them again with the next picture.
+    """
+    if not dropped:
+        return ""
+    return (
+        f'<div class="fc-problem" role="alert">{_text(_dropped(dropped, by_itself))}<div class="fc-presses">'
+        '<button type="button" data-press="forget_concept_again">Apply again</button> '
+        '<button type="button" data-press="forget_concept_dismiss">Leave out</button></div></div>'
+    )
+
+
+def _dropped(dropped: Sequence[DroppedPatch], by_itself: bool) -> str:
+    lines = []
+    if own := [f"'{one.name}' at strength {one.strength:g}" for one in dropped if one.same]:
+        then = (
+            "The next picture applies it again."
+            if by_itself
+            else "Pictures are generated without it until you apply it again."
+        )
+        lines.append(f"No longer in the model, because its checkpoint was loaded again: {listed(own)}. {then}")
+    if others := [f"'{one.name}' ({one.checkpoint}, {one.strength:g})" for one in dropped if not one.same]:
+        lines.append(f"Applied to another checkpoint, not to this one: {listed(others)}.")
+    return "\n".join(lines)
+
+
+def badge(active: Sequence[ActivePatch], dropped: Sequence[DroppedPatch], by_itself: bool) -> str:
+    """The patches in the model and those it lost, for the pages that generate pictures; empty for none."""
+    now = [f"{one.name} {one.strength:g}" for one in active if one.in_force]
+    words = f'<span class="fc-on">Forget Concept</span> in the model: <strong>{escape(", ".join(now))}</strong>'
+    shown = (f"<div>{words}</div>" if now else "") + dropped_patches(dropped, by_itself)
+    return f'<div class="fc-badge-content">{shown}</div>'
 
 
 def details(found: Mapping[str, Any]) -> str:

@@ -75,6 +75,13 @@ def options() -> tuple[Option, ...]:
             high=16,
         ),
         Option(_PREFIX + "steps", "whole", 20, "Sampling steps of these pictures", low=1, high=150),
+        Option(
+            _PREFIX + "reapply",
+            "switch",
+            False,
+            "Put patches back into a checkpoint by itself when it is loaded again",
+            "switching the checkpoint takes patches out of the weights; off: the pages say so and offer to apply them",
+        ),
         Option(_PREFIX + "remember", "switch", True, "Let the tab remember what was last asked for"),
     )
 
@@ -89,6 +96,7 @@ class Settings:
     precision: str
     pairs: int
     steps: int
+    reapply: bool
     remember: bool
 
     @property
@@ -112,5 +120,6 @@ class Settings:
             str(found["precision"]),
             int(found["pairs"]),
             int(found["steps"]),
+            bool(found["reapply"]),
             bool(found["remember"]),
         )

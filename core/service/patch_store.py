@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 from ..errors import ForgetConceptError, PatchError, RequestError
 from ..progress import Progress
+from .applied import AppliedPatches, DroppedPatch
 from .errors import NotFoundError
 from .evaluate_job import EvaluateJob, Reports
 from .forget_job import ForgetJob, ForgetResult, check_strength
 from .host_interface import ActivePatch, Host
-from .jobs import Job, Jobs
+from .jobs import Job, Jobs, Outcome
 from .options import Settings
 from .patch_library import Entry, PatchLibrary
 
@@ -29,6 +30,7 @@ class PatchStore:
         self.jobs = Jobs(host)
         self.library = PatchLibrary(host.lora_folder)
         self.reports = Reports(host)
+        self._applied = AppliedPatches()
 
     @property
     def settings(self) -> Settings:
@@ -48,7 +50,13 @@ class PatchStore:
             finally:
                 done()
 
-        return self.jobs.start("forget", job.title, work, lambda result: job.finish(self.host, self.library, result))
+        def finish(result: ForgetResult) -> Outcome:
+            outcome = job.finish(self.host, self.library, result)
+            if outcome.data["applied"]:
+                self._applied.put(self.host.checkpoint(), outcome.data["name"], float(job.apply or 0.0))
+            return outcome
+
+        return self.jobs.start("forget", job.title, work, finish)
 
     def evaluate(self, job: EvaluateJob) -> Job:
         """Check and start a job that evaluates a patch."""
@@ -71,20 +79,71 @@ class PatchStore:
         """Apply a patch to the loaded model, or change its strength there."""
         check_strength(strength)
         self.jobs.check_free()  # else this would wait silently for as long as the job takes
+        self._put(name, strength)
+
+    def _put(self, name: str, strength: float) -> None:
         self._check_family(name)
         self.host.apply(name, self.library.load(name), strength)
+        self._applied.put(self.host.checkpoint(), name, strength)
 
     def remove(self, name: str) -> None:
-        """Remove a patch from the loaded model."""
+        """Remove a patch from the loaded model, or strike off one that was dropped from it."""
         if name not in [one.name for one in self.active()]:
+            if dropped := [one for one in self.dropped() if one.name == name]:
+                self._applied.dismiss(dropped)
+                return
             raise NotFoundError(f"The patch '{name[:120]}' is not in the loaded model.")
         self.jobs.check_free()
         self.host.remove(name)
+        self._applied.take(self.host.checkpoint(), name)
+
+    # -- patches that a checkpoint lost when it was loaded again ---------------------------------------------------
+
+    def dropped(self) -> list[DroppedPatch]:
+        """The patches that the user applied and did not remove, and that are not in the current checkpoint."""
+        return self._applied.dropped(self.host.checkpoint(), self.active())
+
+    def apply_again(self) -> list[DroppedPatch]:
+        """Apply every dropped patch to the loaded model at its strength, and return them.
+
+        Raises:
+            ForgetConceptError: One cannot be applied, or a job is running; those before it are applied.
+        """
+        self.jobs.check_free()
+        dropped = self.dropped()
+        for one in dropped:
+            self._restore(one)
+        return dropped
+
+    def apply_again_for_picture(self) -> list[DroppedPatch]:
+        """Like :meth:`apply_again`, of the current checkpoint's own patches, for a host that is about to draw.
+
+        The host holds its queue for this thread, so that a job that waits for the queue does not matter.
+        """
+        dropped = [one for one in self.dropped() if one.same]
+        for one in dropped:
+            self._restore(one)
+        return dropped
+
+    def dismiss_dropped(self) -> list[DroppedPatch]:
+        """Strike off every dropped patch, and return them; the loaded model stays as it is."""
+        dropped = self.dropped()
+        self._applied.dismiss(dropped)
+        return dropped
+
+    def _restore(self, dropped: DroppedPatch) -> None:
+        # something else overwrote its weights: the host still lists it
+        if dropped.name in [one.name for one in self.active()]:
+            self.host.remove(dropped.name)
+        self._put(dropped.name, dropped.strength)
+
+    # -- the library -----------------------------------------------------------------------------------------------
 
     def rename(self, name: str, new: str) -> Entry:
         """Rename a patch in the library; refused while it is applied."""
         self.check_not_applied(name, "rename")
         entry = self.library.rename(name, new)
+        self._applied.rename(name, entry.name)
         self.host.refresh_patches()
         return entry
 
@@ -92,6 +151,7 @@ class PatchStore:
         """Delete a patch from the library; refused while it is applied."""
         self.check_not_applied(name, "delete")
         self.library.delete(name)
+        self._applied.rename(name, None)
         self.host.refresh_patches()
 
     def combine(self, parts: Sequence[tuple[str, float]], name: str, max_rank: int | None) -> tuple[Entry, str]:

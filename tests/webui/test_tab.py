@@ -185,7 +185,7 @@ def test_a_person_makes_the_model_forget_and_sees_it(tab: Tab) -> None:
 def test_patches_are_put_on_taken_off_renamed_and_deleted_only_when_meant(tab: Tab) -> None:
     tab.part("Patches")
     tab.press("remove_now")
-    assert "out of the loaded model" in tab.text("patch_message")
+    assert "removed from the loaded model" in tab.text("patch_message")
     tab.page.locator("#forget_concept_patch_strength input[type=number]").fill("0.5")
     tab.press("apply_now")
     assert "0.5" in tab.text("active") and tab.host.get("/forget-concept/v1/active")[0]["strength"] == 0.5

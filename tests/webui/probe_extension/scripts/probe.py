@@ -14,6 +14,7 @@ import torch
 from fastapi.responses import JSONResponse
 from modules import (
     call_queue,
+    processing,
     script_callbacks,
     script_loading,
     sd_models,
@@ -45,6 +46,16 @@ rough = sd_vae_approx.cheap_approximation
 sd_vae_approx.cheap_approximation = lambda sample: rough(sample.float())
 
 SECONDS = {}
+COMMENTS = []
+inner_comment = processing.StableDiffusionProcessing.comment
+
+
+def comment(p, text):
+    COMMENTS.append(text)
+    inner_comment(p, text)
+
+
+processing.StableDiffusionProcessing.comment = comment
 
 
 def timed(inner, label):
@@ -311,8 +322,6 @@ def reload_checkpoint(arguments):
 
 def cycles(arguments):
     """Apply and remove in random order, with random pictures in between; what the webui itself would draw."""
-    from modules import processing
-
     rng = random.Random(arguments["seed"])
     kohya = core("formats.kohya")
     loaded = {name: kohya.load(host().lora_folder() / f"{name}.safetensors") for name in arguments["patches"]}
@@ -414,6 +423,20 @@ def pasted(arguments):
     return found
 
 
+def comments(arguments):
+    """What the webui was to show below pictures since this was last asked."""
+    found, COMMENTS[:] = list(COMMENTS), []
+    return {"comments": found}
+
+
+def plot_axes(arguments):
+    """The labels of the axes of txt2img's X/Y/Z plot, in its order."""
+    from modules import scripts
+
+    plot = next(one for one in scripts.scripts_txt2img.selectable_scripts if one.title() == "X/Y/Z plot")
+    return {"labels": [option.label for option in plot.current_axis_options]}
+
+
 def queued(arguments):
     """Begins a long job in a thread, so that a test may ask for a picture meanwhile."""
     ended = []
@@ -436,7 +459,7 @@ def ended(arguments):
 
 WORK = [
     neighbour, state, forget, texts, compare, apply, remove, active, model, spoil, checkpoint, reload_checkpoint,
-    cycles, hypernetwork, optimization, options, reload_ui, imported, pasted, queued, ended,
+    cycles, hypernetwork, optimization, options, reload_ui, imported, pasted, comments, plot_axes, queued, ended,
 ]  # fmt: skip
 
 
