@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import ModelError
+from .architectures import SUPPORTED, architecture_of
 
 __all__ = [
     "PROJECTIONS",
@@ -186,6 +187,11 @@ def survey(unet: nn.Module) -> UNetSurvey:
         layout, places = "ldm", _ldm_places(unet)
     elif "down_blocks" in children and "up_blocks" in children:
         layout, places = "diffusers", _diffusers_places(unet)
+    elif (name := architecture_of(unet)) is not None:
+        raise ModelError(
+            f"This is a {name} model, whose patches would need another method: only {SUPPORTED} models can be edited. "
+            "Load one of those."
+        )
     else:
         raise ModelError(
             f"This model ({type(unet).__name__}) has no cross-attention UNet of a supported structure: neither "

@@ -49,7 +49,8 @@ def options() -> tuple[Option, ...]:
             "tuned",
             "Preset that the tab starts with",
             "published: the authors' settings; tuned: those that did best here",
-            tuple(dict.fromkeys(name for method in methods.values() for name in method.presets)),
+            # those of any method that is chosen above
+            tuple(name for name in methods["uce"].presets if all(name in one.presets for one in methods.values())),
         ),
         Option(
             _PREFIX + "folder",

@@ -23,6 +23,7 @@ from forget_concept.core.service.forms import (
     settings_summary,
     with_settings,
 )
+from forget_concept.core.service.options import options
 
 METHODS = [pytest.param(method, id=name) for name, method in all_methods().items()]
 
@@ -107,3 +108,10 @@ def test_fields_that_cannot_be_say_why(name: str, changes: dict, words: str) -> 
     with pytest.raises(RequestError, match=words):
         found = settings_of(method, "tuned", presets(method)["tuned"] | changes)
         resolve_settings(method, found.preset, found.values)
+
+
+def test_the_settings_page_offers_presets_that_every_method_has() -> None:
+    (preset,) = [option for option in options() if option.key.endswith("_preset")]
+    assert {"published", "tuned"} <= set(preset.choices)
+    for method in all_methods().values():
+        assert set(preset.choices) <= set(method.presets), method.id

@@ -7,7 +7,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-from webuihost import ROOT, WebUI
+from webuihost import ROOT, ProbeError, WebUI
 
 STARTUP = 0.5
 
@@ -49,6 +49,13 @@ def test_its_script_and_settings_are_there(webui: WebUI) -> None:
     scripts = webui.get("/sdapi/v1/scripts")
     assert "forget concept" in scripts["txt2img"] and "forget concept" in scripts["img2img"]
     assert webui.probe("imported")["method"] == "uce"
+
+
+def test_a_diffusion_transformer_is_refused_by_the_name_of_its_family(webui: WebUI) -> None:
+    family = {"webui": "Stable Diffusion 3", "forge": "Flux"}[webui.kind]
+    with pytest.raises(ProbeError, match=f"This is a {family} model.*only Stable Diffusion 1, 2 and XL"):
+        webui.probe("transformer")
+    assert "forget-concept-mini" in webui.probe("model")["title"]
 
 
 def test_reload_ui_keeps_one_host_and_all_callbacks(webui: WebUI) -> None:

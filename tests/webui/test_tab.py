@@ -102,6 +102,23 @@ class Tab:
         self.page.keyboard.press("Enter")
         self.settle()
 
+    def go(self, page: str) -> None:
+        """To another of the webui's own pages."""
+        self.page.locator("#tabs > .tab-nav button").get_by_text(page, exact=True).click()
+        self.settle()
+
+    def badge(self, page: str, words: str) -> Any:
+        """Wait for words on the badge of txt2img or img2img; the badge."""
+        found = self.page.locator(f"#forget_concept_badge_{page}")
+        found.get_by_text(words).first.wait_for(timeout=LIMIT)
+        return found
+
+    def checkpoint(self, name: str) -> None:
+        """Choose a checkpoint in the webui's own menu."""
+        self.page.locator("#setting_sd_model_checkpoint input, .model_selection input").first.click()
+        self.page.locator("ul li", has_text=name).last.click()
+        self.settle()
+
     def seen(self, name: str) -> bool:
         return self.at(name).is_visible()
 
@@ -128,6 +145,7 @@ def running(request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pyte
         pytest.skip(why)
     found = WebUI(host, tmp_path_factory.mktemp(f"tab-{kind}"), kind)
     found.prepare()
+    found.second_checkpoint("turned")
     # with a data folder elsewhere Forge does not serve its own scripts
     allowed = ["--gradio-allowed-path", str(host), "--gradio-allowed-path", str(ROOT)] if kind == "forge" else []
     try:
@@ -290,6 +308,66 @@ def test_an_evaluation_is_read_on_the_page(tab: Tab) -> None:
     assert "forgotten" in tab.text("evaluate_words")
     # gradio 4 sets a name and its ending apart
     assert "star_00001.html" in "".join(tab.text("report_files").split())
+    assert tab.complaints == []
+
+
+def test_an_error_stands_alone_and_not_beside_the_last_result(tab: Tab) -> None:
+    tab.choose("method", "Unified Concept Editing")
+    tab.fill("concept_1", "star")
+    tab.box("pairs").fill("0")
+    tab.press("start")
+    assert "done" in tab.state("state", "done", "failed")
+    tab.open()  # a page just opened shows the last job
+    assert "star (object)" in tab.text("result") and "done" in tab.text("state")
+    tab.fill("concept_1", "")
+    tab.fill("replacement_1", "")
+    tab.press("start")
+    assert "Nothing to forget" in tab.text("state") and "done" not in tab.text("state")
+    assert tab.text("result").strip() == ""
+    # and it stays so while another part is used
+    tab.part("Patches")
+    tab.part("Forget")
+    assert "Nothing to forget" in tab.text("state") and tab.text("result").strip() == ""
+
+
+def test_the_preset_box_offers_what_the_method_has(tab: Tab) -> None:
+    def offered() -> list[str]:
+        tab.page.locator("#forget_concept_preset input").first.click()
+        found = [one.strip().removeprefix("✓").strip() for one in tab.page.locator("ul li").all_inner_texts()]
+        tab.page.keyboard.press("Escape")
+        return found
+
+    tab.choose("method", "Forget-Me-Not")
+    assert offered() == ["published", "tuned", "correction", "theme"]
+    tab.choose("preset", "theme")
+    tab.choose("method", "Unified Concept Editing")
+    assert offered() == ["published", "tuned"] and tab.value("preset") == "tuned"
+
+
+def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab) -> None:
+    tab.host.probe("forget", name="on_badge")
+    tab.host.post("/forget-concept/v1/patches/on_badge/apply", {"strength": 0.9})
+    for page in ("img2img", "txt2img"):
+        tab.go(page)
+        assert "on_badge 0.9" in tab.badge(page, "in the model").inner_text()
+    tab.checkpoint("turned")
+    tab.badge("txt2img", "Applied to another checkpoint, not to this one: 'on_badge'")
+    tab.checkpoint("forget-concept-mini")
+    badge = tab.badge("txt2img", "No longer in the model, because its checkpoint was loaded again: 'on_badge'")
+    tab.go("Forget Concept")
+    tab.part("Patches")
+    assert "'on_badge' at strength 0.9" in tab.text("dropped") and "No patch is in" in tab.text("active")
+    tab.go("txt2img")
+    badge.get_by_role("button", name="Apply again").click()
+    assert "on_badge 0.9" in tab.badge("txt2img", "in the model").inner_text()
+    assert tab.host.get("/forget-concept/v1/active") == [{"name": "on_badge", "strength": 0.9, "in_force": True}]
+    tab.go("Forget Concept")
+    tab.part("Patches")
+    assert tab.text("dropped").strip() == "" and "on_badge" in tab.text("active")
+    tab.press("clear")
+    tab.go("img2img")
+    tab.page.wait_for_function("() => !document.getElementById('forget_concept_badge_img2img').textContent.trim()")
+    tab.go("Forget Concept")
     assert tab.complaints == []
 
 

@@ -423,6 +423,31 @@ def pasted(arguments):
     return found
 
 
+def transformer(arguments):
+    """Asks for the loaded model while the host's own class of a diffusion transformer is in the UNet's place."""
+    if FORGE:
+        from backend.nn.flux import IntegratedFluxTransformer2DModel
+
+        model = sd_models.forge_model_reload()[0]
+        holder = model.forge_objects_original.unet.model
+        made = IntegratedFluxTransformer2DModel(4, 8, 8, 16, 2.0, 2, 1, 1, [2, 2, 4], 10_000, True, True)
+    else:
+        from modules.models.sd3.mmdit import MMDiT
+
+        model = shared.sd_model
+        holder = model.model
+        made = MMDiT(depth=1, pos_embed_max_size=4, num_patches=16, adm_in_channels=8)
+    known, unet_of_it = host()._residents.pop(model, None), holder.diffusion_model
+    holder.diffusion_model = made
+    try:
+        return {"title": host().model().title}
+    finally:
+        holder.diffusion_model = unet_of_it
+        host()._residents.pop(model, None)
+        if known is not None:
+            host()._residents[model] = known
+
+
 def comments(arguments):
     """What the webui was to show below pictures since this was last asked."""
     found, COMMENTS[:] = list(COMMENTS), []
@@ -459,7 +484,8 @@ def ended(arguments):
 
 WORK = [
     neighbour, state, forget, texts, compare, apply, remove, active, model, spoil, checkpoint, reload_checkpoint,
-    cycles, hypernetwork, optimization, options, reload_ui, imported, pasted, comments, plot_axes, queued, ended,
+    cycles, hypernetwork, optimization, options, reload_ui, imported, pasted, comments, transformer,
+    plot_axes, queued, ended,
 ]  # fmt: skip
 
 
