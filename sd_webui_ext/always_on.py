@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError, listed
-from ..core.request.request import MAX_STRENGTH
+from ..core.request.request import MAX_STRENGTH, strength_warning
 from ..core.service.patch_store import patch_store_of
 from .webui import ExtraNetworkParams, WebUI, refresh_button, scripts
 
@@ -227,6 +227,8 @@ def _chosen(host: WebUI, p: Any, names: Any, strength: Any) -> list[tuple[str, f
             )
             missing.append(name)
         else:
+            if warning := strength_warning(float(weight)):
+                p.comment(f"{FIELD}: '{name}': {warning}")
             weights[name] = weights.get(name, 0.0) + float(weight)
     if plotted is not None:
         # a plot's strength is that of the whole, of which the weights hold a part already

@@ -20,7 +20,7 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from ..core.errors import ForgetConceptError, RequestError
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods, plan_request
-from ..core.request.request import ForgetRequest
+from ..core.request.request import ForgetRequest, strength_warning
 from ..core.service.errors import BusyError, NotFoundError
 from ..core.service.evaluate_job import EvaluateJob
 from ..core.service.forget_job import ForgetJob
@@ -379,4 +379,12 @@ def _json_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _active(store: PatchStore) -> list[dict[str, Any]]:
-    return [{"name": one.name, "strength": one.strength, "in_force": one.in_force} for one in store.active()]
+    return [
+        {
+            "name": one.name,
+            "strength": one.strength,
+            "in_force": one.in_force,
+            "warning": strength_warning(one.strength) or "",
+        }
+        for one in store.active()
+    ]

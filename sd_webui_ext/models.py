@@ -191,6 +191,7 @@ class ActiveModel(BaseModel):
     name: str
     strength: float
     in_force: bool = Field(..., description="Whether the weights currently contain it.")
+    warning: str = Field("", description="What is known to happen at this strength; empty for a usual strength.")
 
 
 class DroppedModel(BaseModel):

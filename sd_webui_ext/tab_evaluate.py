@@ -16,6 +16,7 @@ from ..core.service.evaluate_job import ATTACKS, BENCHMARKS, FEWEST, EvaluateJob
 from ..core.service.forget_job import MOST_STRENGTH
 from ..core.service.jobs import Job
 from ..core.service.patch_store import PatchStore
+from .hints import strength_hint
 
 __all__ = ["EvaluatePart"]
 
@@ -63,6 +64,7 @@ class EvaluatePart:
         self.strength = gr.Slider(
             -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="Strength", elem_id=f"{_ID}evaluate_strength"
         )
+        strength_hint(self.strength)
         self.concepts = gr.Textbox(
             label="Concepts",
             info="Concepts to measure, separated by commas; empty: those that the patch names",

@@ -19,6 +19,7 @@ from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, ForgetJob
 from ..core.service.forms import FormField, form_fields, presets
 from ..core.service.page_form import ROWS, Form, Line, recall, remember
 from ..core.service.patch_store import PatchStore
+from .hints import strength_hint
 
 __all__ = ["ForgetPart"]
 
@@ -147,6 +148,7 @@ class ForgetPart:
                 0.05, MAX_STRENGTH, value=1.0, step=0.05, label="Strength of the edit", elem_id=f"{_ID}strength"
             )
             self.seed = gr.Textbox("0", label="Seed", elem_id=f"{_ID}seed", max_lines=1, min_width=120)
+        strength_hint(self.strength)
         self.groups: dict[str, Any] = {}
         self.fields: dict[str, list[Any]] = {}
         with gr.Accordion("Settings of the method", open=False, elem_id=f"{_ID}settings"):
@@ -180,6 +182,7 @@ class ForgetPart:
             self.apply_strength = gr.Slider(
                 -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="at strength", elem_id=f"{_ID}apply_strength"
             )
+        strength_hint(self.apply_strength)
         with gr.Accordion("Request as a file", open=False, elem_id=f"{_ID}request"):
             gr.HTML(
                 '<p class="fc-hint">A JSON file with everything above except pictures, in the format that ComfyUI and '

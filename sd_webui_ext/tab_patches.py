@@ -11,6 +11,7 @@ from ..core.errors import ForgetConceptError, listed
 from ..core.service import html
 from ..core.service.forget_job import MOST_STRENGTH
 from ..core.service.patch_store import PatchStore
+from .hints import strength_hint, strength_words
 
 __all__ = ["PatchesPart"]
 
@@ -53,6 +54,7 @@ class PatchesPart:
         self.strength = gr.Slider(
             -MOST_STRENGTH, MOST_STRENGTH, value=1.0, step=0.05, label="Strength", elem_id=f"{_ID}patch_strength"
         )
+        strength_hint(self.strength)
         with gr.Row():
             self.apply = gr.Button("Put into the model", variant="primary", elem_id=f"{_ID}apply_now")
             self.remove = gr.Button("Take out of the model", elem_id=f"{_ID}remove_now")
@@ -204,7 +206,8 @@ class PatchesPart:
             self.store.apply(chosen or "", float(strength))
             return f"'{chosen}' is applied to the loaded model at strength {strength:g}."
 
-        return self._done(chosen, work)
+        message, *rest = self._done(chosen, work)
+        return [message + strength_words(strength), *rest]
 
     def _removed(self, chosen: str | None) -> list[Any]:
         def work() -> str:

@@ -21,7 +21,7 @@ from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..request.concept import templates
 from ..request.plan import Plan
-from ..request.request import MAX_STRENGTH, ForgetRequest
+from ..request.request import MAX_STRENGTH, ForgetRequest, strength_warning
 from .host_interface import Host
 from .jobs import Outcome, Pair
 from .patch_library import PatchLibrary
@@ -122,6 +122,8 @@ class ForgetJob:
                 others = [f"'{one.name}'" for one in host.active() if one.name != entry.name]
                 beside = f", beside {listed(others)}" if others else ""
                 lines.append(f"applied to the loaded model at strength {self.apply:g}{beside}")
+                if (warning := strength_warning(self.apply)) is not None:
+                    lines.append(f"warning: {warning}")
             except ForgetConceptError as error:
                 lines.append(f"it could not be applied to the loaded model: {error}")
         title = self.plan.method.title

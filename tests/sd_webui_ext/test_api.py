@@ -115,7 +115,7 @@ def test_a_patch_is_made_put_on_changed_taken_off_and_deleted(client: Client, ho
     assert entry["name"] == "mine_00001" and entry["concepts"] == ["star"] and entry["lora"] == "<lora:mine_00001:1>"
     details = client("GET", "/patches/mine_00001")
     assert details["layers"] == len(patch) and "star (object), shown as 'circle'" in details["words"]
-    assert client("GET", "/active") == [{"name": "mine_00001", "strength": 0.5, "in_force": True}]
+    assert client("GET", "/active") == [{"name": "mine_00001", "strength": 0.5, "in_force": True, "warning": ""}]
     assert client("POST", "/patches/mine_00001/apply", json={"strength": 0.75})[0]["strength"] == 0.75
     assert "remove it there first, then delete it" in client("DELETE", "/patches/mine_00001", 400)
     assert "remove it there first, then rename it" in client(
@@ -124,10 +124,31 @@ def test_a_patch_is_made_put_on_changed_taken_off_and_deleted(client: Client, ho
     assert client("POST", "/patches/mine_00001/remove") == []
     assert "is not in the loaded model" in client("POST", "/patches/mine_00001/remove", 404)
     assert client("POST", "/patches/mine_00001/rename", json={"name": "星"})["name"] == "星"
-    assert client("POST", "/patches/星/apply")[0] == {"name": "星", "strength": 1.0, "in_force": True}
+    assert client("POST", "/patches/星/apply")[0] == {"name": "星", "strength": 1.0, "in_force": True, "warning": ""}
     assert client("POST", "/patches/星/remove") == []
     client("DELETE", "/patches/星", 204)
     assert client("GET", "/patches") == [] and list(host.lora_folder().rglob("*.*")) == []
+
+
+def test_a_patch_that_was_dropped_is_listed_and_applied_again(client: Client, host: FakeWebui, patch: Patch) -> None:
+    patch_store_of(host).library.save(patch, "one", "")
+    client("POST", "/patches/one_00001/apply", json={"strength": 0.5})
+    assert client("GET", "/dropped") == []
+    host.load("embedded.safetensors [0000]")
+    lost = {"name": "one_00001", "strength": 0.5, "checkpoint": "embedded.safetensors", "same": True}
+    assert client("GET", "/dropped") == [lost] and client("GET", "/active") == []
+    assert [one["strength"] for one in client("POST", "/dropped/apply")] == [0.5]
+    assert client("GET", "/dropped") == []
+    host.load("other.safetensors")
+    assert client("GET", "/dropped") == [lost | {"same": False}]
+    assert client("POST", "/dropped/dismiss") == [] and client("GET", "/active") == []
+
+
+def test_a_high_strength_is_applied_with_a_warning(client: Client, host: FakeWebui, patch: Patch) -> None:
+    patch_store_of(host).library.save(patch, "one", "")
+    assert client("POST", "/patches/one_00001/apply", json={"strength": 1.5})[0]["warning"] == ""
+    assert "damages what should stay" in client("POST", "/patches/one_00001/apply", json={"strength": 3})[0]["warning"]
+    client("POST", "/patches/one_00001/remove")
 
 
 def test_patches_are_combined(client: Client, host: FakeWebui, patch: Patch) -> None:

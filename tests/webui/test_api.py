@@ -91,7 +91,7 @@ def test_a_patch_is_put_on_and_taken_off_and_the_picture_is_what_it_was(webui: W
     assert any(one["name"] == name for one in call(webui, "GET", "/patches")[1])
     plain = webui.draw(PROMPT)
     code, active = call(webui, "POST", f"/patches/{name}/apply", {"strength": 0.9})
-    assert (code, active) == (200, [{"name": name, "strength": 0.9, "in_force": True}])
+    assert (code, active) == (200, [{"name": name, "strength": 0.9, "in_force": True, "warning": ""}])
     assert webui.draw(PROMPT).pixels != plain.pixels
     code, words = call(webui, "DELETE", f"/patches/{name}")
     assert code == 400 and "remove it there" in words["detail"]

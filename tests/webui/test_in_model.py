@@ -124,7 +124,7 @@ def test_a_checkpoint_chosen_and_chosen_back_says_what_it_lost(webui: WebUI) -> 
     told = comments(webui)
     assert f"generated without '{STAR}'" in told and "Apply it again" in told
     active = webui.post(f"{PREFIX}/dropped/apply", {})
-    assert active == [{"name": STAR, "strength": 0.9, "in_force": True}]
+    assert active == [{"name": STAR, "strength": 0.9, "in_force": True, "warning": ""}]
     restored = webui.draw(PROMPT)
     assert restored.pixels == patched.pixels and "missing" not in restored.infotext
     assert webui.get(f"{PREFIX}/dropped") == []

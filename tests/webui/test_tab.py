@@ -360,7 +360,9 @@ def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab)
     tab.go("txt2img")
     badge.get_by_role("button", name="Apply again").click()
     assert "on_badge 0.9" in tab.badge("txt2img", "in the model").inner_text()
-    assert tab.host.get("/forget-concept/v1/active") == [{"name": "on_badge", "strength": 0.9, "in_force": True}]
+    assert tab.host.get("/forget-concept/v1/active") == [
+        {"name": "on_badge", "strength": 0.9, "in_force": True, "warning": ""}
+    ]
     tab.go("Forget Concept")
     tab.part("Patches")
     assert tab.text("dropped").strip() == "" and "on_badge" in tab.text("active")
@@ -369,6 +371,20 @@ def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab)
     tab.page.wait_for_function("() => !document.getElementById('forget_concept_badge_img2img').textContent.trim()")
     tab.go("Forget Concept")
     assert tab.complaints == []
+
+
+def test_a_high_strength_is_commented_on_while_it_is_set(tab: Tab) -> None:
+    for part, name in (("Forget", "strength"), ("Patches", "patch_strength"), ("Evaluate", "evaluate_strength")):
+        tab.part(part)
+        field = tab.page.locator(f"#forget_concept_{name} input[type=number]").first
+        field.fill("3")
+        field.press("Tab")
+        tab.page.locator(f"#forget_concept_{name}_hint").get_by_text("damages what should stay").wait_for(timeout=LIMIT)
+        field.fill("1")
+        field.press("Tab")
+        tab.page.wait_for_function(
+            f"() => !document.getElementById('forget_concept_{name}_hint').textContent.trim()", timeout=LIMIT
+        )
 
 
 NAMELESS = """() => [...document.querySelectorAll('#tab_forget_concept input, #tab_forget_concept textarea, \
