@@ -10,12 +10,12 @@ from ..core.formats.lora_state import patch_of, state_of
 from ..core.request.request import check_patch_strength
 from ..core.service.summaries import base_model_summary, surviving_share_summary
 from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["ApplyForgetPatch"]
 
 
-class ApplyForgetPatch(io.ComfyNode):
+class ApplyForgetPatch(Node):
     """Applies a patch to a MODEL at a strength, if it fits, and reports how much of it the weights' dtype preserves."""
 
     @classmethod
@@ -64,5 +64,4 @@ class ApplyForgetPatch(io.ComfyNode):
             lines += surviving_share_summary(host.surviving_share(model, patch, strength))
         lines.append(base_model_summary(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(patched, words)
+        return reported(cls.hidden.unique_id, words, patched, words)

@@ -11,12 +11,12 @@ from ..core.formats.lora_state import patch_of
 from ..core.request.request import MAX_SEED
 from ..core.service.summaries import concept_names
 from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["ConceptAttentionMap"]
 
 
-class ConceptAttentionMap(io.ComfyNode):
+class ConceptAttentionMap(Node):
     """Shows how much cross-attention each region of a picture pays to a phrase, without and with a patch.
 
     The core's own sampler generates the picture on the host's loaded model, which stays bit-identical.
@@ -127,5 +127,4 @@ class ConceptAttentionMap(io.ComfyNode):
                     evaluation_text.attention_sheet(pair),
                     evaluation_text.attention_summary(pair, shown_phrase),
                 )
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(picture, words)
+        return reported(cls.hidden.unique_id, words, picture, words)

@@ -10,15 +10,14 @@ from ..core.errors import PatchError
 from ..core.formats.lora_state import patch_of, state_of
 from ..core.patch.patch import Patch
 from ..core.service.summaries import patch_summary
-from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["CombineForgetPatches"]
 
 _SLOTS = "abcd"
 
 
-class CombineForgetPatches(io.ComfyNode):
+class CombineForgetPatches(Node):
     """Sums up to four patches at their strengths into one; exact unless the rank is bounded. Chain nodes for more."""
 
     @classmethod
@@ -80,8 +79,7 @@ class CombineForgetPatches(io.ComfyNode):
             )
             whole = truncated
         words = "\n".join([patch_summary(whole), *lines])
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(state_of(whole), words)
+        return reported(cls.hidden.unique_id, words, state_of(whole), words)
 
 
 def _preserved_share(whole: Patch, truncated: Patch) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.errors import RequestError
+from ..core.errors import ForgetConceptError, RequestError
 from ..core.files.workspace import Workspace
 from ..core.methods.base import Inputs
 from ..core.methods.registry import all_methods, plan_request
@@ -23,7 +24,15 @@ from ..core.request.concept import KINDS, canonical_phrase, templates
 from ..core.request.parsing import parse_request
 from ..core.request.plan import Plan
 from ..core.request.request import MAX_SEED, MAX_STRENGTH, ForgetRequest
-from ..core.service.forms import MethodSettings, with_settings
+from ..core.service.forms import (
+    FormField,
+    MethodSettings,
+    main_fields,
+    main_presets,
+    presets,
+    settings_of,
+    with_settings,
+)
 from ..core.training.fisher import fisher_key
 from . import host
 
@@ -34,16 +43,22 @@ __all__ = [
     "ForgetFisher",
     "ForgetImages",
     "ForgetSettings",
+    "Node",
+    "NodeError",
     "Pictures",
     "RequestInputs",
+    "adjust_inputs",
+    "field_input",
     "fit_context",
     "model_inputs",
     "optional_request_inputs",
     "patch_outputs",
+    "reported",
     "required_request_inputs",
     "schema",
 ]
 
+AS_PRESET = "as preset"
 CATEGORY = "model_patches/unlearning"
 LORA = io.Custom("LORA_MODEL")
 ForgetSettings = io.Custom("FORGET_SETTINGS")
@@ -52,6 +67,45 @@ ForgetFisher = io.Custom("FORGET_FISHER")
 
 # reference images: pairs of a concept's name (empty: the request's only concept) and pictures (n, 3, H, W) in [-1, 1]
 Pictures = tuple[tuple[str, Tensor], ...]
+
+
+class NodeError(Exception):
+    """An error in a node, as the person reads it.
+
+    The page shows ``<type>: <message>``, and names the type by its module and qualified name. Those of a core error are
+    a path in the pack's folder, which would stand in front of the sentence. A built-in type is shown without a module.
+    """
+
+    __module__ = "builtins"
+    __qualname__ = "Forget Concept"
+
+
+class Node(io.ComfyNode):
+    """Base class of the nodes: errors of the core become a :class:`NodeError` with the same sentence."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        execute = vars(cls).get("execute")
+        # the host clones node classes, and a clone's method is wrapped already
+        if execute is not None and not hasattr(execute.__func__, "__wrapped__"):
+            cls.execute = classmethod(_readable(execute.__func__))
+
+
+def _readable(execute: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(execute)
+    def wrapped(cls: type[Node], *args: Any, **given: Any) -> Any:
+        try:
+            return execute(cls, *args, **given)
+        except ForgetConceptError as error:
+            raise NodeError(str(error)) from error
+
+    return wrapped
+
+
+def reported(node: str | None, text: str, *outputs: Any, ui: Mapping[str, Any] | None = None) -> io.NodeOutput:
+    """A node's outputs, with a text that the page shows on the node after the run; ``ui`` is shown too."""
+    host.show_text(node, text)
+    return io.NodeOutput(*outputs, ui={**(ui or {}), "forget_concept_report": [text]})
 
 
 @dataclass(frozen=True)
@@ -85,7 +139,16 @@ def model_inputs() -> list[Any]:
 def required_request_inputs() -> list[Any]:
     """The required inputs of a request. Saved workflows identify widgets by order: append new ones at the end."""
     methods = all_methods()
-    presets = list(dict.fromkeys(name for method in methods.values() for name in method.presets))
+    every_preset = list(dict.fromkeys(name for method in methods.values() for name in method.presets))
+    chosen = io.Combo.Input(
+        "method",
+        options=list(methods),
+        default="uce" if "uce" in methods else next(iter(methods)),
+        tooltip="\n".join(f"{name}: {method.title}" for name, method in methods.items())
+        + "\nA connected settings node overrides it.",
+    )
+    # for the page, which offers the presets of the chosen method only; not every host takes this in the constructor
+    chosen.extra_dict["forget_concept_methods"] = {name: main_presets(method) for name, method in methods.items()}
     return [
         *model_inputs(),
         io.String.Input(
@@ -119,17 +182,11 @@ def required_request_inputs() -> list[Any]:
             tooltip="The retain set: concepts that must not change, such as neighbours of the forgotten one. One per "
             "line, or separated by commas.",
         ),
-        io.Combo.Input(
-            "method",
-            options=list(methods),
-            default="uce" if "uce" in methods else next(iter(methods)),
-            tooltip="\n".join(f"{name}: {method.title}" for name, method in methods.items())
-            + "\nA connected settings node overrides it.",
-        ),
+        chosen,
         io.Combo.Input(
             "preset",
-            options=presets,
-            default="tuned" if "tuned" in presets else presets[0],
+            options=every_preset,
+            default="tuned" if "tuned" in every_preset else every_preset[0],
             tooltip="published: the authors' settings. tuned: the settings that performed best on the embedded model. "
             "A connected settings node overrides it.",
         ),
@@ -154,7 +211,7 @@ def required_request_inputs() -> list[Any]:
 
 def optional_request_inputs() -> list[Any]:
     """The optional inputs of a request."""
-    return [
+    rare = [
         io.String.Input(
             "settings",
             optional=True,
@@ -172,6 +229,11 @@ def optional_request_inputs() -> list[Any]:
             tooltip="Training steps between preview pictures of the concept. 0: no previews. Previews are coarse "
             "without a VAE. Closed-form methods have no steps.",
         ),
+    ]
+    for one in rare:  # not every host takes this in the constructor
+        one.extra_dict["advanced"] = True
+    return [
+        *rare,
         ForgetSettings.Input(
             "method_settings",
             optional=True,
@@ -199,6 +261,44 @@ def patch_outputs(what: str = "The patch") -> list[Any]:
         io.Model.Output("MODEL", tooltip="The patched model."),
         LORA.Output("LORA_MODEL", tooltip=f"{what}, for Save Forget Patch or the stock LoRA nodes."),
         io.String.Output("REPORT", tooltip="A summary of what was done."),
+    ]
+
+
+def field_input(field: FormField) -> Any:
+    """The input of a form's field."""
+    info = field.info
+    common = {"default": field.default, "tooltip": field.help}
+    if field.kind == "switch":
+        return io.Boolean.Input(field.name, **common)
+    if field.kind == "choice":
+        return io.Combo.Input(field.name, options=list(field.options), **common)
+    if field.kind == "whole":
+        return io.Int.Input(field.name, min=int(info.low), max=int(info.high), **common)
+    if field.kind == "number":
+        return io.Float.Input(field.name, min=info.low, max=info.high, step=info.step, **common)
+    return io.String.Input(field.name, multiline=field.kind == "lines", dynamic_prompts=False, **common)
+
+
+def adjust_inputs() -> list[Any]:
+    """The input whose choice shows the main settings of a method; none on hosts without such inputs.
+
+    It is the last input of a node: saved workflows identify widgets by order.
+    """
+    if not hasattr(io, "DynamicCombo"):
+        return []
+    options = [io.DynamicCombo.Option(AS_PRESET, [])]
+    options += [
+        io.DynamicCombo.Option(name, [field_input(field) for field in main_fields(method)])
+        for name, method in all_methods().items()
+    ]
+    return [
+        io.DynamicCombo.Input(
+            "adjust",
+            options=options,
+            optional=True,
+            tooltip=f"{AS_PRESET}: the settings of the preset. The name of the method: its main settings as fields, "
+            "which the preset fills in. A settings node has all of them.",
+        )
     ]
 
 
@@ -235,6 +335,7 @@ class RequestInputs:
         images: Pictures | None = None,
         vae: Any = None,
         fisher: FisherFile | None = None,
+        adjust: Mapping[str, Any] | None = None,
     ) -> RequestInputs:
         """Read a node's inputs, and reject everything that can be rejected before a model is loaded.
 
@@ -243,6 +344,11 @@ class RequestInputs:
         """
         request = parse_request(concept, kind, replacement, preserve, method, preset, strength, seed, settings)
         notes = []
+        if fields := _adjusted(adjust, method, preset):
+            if method_settings is None:
+                request = with_settings(request, fields)
+            else:
+                notes.append("the fields of 'adjust' are ignored: a settings node is connected.")
         if method_settings is not None:
             request = with_settings(request, method_settings)
             if (method, preset) != (request.method, request.preset):
@@ -309,6 +415,20 @@ class RequestInputs:
                 "The Fisher information was measured on another model or with other settings: connect the same MODEL "
                 "and the same settings to both nodes."
             )
+
+
+def _adjusted(adjust: Mapping[str, Any] | None, method: str, preset: str) -> MethodSettings | None:
+    """The settings of the fields below ``adjust``; ``None`` if it leaves the preset as it is."""
+    if not adjust or adjust["adjust"] == AS_PRESET:
+        return None
+    if adjust["adjust"] != method:
+        raise RequestError(
+            f"The input 'adjust' has the settings of '{adjust['adjust']}', but the method is '{method}': choose the "
+            f"same method in both, or '{AS_PRESET}'."
+        )
+    known = all_methods()[method]
+    values = {name: value for name, value in adjust.items() if name != "adjust"}
+    return settings_of(known, preset, {**presets(known).get(preset, {}), **values})
 
 
 @contextmanager

@@ -51,7 +51,11 @@ def _socket(kind: str) -> Any:
     ) -> DeclaredSocket:
         return DeclaredSocket(kind, id, display_name, tooltip, optional, extra)
 
-    return type(kind, (), {"Input": staticmethod(declared), "Output": staticmethod(declared)})
+    def option(key: str, inputs: list[DeclaredSocket]) -> tuple[str, list[DeclaredSocket]]:
+        return key, inputs
+
+    made = {"Input": declared, "Output": declared, "Option": option}
+    return type(kind, (), {name: staticmethod(function) for name, function in made.items()})
 
 
 class _IO(ModuleType):

@@ -14,7 +14,7 @@ from ..core.request.parsing import split_list
 from ..core.request.request import MAX_SEED
 from ..core.service.summaries import concept_names
 from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["EvaluateForgetting"]
 
@@ -22,7 +22,7 @@ __all__ = ["EvaluateForgetting"]
 _SMALL, _AT_ONCE, _FEW = 32, 16, 4
 
 
-class EvaluateForgetting(io.ComfyNode):
+class EvaluateForgetting(Node):
     """Measures what a patch forgets and retains, from judged pictures with and without it, and writes a report.
 
     The MODEL is measured as it comes in, and with the patch applied; it stays bit-identical. The report never
@@ -196,7 +196,6 @@ class EvaluateForgetting(io.ComfyNode):
                 "'unedited' includes them"
             )
         picture = evaluation_text.sheet(report)
-        host.show_text(cls.hidden.unique_id, words)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         # for the page's slider; without it, the sheet shows the same pictures
         captions, pictures = evaluation_text.pairs(report)
@@ -206,4 +205,4 @@ class EvaluateForgetting(io.ComfyNode):
                 {**caption, "before": before, "after": after}
                 for caption, before, after in zip(captions, files[::2], files[1::2], strict=True)
             ]
-        return io.NodeOutput(picture, words, str(file), ui=shown)
+        return reported(cls.hidden.unique_id, words, picture, words, str(file), ui=shown)

@@ -14,12 +14,12 @@ from ..core.request.settings import resolve_settings
 from ..core.service.forms import MethodSettings
 from ..core.training.fisher import KIND, fisher_information, fisher_key
 from . import host
-from .common import FisherFile, ForgetFisher, ForgetSettings, schema
+from .common import FisherFile, ForgetFisher, ForgetSettings, Node, reported, schema
 
 __all__ = ["FisherInformation"]
 
 
-class FisherInformation(io.ComfyNode):
+class FisherInformation(Node):
     """Measures Fisher information for Selective Amnesia, and caches it in the host's user folder.
 
     The cache key depends on the model's weights and the settings only, so that every request on the model shares the
@@ -88,5 +88,4 @@ class FisherInformation(io.ComfyNode):
         if 0 < cached < found.samples:
             lines.append(f"{cached} of the pictures come from an earlier, interrupted measurement")
         words = "\n".join(lines)
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(FisherFile(workspace, key, chosen), words)
+        return reported(cls.hidden.unique_id, words, FisherFile(workspace, key, chosen), words)

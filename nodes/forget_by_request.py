@@ -8,13 +8,13 @@ from comfy_api.latest import io
 
 from ..core.errors import RequestError
 from ..core.request.request import ForgetRequest
-from .common import RequestInputs, model_inputs, optional_request_inputs, patch_outputs, schema
+from .common import Node, RequestInputs, model_inputs, optional_request_inputs, patch_outputs, schema
 from .forget_concept import run_request
 
 __all__ = ["ForgetByRequest"]
 
 
-class ForgetByRequest(io.ComfyNode):
+class ForgetByRequest(Node):
     """*Forget Concept* with the whole request as JSON, the format that the command line and the webui use too."""
 
     @classmethod

@@ -12,10 +12,13 @@ from ..core.methods.fit import fit
 from ..core.service.summaries import fit_summary, surviving_share_summary
 from . import host
 from .common import (
+    Node,
     RequestInputs,
+    adjust_inputs,
     fit_context,
     optional_request_inputs,
     patch_outputs,
+    reported,
     required_request_inputs,
     schema,
 )
@@ -23,7 +26,7 @@ from .common import (
 __all__ = ["ForgetConcept", "run_request"]
 
 
-class ForgetConcept(io.ComfyNode):
+class ForgetConcept(Node):
     """Fits a patch on the host's loaded model, and returns the patched MODEL, the patch as LORA_MODEL and a report.
 
     The patch is fitted on top of the patches that the MODEL already carries (LoRAs, an earlier Forget Concept), so
@@ -38,7 +41,7 @@ class ForgetConcept(io.ComfyNode):
             display_name="Forget Concept",
             description="Makes the model forget an object, a style or a person, and retains the rest. "
             "Returns the patched model, and the patch as a LoRA that any ComfyUI can load.",
-            inputs=[*required_request_inputs(), *optional_request_inputs()],
+            inputs=[*required_request_inputs(), *optional_request_inputs(), *adjust_inputs()],
             outputs=patch_outputs(),
             hidden=[io.Hidden.unique_id],
             search_aliases=["unlearn", "erase concept", "remove concept", "forget me not"],
@@ -69,5 +72,4 @@ def run_request(node: str | None, model: Any, clip: Any, request_inputs: Request
     words = fit_summary(
         request_inputs.request, patch, time.monotonic() - start, request_inputs.plan.method.title, notes
     )
-    host.show_text(node, words)
-    return io.NodeOutput(patched, lora, words)
+    return reported(node, words, patched, lora, words)

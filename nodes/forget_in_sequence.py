@@ -17,10 +17,13 @@ from ..core.service.summaries import fit_summary, history_summary, surviving_sha
 from . import host
 from .common import (
     LORA,
+    Node,
     RequestInputs,
+    adjust_inputs,
     fit_context,
     optional_request_inputs,
     patch_outputs,
+    reported,
     required_request_inputs,
     schema,
 )
@@ -45,7 +48,7 @@ def check_base(history: History, diffusion: LatentDiffusion, model: Any) -> None
         raise
 
 
-class ForgetInSequence(io.ComfyNode):
+class ForgetInSequence(Node):
     """Adds a request to those of an earlier patch; the resulting patch contains all of them.
 
     Each request is fitted against the *base* model, so that drift does not accumulate. The record of requests is part
@@ -76,6 +79,7 @@ class ForgetInSequence(io.ComfyNode):
                     max=4096,
                     tooltip="Upper bound of the patch's rank. 0: no bound. A truncated request cannot be taken back.",
                 ),
+                *adjust_inputs(),
             ],
             outputs=patch_outputs("The patch of all requests, with their record"),
             hidden=[io.Hidden.unique_id],
@@ -104,5 +108,4 @@ class ForgetInSequence(io.ComfyNode):
             request_inputs.request, patch, time.monotonic() - start, request_inputs.plan.method.title, notes
         )
         words += "\nall requests:\n" + "\n".join(history_summary(read_history(patch.metadata)))
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(patched, lora, words)
+        return reported(cls.hidden.unique_id, words, patched, lora, words)

@@ -16,12 +16,12 @@ from ..core.service.summaries import (
     surviving_share_summary,
 )
 from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["InspectForgetPatch"]
 
 
-class InspectForgetPatch(io.ComfyNode):
+class InspectForgetPatch(Node):
     """Describes a patch: what it forgets, how it was made, its size, and whether it fits a MODEL."""
 
     @classmethod
@@ -55,8 +55,7 @@ class InspectForgetPatch(io.ComfyNode):
             patch = patch_of(lora, survey)
         except UnsupportedAdapterError:
             words = "\n".join(contents_summary(contents_of_lora(lora, survey)))
-            host.show_text(cls.hidden.unique_id, words)
-            return io.NodeOutput(words, "", ui={"text": (words,)})
+            return reported(cls.hidden.unique_id, words, words, "", ui={"text": (words,)})
         lines = [patch_summary(patch)]
         if survey is not None:
             try:
@@ -68,5 +67,4 @@ class InspectForgetPatch(io.ComfyNode):
                 lines += surviving_share_summary(host.surviving_share(model, patch))
                 lines.append(base_model_summary(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(words, last_request(patch), ui={"text": (words,)})
+        return reported(cls.hidden.unique_id, words, words, last_request(patch), ui={"text": (words,)})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import host
-from .common import schema
+from .common import Node, schema
 
 __all__ = ["LoadEmbeddedModel"]
 
 
-class LoadEmbeddedModel(io.ComfyNode):
+class LoadEmbeddedModel(Node):
     """Loads the embedded model as MODEL, CLIP and VAE; it generates 128×128 pictures in seconds on a CPU."""
 
     @classmethod

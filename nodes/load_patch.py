@@ -14,12 +14,12 @@ from ..core.formats.lora_state import LoraState
 from ..core.patch.metadata import PatchMetadata
 from ..core.service.summaries import contents_summary, patch_summary
 from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["LoadForgetPatch"]
 
 
-class LoadForgetPatch(io.ComfyNode):
+class LoadForgetPatch(Node):
     """Loads a safetensors file as LORA_MODEL with its metadata; no code in the file is ever executed."""
 
     @classmethod
@@ -63,6 +63,7 @@ class LoadForgetPatch(io.ComfyNode):
         except UnsupportedAdapterError:  # for Inspect and the stock nodes; ours refuse to apply it
             found = "\n".join(contents_summary(contents_of(tensors, metadata, source=file)))
         words = f"{file}\n{found}"
-        host.show_text(cls.hidden.unique_id, words)
         # keep the file's own keys: every loader knows them, and the UNet they will be applied to is not known yet
-        return io.NodeOutput(LoraState(kohya.with_alphas(tensors, metadata, file), metadata), words)
+        return reported(
+            cls.hidden.unique_id, words, LoraState(kohya.with_alphas(tensors, metadata, file), metadata), words
+        )

@@ -8,13 +8,12 @@ import torch
 from comfy_api.latest import io
 
 from ..core.errors import RequestError
-from . import host
-from .common import ForgetImages, Pictures, schema
+from .common import ForgetImages, Node, Pictures, reported, schema
 
 __all__ = ["ReferenceImages"]
 
 
-class ReferenceImages(io.ComfyNode):
+class ReferenceImages(Node):
     """Assigns IMAGEs to a concept; chain nodes for several concepts or several batches."""
 
     @classmethod
@@ -53,8 +52,7 @@ class ReferenceImages(io.ComfyNode):
         for name, batch in pictures:
             counts[name] = counts.get(name, 0) + len(batch)
         words = "\n".join(f"{name or 'the only concept'}: {count} pictures" for name, count in counts.items())
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(pictures)
+        return reported(cls.hidden.unique_id, words, pictures)
 
 
 def _rgb(images: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..core.formats.lora_state import patch_of
 from ..core.service.preview import bars, png, row
 from ..core.service.summaries import concept_names
 from . import host
-from .common import LORA, schema
+from .common import LORA, Node, reported, schema
 
 __all__ = ["SaveForgetPatch"]
 
@@ -24,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _WORKFLOW = ("prompt", "workflow")
 
 
-class SaveForgetPatch(io.ComfyNode):
+class SaveForgetPatch(Node):
     """Saves a patch as a kohya LoRA, with its record and the running workflow as metadata; never overwrites a file.
 
     A preview picture of the same name carries the workflow too: either file, dropped on the canvas, restores it.
@@ -84,5 +84,6 @@ class SaveForgetPatch(io.ComfyNode):
         write_bytes(path.with_suffix(".preview.png"), png(picture, workflow))
         name = path.relative_to(root).as_posix()
         size = path.stat().st_size / 1024
-        host.show_text(cls.hidden.unique_id, f"saved: {name} ({size:,.0f} kB)")
-        return io.NodeOutput(lora, name, ui=ui.PreviewImage(picture[None], cls=cls))
+        words = f"saved: {name} ({size:,.0f} kB)"
+        shown = ui.PreviewImage(picture[None], cls=cls).as_dict()
+        return reported(cls.hidden.unique_id, words, lora, name, ui=shown)

@@ -10,35 +10,20 @@ from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
 from ..core.request.settings import resolve_settings
 from ..core.service.forms import FormField, form_fields, presets, settings_of, settings_summary
-from . import host
-from .common import ForgetSettings, schema
+from .common import ForgetSettings, Node, field_input, reported, schema
 from .fields import node_id
 
 __all__ = ["settings_nodes"]
 
 
-def _input(field: FormField) -> Any:
-    made = _plain_input(field)
-    if field.info.advanced:  # shown by "Show Advanced" in the node's menu
+def _input(field: FormField, main: bool) -> Any:
+    made = field_input(field)
+    if not main:  # shown by "Show Advanced" in the node's menu
         made.extra_dict["advanced"] = True
     return made
 
 
-def _plain_input(field: FormField) -> Any:
-    info = field.info
-    common = {"default": field.default, "tooltip": field.help}
-    if field.kind == "switch":
-        return io.Boolean.Input(field.name, **common)
-    if field.kind == "choice":
-        return io.Combo.Input(field.name, options=list(field.options), **common)
-    if field.kind == "whole":
-        return io.Int.Input(field.name, min=int(info.low), max=int(info.high), **common)
-    if field.kind == "number":
-        return io.Float.Input(field.name, min=info.low, max=info.high, step=info.step, **common)
-    return io.String.Input(field.name, multiline=field.kind == "lines", dynamic_prompts=False, **common)
-
-
-class _SettingsNode(io.ComfyNode):
+class _SettingsNode(Node):
     """The settings of one method; the page fills in the fields when a preset is chosen."""
 
     METHOD: type[Method]
@@ -58,7 +43,7 @@ class _SettingsNode(io.ComfyNode):
             node_id=node_id(method),
             display_name=f"Settings: {method.title}",
             description=f"The settings of {method.title}, for the input method_settings. Published in {method.paper}",
-            inputs=[chosen, *map(_input, form_fields(method))],
+            inputs=[chosen, *(_input(field, field.name in method.main) for field in form_fields(method))],
             outputs=[ForgetSettings.Output("SETTINGS", tooltip="For the input method_settings.")],
             hidden=[io.Hidden.unique_id],
             search_aliases=[method.id, "unlearning settings"],
@@ -69,8 +54,7 @@ class _SettingsNode(io.ComfyNode):
         settings = settings_of(cls.METHOD, preset, given)
         # reject a wrong value at the node that holds it, not at the one that forgets
         resolve_settings(cls.METHOD, settings.preset, settings.values)
-        host.show_text(cls.hidden.unique_id, settings_summary(settings, cls.METHOD))
-        return io.NodeOutput(settings)
+        return reported(cls.hidden.unique_id, settings_summary(settings, cls.METHOD), settings)
 
 
 def settings_nodes() -> list[type[io.ComfyNode]]:

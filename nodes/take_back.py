@@ -12,13 +12,13 @@ from ..core.methods.sequence import History
 from ..core.patch.history import read_history, requests_to_restore
 from ..core.service.summaries import history_summary, surviving_share_summary
 from . import host
-from .common import LORA, patch_outputs, schema
+from .common import LORA, Node, patch_outputs, reported, schema
 from .forget_in_sequence import check_base
 
 __all__ = ["TakeBack"]
 
 
-class TakeBack(io.ComfyNode):
+class TakeBack(Node):
     """Removes requests from a patch, by concept or by number.
 
     Closed forms are solved again for the remaining requests, which needs the base model; trained requests are dropped.
@@ -73,5 +73,4 @@ class TakeBack(io.ComfyNode):
             lines.append(f"note: {listed(later)} were trained on top of it, and stay as they were trained")
         lines += ["still forgotten:", *history_summary(read_history(patch.metadata))]
         words = "\n".join(lines)
-        host.show_text(cls.hidden.unique_id, words)
-        return io.NodeOutput(host.with_lora(model, remaining), remaining, words)
+        return reported(cls.hidden.unique_id, words, host.with_lora(model, remaining), remaining, words)

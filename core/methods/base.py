@@ -46,6 +46,7 @@ class Method(ABC):
         paper: Address of the paper.
         Settings: Frozen dataclass of plain values.
         presets: Settings by name; at least ``"published"`` (the authors') and ``"tuned"`` (ours).
+        main: Names of at most seven settings that a short form shows; the form can hide the others.
         takes_images: Whether it can use images of the concept.
         trained: Whether it trains each request of a sequence on top of the earlier ones; the other methods are closed
             forms, which are solved for all requests together.
@@ -56,6 +57,7 @@ class Method(ABC):
     paper: ClassVar[str]
     Settings: ClassVar[type]
     presets: ClassVar[Mapping[str, Any]]
+    main: ClassVar[tuple[str, ...]]
     takes_images: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 

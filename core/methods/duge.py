@@ -147,6 +147,7 @@ class DUGE(TrainedMethod):
     paper = "https://arxiv.org/abs/2503.13769"
     message = "unlearning"
     Settings = DugeSettings
+    main = ("steps", "lr", "rank", "unlearn_weight", "prior_weight", "anchor_weight", "project")
     presets = {
         "published": DugeSettings(
             steps=100,

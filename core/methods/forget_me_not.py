@@ -175,6 +175,7 @@ class ForgetMeNot(TrainedMethod):
     paper = "https://arxiv.org/abs/2303.17591"
     message = "re-steering attention"
     Settings = ForgetMeNotSettings
+    main = ("steps", "lr", "rank", "attention_weight", "steer_weight", "unwanted", "wanted")
     presets = {
         # the authors': all projections of attn2, dense, batch size 1, 35 steps; no retain set, no replacement
         "published": ForgetMeNotSettings(

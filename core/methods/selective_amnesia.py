@@ -159,6 +159,7 @@ class SelectiveAmnesia(TrainedMethod):
     paper = "https://arxiv.org/abs/2305.10120"
     message = "learning the surrogate"
     Settings = SelectiveAmnesiaSettings
+    main = ("steps", "lr", "rank", "surrogate", "replay_images", "ewc_weight", "fisher_samples")
     presets = {
         # the authors': AdamW 1e-5, batches of 4 (on each of 4 GPUs), γ = 1, λ = 50, the concept's name as prompt, dense
         # weights. Different: only attn2 instead of the whole UNet; 48 images and 600 steps instead of 1,000 images and

@@ -169,6 +169,7 @@ class UCE(Method):
     title = "Unified Concept Editing (closed form)"
     paper = "https://arxiv.org/abs/2308.14761"
     Settings = UCESettings
+    main = ("rank", "columns", "erase_weight", "preserve_weight", "ridge", "keep_common", "no_replacement")
     presets = {
         # the authors' released script: names without a template, their last token, λ = 0.5, styles mapped to "art"
         "published": UCESettings(

@@ -21,6 +21,8 @@ __all__ = [
     "MethodSettings",
     "form_fields",
     "form_values",
+    "main_fields",
+    "main_presets",
     "presets",
     "settings_from_fields",
     "settings_json",
@@ -87,6 +89,17 @@ def form_fields(method: type[Method], preset: str = "tuned") -> list[FormField]:
 def form_values(method: type[Method], settings: Any) -> dict[str, Any]:
     """Values of the fields, by name, for resolved settings of the method."""
     return {field.name: field.default for field in _fields(method, settings)}
+
+
+def main_fields(method: type[Method]) -> list[FormField]:
+    """The fields of a method's short form, in the order of :attr:`Method.main`."""
+    fields = {field.name: field for field in form_fields(method)}
+    return [fields[name] for name in method.main]
+
+
+def main_presets(method: type[Method]) -> dict[str, dict[str, Any]]:
+    """Values of the short form's fields, by name, for every preset."""
+    return {preset: {name: values[name] for name in method.main} for preset, values in presets(method).items()}
 
 
 def _fields(method: type[Method], values: Any) -> list[FormField]:

@@ -79,6 +79,13 @@ class ComfyUI(Server):
         known = self.get("/object_info")
         return next(name for name in names if name in known)
 
+    def stock(self, kind: str, /, **inputs: Any) -> dict[str, Any]:
+        """A node of the host's own: required boxes that are not among ``inputs`` have the host's defaults."""
+        known = self.get(f"/object_info/{kind}")[kind]["input"].get("required", {})
+        assert set(inputs) <= set(known), f"{kind} has no {sorted(set(inputs) - set(known))}"
+        given = {name: spec[1]["default"] for name, spec in known.items() if spec[1:] and "default" in spec[1]}
+        return {"class_type": kind, "inputs": given | inputs}
+
     def queue(self, graph: dict[str, Any]) -> str:
         """Queue a graph in API format; :class:`ExecutionError` where the host refuses it."""
         try:

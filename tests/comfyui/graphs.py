@@ -63,6 +63,20 @@ def difference(a: str, b: str) -> dict[str, Any]:
     return node("ProbeDifference", a=[a, 0], b=[b, 0])
 
 
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+
+
+def is_box(kind: Any) -> bool:
+    """Whether an input of this type in ``/object_info`` is a box on the node."""
+    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
+
+
+def below(options: dict[str, Any], chosen: str) -> list[tuple[str, Any]]:
+    """The inputs that a dynamic combo shows for a choice."""
+    found = next(option["inputs"] for option in options["options"] if option["key"] == chosen)
+    return [item for section in ("required", "optional") for item in found.get(section, {}).items()]
+
+
 def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
     """A saved workflow (as the page writes it) in API format; ``info`` is the host's ``/object_info``."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
@@ -70,26 +84,35 @@ def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> Graph:
     for entry in workflow["nodes"]:
         if entry["type"] in ("Note", "MarkdownNote"):
             continue
-        known = info[entry["type"]]
-        values = list(entry.get("widgets_values") or [])
         linked = {
             slot["name"]: sources[slot["link"]] for slot in entry.get("inputs", []) if slot.get("link") is not None
         }
-        inputs: dict[str, Any] = {}
-        for section in ("required", "optional"):
-            for name in known["input_order"].get(section, []):
-                kind, *options = known["input"][section][name]
-                options = options[0] if options else {}
-                if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                    if not values and section == "optional":
-                        continue  # saved before there was such a box
-                    inputs[name] = values.pop(0)
-                    if options.get("control_after_generate", name in ("seed", "noise_seed")):
-                        assert values.pop(0) in ("fixed", "randomize", "increment", "decrement"), entry
-                    if options.get("image_upload"):
-                        values.pop(0)
-                if name in linked:
-                    inputs[name] = linked[name]
-        assert not values, f"{entry['type']} has {values} too many widget values"
+        inputs = _inputs(entry, info[entry["type"]], linked)
         graph[str(entry["id"])] = {"class_type": entry["type"], "inputs": inputs}
     return graph
+
+
+def _inputs(entry: dict[str, Any], known: dict[str, Any], linked: dict[str, Any]) -> dict[str, Any]:
+    values = list(entry.get("widgets_values") or [])
+    inputs: dict[str, Any] = {}
+
+    def read(section: str, name: str, kind: Any, options: dict[str, Any]) -> None:
+        if is_box(kind):
+            if not values and section == "optional":
+                return  # saved before there was such a box
+            inputs[name] = values.pop(0)
+            if options.get("control_after_generate", name in ("seed", "noise_seed")):
+                assert values.pop(0) in ("fixed", "randomize", "increment", "decrement"), entry
+            if options.get("image_upload"):
+                values.pop(0)
+            for box, (of, *about) in below(options, inputs[name]) if kind == DYNAMIC else ():
+                read("required", f"{name}.{box}", of, about[0] if about else {})
+        if name in linked:
+            inputs[name] = linked[name]
+
+    for section in ("required", "optional"):
+        for name in known["input_order"].get(section, []):
+            kind, *options = known["input"][section][name]
+            read(section, name, kind, options[0] if options else {})
+    assert not values, f"{entry['type']} has {values} too many widget values"
+    return inputs

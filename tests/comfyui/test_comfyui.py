@@ -134,7 +134,7 @@ def test_the_file_loaded_by_the_stock_loader_gives_the_live_picture(comfyui: Com
     shutil.move(written, comfyui.folder / "models" / "loras" / name)
     loaded = {
         "file": node("LoraLoaderModelOnly", model=["load", 0], lora_name=name, strength_model=1.0),
-        "wire": node("LoraModelLoader", model=["load", 0], lora=["forget", 1], strength_model=1.0),
+        "wire": comfyui.stock("LoraModelLoader", model=["load", 0], lora=["forget", 1], strength_model=1.0),
         "none": node("LoraLoaderModelOnly", model=["load", 0], lora_name=name, strength_model=0.0),
     }
     graph = making | loaded | drawn("from-file", ["file", 0]) | drawn("from-wire", ["wire", 0])
@@ -150,7 +150,7 @@ def test_the_file_loaded_by_the_stock_loader_gives_the_live_picture(comfyui: Com
 
 def test_a_patched_model_carries_what_the_stock_loader_leaves_and_samples_as_fast(comfyui: ComfyUI) -> None:
     graph = base() | {"forget": forget()}
-    graph |= {"stock": node("LoraModelLoader", model=["load", 0], lora=["forget", 1], strength_model=1.0)}
+    graph |= {"stock": comfyui.stock("LoraModelLoader", model=["load", 0], lora=["forget", 1], strength_model=1.0)}
     graph |= {f"left-{name}": node("ProbePatches", model=[name, 0]) for name in ("load", "forget", "stock")}
     speed = {"positive": ["text", 0], "negative": ["empty", 0], "latent": ["latent", 0], "steps": 4}
     graph |= {"speed": node("ProbeSpeed", a=["load", 0], b=["forget", 0], runs=3, rounds=2, **speed)}
@@ -228,8 +228,8 @@ def test_little_memory_gives_the_same_patch(comfyui: ComfyUI, method: str) -> No
     tight = {**second, "model": ["tight", 0]}
     graph = base() | {"forget": forget(), "tight": node("ProbeLowMemory", model=["forget", 0])}
     graph |= {"a": node("ForgetConcept", **second), "b": node("ForgetConcept", **tight)}
-    one = {"one": node("LoraModelLoader", model=["forget", 0], lora=["a", 1], strength_model=1.0)}
-    other = {"other": node("LoraModelLoader", model=["forget", 0], lora=["b", 1], strength_model=1.0)}
+    one = {"one": comfyui.stock("LoraModelLoader", model=["forget", 0], lora=["a", 1], strength_model=1.0)}
+    other = {"other": comfyui.stock("LoraModelLoader", model=["forget", 0], lora=["b", 1], strength_model=1.0)}
     graph |= one | other | drawn("pa", ["one", 0]) | drawn("pb", ["other", 0]) | {"d": difference("pa", "pb")}
     before = hashes(comfyui)
     assert comfyui.run(graph)["outputs"]["d"]["difference"][0] < 0.05

@@ -131,7 +131,7 @@ def test_what_is_saved_can_be_loaded_and_is_the_same_patch(comfyui: ComfyUI) -> 
         "half": node("ForgetConceptApplyPatch", model=["load", 0], lora=["load-patch", 0], strength=0.5),
         "none": node("ForgetConceptApplyPatch", model=["load", 0], lora=["load-patch", 0], strength=0.0),
         "stock": node("LoraLoaderModelOnly", model=["load", 0], lora_name=name, strength_model=1.0),
-        "wire": node("LoraModelLoader", model=["load", 0], lora=["load-patch", 0], strength_model=1.0),
+        "wire": comfyui.stock("LoraModelLoader", model=["load", 0], lora=["load-patch", 0], strength_model=1.0),
         "inspect": node("ForgetConceptInspectPatch", lora=["load-patch", 0], model=["load", 0]),
     }
     sources = {"live": "forget", "applied": "apply", "halved": "half", "unpatched": "none", "base": "load"}
