@@ -54,8 +54,8 @@ def _socket(kind: str) -> Any:
     def option(key: str, inputs: list[DeclaredSocket]) -> tuple[str, list[DeclaredSocket]]:
         return key, inputs
 
-    made = {"Input": declared, "Output": declared, "Option": option}
-    return type(kind, (), {name: staticmethod(function) for name, function in made.items()})
+    sockets = {"Input": staticmethod(declared), "Output": staticmethod(declared)}
+    return type(kind, (), {**sockets, "Option": staticmethod(option)})
 
 
 class _IO(ModuleType):

@@ -16,7 +16,8 @@ from graphs import Graph, from_workflow
 from test_workflows import EXAMPLES, on_the_embedded_model
 
 PAGES: list[Path | None] = [None, *(Path(p) for p in os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep) if p)]
-VIEW = {"width": 1900, "height": 1150}
+VIEW = {"width": 1920, "height": 1080}
+CANVASES = ("classic", "nodes 2.0")
 READY = "() => window.app?.graph && window.app?.extensionManager && window.app.extensionManager.setting"
 TOLD = """() => [...document.querySelectorAll('.p-toast-message, .p-dialog, [role=alert]')].map((x) => x.innerText)"""
 
@@ -27,6 +28,7 @@ class Shown:
     def __init__(self, host: ComfyUI, page: Any) -> None:
         self.host, self.page = host, page
         self.complaints: list[str] = []
+        self.canvas = ""
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", self._logged)
 
@@ -35,12 +37,17 @@ class Shown:
         if message.type == "error" and (self.host.pack_name in where or self.host.pack_name in message.text):
             self.complaints.append(message.text)
 
-    def open(self) -> None:
+    def open(self, canvas: str = "classic") -> None:
+        """Open the page with the ``classic`` canvas or with ``nodes 2.0``."""
+        if canvas == self.canvas:
+            return
+        self.canvas = canvas
         # a newcomer would be greeted with a dialog
-        self.host.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Validation.Workflows": True})
-        self.page.goto(f"http://127.0.0.1:{self.host.port}/")
-        self.page.wait_for_function(READY, timeout=120_000)
-        self.page.wait_for_timeout(3000)
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.Validation.Workflows": True}
+        self.host.post("/settings", settings | {"Comfy.VueNodes.Enabled": canvas == "nodes 2.0"})
+        self.page.goto(f"http://127.0.0.1:{self.host.port}/", timeout=300_000)
+        self.page.wait_for_function(READY, timeout=300_000)
+        self.page.wait_for_timeout(6000)
 
     def load(self, workflow: dict[str, Any]) -> None:
         self.page.evaluate("(w) => window.app.loadGraphData(w)", workflow)
@@ -111,6 +118,7 @@ def embedded(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_node_can_be_put_on_the_canvas(shown: Shown) -> None:
+    shown.open()
     names = [name for name in shown.host.get("/object_info") if name.startswith("ForgetConcept")]
     made = shown.page.evaluate(
         """(names) => { window.app.graph.clear(); return names.map((name, i) => {
@@ -123,15 +131,108 @@ def test_every_node_can_be_put_on_the_canvas(shown: Shown) -> None:
     assert shown.complaints == []
 
 
+# [type, title, left, top, right, bottom, whether the title is cut] of every node, in the canvas's units
+PLACES = """() => window.app.graph._nodes.map((node) => {
+  const [x, y] = node.pos, title = window.LiteGraph.NODE_TITLE_HEIGHT;
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  let [width, height] = [node.size[0], node.size[1]], cut = false;
+  if (element) {
+    [width, height] = [element.offsetWidth, element.offsetHeight - title];
+    const head = element.querySelector('[data-testid="node-title"]') ?? element.querySelector('.lg-node-header');
+    const text = head && [head, ...head.querySelectorAll('*')].find((one) => one.scrollWidth > one.clientWidth + 1
+      && getComputedStyle(one).overflow !== 'visible' && getComputedStyle(one).display !== 'inline');
+    cut = !!text;
+  } else {
+    const paper = document.createElement('canvas').getContext('2d');
+    paper.font = `${window.LiteGraph.NODE_TEXT_SIZE}px Arial`;
+    cut = paper.measureText(node.getTitle()).width > width - 2 * title;
+  }
+  return [node.type, node.getTitle(), x, y - title, x + width, y + height, cut] })"""
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_a_node_is_as_high_as_what_it_shows(shown: Shown, canvas: str) -> None:
+    """No holes where rare boxes are hidden; a settings node has at most eight rows, Show Advanced shows the rest."""
+    shown.open(canvas)
+    names = [name for name in shown.host.get("/object_info") if name.startswith("ForgetConcept")]
+    shown.page.evaluate(
+        """(names) => { window.app.graph.clear(); names.forEach((name, i) => {
+          const node = window.LiteGraph.createNode(name);
+          node.pos = [(i % 8) * 520, Math.floor(i / 8) * 800]; window.app.graph.add(node) });
+          const { canvas } = window.app; canvas.ds.scale = 0.4; canvas.ds.offset = [50, 80];
+          canvas.setDirty(true, true) }""",
+        names,
+    )
+    shown.page.wait_for_timeout(2500)
+    rows = """() => window.app.graph._nodes.map((node) => {
+      const usual = (node.widgets ?? []).filter((one) => !one.options?.advanced);
+      const tall = usual.filter((one) => one.options?.multiline || one.element || one.inputEl).length;
+      const sockets = Math.max(node.outputs.length, node.inputs.filter((one) => !one.widget).length);
+      return [node.type, usual.length, 60 + 24 * sockets + 30 * usual.length + 50 * tall] })"""
+    most = {kind: (count, height) for kind, count, height in shown.page.evaluate(rows)}
+    assert len(most) == len(names)
+    for kind, _, _, top, _, bottom, _ in shown.page.evaluate(PLACES):
+        count, height = most[kind]
+        assert bottom - top <= height, f"{kind} is {bottom - top:.0f} high, and shows {count} rows"
+        assert not kind.endswith("Settings") or count <= 8
+    small = {place[0]: place[5] - place[3] for place in shown.page.evaluate(PLACES)}
+    kind = "ForgetConceptSelectiveAmnesiaSettings"
+    shown.page.evaluate("(kind) => window.app.graph._nodes.find((one) => one.type === kind).toggleAdvanced()", kind)
+    shown.page.wait_for_timeout(1000)
+    opened = {place[0]: place[5] - place[3] for place in shown.page.evaluate(PLACES)}[kind]
+    assert opened > small[kind] + 400, "Show Advanced does not show the rest"
+    assert shown.complaints == []
+
+
+def overlaps(a: list[float], b: list[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_every_example_can_be_read(shown: Shown, canvas: str) -> None:
+    """Nothing lies on something else, titles are whole, and the whole fits a full-HD page at 60 % or more."""
+    shown.open(canvas)
+    wrong = []
+    for path in EXAMPLES:
+        shown.load(embedded(json.loads(path.read_text(encoding="utf-8"))))
+        shown.page.evaluate(
+            """() => { const { ds } = window.app.canvas; ds.scale = 0.5; ds.offset = [120, 160];
+              window.app.canvas.setDirty(true, true) }"""
+        )
+        shown.page.wait_for_timeout(1500)
+        places = shown.page.evaluate(PLACES)
+        boxes = [(title, box) for _, title, *box, _ in places]
+        for i, (title, box) in enumerate(boxes):
+            wrong += [f"{path.stem}: {title} lies on {other}" for other, o in boxes[:i] if overlaps(box, o)]
+        wrong += [f"{path.stem}: the title {title} is cut" for _, title, *_, cut in places if cut]
+        groups = shown.page.evaluate(
+            "() => window.app.graph._groups.map((one) => [one.title, one.pos[0], one.pos[1], "
+            "one.pos[0] + one.size[0], one.pos[1] + one.size[1]])"
+        )
+        assert len(groups) == 3
+        for i, (title, *box) in enumerate(groups):
+            wrong += [f"{path.stem}: group {title} lies on {other}" for other, *o in groups[:i] if overlaps(box, o)]
+        for title, box in boxes:
+            if not any(g[1] <= box[0] and g[2] <= box[1] and g[3] >= box[2] and g[4] >= box[3] for g in groups):
+                wrong.append(f"{path.stem}: {title} is in no group, or sticks out of it")
+        width = max(g[3] for g in groups) - min(g[1] for g in groups)
+        height = max(g[4] for g in groups) - min(g[2] for g in groups)
+        scale = shown.page.evaluate(
+            """async () => { await window.app.extensionManager.command.execute('Comfy.Canvas.FitView');
+              await new Promise((done) => setTimeout(done, 1200)); return window.app.canvas.ds.scale }"""
+        )
+        # the page shows all of it at 75 % of its window; the bars beside the canvas take some more
+        fits = min((VIEW["width"] - 120) / width, (VIEW["height"] - 120) / height)
+        if fits < 0.6:
+            wrong.append(f"{path.stem} fits at {fits:.2f} (the page's own choice is {scale:.2f})")
+    assert wrong == []
+    assert shown.complaints == []
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_opens_without_a_word_and_is_sent_as_it_is_written(shown: Shown, path: Path) -> None:
     """The page's own validation is on; what it makes of the file is what the other tests run to the last node."""
     workflow = embedded(json.loads(path.read_text(encoding="utf-8")))
-    if path.stem == "use_a_saved_patch":  # a file that must be there: else the page warns, as it should
-        (wanted,) = [e["widgets_values"][0] for e in workflow["nodes"] if e["type"] == "LoraLoaderModelOnly"]
-        place = shown.host.folder / "models" / "loras" / wanted
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
     shown.load(workflow)
     assert shown.told() == []
     here = shown.page.evaluate(
@@ -147,6 +248,8 @@ def test_every_example_opens_without_a_word_and_is_sent_as_it_is_written(shown: 
         key: part["class_type"] for key, part in written.items()
     }
     for key, part in written.items():
+        if part["class_type"] == "MarkdownNote":
+            continue
         inputs = sent[key]["inputs"]
         assert {name: inputs.get(name) for name in part["inputs"]} == part["inputs"]
         # a box that came later has its default; PreviewAny has boxes of the page's own

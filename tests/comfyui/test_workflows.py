@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from comfyhost import ROOT, ComfyUI
 from graphs import Graph, from_workflow
-from workflows import dumped, graphs, to_workflow
+from workflows import CHECKPOINT, dumped, examples, to_workflow
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 # made by version 0.1: a shared workflow must open and run for as long as its nodes exist
@@ -24,6 +23,7 @@ QUICK = {
     "fisher_samples": 2,
     "fisher_draws": 1,
 }
+_QUICK_BOXES = QUICK | {f"adjust.{name}": value for name, value in QUICK.items()}
 SMALL = {
     "EmptyLatentImage": {"width": 128, "height": 128},
     "KSampler": {"steps": 2, "cfg": 2.5},
@@ -40,8 +40,12 @@ def on_the_embedded_model(graph: Graph) -> Graph:
         if kind == "CheckpointLoaderSimple":
             kind, inputs = "ForgetConceptLoadEmbeddedModel", {}
         inputs |= SMALL.get(kind, {})
-        if kind.startswith("ForgetConcept") and kind.endswith("Settings"):
-            inputs |= {name: value for name, value in QUICK.items() if name in inputs}
+        if kind.startswith("ForgetConcept"):  # settings nodes, and the settings in Forget Concept itself
+            inputs |= {
+                name: value
+                for name, value in _QUICK_BOXES.items()
+                if name in inputs and name not in SMALL.get(kind, ())
+            }
         found[key] = {"class_type": kind, "inputs": inputs}
     return found
 
@@ -68,13 +72,36 @@ def test_every_example_is_a_workflow_by_the_public_schema(path: Path) -> None:
 
 
 def test_the_files_are_what_is_written_down(comfyui: ComfyUI) -> None:
+    """The same files on every host."""
     info = comfyui.get("/object_info")
-    for name, graph in graphs(info).items():
+    found = examples(info)
+    assert sorted(found) == [path.stem for path in EXAMPLES]
+    for name, example in found.items():
         path = ROOT / "example_workflows" / f"{name}.json"
-        assert path.read_text(encoding="utf-8") == dumped(to_workflow(name, graph, info)), (
+        assert path.read_text(encoding="utf-8") == dumped(to_workflow(name, example, info)), (
             "make them anew: tests/comfyui/workflows.py <a ComfyUI folder>"
         )
         assert path.with_suffix(".jpg").is_file(), f"{name} has no thumbnail"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_for_a_newcomer_or_says_what_to_download(path: Path) -> None:
+    """On the embedded model; the one with a checkpoint names its download and its twin."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    kinds = {entry["type"] for entry in workflow["nodes"]}
+    (note,) = [entry["widgets_values"][0] for entry in workflow["nodes"] if entry["type"] == "MarkdownNote"]
+    if "CheckpointLoaderSimple" in kinds:
+        (loader,) = [entry for entry in workflow["nodes"] if entry["type"] == "CheckpointLoaderSimple"]
+        (model,) = loader["properties"]["models"]
+        assert (model["name"], model["directory"]) == (CHECKPOINT, "checkpoints")
+        assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(CHECKPOINT)
+        assert "forget_concept_embedded" in note
+    else:
+        assert "ForgetConceptLoadEmbeddedModel" in kinds
+        assert "Load Checkpoint" in note, "it does not say how to use another model"
+    assert len(note) < 700
+    # a file in one of these boxes would have to be made first
+    assert not kinds & {"LoraLoaderModelOnly", "LoraLoader", "ForgetConceptLoadPatch", "LoadImage"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -83,8 +110,6 @@ def test_every_example_runs_to_its_last_node(comfyui: ComfyUI, path: Path) -> No
     offered = [names for names in comfyui.get("/api/workflow_templates").values() if path.stem in names]
     assert offered, "the host does not offer it"
     graph = on_the_embedded_model(from_workflow(workflow, comfyui.get("/object_info")))
-    if path.stem == "use_a_saved_patch":
-        _made(comfyui, graph)
     entry = comfyui.run(graph)
     assert entry["status"]["status_str"] == "success"
     ends = {key for key in graph if not any([key, i] in p["inputs"].values() for p in graph.values() for i in range(4))}
@@ -98,15 +123,3 @@ def test_a_workflow_of_an_earlier_version_runs(comfyui: ComfyUI, path: Path) -> 
     workflow = json.loads(path.read_text(encoding="utf-8"))
     graph = on_the_embedded_model(from_workflow(workflow, comfyui.get("/object_info")))
     assert comfyui.run(graph)["status"]["status_str"] == "success"
-
-
-def _made(comfyui: ComfyUI, graph: dict[str, Any]) -> None:
-    """The file that the workflow loads, as another one of these saves it."""
-    instant = json.loads((ROOT / "example_workflows" / "forget_instantly.json").read_text(encoding="utf-8"))
-    other = on_the_embedded_model(from_workflow(instant, comfyui.get("/object_info")))
-    for part in other.values():
-        if part["class_type"] == "KSampler":
-            part["inputs"]["seed"] = 2  # or its pictures would be taken from there
-    comfyui.run(other)
-    (wanted,) = [p["inputs"]["lora_name"] for p in graph.values() if p["class_type"] == "LoraLoaderModelOnly"]
-    assert (comfyui.folder / "models" / "loras" / wanted).is_file()
