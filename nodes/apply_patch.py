@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.formats.lora_state import patch_of, state_of
-from ..core.request.request import check_patch_strength
+from ..core.request.request import check_patch_strength, strength_warning
 from ..core.service.summaries import base_model_summary, surviving_share_summary
 from . import host
 from .common import LORA, Node, reported, schema
@@ -62,6 +62,8 @@ class ApplyForgetPatch(Node):
         else:
             patched = host.with_lora(model, state_of(patch, survey), strength)
             lines += surviving_share_summary(host.surviving_share(model, patch, strength))
+        if (warning := strength_warning(strength)) is not None:
+            lines.append(f"warning: {warning}")
         lines.append(base_model_summary(patch.metadata, host.weights_hash(model)))
         words = "\n".join(lines)
         return reported(cls.hidden.unique_id, words, patched, words)

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..core.errors import PatchError
 from ..core.formats.lora_state import patch_of, state_of
 from ..core.patch.patch import Patch
+from ..core.request.request import strength_warning
 from ..core.service.summaries import patch_summary
 from .common import LORA, Node, reported, schema
 
@@ -78,6 +79,7 @@ class CombineForgetPatches(Node):
                 f"{100 * _preserved_share(whole, truncated):.1f} % of the edit is preserved"
             )
             whole = truncated
+        lines += [f"warning: {warning}" for _, s in patches if (warning := strength_warning(s)) is not None]
         words = "\n".join([patch_summary(whole), *lines])
         return reported(cls.hidden.unique_id, words, state_of(whole), words)
 

@@ -21,7 +21,7 @@ else:  # pytest brings it there
 
 ROOT = Path(__file__).resolve().parent.parent
 # folders of the package; what else stands at the root (tests, benchmarks, ...) is not installed
-FOLDERS = ("core", "nodes", "sd_webui_ext", "example_workflows", "locales", "web")
+FOLDERS = ("core", "nodes", "sd_webui_ext", "example_workflows", "locales", "subgraphs", "web")
 NOT_OURS = {"__pycache__", ".venv", "build", "dist", ".git"}
 
 
@@ -272,6 +272,13 @@ def test_the_registry_gets_what_it_wants(settings):
     assert "comfyui" not in project["name"].lower()
     assert comfy["PublisherId"]
     assert comfy["DisplayName"]
+    assert comfy["requires-comfyui"].startswith(">=")
+    left_out = {line.strip("/") for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()}
+    assert all((ROOT / name).exists() or name.startswith(".") for name in left_out)
+    # what the nodes are made of goes to the registry
+    assert not left_out & {*FOLDERS, "__init__.py", "install.py", "requirements.txt", "pyproject.toml"} - {
+        "sd_webui_ext"
+    }
     # the registry reads the front ends that the pages fit from this line, and takes it out
     assert [item for item in project["dependencies"] if item.startswith("comfyui-frontend-package>=")]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from comfyhost import ROOT, ComfyUI, ExecutionError, png_size
-from graphs import PROMPT, base, difference, drawn, forget, from_workflow, node
+from graphs import DYNAMIC, PROMPT, base, below, difference, drawn, forget, from_workflow, node
 from nodetexts import english, ours
 
 from forget_concept.nodes.generate import plain
@@ -313,6 +313,37 @@ def test_what_cannot_be_done_is_a_red_node_in_words(comfyui: ComfyUI, changes: d
     assert found.node == "forget"
     assert words in found.words
     assert hashes(comfyui) == before
+
+
+def test_an_error_is_read_without_a_path(comfyui: ComfyUI) -> None:
+    """The page shows the type before the sentence, and the type's module is a path in the pack's folder."""
+    found = red(comfyui, base() | {"forget": forget(concept="")} | drawn("with", ["forget", 0]))
+    assert found.words.startswith("Forget Concept: The concept is empty"), found.words
+    settings = comfyui.stock("ForgetConceptUceSettings", projections_to_k=False, projections_to_v=False)
+    graph = base() | {"settings": settings, "forget": forget(method_settings=["settings", 0])}
+    assert red(comfyui, graph | drawn("with", ["forget", 0])).words.startswith("Forget Concept: ")
+
+
+def test_the_fields_of_adjust_are_the_settings(comfyui: ComfyUI) -> None:
+    """Without it the preset counts; with it the fields do, and only those of the chosen method."""
+    known = comfyui.get("/object_info")["ForgetConcept"]["input"]
+    presets = known["required"]["method"][1]["forget_concept_methods"]
+    kind, options = known["optional"]["adjust"]
+    assert kind == DYNAMIC and [option["key"] for option in options["options"]] == ["as preset", *presets]
+    for method, (name, values) in ((m, next(iter(p.items()))) for m, p in presets.items()):
+        assert {box for box, _ in below(options, method)} == set(values), (method, name)
+        assert len(values) <= 7
+    fields = {f"adjust.{name}": value for name, value in presets["uce"]["tuned"].items()}
+    graph = base() | {"plain": forget(preserve="key"), "same": forget(preserve="key", adjust="uce", **fields)}
+    graph |= {"other": forget(preserve="key", adjust="uce", **fields | {"adjust.ridge": 7.0})}
+    graph |= {name: node("PreviewAny", source=[name[1:], 2]) for name in ("-plain", "-same", "-other")}
+    outputs = comfyui.run(graph)["outputs"]
+    assert "settings:" not in outputs["-plain"]["text"][0] and "settings:" not in outputs["-same"]["text"][0]
+    assert 'settings: {"ridge": 7.0}' in outputs["-other"]["text"][0]
+    shown = outputs["other"]["forget_concept_report"]
+    assert shown == outputs["-other"]["text"], "the page has no report for the node"
+    found = red(comfyui, graph | {"other": forget(method="duge", adjust="uce", **fields)})
+    assert "choose the same method in both" in found.words
 
 
 def test_a_model_without_cross_attention_is_one_clear_sentence(comfyui: ComfyUI) -> None:

@@ -14,6 +14,7 @@ from chromium import chromium
 from comfyhost import REQUIRED, ROOT, ComfyUI, found_hosts, missing
 from graphs import Graph, from_workflow
 from test_workflows import EXAMPLES, on_the_embedded_model
+from workflows import BLUEPRINT
 
 PAGES: list[Path | None] = [None, *(Path(p) for p in os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep) if p)]
 VIEW = {"width": 1920, "height": 1080}
@@ -257,6 +258,16 @@ def test_every_example_opens_without_a_word_and_is_sent_as_it_is_written(shown: 
         boxes = known.get("required", {}) | known.get("optional", {})
         later = boxes.keys() & inputs.keys() - part["inputs"].keys()
         assert all(boxes[name][1]["default"] == inputs[name] for name in later)
+    assert shown.complaints == []
+
+
+def test_the_blueprint_sends_its_words_to_the_node(shown: Shown) -> None:
+    workflow = json.loads(BLUEPRINT.read_text(encoding="utf-8"))
+    shown.load(workflow)
+    assert shown.told() == []
+    (part,) = shown.prompt().values()
+    assert part["class_type"] == "ForgetConcept"
+    assert (part["inputs"]["concept"], part["inputs"]["method"]) == ("star", "uce")
     assert shown.complaints == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comfyhost import ROOT, ComfyUI
 from graphs import Graph, from_workflow
-from workflows import CHECKPOINT, dumped, examples, to_workflow
+from workflows import BLUEPRINT, CHECKPOINT, blueprint, dumped, examples, to_workflow
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 # made by version 0.1: a shared workflow must open and run for as long as its nodes exist
@@ -82,6 +82,16 @@ def test_the_files_are_what_is_written_down(comfyui: ComfyUI) -> None:
             "make them anew: tests/comfyui/workflows.py <a ComfyUI folder>"
         )
         assert path.with_suffix(".jpg").is_file(), f"{name} has no thumbnail"
+
+
+def test_the_blueprint_is_in_the_node_library(comfyui: ComfyUI) -> None:
+    assert BLUEPRINT.read_text(encoding="utf-8") == dumped(blueprint(comfyui.get("/object_info")))
+    if not (comfyui.host / "app" / "subgraph_manager.py").is_file():
+        pytest.skip("this ComfyUI knows no blueprints of packs")
+    found = comfyui.get("/global_subgraphs")
+    (number,) = [key for key, entry in found.items() if entry["info"]["node_pack"].endswith(comfyui.pack_name)]
+    assert found[number]["name"] == "Forget Concept"
+    assert json.loads(comfyui.get(f"/global_subgraphs/{number}")["data"]) == json.loads(BLUEPRINT.read_text())
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

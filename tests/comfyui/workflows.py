@@ -18,6 +18,7 @@ from typing import Any
 from graphs import DYNAMIC, Graph, below, is_box, node
 
 PLACE = Path(__file__).resolve().parents[2] / "example_workflows"
+BLUEPRINT = PLACE.parent / "subgraphs" / "Forget Concept.json"
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 DOWNLOAD = {
     "name": CHECKPOINT,
@@ -446,6 +447,78 @@ def _node(
     return made
 
 
+def blueprint(info: dict[str, Any]) -> dict[str, Any]:
+    """*Forget Concept* as a blueprint for the node library: model, clip and words give a model."""
+    part = node("ForgetConcept", **_asked(""))
+    inner = _node(1, "ForgetConcept", part, info, [380, 60], [400, 640])
+    names = [socket["name"] for socket in inner["inputs"]]
+    inner["inputs"].append({"name": "concept", "type": "STRING", "widget": {"name": "concept"}, "link": 3})
+    for number, name in enumerate(("model", "clip"), 1):
+        inner["inputs"][names.index(name)]["link"] = number
+    inner["outputs"][0]["links"] = [4]
+    own = uuid.uuid5(uuid.NAMESPACE_URL, "forget-concept/blueprint")
+    types = {"model": "MODEL", "clip": "CLIP", "concept": "STRING"}
+    slots = [names.index("model"), names.index("clip"), len(names)]
+    sockets = [
+        {"id": str(uuid.uuid5(own, name)), "name": name, "type": of, "linkIds": [i], "pos": [180, 80 + 20 * i]}
+        for i, (name, of) in enumerate(types.items(), 1)
+    ]
+    end = {"id": str(uuid.uuid5(own, "MODEL")), "name": "MODEL", "type": "MODEL", "linkIds": [4], "pos": [880, 100]}
+    links = [
+        {"id": i, "origin_id": -10, "origin_slot": i - 1, "target_id": 1, "target_slot": slot, "type": of}
+        for i, (slot, of) in enumerate(zip(slots, types.values(), strict=True), 1)
+    ]
+    links.append({"id": 4, "origin_id": 1, "origin_slot": 0, "target_id": -20, "target_slot": 0, "type": "MODEL"})
+    subgraph = {
+        "id": str(own),
+        "version": 1,
+        "state": {"lastGroupId": 0, "lastNodeId": 1, "lastLinkId": 4, "lastRerouteId": 0},
+        "revision": 0,
+        "config": {},
+        "name": "Forget Concept",
+        "inputNode": {"id": -10, "bounding": [80, 60, 120, 100]},
+        "outputNode": {"id": -20, "bounding": [860, 80, 120, 60]},
+        "inputs": sockets,
+        "outputs": [end],
+        "widgets": [],
+        "nodes": [inner],
+        "groups": [],
+        "links": links,
+        "extra": {},
+        "category": "model_patches/unlearning",
+        "description": "Makes the model forget an object in seconds, and returns the patched model.",
+    }
+    outer = {
+        "id": 2,
+        "type": str(own),
+        "pos": [60, 60],
+        "size": [340, 180],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [
+            {"name": "model", "type": "MODEL", "link": None},
+            {"name": "clip", "type": "CLIP", "link": None},
+            {"name": "concept", "type": "STRING", "widget": {"name": "concept"}, "link": None},
+        ],
+        "outputs": [{"name": "MODEL", "type": "MODEL", "links": []}],
+        "title": "Forget Concept",
+        "properties": {"proxyWidgets": [["-1", "concept"]]},
+        "widgets_values": ["star"],
+    }
+    return {
+        "id": str(uuid.uuid5(own, "file")),
+        "revision": 0,
+        "last_node_id": 2,
+        "last_link_id": 0,
+        "nodes": [outer],
+        "links": [],
+        "version": 0.4,
+        "definitions": {"subgraphs": [subgraph]},
+        "extra": {},
+    }
+
+
 def dumped(workflow: dict[str, Any]) -> str:
     """As it stands in a file."""
     return json.dumps(workflow, ensure_ascii=False, indent=1) + "\n"
@@ -456,6 +529,7 @@ def write(info: dict[str, Any]) -> None:
     for title, example in examples(info).items():
         text = dumped(to_workflow(title, example, info))
         (PLACE / f"{title}.json").write_text(text, encoding="utf-8", newline="\n")
+    BLUEPRINT.write_text(dumped(blueprint(info)), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
