@@ -8,6 +8,7 @@
     const TIMEOUT = 15000; // milliseconds after which an unanswered poll is repeated
     let polled = null;     // the beat that the page showed at the last poll; it changes with the answer
     let polledAt = 0;
+    let patience = 3 * INTERVAL; // before the first poll of a page is repeated; doubled each time
     let announced = "";
 
     const find = (selector) => gradioApp().querySelector(selector);
@@ -43,7 +44,8 @@
         const now = Date.now();
         // beat 0: this page has no state yet; repeated, because gradio may not be listening at first
         if (found.some((one) => one.dataset.beat === "0")) {
-            if (now - polledAt > 3 * INTERVAL) {
+            if (!polledAt || now - polledAt > patience) {
+                if (polledAt) patience *= 2;
                 polledAt = now;
                 press("forget_concept_opened");
             }
@@ -76,7 +78,9 @@
     function happenings() {
         const menu = find("#setting_sd_model_checkpoint input") || find(".model_selection input");
         const drawn = GALLERIES.map((one) => find(`#html_info_${one}`)?.textContent ?? "");
-        return { menu: menu ? menu.value : "", drawn: drawn.join() };
+        // the webui's options, which it sends again once a checkpoint is loaded; its event for them fires on any update
+        const loaded = typeof opts === "object" && opts ? opts.sd_checkpoint_hash ?? "" : "";
+        return { menu: menu ? menu.value : "", loaded, drawn: drawn.join() };
     }
 
     function glance() {
@@ -171,5 +175,4 @@
         });
         setInterval(() => { poll(); watch(); fixAccessibility(); }, INTERVAL);
     });
-    onOptionsChanged(glance);
 })();

@@ -35,6 +35,7 @@ class Tab:
 
     def __init__(self, host: WebUI, page: Any) -> None:
         self.host, self.page = host, page
+        page.set_default_timeout(LIMIT)
         self.complaints: list[str] = []
         self.waiting: set[Any] = set()
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -371,6 +372,20 @@ def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab)
     tab.page.wait_for_function("() => !document.getElementById('forget_concept_badge_img2img').textContent.trim()")
     tab.go("Forget Concept")
     assert tab.complaints == []
+
+
+def test_a_page_at_rest_asks_for_nothing(tab: Tab) -> None:
+    tab.page.wait_for_timeout(2000)
+    asked: list[str] = []
+
+    def note(request: Any) -> None:
+        if "/predict" in request.url:
+            asked.append(str(request.post_data)[:200])
+
+    tab.page.on("request", note)
+    tab.page.wait_for_timeout(6000)
+    tab.page.remove_listener("request", note)
+    assert asked == []
 
 
 def test_a_high_strength_is_commented_on_while_it_is_set(tab: Tab) -> None:
