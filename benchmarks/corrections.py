@@ -13,7 +13,7 @@ import csv
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.mini import vocabulary as v
 from forget_concept.core.mini.world import prompts
 from forget_concept.core.models.images import from_bytes
-from forget_concept.core.prompts.themes import theme as named_theme
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
+from forget_concept.core.request.themes import load_theme
 
 COLUMNS = ["model", "preset", "kind", "word", "prompts", "shown", "variant", "share", "low", "high", "n"]
 COLUMNS += ["settings", "sampler_steps", "precision", "seconds", "patch_bytes"]
@@ -142,7 +142,7 @@ def theme() -> Case:
     return Case(
         "theme",
         v.THEME,
-        named_theme(v.THEME, "star"),
+        tuple(replace(concept, replacement="star") for concept in load_theme(v.THEME, ()).concepts),
         "theme",
         {},
         (

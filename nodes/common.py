@@ -24,6 +24,7 @@ from ..core.request.concept import KINDS, canonical_phrase, templates
 from ..core.request.parsing import parse_request
 from ..core.request.plan import Plan
 from ..core.request.request import MAX_SEED, MAX_STRENGTH, ForgetRequest
+from ..core.request.themes import themes
 from ..core.service.forms import (
     FormField,
     MethodSettings,
@@ -56,6 +57,7 @@ __all__ = [
     "reported",
     "required_request_inputs",
     "schema",
+    "theme_input",
 ]
 
 AS_PRESET = "as preset"
@@ -64,6 +66,8 @@ LORA = io.Custom("LORA_MODEL")
 ForgetSettings = io.Custom("FORGET_SETTINGS")
 ForgetImages = io.Custom("FORGET_IMAGES")
 ForgetFisher = io.Custom("FORGET_FISHER")
+
+NO_THEME = "none"
 
 # reference images: pairs of a concept's name (empty: the request's only concept) and pictures (n, 3, H, W) in [-1, 1]
 Pictures = tuple[tuple[str, Tensor], ...]
@@ -255,6 +259,19 @@ def optional_request_inputs() -> list[Any]:
     ]
 
 
+def theme_input() -> Any:
+    """The choice of a theme; the last input of a node, because saved workflows identify widgets by order."""
+    return io.Combo.Input(
+        "theme",
+        optional=True,
+        options=[NO_THEME, *themes(host.theme_folders())],
+        default=NO_THEME,
+        tooltip="Forgets every concept of a list too, such as weapons. The concept above may then be empty, and a "
+        "single replacement is for the whole list. To make your own list, copy one from core/request/theme_lists to "
+        "user/__forget_concept/themes.",
+    )
+
+
 def patch_outputs(what: str = "The patch") -> list[Any]:
     """The outputs patched model, patch and report; ``what`` begins the patch's tooltip."""
     return [
@@ -336,13 +353,15 @@ class RequestInputs:
         vae: Any = None,
         fisher: FisherFile | None = None,
         adjust: Mapping[str, Any] | None = None,
+        theme: str = NO_THEME,
     ) -> RequestInputs:
         """Read a node's inputs, and reject everything that can be rejected before a model is loaded.
 
         Raises:
             ForgetConceptError: If an input is invalid; the message names it.
         """
-        request = parse_request(concept, kind, replacement, preserve, method, preset, strength, seed, settings)
+        theme = "" if theme == NO_THEME else theme
+        request = parse_request(concept, kind, replacement, preserve, method, preset, strength, seed, settings, theme)
         notes = []
         if fields := _adjusted(adjust, method, preset):
             if method_settings is None:
@@ -367,7 +386,7 @@ class RequestInputs:
         fisher: FisherFile | None = None,
     ) -> RequestInputs:
         """As :meth:`read`, for a request that is parsed already."""
-        plan = plan_request(request)
+        plan = plan_request(request, host.theme_folders())
         if images and vae is None:
             raise RequestError("The input 'vae' is empty, but reference images need it: connect the checkpoint's VAE.")
         if fisher is not None and request.method != SelectiveAmnesia.id:

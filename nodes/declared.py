@@ -82,7 +82,7 @@ def _stand_ins() -> Iterator[None]:
     """Replace the host's modules by stand-ins; modules imported with them are unloaded afterwards."""
     api, latest, host = ModuleType("comfy_api"), ModuleType("comfy_api.latest"), ModuleType(f"{__package__}.host")
     latest.__dict__.update(io=_IO("io"), ui=ModuleType("ui"), ComfyExtension=object)
-    host.__dict__.update(lora_files=list)  # the only call that a schema makes
+    host.__dict__.update(lora_files=list, theme_folders=list)  # the only calls that schemas make
     stand_ins = {"comfy_api": api, "comfy_api.latest": latest, f"{__package__}.host": host}
     before = dict(sys.modules)
     if taken := before.keys() & stand_ins.keys():

@@ -21,6 +21,7 @@ from .common import (
     reported,
     required_request_inputs,
     schema,
+    theme_input,
 )
 
 __all__ = ["ForgetConcept", "run_request"]
@@ -41,7 +42,7 @@ class ForgetConcept(Node):
             display_name="Forget Concept",
             description="Makes the model forget an object, a style or a person, and retains the rest. "
             "Returns the patched model, and the patch as a LoRA that any ComfyUI can load.",
-            inputs=[*required_request_inputs(), *optional_request_inputs(), *adjust_inputs()],
+            inputs=[*required_request_inputs(), *optional_request_inputs(), theme_input(), *adjust_inputs()],
             outputs=patch_outputs(),
             hidden=[io.Hidden.unique_id],
             search_aliases=["unlearn", "erase concept", "remove concept", "forget me not"],

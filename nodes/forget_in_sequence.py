@@ -26,6 +26,7 @@ from .common import (
     reported,
     required_request_inputs,
     schema,
+    theme_input,
 )
 
 __all__ = ["ForgetInSequence", "check_base"]
@@ -79,6 +80,7 @@ class ForgetInSequence(Node):
                     max=4096,
                     tooltip="Upper bound of the patch's rank. 0: no bound. A truncated request cannot be taken back.",
                 ),
+                theme_input(),
                 *adjust_inputs(),
             ],
             outputs=patch_outputs("The patch of all requests, with their record"),

@@ -21,6 +21,7 @@ from ..core.errors import ForgetConceptError, RequestError
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods, plan_request
 from ..core.request.request import ForgetRequest, strength_warning
+from ..core.request.themes import load_theme, themes
 from ..core.service.errors import BusyError, NotFoundError
 from ..core.service.evaluate_job import EvaluateJob
 from ..core.service.forget_job import ForgetJob
@@ -43,6 +44,7 @@ from .models import (
     PatchDetails,
     PatchModel,
     Problem,
+    ThemeModel,
     request_of,
 )
 
@@ -183,6 +185,15 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
         """All methods with their settings and presets."""
         return [_method(method) for method in all_methods().values()]
 
+    @router.get("/themes", response_model=list[ThemeModel], summary="List the themes")
+    def all_themes() -> Any:
+        """All themes with their phrases; files in the folder 'themes' beside the extension's data come first."""
+        found = [load_theme(name, store.theme_folders) for name in themes(store.theme_folders)]
+        return [
+            {"name": one.name, "about": one.about, "concepts": [concept.name for concept in one.concepts]}
+            for one in found
+        ]
+
     # -- jobs ----------------------------------------------------------------------------------------------------
 
     @router.post("/forget", response_model=JobModel, status_code=202, summary="Start a job that forgets")
@@ -192,7 +203,9 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
         uploads = Uploads({number: one.images for number, one in enumerate(body.concepts) if one.images})
         try:
             job = ForgetJob(
-                plan_request(ForgetRequest.from_json(json.dumps(request_of(body, uploads.places)))),
+                plan_request(
+                    ForgetRequest.from_json(json.dumps(request_of(body, uploads.places))), store.theme_folders
+                ),
                 body.name,
                 settings.folder,
                 settings.precision,

@@ -23,6 +23,7 @@ __all__ = [
     "PatchModel",
     "Problem",
     "SettingModel",
+    "ThemeModel",
     "request_of",
 ]
 
@@ -51,7 +52,11 @@ class ForgetBody(BaseModel):
     """
 
     schema_version: int = Field(1, alias="schema", description="Version of the request format: 1.")
-    concepts: list[ConceptBody] = Field(..., description="The concepts to forget, at least one.")
+    concepts: list[ConceptBody] = Field(
+        [], description="The concepts to forget; at least one, unless there is a theme."
+    )
+    theme: str | None = Field(None, description="A theme whose concepts are forgotten too; /themes lists them.")
+    theme_replacement: str | None = Field(None, description="Replacement of the theme's concepts that state none.")
     preserve: list[str] = Field([], description="The retain set: concepts that must not change.")
     method: str = Field("uce", description="One of the methods that /methods lists.")
     preset: str = Field("tuned", description="published or tuned.")
@@ -112,6 +117,14 @@ class CombineBody(BaseModel):
     parts: list[PartBody] = Field(..., description="At least two.")
     name: str = Field("", description="Name of the new patch; %concept% stands for what it forgets.")
     max_rank: int | None = Field(None, description="Upper bound of its rank; null: no bound, the sum is exact.")
+
+
+class ThemeModel(BaseModel):
+    """A theme: a list of concepts that are forgotten in one request."""
+
+    name: str
+    about: str = Field(..., description="The first comment of its file.")
+    concepts: list[str] = Field(..., description="Its phrases.")
 
 
 class SettingModel(BaseModel):
@@ -227,4 +240,8 @@ def request_of(body: ForgetBody, images: dict[int, list[str]]) -> dict[str, Any]
         "strength": body.strength,
         "seed": body.seed,
     }
+    if body.theme is not None:
+        plain["theme"] = body.theme
+    if body.theme_replacement is not None:
+        plain["theme_replacement"] = body.theme_replacement
     return plain

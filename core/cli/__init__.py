@@ -20,7 +20,7 @@ from types import FrameType, ModuleType
 from ..errors import Cancelled, ForgetConceptError
 from ..files.names import check_unicode
 from ..version import VERSION
-from . import bench, demo, evaluate, export, forget, generate, inspect, methods, mini_table, restore
+from . import bench, demo, evaluate, export, forget, generate, inspect, methods, mini_table, restore, themes
 from .options import Parser
 
 __all__ = ["build_parser", "main"]
@@ -33,6 +33,7 @@ COMMANDS: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "bench": bench,
     "methods": methods,
+    "themes": themes,
     "inspect": inspect,
     "export": export,
     "mini-table": mini_table,

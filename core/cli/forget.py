@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError
+from ..errors import RequestError, listed
 from ..request.concept import KINDS, Concept, normalized_phrase
 from ..request.request import ForgetRequest, strength_warning
 from . import options
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from ..patch.history import RequestRecord
     from ..patch.patch import Patch
 
+_MANY = 6
 HELP = "make a patch that forgets one or several concepts"
-FROM_FLAGS = ("concept", "kind", "replacement", "image", "preserve", "method", "preset", "set", "strength", "seed")
+FROM_FLAGS = ("concept", "theme", "kind", "replacement", "image", "preserve", "method", "preset", "set", "strength")
+FROM_FLAGS += ("seed",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no argparse defaults: read_request must tell options that were given, which --request excludes, from absent ones
     parser.add_argument("--concept", action="append", metavar="NAME", help="concept to forget; repeatable")
+    parser.add_argument(
+        "--theme",
+        metavar="NAME",
+        help="forget every concept of a theme, with or without --concept; see 'forget-concept themes'",
+    )
     parser.add_argument(
         "--kind",
         action="append",
@@ -100,9 +107,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..methods.sequence_rules import next_record
     from ..patch.history import read_history
 
-    request = read_request(args)
     # reject invalid input before a model is loaded
-    plan = plan_request(request)
+    plan = plan_request(read_request(args))
+    request = plan.request
     all_concepts = request.concepts
     if args.onto is not None:
         record = read_history(read_metadata(args.onto))
@@ -179,15 +186,23 @@ def read_request(args: argparse.Namespace) -> ForgetRequest:
                 f"--request and --{given[0]} exclude each other: leave out --{given[0]}, or write it into the file."
             )
         return ForgetRequest.from_file(args.request)
-    if not args.concept:
-        raise RequestError("Nothing to forget: give --concept NAME or --request FILE.")
-    kinds = _each("--kind", args.kind, args.concept)
-    replacements = _each("--replacement", args.replacement, args.concept)
-    images = _images(args.image or (), args.concept)
+    if not args.concept and args.theme is None:
+        raise RequestError("Nothing to forget: give --concept NAME, --theme NAME or --request FILE.")
+    names = args.concept or []
+    if args.theme is not None and not names and len(args.replacement or ()) > 1:
+        raise RequestError("A theme has one replacement for all of its concepts: give --replacement once.")
+    if args.kind and not names:
+        raise RequestError("The list of a theme states the kinds of its concepts: leave out --kind.")
+    if args.image and not names:
+        raise RequestError("Pictures are of a concept that is named: give --concept NAME, or leave out --image.")
+    kinds = _each("--kind", args.kind, names)
+    replacements = _each("--replacement", args.replacement, names)
+    images = _images(args.image or (), names)
     concepts = tuple(
         Concept(name, kind or default_kind(name, args.model), replacement, images.get(name, ()))
-        for name, kind, replacement in zip(args.concept, kinds, replacements, strict=True)
+        for name, kind, replacement in zip(names, kinds, replacements, strict=True)
     )
+    shared = args.replacement[0] if args.theme is not None and len(args.replacement or ()) == 1 else None
     return ForgetRequest(
         concepts,
         preserve=tuple(args.preserve or ()),
@@ -196,12 +211,14 @@ def read_request(args: argparse.Namespace) -> ForgetRequest:
         settings=dict(map(setting, args.set or ())),
         strength=1.0 if args.strength is None else args.strength,
         seed=args.seed or 0,
+        theme=args.theme,
+        theme_replacement=shared,
     )
 
 
 def _each(option: str, values: list[str] | None, concepts: list[str]) -> list[str | None]:
     """Expand an option to one value per concept."""
-    if not values:
+    if not values or not concepts:
         return [None] * len(concepts)
     if len(values) == 1:
         return values * len(concepts)  # type: ignore[return-value]
@@ -250,9 +267,8 @@ def setting(text: str) -> tuple[str, Any]:
 
 def concepts_text(request: ForgetRequest) -> str:
     """The concepts and replacements of a request, for a sentence."""
-    return " and ".join(
-        f"'{c.name}'" + (f" (replaced by '{c.replacement}')" if c.replacement else "") for c in request.concepts
-    )
+    shown = [f"'{c.name}'" + (f" (replaced by '{c.replacement}')" if c.replacement else "") for c in request.concepts]
+    return " and ".join(shown) if len(shown) <= _MANY else listed(shown, _MANY)
 
 
 def file_stem(request: ForgetRequest) -> str:

@@ -15,7 +15,6 @@ from ..progress import Progress
 from ..request.concept import normalized_phrase
 from ..request.plan import Plan
 from ..request.request import ForgetRequest
-from ..request.settings import describe_settings
 from ..version import VERSION
 from .base import Inputs
 from .registry import get
@@ -49,20 +48,6 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
     return dataclasses.replace(inputs, images=images)
 
 
-def _written_words(plan: Plan) -> list[str]:
-    """All words in a request that a person wrote: names, replacements, the retain set, and texts in its settings."""
-    request = plan.request
-    words = [phrase for concept in request.concepts for phrase in (concept.name, concept.replacement or "")]
-    words += request.preserve
-    for info in describe_settings(plan.method.Settings):
-        # what a preset says is not the person's
-        if info.name in request.settings and info.kind in ("line", "lines") and not info.choices:
-            value = getattr(plan.settings, info.name) or ()
-            texts = (value,) if isinstance(value, str) else value
-            words += [text.replace("{}", " ") for text in texts]
-    return [text for text in words if text.strip()]
-
-
 def fit(
     model: LatentDiffusion,
     plan: Plan,
@@ -89,7 +74,7 @@ def fit(
     """
     request, method = plan.request, get(plan.request.method)
     check_weights(model)
-    check_words(model.text, _written_words(plan))
+    check_words(model.text, [words for _, words in plan.written_words()])
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises if the phrase alone is too long for the text encoder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from ..errors import ForgetConceptError, RequestError
 from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from ..request.settings import check_described
+from ..request.themes import expanded
 from .base import Method
 
 __all__ = ["all_methods", "get", "plan_request", "register"]
@@ -63,10 +65,14 @@ def get(method_id: str) -> type[Method]:
     return methods[method_id]
 
 
-def plan_request(request: ForgetRequest) -> Plan:
-    """Look up the method of a request and plan it, which checks it.
+def plan_request(request: ForgetRequest, theme_folders: Sequence[Path] | None = None) -> Plan:
+    """Look up the method of a request and plan it, which checks it; a theme is replaced by its concepts.
+
+    Args:
+        request: The request.
+        theme_folders: Folders of the user's own themes (``None``: the one of :func:`user_theme_folder`).
 
     Raises:
-        RequestError: The method does not exist, or as :class:`Plan`.
+        RequestError: The method or the theme does not exist, or as :class:`Plan`.
     """
-    return Plan(request, get(request.method))
+    return Plan(expanded(request, theme_folders), get(request.method))

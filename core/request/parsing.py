@@ -10,7 +10,7 @@ from ..errors import RequestError
 from .concept import KINDS, Concept, unescaped
 from .request import ForgetRequest
 
-__all__ = ["parse_request", "split_list"]
+__all__ = ["parse_concepts", "parse_request", "split_list"]
 
 # commas of Latin, Chinese, Japanese and Arabic script
 _SEPARATOR = re.compile("[,\uff0c\u3001\u060c\\r\\n]")
@@ -37,6 +37,7 @@ def parse_request(
     strength: float = 1.0,
     seed: int = 0,
     settings: str = "",
+    theme: str = "",
 ) -> ForgetRequest:
     """Parse a node's text boxes. The request is not checked yet; a :class:`~.plan.Plan` checks it.
 
@@ -52,17 +53,33 @@ def parse_request(
         strength: Strength of the edit.
         seed: Seed of the request.
         settings: Settings as a JSON object; empty: none.
+        theme: Name of a theme, whose concepts are forgotten too; empty: none. With one, ``concept`` may be empty, and
+            a single replacement is the theme's too.
 
     Raises:
         RequestError: A box cannot be parsed, or the numbers of concepts and replacements differ.
     """
-    concepts = _parse_concepts(concept, kind, replacement)
+    concepts = () if theme and not split_list(concept) else parse_concepts(concept, kind, replacement)
+    shared = [unescaped(entry) for entry in split_list(replacement)] if theme else []
     return ForgetRequest(
-        concepts, tuple(split_list(preserve)), method, preset, _parse_settings(settings), float(strength), int(seed)
+        concepts,
+        tuple(split_list(preserve)),
+        method,
+        preset,
+        _parse_settings(settings),
+        float(strength),
+        int(seed),
+        theme or None,
+        shared[0] if len(shared) == 1 else None,
     )
 
 
-def _parse_concepts(text: str, kind: str, replacement: str) -> tuple[Concept, ...]:
+def parse_concepts(text: str, kind: str = "object", replacement: str = "") -> tuple[Concept, ...]:
+    """Parse a list of concepts; the arguments are those of :func:`parse_request`.
+
+    Raises:
+        RequestError: The list is empty or cannot be parsed, or the numbers of concepts and replacements differ.
+    """
     entries = [_parse_entry(entry) for entry in split_list(text)]
     if not entries:
         raise RequestError("The concept is empty: write what is to be forgotten.")

@@ -59,13 +59,15 @@ class ForgetRequest:
     """Everything that is forgotten at once, and how; immutable, and the same in every host.
 
     Args:
-        concepts: The concepts to forget; at least one.
+        concepts: The concepts to forget; at least one, unless there is a theme.
         preserve: The retain set: words and phrases that must keep their meaning.
         method: Id of the method.
         preset: Name of the method's preset to start from.
         settings: Single settings in place of the preset's.
         strength: Factor of the edit, above 0 and at most 10.
         seed: Seed of everything that is drawn at random, from 0 to 2**64 - 1.
+        theme: Name of a theme (:mod:`.themes`), whose concepts are forgotten too; the plan has them in its place.
+        theme_replacement: Replacement of the theme's concepts that state none.
 
     Raises:
         RequestError: ``concepts`` or ``preserve`` is not a list.
@@ -78,6 +80,8 @@ class ForgetRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
     seed: int = 0
+    theme: str | None = None
+    theme_replacement: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("concepts", "preserve"):
@@ -143,6 +147,10 @@ class ForgetRequest:
             "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()},
             "strength": self.strength,
             "seed": self.seed,
+        } | {
+            key: value
+            for key, value in (("theme", self.theme), ("theme_replacement", self.theme_replacement))
+            if value is not None
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -171,9 +179,10 @@ class ForgetRequest:
         _check_form(data)
         concepts = tuple(
             Concept(c["name"], c.get("kind", "object"), c.get("replacement"), tuple(c.get("images", ())))
-            for c in data["concepts"]
+            for c in data.get("concepts", ())
         )
-        given = {key: data[key] for key in ("preserve", "method", "preset", "settings") if key in data}
+        plain = ("preserve", "method", "preset", "settings", "theme", "theme_replacement")
+        given = {key: data[key] for key in plain if key in data}
         if "strength" in data:
             given["strength"] = float(data["strength"])
         if "seed" in data:
@@ -244,16 +253,24 @@ def _problems(data: object) -> Iterator[str]:
         yield "The request must be a JSON object with the fields 'schema' and 'concepts'."
         return
     known = ("schema", "concepts", "preserve", "method", "preset", "settings", "strength", "seed")
+    known += ("theme", "theme_replacement")
     for key in data:
         if key not in known:
             yield f"The request has an unknown field '{key}': the fields are {', '.join(known)}."
-    for key in ("schema", "concepts"):
+    for key in ("schema",) if "theme" in data else ("schema", "concepts"):
         if key not in data:
             yield f"The request lacks the field '{key}'."
             return
     if not _is_integer(data["schema"]) or data["schema"] != SCHEMA_VERSION:
         yield f"The request has schema {data['schema']!r}; this version reads schema {SCHEMA_VERSION}."
-    yield from _concept_problems(data["concepts"])
+    if "theme" not in data or data.get("concepts", []) != []:
+        yield from _concept_problems(data["concepts"])
+    if not _is_words(data.get("theme", "x")):
+        yield f"'theme' must be the name of a theme, not {data['theme']!r}."
+    if "theme_replacement" in data and not isinstance(data["theme_replacement"], str):
+        yield f"'theme_replacement' must be words, not {data['theme_replacement']!r}."
+    if "theme_replacement" in data and "theme" not in data:
+        yield "'theme_replacement' is given without a 'theme': name the theme, or leave it out."
     preserve = data.get("preserve", [])
     if not isinstance(preserve, list):
         yield "'preserve' must be a list of words or short phrases."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Form:
-    """The values on the page that make up a request; ``fields`` are those of the selected method, by name."""
+    """The values on the page that make up a request.
+
+    Attributes:
+        fields: The values of the selected method's settings, by name.
+        theme: Name of a theme, whose concepts are forgotten too; empty: none.
+    """
 
     lines: tuple[Line, ...]
     preserve: str
@@ -45,6 +50,7 @@ class Form:
     fields: Mapping[str, Any]
     strength: float
     seed: str
+    theme: str = ""
 
     def request(self) -> ForgetRequest:
         """The request; a plan validates it. Raises :class:`RequestError` for what is missing or no number."""
@@ -57,8 +63,8 @@ class Form:
                 continue
             images = line.images if method.takes_images else ()
             concepts.append(Concept(line.name.strip(), line.kind, line.replacement.strip() or None, images))
-        if not concepts:
-            raise RequestError("Nothing to forget: write a concept in the first line.")
+        if not concepts and not self.theme:
+            raise RequestError("Nothing to forget: write a concept in the first line, or choose a theme.")
         settings = settings_of(method, self.preset, self.fields)
         return ForgetRequest(
             tuple(concepts),
@@ -68,11 +74,12 @@ class Form:
             settings.values,
             _number(self.strength, "strength"),
             _seed(self.seed),
+            self.theme or None,
         )
 
-    def plan(self) -> Plan:
-        """The plan of :meth:`request`. Raises :class:`RequestError` in words."""
-        return plan_request(self.request())
+    def plan(self, theme_folders: Sequence[Path] | None = None) -> Plan:
+        """The plan of :meth:`request`, with the concepts of its theme. Raises :class:`RequestError` in words."""
+        return plan_request(self.request(), theme_folders)
 
     @classmethod
     def of(cls, plan: Plan) -> Form:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..errors import ForgetConceptError, PatchError, RequestError
 from ..progress import Progress
+from ..request.themes import user_theme_folder
 from .applied import AppliedPatches, DroppedPatch
 from .errors import NotFoundError
 from .evaluate_job import EvaluateJob, Reports
@@ -36,6 +38,11 @@ class PatchStore:
     def settings(self) -> Settings:
         """The options on the host's settings page, as they are now."""
         return Settings.of(self.host)
+
+    @property
+    def theme_folders(self) -> list[Path]:
+        """Folders of the user's own themes: the host's, then the one that the command line reads."""
+        return [self.host.data_folder() / "themes", user_theme_folder()]
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The adapter to ComfyUI: the only package that imports ``comfy``."""
 
 from .embedded import embedded_model, is_embedded
-from .files import lora_file, lora_files, lora_folder, lora_stamp, output_folder, work_folder
+from .files import lora_file, lora_files, lora_folder, lora_stamp, output_folder, theme_folders, work_folder
 from .model import latent_diffusion, patched_weights, surveyed, surviving_share, weights_hash, with_lora
 from .page import ConceptPreview, progress, show_text, workflow
 
@@ -20,6 +20,7 @@ __all__ = [
     "show_text",
     "surveyed",
     "surviving_share",
+    "theme_folders",
     "weights_hash",
     "with_lora",
     "work_folder",

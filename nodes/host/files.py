@@ -7,8 +7,9 @@ from pathlib import Path
 import folder_paths
 
 from ...core.errors import PatchError
+from ...core.request.themes import user_theme_folder
 
-__all__ = ["lora_file", "lora_files", "lora_folder", "lora_stamp", "output_folder", "work_folder"]
+__all__ = ["lora_file", "lora_files", "lora_folder", "lora_stamp", "output_folder", "theme_folders", "work_folder"]
 
 
 def lora_files() -> list[str]:
@@ -50,3 +51,8 @@ def output_folder() -> Path:
 def work_folder() -> Path:
     """Folder for cached intermediate results; the host does not serve it to pages."""
     return Path(folder_paths.get_user_directory()) / "__forget_concept"
+
+
+def theme_folders() -> list[Path]:
+    """Folders of the user's own themes: the host's, then the one that the command line reads."""
+    return [work_folder() / "themes", user_theme_folder()]

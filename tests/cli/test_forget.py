@@ -72,6 +72,71 @@ def test_forget_names_its_file_after_the_concepts_and_says_what_it_did(run, tiny
         torch.testing.assert_close(factor.delta(), expanded.factors[key].delta(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--concept", "(star:1.3)", "--replacement", "circle"], "The concept '(star:1.3)' is words with a weight"),
+        (["--concept", "embedding:foo"], "The concept 'embedding:foo' is a textual inversion"),
+        (["--concept", "star", "--replacement", "((circle))"], "write 'circle'"),
+        (["--concept", "star", "--preserve", "[moon]"], "preserve list '[moon]'"),
+        (["--concept", "star", "--set", 'preserve_prompts=["a {red|blue} moon"]'], "'preserve_prompts'"),
+    ],
+)
+def test_prompt_syntax_is_refused_before_a_model_is_loaded(run, monkeypatch, args, says):
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run("forget", *args) == 1
+    assert says in run.err and not run.left
+
+
+def test_a_theme_is_forgotten_with_and_without_concepts(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGET_CONCEPT_THEMES", str(tmp_path))
+    (tmp_path / "birds.txt").write_text("# Birds\nhawk\nraven -> cloud\n", encoding="utf-8")
+    assert run("forget", "--theme", "birds", "--replacement", "leaf", "--out", "a.safetensors", "--json") == 0
+    birds = [{"name": "hawk", "kind": "object", "replacement": "leaf"}]
+    birds += [{"name": "raven", "kind": "object", "replacement": "cloud"}]
+    assert run.json["request"]["concepts"] == birds and "theme" not in run.json["request"]
+    both = ("--theme", "birds", "--concept", "star", "--kind", "object", "--replacement", "leaf")
+    assert run("forget", *both, "--out", "b.safetensors", "--json") == 0
+    assert [one["name"] for one in run.json["request"]["concepts"]] == ["star", "hawk", "raven"]
+    Path("r.json").write_text('{"schema": 1, "theme": "birds", "theme_replacement": "leaf"}', encoding="utf-8")
+    assert run("forget", "--request", "r.json", "--out", "c.safetensors") == 0
+    a, c = load_patch("a.safetensors"), load_patch("c.safetensors")
+    assert a.metadata == c.metadata
+    assert run("themes") == 0
+    assert "birds (yours): hawk, raven" in run.out and "weapons: " in run.out and str(tmp_path) in run.out
+    assert run("themes", "birds") == 0
+    assert run.out == "# Birds\nhawk\nraven -> cloud\n"
+    assert run("themes", "--json") == 0
+    assert {"name": "birds", "file": str(tmp_path / "birds.txt"), "concepts": ["hawk", "raven"]} in run.json["themes"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--theme", "fun"], "'fun' is not known"),
+        (["--theme", "sea", "--replacement", "a", "--replacement", "b"], "--replacement once"),
+        (["--theme", "sea", "--kind", "style"], "leave out --kind"),
+        (["--theme", "sea", "--image", "fish=x.png"], "leave out --image"),
+        (["--theme", "sea", "--request", "r.json"], "--request and --theme exclude each other"),
+    ],
+)
+def test_a_theme_that_cannot_be_meant_is_refused(run, monkeypatch, args, says):
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run("forget", *args) == 1
+    assert says in run.err and not run.left
+
+
+def test_escaped_brackets_are_brackets(run, tiny):
+    plain = ("--concept", "saber_(fate)", "--replacement", "knight (old)", "--preserve", "archer_(fate)")
+    escaped = [text.replace("(", r"\(").replace(")", r"\)") for text in plain]
+    assert run("forget", *plain, "--out", "a.safetensors") == 0
+    assert run("forget", *escaped, "--out", "b.safetensors", "--json") == 0
+    assert run.json["request"]["concepts"][0]["name"] == "saber_(fate)"
+    a, b = load_patch("a.safetensors"), load_patch("b.safetensors")
+    assert a.metadata == b.metadata
+    assert all(torch.equal(factor.delta(), b.factors[key].delta()) for key, factor in a.factors.items())
+
+
 def test_a_high_strength_is_warned_of_before_the_work(run, tiny):
     for strength in ("1", "1.5"):
         assert run("forget", "--concept", "star", "--strength", strength, "--out", "p.safetensors") == 0

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
+from fakenodes import loaded_nodes
 from fakewebui import FakeWebui
 from tiny import tiny_model
 
-import forget_concept
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.request import settings
 from forget_concept.core.request.concept import Concept
@@ -129,33 +127,8 @@ def test_from_the_webui_over_rest(model: LatentDiffusion, tmp_path: Path, checks
 
 
 @pytest.fixture()
-def nodes(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of the nodes that forget, imported beside a host that only lends a model."""
-
-    class Node:
-        hidden = SimpleNamespace(unique_id=None)
-
-    io = MagicMock(name="io", ComfyNode=Node, NodeOutput=lambda *outputs: outputs)
-    latest: Any = ModuleType("comfy_api.latest")
-    latest.io = io
-    package = forget_concept.__name__ + ".nodes"
-    host: Any = MagicMock(name="host")
-    host.latent_diffusion = lambda *given: contextlib.nullcontext(model)
-    host.progress = lambda *given: None
-    host.patched_weights = lambda model: 0
-    host.surviving_share = lambda model, patch: None
-    names = ("common", "forget_concept", "forget_in_sequence", "forget_by_request")
-    for name in names:
-        monkeypatch.delitem(sys.modules, f"{package}.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "comfy_api", ModuleType("comfy_api"))
-    monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
-    monkeypatch.setitem(sys.modules, f"{package}.host", host)
-    monkeypatch.setattr(importlib.import_module(package), "host", host, raising=False)
-    found = {name: importlib.import_module(f"{package}.{name}") for name in names}
-    yield SimpleNamespace(**found)
-    for name in names:
-        sys.modules.pop(f"{package}.{name}", None)
-        delattr(importlib.import_module(package), name)
+def nodes(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    yield from loaded_nodes(model, monkeypatch)
 
 
 BOXES = {

@@ -121,10 +121,16 @@ document = st.one_of(
             | plain,
             "strength": st.floats(-1, 12) | plain | st.integers(-1, 12),
             "seed": st.integers(-2, 2**64 + 2) | plain,
+            "theme": st.just("sea") | plain,
+            "theme_replacement": plain,
             "other": plain,
         },
     ),
     st.dictionaries(st.sampled_from(["schema", "concepts", "preserve"]), plain, max_size=3),
+    st.fixed_dictionaries(
+        {"schema": st.just(1), "theme": st.just("sea") | plain},
+        optional={"concepts": st.lists(concept, max_size=1) | plain, "theme_replacement": plain},
+    ),
     st.just({"schema": 1, "concepts": [{"kind": "object"}]}),
 )
 

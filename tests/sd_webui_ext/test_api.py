@@ -96,6 +96,21 @@ def test_the_methods_are_those_there_are(client: Client) -> None:
     assert all(setting["about"] for method in found.values() for setting in method["settings"])
 
 
+def test_a_theme_is_listed_and_forgotten(client: Client, host: FakeWebui) -> None:
+    folder = host.data_folder() / "themes"
+    folder.mkdir(parents=True)
+    (folder / "night.txt").write_text("# The night\nstar\nmoon -> tree\n", encoding="utf-8")
+    found = {theme["name"]: theme for theme in client("GET", "/themes")}
+    assert found["night"] == {"name": "night", "about": "The night", "concepts": ["star", "moon"]}
+    assert {"weapons", "watermarks", "self-harm"} <= set(found)
+    asked = {"schema": 1, "theme": "night", "theme_replacement": "circle", "pictures": 0}
+    job = client.done(client("POST", "/forget", 202, json=asked))
+    assert job["state"] == "done", job
+    concepts = job["result"]["request"]["concepts"]
+    assert [(one["name"], one["replacement"]) for one in concepts] == [("star", "circle"), ("moon", "tree")]
+    assert "'fun' is not known" in client("POST", "/forget", 400, json=asked | {"theme": "fun"})
+
+
 def test_a_patch_is_made_put_on_changed_taken_off_and_deleted(client: Client, host: FakeWebui, patch: Patch) -> None:
     host.chosen["forget_concept_steps"] = 2
     job = client("POST", "/forget", 202, json=body(apply=0.5, pictures=1, name="mine"))
@@ -204,6 +219,10 @@ def test_one_job_at_a_time(client: Client, host: FakeWebui) -> None:
         ({"concepts": "star"}, 422, "'concepts'"),
         ({"concepts": [{"kind": "style"}]}, 422, "'concepts.0.name'"),
         ({"preserve": ["star"]}, 400, "preserve list"),
+        ({"concepts": [{"name": "(star:1.3)", "replacement": "circle"}]}, 400, "write 'star'"),
+        ({"concepts": [{"name": "star", "replacement": "<lora:disc:1>"}]}, 400, "replacement of 'star'"),
+        ({"preserve": ["moon", "__animal__"]}, 400, "preserve list '__animal__' is a wildcard"),
+        ({"settings": {"preserve_prompts": ["a moon AND a tree"]}}, 400, "write 'a moon and a tree'"),
         ({"schema": 2}, 400, "schema 2"),
         ({"method": "magic"}, 400, "'magic' is not known"),
         ({"preset": "best"}, 400, "no preset 'best'"),
