@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 _MANY = 6
 HELP = "make a patch that forgets one or several concepts"
-FROM_FLAGS = ("concept", "theme", "kind", "replacement", "image", "preserve", "method", "preset", "set", "strength")
-FROM_FLAGS += ("seed",)
+FROM_FLAGS = (
+    *("concept", "theme", "kind", "replacement", "image"),
+    *("preserve", "method", "preset", "set", "strength", "seed"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

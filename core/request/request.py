@@ -252,8 +252,10 @@ def _problems(data: object) -> Iterator[str]:
     if not isinstance(data, dict):
         yield "The request must be a JSON object with the fields 'schema' and 'concepts'."
         return
-    known = ("schema", "concepts", "preserve", "method", "preset", "settings", "strength", "seed")
-    known += ("theme", "theme_replacement")
+    known = (
+        *("schema", "concepts", "preserve", "method", "preset", "settings", "strength", "seed"),
+        *("theme", "theme_replacement"),
+    )
     for key in data:
         if key not in known:
             yield f"The request has an unknown field '{key}': the fields are {', '.join(known)}."
