@@ -110,6 +110,7 @@ def test_an_example_runs_for_a_newcomer_or_says_what_to_download(path: Path) -> 
         assert "ForgetConceptLoadEmbeddedModel" in kinds
         assert "Load Checkpoint" in note, "it does not say how to use another model"
     assert len(note) < 700
+    assert workflow["extra"]["ds"]["scale"] >= 0.6, "it opens too small to be read on a full-HD page"
     # a file in one of these boxes would have to be made first
     assert not kinds & {"LoraLoaderModelOnly", "LoraLoader", "ForgetConceptLoadPatch", "LoadImage"}
 

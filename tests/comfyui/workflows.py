@@ -398,6 +398,10 @@ def to_workflow(name: str, example: Example, info: dict[str, Any]) -> dict[str, 
                 links.append([link, number[source[0]], source[1], number[key], i, output["type"]])
                 socket["link"] = link
                 output["links"].append(link)
+    # a full-HD page opens it in whole, beside its own bars
+    width, height = edges[-1][1] + 20 - edges[0][0], max(edge[2] for edge in edges) + 100
+    scale = round(min(0.9, 1780 / width, 940 / height), 2)
+    view = {"scale": scale, "offset": [round(90 / scale) - 20, round(80 / scale) + 85 - _TOP]}
     groups = []
     for i, (title, first, last) in enumerate(example.groups, 1):
         bottom = max(edge[2] for edge in edges[first : last + 1])
@@ -413,7 +417,7 @@ def to_workflow(name: str, example: Example, info: dict[str, Any]) -> dict[str, 
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {},
+        "extra": {"ds": view},
         "version": 0.4,
     }
 
