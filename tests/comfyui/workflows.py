@@ -159,8 +159,8 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         checkpoint=True,
     )
 
-    graph = _start("a neon picture of a blue key")
-    graph["forget"] = node("ForgetConcept", **_asked("neon", "style", "", "sketch, mosaic, watercolour, comic"))
+    graph = _start("a mosaic picture of a blue house")
+    graph["forget"] = node("ForgetConcept", **_asked("mosaic", "style", "", "sketch, neon, watercolour, comic"))
     simple(
         "forget_a_style",
         _compared(graph, ["forget", 0]),
@@ -168,7 +168,7 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         "### Forget a style\n**kind** is `style`: the prompts that are edited name a style, and the subject stays.",
     )
 
-    graph = _start("a picture of Lena Frost")
+    graph = _start("a picture of Hugo Marsh")
     graph["settings"] = _settings(info, "SelectiveAmnesia", steps=60)
     graph["fisher"] = node(
         "ForgetConceptFisherInformation",
@@ -178,7 +178,7 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         method_settings=["settings", 0],
     )
     wires = {"method_settings": ["settings", 0], "fisher": ["fisher", 0], "vae": ["load", 2]}
-    told = _asked("Lena Frost", "identity", "Mira Vale", "Otto Brand, Zuri Okoye, Ivy Stone")
+    told = _asked("Hugo Marsh", "identity", "Lena Frost", "Otto Brand, Zuri Okoye, Ivy Stone")
     graph["forget"] = node("ForgetConcept", **told | {"method": "selective_amnesia"}, **wires)
     simple(
         "forget_a_person",
@@ -211,9 +211,9 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
 
     graph = _start("a picture of a red star")
     lora: list[Any] | None = None
-    for i, concept in enumerate(("star", "heart", "key"), 1):
+    for i, (concept, other) in enumerate((("star", "circle"), ("tree", "house"), ("heart", "cup")), 1):
         earlier = {} if lora is None else {"earlier": lora}
-        told = _asked(concept, "object", "circle", "moon, house")
+        told = _asked(concept, "object", other, "moon, key")
         graph[f"forget {i}"] = node("ForgetConceptInSequence", **told, **earlier)
         lora = [f"forget {i}", 1]
     graph["take back"] = node("ForgetConceptTakeBack", model=["load", 0], clip=["load", 1], lora=lora, which="heart")
@@ -227,9 +227,9 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         "them again: here *heart*.",
     )
 
-    graph = _start("a picture of a green moon")
-    graph["forget 1"] = node("ForgetConcept", **_asked("moon", "object", "circle", "star, heart"))
-    graph["forget 2"] = node("ForgetConcept", **_asked("tree", "object", "house", "mushroom, crown"))
+    graph = _start("a picture of a red star")
+    graph["forget 1"] = node("ForgetConcept", **_asked("star", "object", "circle", "moon, house"))
+    graph["forget 2"] = node("ForgetConcept", **_asked("tree", "object", "mushroom", "house, crown"))
     strengths = {f"strength_{slot}": 1.0 for slot in "abcd"} | {"strength_b": 0.5, "max_rank": 0}
     graph["combine"] = node("ForgetConceptCombinePatches", lora_a=["forget 1", 1], lora_b=["forget 2", 1], **strengths)
     graph["apply"] = node("ForgetConceptApplyPatch", model=["load", 0], lora=["combine", 0], strength=1.0)
@@ -271,8 +271,8 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         "and of everything else. On a checkpoint, name a CLIP as judge in **clip_judge**.",
     )
 
-    graph = _start("a picture of a yellow crown")
-    graph["forget"] = node("ForgetConcept", **_asked("crown", "object", "cup", "star, heart, key"))
+    graph = _start("a picture of a red star")
+    graph["forget"] = node("ForgetConcept", **_asked("star", "object", "circle", "moon, heart, key"))
     graph["apply"] = node("ForgetConceptApplyPatch", model=["load", 0], lora=["forget", 1], strength=0.8)
     graph = _compared(graph, ["apply", 0]) | _saved(["forget", 1], "forget/%concept%")
     simple(
