@@ -18,7 +18,7 @@ from forget_concept.core.methods.fit import fit as fit_plan
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
-from forget_concept.core.models.text_encoders import TextStates
+from forget_concept.core.models.text_encoders import TextStates, clip_body
 from forget_concept.core.models.unet import PROJECTIONS, UNetSurvey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
@@ -162,6 +162,25 @@ def clip_parts(folder: Path, layers: int = 3, projection: bool = False, seed: in
         torch.manual_seed(seed)
         kind = CLIPTextModelWithProjection if projection else CLIPTextModel
         return kind(config).eval(), tokenizer
+
+
+def clip_states(model: Any, embedded: Tensor) -> Tensor:
+    """Text states ``(n, tokens, d)`` of token embeddings, layer by layer, with a causal mask of our own."""
+    body = clip_body(model)
+    length = embedded.shape[1]
+    hidden = embedded + body.embeddings.position_embedding.weight[:length]
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    for layer in body.encoder.layers:
+        # layers take a second mask, and return a tuple, up to transformers 4
+        out = layer(hidden, attention_mask=mask, causal_attention_mask=None)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return body.final_layer_norm(hidden)
+
+
+def original_names(text: Any) -> dict[str, Tensor]:
+    """A CLIP text model's weights under the names of the original layout, which every checkpoint has."""
+    state = text.state_dict()
+    return {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in state.items()}
 
 
 def random_patch(

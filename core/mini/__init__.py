@@ -44,14 +44,15 @@ def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, 
         raise ModelError(
             f"The embedded model needs diffusers and transformers ({error}): pip install diffusers transformers."
         ) from error
-    import torch
+    from ..models.loading import without_progress_bars
 
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", variant="fp16", torch_dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32)
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", variant="fp16", torch_dtype=torch.float32)
+    with without_progress_bars():
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", variant="fp16")
+        vae = AutoencoderKL.from_pretrained(folder / "vae", variant="fp16")
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder", variant="fp16")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     for module in (unet, vae, text):
-        module.eval().requires_grad_(False).to(device)
+        module.eval().requires_grad_(False).to(device).float()
     return unet, text, tokenizer, vae
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from .autoencoders import DiffusersAutoencoder
 from .latent_diffusion import LatentDiffusion
 from .text_encoders import CLIPText, SDXLText
 
-__all__ = ["from_pipeline", "load_checkpoint"]
+__all__ = ["from_pipeline", "load_checkpoint", "without_progress_bars"]
 
 _STATED_PREDICTIONS = {
     "v": "v_prediction",
@@ -64,6 +65,20 @@ def load_checkpoint(
     return _from_single_file(path, device, dtype, clip_skip, config)
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Load local files without the progress bars that diffusers and transformers draw on the terminal."""
+    loaded: list[Any] = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    shown = [each for each in loaded if each is not None and each.is_progress_bar_enabled()]
+    for each in shown:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()
+
+
 def _need_diffusers() -> None:
     try:
         import diffusers  # noqa: F401
@@ -85,7 +100,7 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
             f"'{folder}' is not a model in diffusers' layout: it has no folder '{missing[0]}'. Give {_CHOICES}."
         )
 
-    def part(kind: Any, name: str) -> Any:
+    def part(kind: Any, name: str, **given: Any) -> Any:
         weights = [p.name for p in (folder / name).iterdir() if p.suffix in (SUFFIX, ".bin")]
         safe = [w for w in weights if w.endswith(SUFFIX)]
         if weights and not safe:
@@ -95,16 +110,18 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
             )
         half = bool(safe) and all(".fp16." in w for w in safe)
         try:
-            loaded = kind.from_pretrained(
-                str(folder / name),
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=dtype,
-                **({"variant": "fp16"} if half else {}),
-            )
+            with without_progress_bars():
+                loaded = kind.from_pretrained(
+                    str(folder / name),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    **({"variant": "fp16"} if half else {}),
+                    **given,
+                )
         except Exception as error:  # third-party loaders raise arbitrary errors; the cause is chained
             raise ModelError(f"'{folder / name}' cannot be loaded: {_first_line(error)}") from error
-        return loaded.to(device).eval()
+        # transformers renamed its argument for the dtype, and its default differs between versions
+        return loaded.to(device, dtype).eval()
 
     def tokenizer(name: str) -> Any:
         try:
@@ -117,7 +134,7 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
         scheduler = DDIMScheduler.from_config(settings)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"The noise schedule of '{folder}' cannot be read: {_first_line(error)}") from error
-    unet = part(UNet2DConditionModel, "unet")
+    unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
     if (folder / "text_encoder_2").is_dir():
         text: Any = SDXLText(
             part(CLIPTextModel, "text_encoder"),
@@ -127,7 +144,7 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
         )
     else:
         text = CLIPText(part(CLIPTextModel, "text_encoder"), tokenizer("tokenizer"), clip_skip)
-    vae = part(AutoencoderKL, "vae") if (folder / "vae").is_dir() else None
+    vae = part(AutoencoderKL, "vae", torch_dtype=dtype) if (folder / "vae").is_dir() else None
     return _assembled(unet, text, scheduler, vae, folder.name)
 
 
@@ -150,7 +167,7 @@ def _from_single_file(
     if config is not None:
         extra |= {"config": str(config), "local_files_only": True}
     try:
-        with _under_its_ending(path) as named:
+        with _under_its_ending(path) as named, without_progress_bars():
             pipe = kind.from_single_file(str(named), torch_dtype=dtype, **extra)
     except Exception as error:  # third-party loaders raise arbitrary errors; the cause is chained
         help_ = (

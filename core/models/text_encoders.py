@@ -19,6 +19,7 @@ __all__ = [
     "TextEncoder",
     "TextStates",
     "check_words",
+    "clip_body",
     "encode_prompts",
 ]
 
@@ -173,6 +174,17 @@ def _words(tokenizer: Any, phrase: str) -> list[int]:
     return [int(i) for i in tokenizer(phrase, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
+def clip_body(model: torch.nn.Module) -> Any:
+    """The module of transformers' CLIP text model that has ``embeddings``, ``encoder`` and ``final_layer_norm``.
+
+    Older versions wrap it in a ``text_model``; since transformers 5.6 ``CLIPTextModel`` is that module itself.
+
+    Args:
+        model: A ``CLIPTextModel`` or ``CLIPTextModelWithProjection``.
+    """
+    return getattr(model, "text_model", model)
+
+
 def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -214,7 +226,7 @@ class CLIPText:
         if self.clip_skip == 1:
             return TextStates(self.model(ids)[0])
         hidden = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
-        return TextStates(getattr(self.model, "text_model", self.model).final_layer_norm(hidden))
+        return TextStates(clip_body(self.model).final_layer_norm(hidden))
 
 
 class SDXLText:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ModelError
-from ...core.models.text_encoders import CLIPText, TextEncoder, TextStates
+from ...core.models.text_encoders import CLIPText, TextEncoder, TextStates, clip_body
 
 __all__ = ["HostText", "differentiable_copy"]
 
@@ -139,7 +139,7 @@ def differentiable_copy(clip: Any, own: TextEncoder, device: torch.device) -> CL
             copied = CLIPTextModel(config).float().eval().requires_grad_(False)
         state = {key: value.detach().float().cpu() for key, value in body.state_dict().items()}
         state["embeddings.token_embedding.weight"] = state["embeddings.token_embedding.weight"][:rows]
-        found = copied.text_model.load_state_dict(state, strict=False)
+        found = clip_body(copied).load_state_dict(state, strict=False)
         if found.missing_keys or found.unexpected_keys:
             return None
         index = clip.layer_idx if clip.layer_idx is not None else encoder.layer_idx

@@ -11,7 +11,7 @@ import torch
 from drawn import DrawnModel, DrawnProbe, labels_named_in
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TinyText, clip_parts, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
+from tiny import TinyText, clip_parts, clip_states, flags, rand, random_patch, state_hash, tiny_model, tiny_unet
 
 from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError, PatchError, RequestError, TokenError
 from forget_concept.core.evaluation import SamplingSettings, Variant
@@ -188,13 +188,7 @@ def test_the_ranking_is_the_gradient_of_the_one_hot(model):
         rows = []
         for row in ids:
             embedded = torch.cat([table[row[:1]], one_hot @ table, table[row[4:]]])
-            body = model.text.model.text_model
-            hidden = embedded[None] + body.embeddings.position_embedding.weight[: len(row)]
-            mask = torch.full((len(row), len(row)), torch.finfo(torch.float32).min).triu(1)[None, None]
-            for layer in body.encoder.layers:
-                out = layer(hidden, None, mask)
-                hidden = out[0] if isinstance(out, tuple) else out
-            rows.append(body.final_layer_norm(hidden)[0])
+            rows.append(clip_states(model.text.model, embedded[None])[0])
         torch.testing.assert_close(torch.stack(rows), model.text.encode(said).hidden, atol=1e-5, rtol=1e-4)
         loss = 0
         for i, (x, t, noise) in enumerate(zip(search.rows.x, search.rows.times, search.rows.noise, strict=True)):

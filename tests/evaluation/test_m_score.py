@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cosine
 from sklearn.metrics import roc_auc_score
-from tiny import TinyText, clip_parts, flags, rand, random_patch, state_hash, tiny_unet
+from tiny import TinyText, clip_parts, clip_states, flags, rand, random_patch, state_hash, tiny_unet
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError, TokenError
 from forget_concept.core.evaluation import m_score as module
@@ -85,19 +85,13 @@ def test_each_space_is_the_cosine_it_says(model):
 
     def end(prompt, extra=None):
         """The end's state, with the embeddings of the words between `<` and `>` given by hand."""
-        text = model.text.model.text_model
         ids = torch.tensor([model.text.token_ids(prompt)])
-        table = text.embeddings.token_embedding(ids)
+        table = model.text.model.get_input_embeddings()(ids)
         at = end_position(model.text, prompt)
         if extra is not None:
             where, width = extra
             table[0, where : where + width] = vectors[:width]
-        hidden = text.embeddings(inputs_embeds=table)
-        length = hidden.shape[1]
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        for layer in text.encoder.layers:
-            hidden = layer(hidden, None, mask)[0]
-        return text.final_layer_norm(hidden)[0, at].detach().numpy()
+        return clip_states(model.text.model, table)[0, at].detach().numpy()
 
     raw, less = [], []
     for template in said:

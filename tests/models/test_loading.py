@@ -8,8 +8,9 @@ import pytest
 import torch
 from ldm_unet import ldm_unet
 from safetensors.torch import save_file
-from tiny import clip_parts, fit, rand, tiny_unet
+from tiny import clip_parts, fit, original_names, rand, tiny_unet
 
+from forget_concept.core import mini
 from forget_concept.core.errors import ModelError
 from forget_concept.core.mini.ldm import autoencoder_to_ldm
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -159,7 +160,7 @@ def single_file(pipeline, folder, path, marks=(), metadata=None):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"norm_num_groups": 32}))
     state = {f"model.diffusion_model.{k}": v for k, v in unet.state_dict().items()}
-    state |= {f"cond_stage_model.transformer.{k}": v for k, v in pipeline.text_encoder.state_dict().items()}
+    state |= {f"cond_stage_model.transformer.{k}": v for k, v in original_names(pipeline.text_encoder).items()}
     vae = autoencoder_to_ldm(pipeline.vae.state_dict(), pipeline.vae.config)
     state |= {f"first_stage_model.{k}": v for k, v in vae.items()}
     state |= {mark: torch.zeros(0) for mark in marks}
@@ -191,6 +192,16 @@ def test_a_single_file_in_ldm_layout(pipeline, folder, tmp_path):
         )
         image = rand(1, 4, 8, 8, seed=2)
         torch.testing.assert_close(model.decode(image), from_pipeline(pipeline).decode(image), atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_drawn_on_the_terminal_while_files_are_read(pipeline, folder, tmp_path, capfd):
+    single_file(pipeline, folder, tmp_path / "single.safetensors")
+    capfd.readouterr()
+    load_checkpoint(tmp_path / "single.safetensors", config=folder)
+    tiny_unet().save_pretrained(folder / "unet")
+    load_checkpoint(folder)
+    mini.load()
+    assert capfd.readouterr() == ("", "")
 
 
 def scheduled(folder, **changes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import replace
 
@@ -74,9 +75,9 @@ def test_no_scale_or_a_threshold_below_every_difference_is_no_guidance():
 
 @pytest.mark.parametrize("name", ["weak", "medium", "strong", "max"])
 def test_every_step_is_diffusers_own(name):
-    from diffusers.pipelines.stable_diffusion_safe import SafetyConfig, StableDiffusionPipelineSafe
-
-    settings, published = SAFETY[name], dict(getattr(SafetyConfig, name.upper()))
+    places = ("diffusers.pipelines.stable_diffusion_safe", "diffusers.pipelines.deprecated.stable_diffusion_safe")
+    safe = importlib.import_module(next(place for place in places if importlib.util.find_spec(place)))
+    settings, published = SAFETY[name], dict(getattr(safe.SafetyConfig, name.upper()))
     assert settings.first_step(50) == published.pop("sld_warmup_steps")
     scale = published.pop("sld_guidance_scale")
     assert settings.scale == (200 if name == "weak" else scale)
@@ -84,7 +85,7 @@ def test_every_step_is_diffusers_own(name):
     mine, theirs = torch.zeros(2, 4, 8, 8), None
     for step in range(20):
         text, empty, unsafe = (0.05 * rand(2, 4, 8, 8, seed=3 * step + i) for i in range(3))
-        guidance, theirs = StableDiffusionPipelineSafe.perform_safety_guidance(
+        guidance, theirs = safe.StableDiffusionPipelineSafe.perform_safety_guidance(
             *(None, True, theirs, text - empty, [text, empty, unsafe], step, settings.scale, settings.first_step(50)),
             *(settings.threshold, settings.momentum, settings.beta),
         )

@@ -10,7 +10,7 @@ from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
-from forget_concept.core.models.text_encoders import CLIPText, SDXLText, TextStates
+from forget_concept.core.models.text_encoders import CLIPText, SDXLText, TextStates, clip_body
 from forget_concept.core.models.token_positions import end_position, tail_positions, token_positions
 from forget_concept.core.training.textual_inversion import InversionSettings, InvertedText, invert, with_vectors
 
@@ -96,7 +96,7 @@ def test_the_encoder_is_left_as_it_was(parts, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(getattr(encoder.model, "text_model", encoder.model).encoder, "forward", broken)
+    monkeypatch.setattr(clip_body(encoder.model).encoder, "forward", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         text.encode(["<c>"])
     assert (state_hash(encoder.model), flags(encoder.model), len(encoder.tokenizer)) == (before, flagged, rows)
@@ -224,7 +224,7 @@ def test_cut_short_it_goes_on_to_the_same_result_and_is_not_made_twice(model, tm
     # of other pictures, another seed, another text encoder, it is another inversion
     invert(model, latents + 1e-3, QUICK, 0, progress, workspace=workspace)
     invert(model, latents, QUICK, 1, progress, workspace=workspace)
-    bias = getattr(model.text.model, "text_model", model.text.model).final_layer_norm.bias
+    bias = clip_body(model.text.model).final_layer_norm.bias
     with torch.no_grad():
         bias.add_(1)
         invert(model, latents, QUICK, 0, progress, workspace=workspace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,7 @@ from ...errors import ModelError, RequestError
 from ...mini.vocabulary import CATEGORIES, NONE, SENSES
 from ...mini.world import LABELS
 from ...models.images import to_bytes, to_pil
+from ...models.loading import without_progress_bars
 from ...request.concept import normalized_phrase
 from .extra import require
 
@@ -42,6 +44,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
+def _projected(found: Any) -> Tensor:
+    """The projected features ``(n, d)``, which transformers 5 returns as ``pooler_output`` and older versions bare."""
+    features: Tensor = getattr(found, "pooler_output", found)
+    return features
+
+
 class TransformersClip:
     """CLIP by transformers.
 
@@ -64,12 +72,17 @@ class TransformersClip:
         local_only: bool = False,
     ) -> None:
         clip = require("transformers", "The CLIP score and the CLIP accuracy", 'pip install "forget-concept[cli]"')
+        # only its settings are read; where there are two kinds, the other one wants torchvision
+        processor = "CLIPImageProcessorPil" if hasattr(clip, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+        # a download draws its bar; reading what is there takes a moment
+        bars = without_progress_bars() if local_only or Path(model).is_dir() else nullcontext()
         try:
-            self._model, found = clip.CLIPModel.from_pretrained(
-                model, output_loading_info=True, local_files_only=local_only
-            )
+            with bars:
+                self._model, found = clip.CLIPModel.from_pretrained(
+                    model, output_loading_info=True, local_files_only=local_only
+                )
             self._tokenizer = clip.CLIPTokenizer.from_pretrained(model, local_files_only=local_only)
-            prepare = clip.CLIPImageProcessor.from_pretrained(model, local_files_only=local_only)
+            prepare = getattr(clip, processor).from_pretrained(model, local_files_only=local_only)
             self._short = int(prepare.size["shortest_edge"])
             self._side = int(prepare.crop_size["height"]), int(prepare.crop_size["width"])
             self._mean = torch.tensor(prepare.image_mean).view(1, 3, 1, 1)
@@ -96,8 +109,7 @@ class TransformersClip:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        features: Tensor = self._model.get_image_features(pixel_values=self._prepared(images)).float().cpu()
-        return features
+        return _projected(self._model.get_image_features(pixel_values=self._prepared(images))).float().cpu()
 
     def _prepared(self, images: Tensor) -> Tensor:
         pixels = to_bytes(images).to(self.device).float()
@@ -116,8 +128,7 @@ class TransformersClip:
         tokens = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
-        features: Tensor = self._model.get_text_features(**tokens).float().cpu()
-        return features
+        return _projected(self._model.get_text_features(**tokens)).float().cpu()
 
 
 class OpenClip:
