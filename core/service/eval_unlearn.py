@@ -45,12 +45,12 @@ class ForgetConceptTechnique:
         num_inference_steps: Sampling steps.
         guidance_scale: Guidance scale.
         batch_size: Pictures sampled at once.
-        **options: With ``erase_concept`` alone, arguments of :func:`forget_concept.fit`, such as ``method``,
+        **options: With ``erase_concept`` alone, arguments of :func:`fit`, such as ``method``,
             ``preset``, ``replacement`` and ``preserve``.
 
     Raises:
         RequestError: There is nothing to forget, or more than one source of the patch, or an option does not apply.
-        ForgetConceptError: As loading, :func:`forget_concept.fit` and :func:`forget_concept.load_patch`.
+        ForgetConceptError: As loading a model, fitting and loading a patch.
     """
 
     def __init__(
