@@ -24,7 +24,7 @@ def loaded_nodes(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> Ite
     class Node:
         hidden = SimpleNamespace(unique_id=None)
 
-    io = MagicMock(name="io", ComfyNode=Node, NodeOutput=lambda *outputs: outputs)
+    io = MagicMock(name="io", ComfyNode=Node, NodeOutput=lambda *outputs, ui=None: outputs)
     latest: Any = ModuleType("comfy_api.latest")
     latest.io = io
     package = forget_concept.__name__ + ".nodes"

@@ -11,7 +11,6 @@ import pytest
 from fakenodes import loaded_nodes
 from tiny import tiny_model
 
-from forget_concept.core.errors import RequestError
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.patch.history import read_history
 from forget_concept.core.request.concept import Concept
@@ -53,13 +52,13 @@ def nodes(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
 @pytest.mark.parametrize("node", ["ForgetConcept", "ForgetInSequence"])
 def test_prompt_syntax_is_refused(nodes: SimpleNamespace, node: str, box: str, text: str, says: str) -> None:
     module = nodes.forget_concept if node == "ForgetConcept" else nodes.forget_in_sequence
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(nodes.common.NodeError, match=says):
         getattr(module, node).execute(None, None, **BOXES | {box: text})
 
 
 def test_prompt_syntax_is_refused_in_json(nodes: SimpleNamespace) -> None:
     text = ForgetRequest((Concept("star", replacement="(circle:1.2)"),)).to_json()
-    with pytest.raises(RequestError, match="write 'circle'"):
+    with pytest.raises(nodes.common.NodeError, match="write 'circle'"):
         nodes.forget_by_request.ForgetByRequest.execute(None, None, request=text)
 
 
@@ -83,9 +82,9 @@ def test_a_theme_is_forgotten(nodes: SimpleNamespace, tmp_path: Path, node: str)
     assert concepts(alone) == [("hawk", "leaf"), ("raven", "cloud")]
     assert concepts(both) == [("star", "leaf"), ("hawk", "leaf"), ("raven", "cloud")]
     assert concepts(none) == [("star", None)]
-    with pytest.raises(RequestError, match="'fun' is not known"):
+    with pytest.raises(nodes.common.NodeError, match="'fun' is not known"):
         execute(None, None, **boxes | {"theme": "fun"})
-    with pytest.raises(RequestError, match="concept is empty"):
+    with pytest.raises(nodes.common.NodeError, match="concept is empty"):
         execute(None, None, **BOXES | {"concept": "", "theme": "none"})
 
 
