@@ -328,20 +328,6 @@ def test_printing_never_loses_work(tmp_path, monkeypatch, tiny, encoding, errors
         assert f"Forgot '{shown}'" in raw["stdout"].getvalue().decode(encoding)
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_a_real_process_with_a_narrow_encoding(tmp_path, as_json):
-    done = subprocess.run(
-        [sys.executable, "-m", "forget_concept.core.cli", "forget", "--concept", "\u661f", "--out", "p.safetensors"]
-        + ["--json"] * as_json,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "p.safetensors").is_file()
-    assert ("\u661f".encode() if as_json else b"Forgot '?'") in done.stdout
-
-
 @pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "no/folder/p.safetensors", "there"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_model(run, monkeypatch, name):
     monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
