@@ -43,7 +43,7 @@ class _SettingsNode(Node):
             node_id=node_id(method),
             display_name=f"Settings: {method.title}",
             description=f"The settings of {method.title}, for the input method_settings. Published in {method.paper}",
-            inputs=[chosen, *(_input(field, field.name in method.main) for field in form_fields(method))],
+            inputs=[chosen, *(_input(field, field.setting in method.main) for field in form_fields(method))],
             outputs=[ForgetSettings.Output("SETTINGS", tooltip="For the input method_settings.")],
             hidden=[io.Hidden.unique_id],
             search_aliases=[method.id, "unlearning settings"],

@@ -44,6 +44,7 @@ class Throwaway(UCE):
     title = "Throwaway (of a test)"
     paper = "https://example.org/throwaway"
     Settings = ThrowawaySettings
+    main = ("dial", "rounds", "corners")
     presets = {"published": ThrowawaySettings(), "tuned": ThrowawaySettings(dial=0.75, corners=("south",))}
 '''
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -62,12 +63,12 @@ def commands(program: str) -> Iterator[tuple[Block, list[str]]]:
     """The arguments of every call of ``program`` in a fenced block without a language."""
     for block in blocks(""):
         for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
-            # the prompt of a terminal and variables that are set for one command
+            # the prompt of a terminal, variables that are set for one command, and where its output goes
             words = shlex.split(line.removeprefix("$ "), comments=True) if program in line else []
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words.pop(0)
             if words[:1] == [program]:
-                yield block, words[1:]
+                yield block, list(itertools.takewhile(lambda word: word != ">", words[1:]))
 
 
 # -- README ---------------------------------------------------------------------------------------------------------
@@ -147,7 +148,8 @@ def test_every_command_in_running_text_exists_with_its_options(page):
 def test_the_command_line_page_lists_every_command_with_its_keys():
     page = text_of(DOCS / "cli.md")
     assert re.findall(r"^\| `forget-concept ([\w-]+)` \|", page, re.MULTILINE) == [
-        *("demo", "forget", "restore", "generate", "evaluate", "bench", "inspect", "methods", "mini-table", "export")
+        *("demo", "forget", "restore", "generate", "evaluate", "bench", "inspect"),
+        *("themes", "methods", "mini-table", "export"),
     ]
     assert set(re.findall(r"^\| `([\w-]+)` \| `schema`", page, re.MULTILINE)) == set(COMMANDS)
 

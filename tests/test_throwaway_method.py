@@ -63,7 +63,9 @@ run("refused", cli.main, *forget, "--set", "dial=2.5")
 class Component:
     # a part of a page that only knows what it was made of
     def __init__(self, *args, **given):
-        self.args, self.given = args, given
+        self.args, self.given, self.elem_id = args, given, given.get("elem_id")
+    def change(self, *args, **given):
+        return None
     def __enter__(self):
         return self
     def __exit__(self, *error):

@@ -6,6 +6,7 @@ the command line and in the shared tests; nothing else is edited.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ def register(method: C) -> C:
     """Class decorator that registers a method.
 
     Raises:
-        ForgetConceptError: Another method has its id, one of the presets ``published`` and ``tuned`` is missing, or a
-            setting has no description.
+        ForgetConceptError: Another method has its id, one of the presets ``published`` and ``tuned`` is missing, a
+            setting has no description, or ``main`` names none or one that the method has not.
     """
     known = _METHODS.get(method.id)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
@@ -42,6 +43,12 @@ def register(method: C) -> C:
             f"The method '{method.id}' lacks one of the presets 'published' and 'tuned': declare both."
         )
     check_described(method)
+    main, known_settings = getattr(method, "main", ()), [field.name for field in dataclasses.fields(method.Settings)]
+    if not main or not set(main) <= set(known_settings):
+        raise ForgetConceptError(
+            f"The method '{method.id}' must name in 'main' the settings that a short form shows, of "
+            f"{', '.join(known_settings)}."
+        )
     _METHODS[method.id] = method
     return method
 

@@ -93,13 +93,14 @@ def form_values(method: type[Method], settings: Any) -> dict[str, Any]:
 
 def main_fields(method: type[Method]) -> list[FormField]:
     """The fields of a method's short form, in the order of :attr:`Method.main`."""
-    fields = {field.name: field for field in form_fields(method)}
-    return [fields[name] for name in method.main]
+    fields = form_fields(method)
+    return [field for name in method.main for field in fields if field.setting == name]
 
 
 def main_presets(method: type[Method]) -> dict[str, dict[str, Any]]:
     """Values of the short form's fields, by name, for every preset."""
-    return {preset: {name: values[name] for name in method.main} for preset, values in presets(method).items()}
+    names = [field.name for field in main_fields(method)]
+    return {preset: {name: values[name] for name in names} for preset, values in presets(method).items()}
 
 
 def _fields(method: type[Method], values: Any) -> list[FormField]:

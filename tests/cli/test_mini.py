@@ -110,7 +110,7 @@ def test_the_probe_and_seeds_make_the_same_figures_again(tmp_path: Path, capsys)
     assert cli.main(["forget", "--concept", "star", "--out", str(patch)]) == 0
     figures, drift = [], []
     for batch in ("4", "16"):
-        args = ["--patch", str(patch), "--count", "4", "--steps", "3", "--batch", batch, "--precision", "float32"]
+        args = ["--patch", str(patch), "--count", "4", "--steps", "6", "--batch", batch, "--precision", "float32"]
         capsys.readouterr()
         assert cli.main(["evaluate", *args, "--no-baselines", "--json"]) == 0
         figures.append(json.loads(capsys.readouterr().out)["concepts"])

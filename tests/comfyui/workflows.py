@@ -7,6 +7,7 @@ nodes, boxes that only newer hosts have) is left out of the files: the page adds
 
 from __future__ import annotations
 
+import graphlib
 import json
 import sys
 import tempfile
@@ -364,6 +365,11 @@ def _parts(known: dict[str, Any], inputs: dict[str, Any]) -> tuple[list[tuple[st
     return sockets, boxes
 
 
+def inputs_of(graph: dict[str, Any], key: str) -> list[str]:
+    """The nodes that a node takes something from."""
+    return [source[0] for source in graph.get(key, {}).get("inputs", {}).values() if isinstance(source, list)]
+
+
 def to_workflow(name: str, example: Example, info: dict[str, Any]) -> dict[str, Any]:
     """An example as the page saves it (schema 0.4)."""
     graph = example.graph
@@ -398,6 +404,9 @@ def to_workflow(name: str, example: Example, info: dict[str, Any]) -> dict[str, 
                 links.append([link, number[source[0]], source[1], number[key], i, output["type"]])
                 socket["link"] = link
                 output["links"].append(link)
+    sources = {key: inputs_of(graph, key) for key in order}
+    for place, key in enumerate(graphlib.TopologicalSorter(sources).static_order()):
+        nodes[key]["order"] = place
     # a full-HD page opens it in whole, beside its own bars
     width, height = edges[-1][1] + 20 - edges[0][0], max(edge[2] for edge in edges) + 100
     scale = round(min(0.9, 1780 / width, 940 / height), 2)

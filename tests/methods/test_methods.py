@@ -68,7 +68,7 @@ class Nothing:
 
 
 def make(id_, **extra):
-    fields = {"id": id_, "title": "t", "paper": "https://p", "Settings": Nothing}
+    fields = {"id": id_, "title": "t", "paper": "https://p", "Settings": Nothing, "main": ("number",)}
     return type("M", (), fields | {"presets": {"published": Nothing(), "tuned": Nothing(2.0)}} | extra)
 
 
@@ -84,6 +84,9 @@ def test_duplicates_and_incomplete_methods_are_refused(registry):
         register(make("uce"))
     with pytest.raises(ForgetConceptError, match="presets"):
         register(make("other", presets={"tuned": Nothing()}))
+    for main in ((), ("unknown",)):
+        with pytest.raises(ForgetConceptError, match="must name in 'main'"):
+            register(make("other", main=main))
     assert "mine" in all_methods()
 
 

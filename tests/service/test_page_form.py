@@ -140,7 +140,7 @@ def test_every_setting_has_words_and_a_default_that_it_may_have(tmp_path: Path) 
         assert option.kind != "choice" or option.default in option.choices
         assert option.kind != "whole" or option.low <= option.default <= option.high
     host = FakeWebui(None, tmp_path)  # type: ignore[arg-type]
-    assert Settings.of(host) == Settings("uce", "tuned", "forget", "float32", 4, 20, True)
+    assert Settings.of(host) == Settings("uce", "tuned", "forget", "float32", 4, 20, False, True)
     host.chosen["forget_concept_folder"] = " \\mine\\ "
     assert Settings.of(host).folder == "mine"
     for folder in ("../out", "a/../../b", "C:\\x"):
@@ -255,7 +255,9 @@ def test_the_scripts_and_styles_speak_of_what_the_tab_has() -> None:
     script = (root / "javascript" / "forget_concept.js").read_text(encoding="utf-8")
     files = [*(root / "sd_webui_ext").glob("*.py"), root / "core" / "service" / "html.py"]
     python = "".join(file.read_text(encoding="utf-8") for file in files)
-    for name in set(re.findall(r"#?(forget_concept_[a-z_]+)", script)) - {"forget_concept_speaker"}:
+    # what the script itself makes
+    own = {"forget_concept_speaker", "forget_concept_badge_"}
+    for name in set(re.findall(r"#?(forget_concept_[a-z_]+)", script)) - own:
         short = name.removeprefix("forget_concept_")
         assert f"{{_ID}}{short}" in python or f'"{name}"' in python, name
     style = (root / "style.css").read_text(encoding="utf-8")
