@@ -115,12 +115,26 @@ def test_an_example_runs_for_a_newcomer_or_says_what_to_download(path: Path) -> 
     assert not kinds & {"LoraLoaderModelOnly", "LoraLoader", "ForgetConceptLoadPatch", "LoadImage"}
 
 
+# at most so much of what takes long
+LITTLE = {"steps": 6, "count": 4, "replay_images": 8, "fisher_samples": 8, "sample_steps": 4, "n_images": 4}
+
+
+def brief(graph: Graph) -> Graph:
+    """The same graph with less work in its boxes."""
+    for part in graph.values():
+        for box, most in LITTLE.items():
+            value = part["inputs"].get(box)
+            if isinstance(value, int) and value > most:
+                part["inputs"][box] = most
+    return graph
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_runs_to_its_last_node(comfyui: ComfyUI, path: Path) -> None:
     workflow = json.loads(path.read_text(encoding="utf-8"))
     offered = [names for names in comfyui.get("/api/workflow_templates").values() if path.stem in names]
     assert offered, "the host does not offer it"
-    graph = on_the_embedded_model(from_workflow(workflow, comfyui.get("/object_info")))
+    graph = brief(on_the_embedded_model(from_workflow(workflow, comfyui.get("/object_info"))))
     entry = comfyui.run(graph)
     assert entry["status"]["status_str"] == "success"
     ends = {key for key in graph if not any([key, i] in p["inputs"].values() for p in graph.values() for i in range(4))}

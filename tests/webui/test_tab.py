@@ -44,6 +44,7 @@ class Tab:
             page.on(over, lambda request: self.waiting.discard(request))
 
     def open(self) -> None:
+        self.waiting.clear()  # of the page before, whose requests may never be heard of again
         self.page.goto(f"http://127.0.0.1:{self.host.port}/")
         self.page.get_by_role("button", name="Forget Concept", exact=True).or_(
             self.page.get_by_role("tab", name="Forget Concept", exact=True)
@@ -336,7 +337,8 @@ def test_the_preset_box_offers_what_the_method_has(tab: Tab) -> None:
     def offered() -> list[str]:
         tab.page.locator("#forget_concept_preset input").first.click()
         found = [one.strip().removeprefix("✓").strip() for one in tab.page.locator("ul.options li").all_inner_texts()]
-        tab.page.keyboard.press("Escape")
+        tab.page.keyboard.press("Tab")  # closes the list; the next click opens it again
+        tab.settle()
         return found
 
     tab.choose("method", "Forget-Me-Not")
