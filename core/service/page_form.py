@@ -64,7 +64,7 @@ class Form:
             images = line.images if method.takes_images else ()
             concepts.append(Concept(line.name.strip(), line.kind, line.replacement.strip() or None, images))
         if not concepts and not self.theme:
-            raise RequestError("Nothing to forget: write a concept in the first line, or choose a theme.")
+            raise RequestError("Nothing to forget: write a concept in the first line.")
         settings = settings_of(method, self.preset, self.fields)
         return ForgetRequest(
             tuple(concepts),
