@@ -25,6 +25,7 @@ ROOMS = (
     "core/mini/train",
     "core/evaluation",
     "core/api.py",
+    "core/eval_unlearn.py",
     "core/service",
     "core/cli",
     "nodes",

@@ -8,9 +8,8 @@ from typing import Literal
 from ..errors import RequestError
 from ..models.unet import PROJECTIONS
 from ..prompts.everyday import CONTEXTS
-from ..request.concept import templates
+from ..request.concept import check_templates, templates
 from ..request.settings import check_settings, setting
-from .uce import check_template
 
 __all__ = ["TrainedSettings"]
 
@@ -164,12 +163,7 @@ class TrainedSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for template in self.templates or ():
-            check_template(template)
-        if self.templates == ():
-            raise RequestError(
-                "The setting 'templates' is an empty list: leave it out to use the templates of the concept's kind."
-            )
+        check_templates(self.templates)
         if self.diverse and (self.forget_prompts or self.retain_prompts):
             raise RequestError("Give either 'diverse' or 'forget_prompts' and 'retain_prompts', not both.")
 

@@ -29,7 +29,7 @@ from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import COMMON, CONTEXTS
 from ..prompts.pairs import mentions
-from ..request.concept import Concept, normalized_phrase, templates
+from ..request.concept import Concept, check_templates, normalized_phrase, templates
 from ..request.plan import Plan
 from ..request.request import ForgetRequest
 from ..request.settings import check_settings, setting
@@ -128,22 +128,7 @@ class UCESettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for template in self.templates or ():
-            check_template(template)
-        if self.templates == ():
-            raise RequestError(
-                "The setting 'templates' is an empty list: leave it out to use the templates of the concept's kind."
-            )
-
-
-def check_template(template: str) -> None:
-    """Check a template.
-
-    Raises:
-        RequestError: It does not have exactly one ``{}``, or has other braces.
-    """
-    if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
-        raise RequestError(f"The template '{template}' must have exactly one {{}} for the concept.")
+        check_templates(self.templates)
 
 
 @dataclass(frozen=True)

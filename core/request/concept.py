@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import RequestError
@@ -13,6 +14,7 @@ __all__ = [
     "KINDS",
     "Concept",
     "canonical_phrase",
+    "check_templates",
     "default_replacement",
     "normalized_phrase",
     "templates",
@@ -44,6 +46,22 @@ def templates(kind: str) -> tuple[str, ...]:
     if kind not in _TEMPLATES:
         raise RequestError(f"The kind '{kind}' is not known: choose one of {', '.join(KINDS)}.")
     return _TEMPLATES[kind]
+
+
+def check_templates(given: Sequence[str] | None) -> None:
+    """Check templates that a person set in place of those of the kind; ``None``: there are none.
+
+    Raises:
+        RequestError: The list is empty, or a template does not have exactly one ``{}``, or has other braces.
+    """
+    if given is not None and not given:
+        raise RequestError(
+            "The setting 'templates' is an empty list: leave it out to use the templates of the concept's kind."
+        )
+    for template in given or ():
+        rest = template.replace("{}", "", 1)
+        if rest == template or "{" in rest or "}" in rest:
+            raise RequestError(f"The template '{template}' must have exactly one {{}} for the concept.")
 
 
 def default_replacement(kind: str) -> str:

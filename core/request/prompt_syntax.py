@@ -31,6 +31,10 @@ def _inner(match: re.Match[str]) -> str:
     return match["words"].rstrip()
 
 
+def _bracketed(match: re.Match[str]) -> str:
+    return next((words for words in match.groups() if words), "")
+
+
 def _first_choice(match: re.Match[str]) -> str:
     return next((part for part in re.split(r"[|:]", match[0].strip("[{}]")) if part.strip()), " ")
 
@@ -78,15 +82,15 @@ _KINDS = (
     ),
     _Syntax(
         re.compile(
-            r"\((?:\s*\()+(?P<words>[^()]*)(?:\)\s*)+\)|\[(?:\s*\[)+([^\[\]]*)(?:\]\s*)+\]|\{(?:\s*\{)+([^{}]*)(?:\}\s*)+\}"
+            r"\((?:\s*\()+([^()]*)(?:\)\s*)+\)|\[(?:\s*\[)+([^\[\]]*)(?:\]\s*)+\]|\{(?:\s*\{)+([^{}]*)(?:\}\s*)+\}"
         ),
         "words with emphasis",
-        lambda match: match[1] or match[2] or match[3] or "",
+        _bracketed,
     ),
     _Syntax(
-        re.compile(r"^\s*(?:\((?P<words>[^()]*)\)|\[([^\[\]]*)\]|\{([^{}]*)\})\s*$"),
+        re.compile(r"^\s*(?:\(([^()]*)\)|\[([^\[\]]*)\]|\{([^{}]*)\})\s*$"),
         "words with emphasis",
-        lambda match: match[1] or match[2] or match[3] or "",
+        _bracketed,
     ),
     _Syntax(
         re.compile(r"\b(?:AND|BREAK)\b"),

@@ -34,8 +34,8 @@ each_writer = pytest.mark.parametrize("writer", list(WRITERS))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-@pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077])
-def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path, mask):
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path):
+    """In processes of their own: the umask is every thread's."""
     program = """
 import os, sys
 from pathlib import Path
@@ -43,20 +43,28 @@ import torch
 from forget_concept.core.files.safetensors_io import write_safetensors
 from forget_concept.core.files.writing import write_bytes
 mask = os.umask
-os.umask = None  # nobody may set it, not for a moment: it is every thread's
-write_bytes(Path("bytes"), b"1")
-write_safetensors({"a": torch.ones(1)}, "t.safetensors")
-os.umask = mask
-print(oct(os.umask(0)))
+for folder in sys.argv[1:]:
+    if os.fork() == 0:
+        os.chdir(folder)
+        mask(int(folder, 8))
+        os.umask = None  # nobody may set it, not for a moment
+        write_bytes(Path("bytes"), b"1")
+        write_safetensors({"a": torch.ones(1)}, "t.safetensors")
+        assert mask(0) == int(folder, 8)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit("a write failed under " + folder)
 """
-    (tmp_path / "bytes").write_bytes(b"0")
-    (tmp_path / "bytes").chmod(0o600)  # what an earlier file had does not matter
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, umask=mask, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == oct(mask)
-    for name in ("bytes", "t.safetensors"):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
+    masks = ("000", "022", "027", "077")
+    for mask in masks:
+        (tmp_path / mask).mkdir()
+        (tmp_path / mask / "bytes").write_bytes(b"0")
+        (tmp_path / mask / "bytes").chmod(0o600)  # what an earlier file had does not matter
+    done = subprocess.run([sys.executable, "-c", program, *masks], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for mask in masks:
+        for name in ("bytes", "t.safetensors"):
+            assert stat.S_IMODE((tmp_path / mask / name).stat().st_mode) == 0o666 & ~int(mask, 8)
 
 
 def test_no_other_code_makes_files_of_its_own_or_touches_the_umask():

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..api import fit, load_model, load_patch
-from ..errors import RequestError
-from ..models.images import to_bytes, to_pil
-from ..request.request import MAX_SEED, ForgetRequest
+from .api import fit, load_model, load_patch
+from .errors import RequestError
+from .models.images import to_bytes, to_pil
+from .request.request import MAX_SEED, ForgetRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,15 +11,15 @@ import pytest
 
 from forget_concept.core.api import fit, load_model
 from forget_concept.core.errors import RequestError
+from forget_concept.core.eval_unlearn import ForgetConceptTechnique
 from forget_concept.core.models.images import to_bytes, to_pil
-from forget_concept.core.service.eval_unlearn import ForgetConceptTechnique
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pytest brings it there
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a star", "a star beside a house"]
 QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "device": "cpu"}
 
