@@ -170,9 +170,10 @@
     onUiLoaded(function () {
         if (!find("#forget_concept_beat")) return;
         gradioApp().addEventListener("click", choose);
+        // on the way down: gradio replaces the button of a page as soon as it is clicked, and it is then in no page
         gradioApp().addEventListener("click", (event) => {
-            if (event.target.closest && event.target.closest("#tabs > .tab-nav button")) glance();
-        });
+            if (event.target.closest && event.target.closest("#tabs > .tab-nav button")) setTimeout(glance, 0);
+        }, true);
         setInterval(() => { poll(); watch(); fixAccessibility(); }, INTERVAL);
     });
 })();

@@ -14,7 +14,7 @@ from webuihost import REQUIRED, ROOT, WebUI, hosts, missing
 
 from forget_concept.core.request.request import ForgetRequest
 
-LIMIT = 600_000
+LIMIT = 120_000
 REQUEST = {
     "schema": 1,
     "concepts": [
@@ -356,7 +356,7 @@ def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab)
         tab.badge(page, "on_badge 0.9")
     tab.checkpoint("turned")
     tab.badge("txt2img", "Applied to another checkpoint, not to this one: 'on_badge'")
-    tab.checkpoint("forget-concept-mini")
+    tab.checkpoint("forget-concept-mini.safetensors")
     badge = tab.badge("txt2img", "No longer in the model, because its checkpoint was loaded again: 'on_badge'")
     tab.go("Forget Concept")
     tab.part("Patches")
