@@ -337,7 +337,8 @@ def _text(model: Any, found: UNetSurvey) -> WebText:
             return states, None
         return states["crossattn"], states["vector"][:, :-_SIZES]
 
-    text = WebText(engine, [engine.hijack.embedding_db], encode, layer, shared.opts.emphasis == "None")
+    plain = shared.opts.emphasis == "None"
+    text = WebText(engine, [engine.hijack.embedding_db], encode, [conditioner], layer, plain)
     text.check_fits(found)
     return text
 

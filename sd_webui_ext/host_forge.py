@@ -376,8 +376,9 @@ def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
             others, vector = second(prompts)
             return torch.cat([states, others], 2), vector
 
-    embeddings = [one.embeddings for one in (engine, second) if one is not None]
-    text = WebText(engine, embeddings, encode, layer, shared.opts.emphasis == "None")
+    engines = [one for one in (engine, second) if one is not None]
+    embeddings, modules = [one.embeddings for one in engines], [one.text_encoder for one in engines]
+    text = WebText(engine, embeddings, encode, modules, layer, shared.opts.emphasis == "None")
     text.check_fits(found)
     return text
 

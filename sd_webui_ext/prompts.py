@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from torch import nn
+
 from ..core.errors import ModelError
-from ..core.models.text_encoders import TextStates
+from ..core.models.text_cache import TOKENIZER_PROBE, fingerprint
+from ..core.models.text_states import TextStates
 from ..core.models.unet import UNetSurvey
 
 __all__ = ["WebText", "literal"]
@@ -50,6 +53,7 @@ class WebText:
         engine: The host's chunking encoder; the first one if there are two.
         embeddings: The host's databases of textual inversions, one for each encoder that has its own.
         encode: Encodes prompts to states ``(n, 77·sections, d)`` and pooled vectors ``(n, d)`` or ``None``.
+        modules: The modules whose weights the states come from.
         layer: Which hidden states are used, in the core's notation.
         plain: Whether the host's prompt syntax is disabled.
     """
@@ -62,12 +66,23 @@ class WebText:
         engine: Any,
         embeddings: Sequence[Any],
         encode: Callable[[list[str]], tuple[Any, Any]],
+        modules: Sequence[nn.Module],
         layer: str,
         plain: bool = False,
     ) -> None:
-        self.layer = layer
+        self.layer, self._modules = layer, list(modules)
         self._engine, self._encode, self._plain = engine, encode, plain
         self._embeddings = list({id(one): one for one in embeddings}.values())
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose weights the states come from."""
+        return self._modules
+
+    def fingerprint(self) -> str | None:
+        """What the states depend on besides the prompt (``core.models.text_cache.cache_of``)."""
+        # the host changes and moves weights, such as those of a LoRA, only when it encodes
+        self.encode([""])
+        return fingerprint(self._modules, self.layer, self._plain, self.token_ids(TOKENIZER_PROBE))
 
     def check_fits(self, found: UNetSurvey) -> None:
         """Check that the states have the width that a UNet expects.

@@ -11,9 +11,10 @@ import gradio as gr
 
 from ..core.errors import ForgetConceptError
 from ..core.methods.base import Method
-from ..core.methods.registry import all_methods, plan_request
+from ..core.methods.registry import all_methods
 from ..core.request.concept import KINDS
 from ..core.request.request import MAX_STRENGTH, ForgetRequest
+from ..core.request.themes import themes
 from ..core.service import html
 from ..core.service.forget_job import MOST_PAIRS, MOST_STRENGTH, ForgetJob
 from ..core.service.forms import FormField, form_fields, presets
@@ -25,6 +26,7 @@ __all__ = ["ForgetPart"]
 
 _QUICK = {"queue": False, "show_progress": "hidden"}
 _ID = "forget_concept_"
+_NO_THEME = "none"
 _LONGEST_FILE = 2**20
 
 
@@ -58,6 +60,8 @@ class ForgetPart:
             *self.rows,
             *[part for line in self.lines for part in line],
             self.preserve,
+            self.theme,
+            self.theme_replacement,
             self.method,
             self.preset,
             self.strength,
@@ -128,6 +132,25 @@ class ForgetPart:
             lines=2,
             elem_id=f"{_ID}preserve",
         )
+        with gr.Row():
+            self.theme = gr.Dropdown(
+                [_NO_THEME, *themes(self.store.theme_folders)],
+                value=_NO_THEME,
+                label="Theme",
+                info="A list of concepts that is forgotten too. Your own lists: text files in the folder "
+                f"{self.store.theme_folders[0]}",
+                elem_id=f"{_ID}theme",
+                scale=4,
+                min_width=140,
+            )
+            self.theme_replacement = gr.Textbox(
+                label="Show instead of the theme",
+                placeholder="nothing in particular",
+                elem_id=f"{_ID}theme_replacement",
+                max_lines=1,
+                scale=4,
+                min_width=140,
+            )
 
     def _how(self, method: str, preset: str) -> None:
         with gr.Row():
@@ -247,7 +270,8 @@ class ForgetPart:
 
     def _request_inputs(self) -> list[Any]:
         lines = [part for line in self.lines for part in line]
-        more = [self.preserve, self.method, self.preset, self.strength, self.seed]
+        more = [self.preserve, self.theme, self.theme_replacement]
+        more += [self.method, self.preset, self.strength, self.seed]
         return [self.count, *lines, *more, *self._all_fields()]
 
     def _added(self, count: int) -> list[Any]:
@@ -289,7 +313,8 @@ class ForgetPart:
         """The form from the values of :meth:`_request_inputs`."""
         count, rest = int(values[0]), values[1:]
         lines = [_line(rest, k) for k in range(count)]
-        preserve, title, preset, strength, seed, *fields = rest[4 * ROWS :]
+        preserve, theme, instead, title, preset, strength, seed, *fields = rest[4 * ROWS :]
+        theme = "" if theme == _NO_THEME else theme
         method = self.titles[title]
         own: dict[str, Any] = {}
         for name, one in self.methods.items():
@@ -297,11 +322,12 @@ class ForgetPart:
             if name == method:
                 own = {field.name: value for field, value in zip(found, fields, strict=False)}
             fields = fields[len(found) :]
-        return Form(tuple(lines), preserve or "", method, preset, own, strength, seed)
+        return Form(tuple(lines), preserve or "", method, preset, own, strength, seed, theme or "", instead or "")
 
     def _begin(self, values: Sequence[Any], name: str, apply: bool, strength: float, pairs: float) -> None:
         settings = self.store.settings
-        plan = self._read(values).plan()
+        form = self._read(values)
+        plan = form.plan(self.store.theme_folders)
         job = ForgetJob(
             plan,
             name or "",
@@ -314,13 +340,15 @@ class ForgetPart:
         self.store.forget(job)
         if settings.remember:
             more = {"name": name or "", "apply": bool(apply), "apply_strength": float(strength), "pairs": int(pairs)}
-            remember(self.store.host.data_folder(), plan.request, more)
+            remember(self.store.host.data_folder(), form.request(), more)
 
     # -- a request as a file -------------------------------------------------------------------------------------
 
     def _export(self, *values: Any) -> list[Any]:
         try:
-            request = self._read(values).plan().request
+            form = self._read(values)
+            form.plan(self.store.theme_folders)
+            request = form.request()
         except ForgetConceptError as error:
             return [gr.update(value=None), html.problem(str(error))]
         file = Path(tempfile.mkdtemp(dir=self._copies.name), "forget-request.json")
@@ -334,7 +362,7 @@ class ForgetPart:
             if file.stat().st_size > _LONGEST_FILE:
                 raise ForgetConceptError("This file is too large for a request: choose a JSON file exported here.")
             request = ForgetRequest.from_json(file.read_text(encoding="utf-8-sig"))
-            form_values = self._form_of(Form.of(plan_request(request)), {})
+            form_values = self._form_of(Form.of(request, self.store.theme_folders), {})
         except UnicodeDecodeError:
             return [html.problem("This file is not text: choose a JSON file exported here."), *keep]
         except (ForgetConceptError, OSError) as error:
@@ -346,7 +374,8 @@ class ForgetPart:
 
     def recalled(self) -> list[Any]:
         """Values for :attr:`form` as it was last used; no changes if nothing is stored."""
-        found = recall(self.store.host.data_folder()) if self.store.settings.remember else None
+        folders = self.store.theme_folders
+        found = recall(self.store.host.data_folder(), folders) if self.store.settings.remember else None
         if found is None or found[0].method not in self.methods:
             return [gr.update() for _ in self.form]
         return self._form_of(*found)
@@ -363,6 +392,8 @@ class ForgetPart:
             *_visible(count),
             *shown,
             form.preserve,
+            form.theme or _NO_THEME,
+            form.theme_replacement,
             one.title,
             gr.update(choices=list(one.presets), value=form.preset),
             form.strength,

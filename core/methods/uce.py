@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ForgetConceptError, RequestError
 from ..formats.context_map import expand
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import ENCODE_ROWS, TextEncoder, encode_prompts
+from ..models.text_encoders import ENCODE_ROWS, TextEncoder, encoded_batches
 from ..models.token_positions import end_position, phrase_span, tail_positions
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
@@ -131,6 +131,10 @@ class UCESettings:
         check_templates(self.templates)
 
 
+# steps of the progress bar after those of the prompts: the solve, and its expansion to every site
+_AFTER_ENCODING = 2
+
+
 @dataclass(frozen=True)
 class Columns:
     """Text states as columns, in the text encoder's dtype; tens of thousands in fp64 would take hundreds of megabytes.
@@ -183,17 +187,23 @@ class UCE(Method):
                 "leave 'earlier' out of its inputs."
             )
         settings: UCESettings = plan.settings
-        report_progress(progress, ProgressEvent(0, 3, message="encoding the prompts"))
-        columns = collect_columns(model.text, plan.request, settings)
-        report_progress(progress, ProgressEvent(1, 3, message="solving"))
+        total = _AFTER_ENCODING
+
+        def encoded(event: ProgressEvent) -> None:
+            nonlocal total
+            total = event.total + _AFTER_ENCODING
+            report_progress(progress, ProgressEvent(event.step, total, message=event.message))
+
+        columns = collect_columns(model.text, plan.request, settings, encoded)
+        report_progress(progress, ProgressEvent(total - 2, total, message="solving"))
         outputs = _output_gram(model, settings.projections)
         context_map = solve_context_map(columns, settings, outputs)
-        report_progress(progress, ProgressEvent(2, 3, message="expanding to every site"))
+        report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))
         note = None
         if model.survey.family == "sdxl":
             note = "SDXL also reads the concept from the pooled text vector, which this edit does not change."
         patch = expand(context_map, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
-        report_progress(progress, ProgressEvent(3, 3, message="done"))
+        report_progress(progress, ProgressEvent(total, total, message="done"))
         return patch
 
 
@@ -262,17 +272,26 @@ def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
     """
     targets = [normalized_phrase(concept.name) for concept in request.concepts]
     found = []
+    for word, prompt in _everyday_prompts(settings):
+        plain = normalized_phrase(word)
+        if any(plain in target or target in plain for target in targets):
+            continue
+        # a context may mention a concept to forget, such as neon next to a red star
+        if not any(target in normalized_phrase(prompt) for target in targets):
+            found.append(prompt)
+    return found
+
+
+def _everyday_prompts(settings: UCESettings) -> list[tuple[str, str]]:
+    """Every everyday word with each of its prompts, whatever is to be forgotten."""
+    found = []
     for kind, words in COMMON.items():
         for i, word in enumerate(words):
-            plain = normalized_phrase(word)
-            if any(plain in target or target in plain for target in targets):
-                continue
             chosen = [templates(kind)[0], templates(kind)[1 + i % (len(templates(kind)) - 1)]]
             if settings.contexts:
                 chosen.append(CONTEXTS[kind][i % len(CONTEXTS[kind])])
-            found += [_fill(template, word) for template in chosen]
-    # a context may mention a concept to forget, such as neon next to a red star
-    return [text for text in found if not any(target in normalized_phrase(text) for target in targets)]
+            found += [(word, _fill(template, word)) for template in chosen]
+    return found
 
 
 def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
@@ -286,7 +305,9 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
     }[concept.kind]
 
 
-def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCESettings) -> Columns:
+def collect_columns(
+    encoder: TextEncoder, request: ForgetRequest, settings: UCESettings, progress: Progress | None = None
+) -> Columns:
     """Collect the text states to forget, their guide states, and those to preserve.
 
     The states to preserve are all positions of the empty prompt, which is used in every image with guidance, of each
@@ -297,6 +318,7 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
         encoder: The text encoder.
         request: The request.
         settings: The method's settings.
+        progress: Called with the number of encoded prompts.
 
     Raises:
         TokenError: A prompt is cut off.
@@ -333,7 +355,8 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
     ends = [end_position(encoder, prompt) for prompt in retain]
     # the retain set first, so that its states are one contiguous slice
     texts = list(dict.fromkeys(["", *retain] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
-    states, row = _encode(encoder, texts), {text: i for i, text in enumerate(texts)}
+    everyday = [prompt for _, prompt in _everyday_prompts(settings)] if settings.keep_common else []
+    states, row = _encode(encoder, texts, everyday, progress), {text: i for i, text in enumerate(texts)}
     preserved = states[: 1 + len(retain)].flatten(0, 1)
     if settings.columns == "last":
         preserved = torch.cat([states[0], *(states[i, end - 1 : end] for i, end in enumerate(ends, 1))])
@@ -344,16 +367,28 @@ def collect_columns(encoder: TextEncoder, request: ForgetRequest, settings: UCES
     )
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], batch: int = 8 * ENCODE_ROWS) -> Tensor:
-    """The text states of ``n`` prompts, ``(n, tokens, d)``."""
+def _encode(
+    encoder: TextEncoder, texts: Sequence[str], everyday: Sequence[str] = (), progress: Progress | None = None
+) -> Tensor:
+    """The text states of ``n`` prompts, ``(n, tokens, d)``.
+
+    The ``everyday`` prompts are encoded in batches of their own, even those that are not among the texts, so that their
+    states are remembered from one request to the next.
+    """
+    row, first = {text: i for i, text in enumerate(texts)}, list(dict.fromkeys(everyday))
+    first += [""] * (-len(first) % ENCODE_ROWS)
+    seen = set(first)
+    order = [*first, *(text for text in texts if text not in seen)]
     found: Tensor | None = None
-    for i in range(0, len(texts), batch):
-        hidden = encode_prompts(encoder, texts[i : i + batch]).hidden.detach()
+    for i, states in enumerate(encoded_batches(encoder, order, progress)):
+        hidden = states.hidden.detach()
         if found is None:
             # the solve needs fp64, which the CPU and CUDA support, but not every accelerator
             device = hidden.device if hidden.is_cuda else torch.device("cpu")
             found = torch.empty(len(texts), *hidden.shape[1:], dtype=hidden.dtype, device=device)
-        found[i : i + batch] = hidden
+        prompts = order[i * ENCODE_ROWS : (i + 1) * ENCODE_ROWS]
+        wanted = [at for at, prompt in enumerate(prompts) if prompt in row]
+        found[[row[prompts[at]] for at in wanted]] = hidden[wanted].to(found.device)
     assert found is not None  # the empty prompt is always among them
     return found
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ForgetConceptError, ModelError, TokenError
+from ..progress import Progress, ProgressEvent, report_progress
+from .text_cache import TOKENIZER_PROBE, cache_of, fingerprint
+from .text_states import TextStates
 
 __all__ = [
     "ENCODE_ROWS",
@@ -21,42 +23,11 @@ __all__ = [
     "check_words",
     "clip_body",
     "encode_prompts",
+    "encoded_batches",
 ]
 
 # prompts per call of a text encoder; a batch of another size may round differently
 ENCODE_ROWS = 8
-
-
-@dataclass(frozen=True)
-class TextStates:
-    """Text states of ``n`` prompts.
-
-    Attributes:
-        hidden: Hidden states ``(n, tokens, d)``.
-        pooled: Pooled vectors ``(n, d_pooled)`` for models that read one (SDXL), else ``None``.
-    """
-
-    hidden: Tensor
-    pooled: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextStates:
-        """Return the states on another device or in another dtype (``None``: unchanged)."""
-        pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
-        return TextStates(self.hidden.to(device=device, dtype=dtype), pooled)
-
-    def index(self, rows: Sequence[int]) -> TextStates:
-        """Return the given rows in the given order; rows may repeat."""
-        chosen = torch.as_tensor(list(rows), dtype=torch.long, device=self.hidden.device)
-        return TextStates(self.hidden[chosen], None if self.pooled is None else self.pooled[chosen])
-
-    @staticmethod
-    def cat(states: Sequence[TextStates]) -> TextStates:
-        """Concatenate states along the first axis."""
-        pooled = [s.pooled for s in states if s.pooled is not None]
-        return TextStates(torch.cat([s.hidden for s in states]), torch.cat(pooled) if pooled else None)
 
 
 class TextEncoder(Protocol):
@@ -95,29 +66,51 @@ def check_words(encoder: TextEncoder, phrases: Iterable[str]) -> None:
             )
 
 
-@torch.no_grad()
-def encode_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> TextStates:
+def encoded_batches(
+    encoder: TextEncoder, prompts: Sequence[str], progress: Progress | None = None
+) -> Iterator[TextStates]:
     """Encode fixed prompts in batches of exactly :data:`ENCODE_ROWS`; the empty prompt fills up the last batch.
 
     Some processors round a batch of another size differently. With one shape, the states of a list of prompts depend on
-    that list alone.
+    that list alone. A batch that the same encoder has encoded before is remembered, with the same bits
+    (:mod:`.text_cache`).
 
     Args:
         encoder: The text encoder.
-        prompts: ``n`` prompts, at least one; learned vectors among their words must no longer change.
+        prompts: ``n`` prompts; learned vectors among their words must no longer change.
+        progress: Called with the number of prompts that are done, of ``n``; it may cancel.
 
-    Returns:
-        The states, one row a prompt, in the prompts' order.
+    Yields:
+        The states of the prompts in their order, :data:`ENCODE_ROWS` rows at a time; the last ones may be fewer.
 
     Raises:
         ModelError: The states of a prompt are not finite.
     """
-    filled = [*prompts, *[""] * (-len(prompts) % ENCODE_ROWS)]
-    found = [encoder.encode(filled[i : i + ENCODE_ROWS]) for i in range(0, len(filled), ENCODE_ROWS)]
-    every = TextStates.cat(found)
-    _check_finite(every, filled)
-    pooled = None if every.pooled is None else every.pooled[: len(prompts)]
-    return TextStates(every.hidden[: len(prompts)], pooled)
+    cache = cache_of(encoder)
+    report_progress(progress, ProgressEvent(0, len(prompts), message="encoding the prompts"))
+    for i in range(0, len(prompts), ENCODE_ROWS):
+        rows = prompts[i : i + ENCODE_ROWS]
+        batch = [*rows, *[""] * (ENCODE_ROWS - len(rows))]
+        key = ("" if cache is None else cache[1], *batch)
+        states = None if cache is None else cache[0].get(key)
+        if states is None:
+            with torch.no_grad():
+                states = encoder.encode(batch)
+            _check_finite(states, batch)
+            if cache is not None:
+                cache[0].put(key, states)
+        report_progress(progress, ProgressEvent(i + len(rows), len(prompts), message="encoding the prompts"))
+        pooled = None if states.pooled is None else states.pooled[: len(rows)]
+        yield TextStates(states.hidden[: len(rows)], pooled)
+
+
+def encode_prompts(encoder: TextEncoder, prompts: Sequence[str], progress: Progress | None = None) -> TextStates:
+    """The states of at least one fixed prompt, one row a prompt, in the prompts' order: :func:`encoded_batches` in one.
+
+    Raises:
+        ModelError: The states of a prompt are not finite.
+    """
+    return TextStates.cat(list(encoded_batches(encoder, prompts, progress)))
 
 
 def _check_finite(states: TextStates, prompts: Sequence[str]) -> None:
@@ -211,6 +204,10 @@ class CLIPText:
         """The modules whose weights the states come from."""
         return [self.model]
 
+    def fingerprint(self) -> str | None:
+        """What the states depend on besides the prompt (:func:`.text_cache.cache_of`)."""
+        return fingerprint(self.modules(), self.layer, self.token_ids(TOKENIZER_PROBE))
+
     def token_ids(self, prompt: str) -> list[int]:
         return _tokens(self.tokenizer, prompt, self.max_length)
 
@@ -244,6 +241,15 @@ class SDXLText:
     def modules(self) -> list[torch.nn.Module]:
         """The modules whose weights the states come from."""
         return [self.model, self.model_2]
+
+    def fingerprint(self) -> str | None:
+        """What the states depend on besides the prompt (:func:`.text_cache.cache_of`)."""
+        return fingerprint(
+            self.modules(),
+            self.layer,
+            self.token_ids(TOKENIZER_PROBE),
+            _tokens(self.tokenizer_2, TOKENIZER_PROBE, self.max_length),
+        )
 
     def token_ids(self, prompt: str) -> list[int]:
         return _tokens(self.tokenizer, prompt, self.max_length)

@@ -41,6 +41,7 @@ class Form:
     Attributes:
         fields: The values of the selected method's settings, by name.
         theme: Name of a theme, whose concepts are forgotten too; empty: none.
+        theme_replacement: What is shown in place of the theme's concepts that state no replacement.
     """
 
     lines: tuple[Line, ...]
@@ -51,6 +52,7 @@ class Form:
     strength: float
     seed: str
     theme: str = ""
+    theme_replacement: str = ""
 
     def request(self) -> ForgetRequest:
         """The request; a plan validates it. Raises :class:`RequestError` for what is missing or no number."""
@@ -64,7 +66,11 @@ class Form:
             images = line.images if method.takes_images else ()
             concepts.append(Concept(line.name.strip(), line.kind, line.replacement.strip() or None, images))
         if not concepts and not self.theme:
-            raise RequestError("Nothing to forget: write a concept in the first line.")
+            raise RequestError("Nothing to forget: write a concept in the first line, or choose a theme.")
+        if self.theme_replacement.strip() and not self.theme:
+            raise RequestError(
+                "What to show in place of a theme is given without a theme: choose one, or empty the box."
+            )
         settings = settings_of(method, self.preset, self.fields)
         return ForgetRequest(
             tuple(concepts),
@@ -75,6 +81,7 @@ class Form:
             _number(self.strength, "strength"),
             _seed(self.seed),
             self.theme or None,
+            self.theme_replacement.strip() or None,
         )
 
     def plan(self, theme_folders: Sequence[Path] | None = None) -> Plan:
@@ -82,14 +89,19 @@ class Form:
         return plan_request(self.request(), theme_folders)
 
     @classmethod
-    def of(cls, plan: Plan) -> Form:
-        """The form of a plan's request, without its images: their paths may belong to another machine.
+    def of(cls, request: ForgetRequest, theme_folders: Sequence[Path] | None = None) -> Form:
+        """The form of a request, without its images: their paths may belong to another machine.
+
+        Args:
+            request: The request.
+            theme_folders: Where a theme is looked for, as for :func:`..request.themes.themes`.
 
         Raises:
+            ForgetConceptError: As for :func:`..methods.registry.plan_request`.
             RequestError: For what the page cannot show: more concepts than it has lines, and phrases to preserve that
                 contain a comma.
         """
-        request = plan.request
+        settings = plan_request(request, theme_folders).settings
         preserve = ", ".join(request.preserve)
         if split_list(preserve) != list(request.preserve):
             raise RequestError(
@@ -107,9 +119,11 @@ class Form:
             preserve,
             request.method,
             request.preset,
-            form_values(get(request.method), plan.settings),
+            form_values(get(request.method), settings),
             request.strength,
             str(request.seed),
+            request.theme or "",
+            request.theme_replacement or "",
         )
 
 
@@ -135,11 +149,11 @@ def remember(folder: Path, request: ForgetRequest, more: Mapping[str, Any]) -> N
     write_json(make_folder(folder) / _LAST, {"request": plain, **more})
 
 
-def recall(folder: Path) -> tuple[Form, dict[str, Any]] | None:
+def recall(folder: Path, theme_folders: Sequence[Path] | None = None) -> tuple[Form, dict[str, Any]] | None:
     """The form and further fields that were saved; ``None`` where they are missing or no longer valid."""
     try:
         kept = json.loads((folder / _LAST).read_text(encoding="utf-8"))
         request = ForgetRequest.from_json(json.dumps(kept.pop("request")))
-        return Form.of(plan_request(request)), kept
+        return Form.of(request, theme_folders), kept
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ModelError
+from ...core.models.text_cache import TOKENIZER_PROBE, fingerprint
 from ...core.models.text_encoders import CLIPText, TextEncoder, TextStates, clip_body
 
 __all__ = ["HostText", "differentiable_copy"]
@@ -60,6 +61,16 @@ class HostText:
     def modules(self) -> list[torch.nn.Module]:
         """The modules whose weights the states come from."""
         return [self._clip.patcher.model]
+
+    def fingerprint(self) -> str | None:
+        """What the states depend on besides the prompt; ``None`` if hooks may change them on the way."""
+        patcher = self._clip.patcher
+        if patcher.forced_hooks is not None:
+            return None
+        # patches may be added to a weight only when it is used
+        return fingerprint(
+            self.modules(), str(patcher.patches_uuid), self.layer, self._pooled, self.token_ids(TOKENIZER_PROBE)
+        )
 
     def _sections(self, text: str, word_ids: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
         tokens = self._clip.tokenize(_literal(text), return_word_ids=word_ids)

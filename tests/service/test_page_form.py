@@ -13,7 +13,7 @@ import torch
 from fakewebui import FakeWebui
 
 from forget_concept.core.errors import RequestError
-from forget_concept.core.methods.registry import all_methods, plan_request
+from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.service import html
@@ -45,7 +45,7 @@ def test_a_request_of_every_method_and_preset_comes_back_from_the_form(method) -
             strength=0.5,
             seed=2**64 - 1,
         )
-        assert Form.of(plan_request(request)).request() == request
+        assert Form.of(request).request() == request
 
 
 def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
@@ -54,9 +54,9 @@ def test_only_what_differs_from_the_preset_is_in_the_request() -> None:
         method="forget_me_not",
         settings={"rank": 6, "train": ["to_k"], "templates": ["a {} there", "{} here"], "guidance": 3.5},
     )
-    form = Form.of(plan_request(request))
+    form = Form.of(request)
     assert form.request() == request
-    assert Form.of(plan_request(dataclasses.replace(request, settings={"rank": 8}))).request().settings == {}
+    assert Form.of(dataclasses.replace(request, settings={"rank": 8})).request().settings == {}
     assert ForgetRequest.from_json(form.request().to_json()) == request
 
 
@@ -104,15 +104,35 @@ def test_a_number_that_was_emptied_is_named() -> None:
 def test_more_concepts_than_lines_are_told() -> None:
     request = ForgetRequest(tuple(Concept(f"thing {i}") for i in range(ROWS + 1)))
     with pytest.raises(RequestError, match=f"{ROWS + 1} concepts, and this page has {ROWS} lines"):
-        Form.of(plan_request(request))
+        Form.of(request)
 
 
 def test_words_with_a_comma_are_not_taken_apart_in_silence() -> None:
     request = ForgetRequest((Concept("star"),), preserve=("moon", "heart, broken"))
     with pytest.raises(RequestError, match="contain a comma"):
-        Form.of(plan_request(request))
+        Form.of(request)
     kept = dataclasses.replace(request, preserve=("moon", "van Gogh"))
-    assert Form.of(plan_request(kept)).request().preserve == ("moon", "van Gogh")
+    assert Form.of(kept).request().preserve == ("moon", "van Gogh")
+
+
+def test_a_theme_stays_a_name_in_the_form_and_becomes_its_concepts_in_the_plan(tmp_path: Path) -> None:
+    folder = tmp_path / "themes"
+    folder.mkdir()
+    (folder / "toys.txt").write_text("# Mine.\nball\nkite -> bird\n", encoding="utf-8")
+    form = blank(lines=(Line(),), theme="toys", theme_replacement="circle")
+    request = form.request()
+    assert (request.concepts, request.theme, request.theme_replacement) == ((), "toys", "circle")
+    assert ForgetRequest.from_json(request.to_json()) == request and Form.of(request, [folder]).request() == request
+    planned = form.plan([folder]).request.concepts
+    assert [(one.name, one.replacement) for one in planned] == [("ball", "circle"), ("kite", "bird")]
+    remember(tmp_path / "data", request, {})
+    found = recall(tmp_path / "data", [folder])
+    assert found is not None and (found[0].theme, found[0].theme_replacement, found[0].lines) == ("toys", "circle", ())
+    assert recall(tmp_path / "data", [tmp_path / "elsewhere"]) is None
+    with pytest.raises(RequestError, match="'toys' is not known: choose one of"):
+        form.plan([tmp_path / "elsewhere"])
+    with pytest.raises(RequestError, match="without a theme: choose one, or empty the box"):
+        blank(theme_replacement="circle").plan()
 
 
 def test_what_was_asked_for_last_is_remembered_without_pictures(tmp_path: Path) -> None:
@@ -120,7 +140,7 @@ def test_what_was_asked_for_last_is_remembered_without_pictures(tmp_path: Path) 
     request = ForgetRequest((Concept("star", images=("/home/me/star.png",)),), method="forget_me_not")
     remember(tmp_path / "data", request, {"name": "mine", "pairs": 2})
     found = recall(tmp_path / "data")
-    assert found is not None and found[0] == Form.of(plan_request(request)) and found[1] == {"name": "mine", "pairs": 2}
+    assert found is not None and found[0] == Form.of(request) and found[1] == {"name": "mine", "pairs": 2}
     (file,) = (tmp_path / "data").iterdir()
     assert "/home/me" not in file.read_text()
     for broken in ("{", "[]", json.dumps({"request": {"schema": 1, "concepts": []}}), json.dumps({})):

@@ -348,6 +348,21 @@ def test_the_preset_box_offers_what_the_method_has(tab: Tab) -> None:
     assert offered() == ["published", "tuned"] and tab.value("preset") == "tuned"
 
 
+def test_a_theme_is_forgotten_alone_and_remembered_by_its_name(tab: Tab) -> None:
+    before = tab.patches()
+    tab.box("pairs").fill("0")
+    tab.choose("theme", "sea")
+    tab.fill("theme_replacement", "circle")
+    tab.press("start")
+    assert "done" in tab.state("state", "done", "failed")
+    (made,) = set(tab.patches()) - set(before)
+    told = json.dumps(tab.host.get(f"/forget-concept/v1/patches/{made}"))
+    assert all(word in told for word in ("fish", "boat", "anchor", "shell", "sea"))
+    tab.open()
+    assert tab.value("theme") == "sea" and tab.value("theme_replacement") == "circle"
+    assert tab.value("concept_1") == ""
+
+
 def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab) -> None:
     tab.host.probe("forget", name="on_badge")
     tab.host.post("/forget-concept/v1/patches/on_badge/apply", {"strength": 0.9})
