@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import re
 import stat
 import subprocess
@@ -190,6 +191,8 @@ def longest(request, monkeypatch):
 
     monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "mkdir", making)
+    if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 keeps its own reference
+        monkeypatch.setattr(accessor, "mkdir", staticmethod(making))
     return request.param
 
 
