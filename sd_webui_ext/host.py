@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +29,14 @@ from ..core.models.host_weights import (
     without_checkpointing,
 )
 from ..core.models.latent_diffusion import hash_of_unet
-from ..core.models.text_encoders import TextStates
+from ..core.models.prediction_marks import check_prediction
+from ..core.models.text_states import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from ..core.service.live_weights import LiveWeights
 from .prompts import WebText
-from .webui import WebUI, lora_extension, usual_size_and_guidance
+from .webui import V_REMEDY, WebUI, lora_extension, usual_size_and_guidance
 
 __all__ = ["A1111"]
 
@@ -274,6 +276,7 @@ def _diffusion(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
             "models are."
         )
     prediction = "epsilon" if parameterization == "eps" else "v_prediction"
+    check_prediction(Path(model.sd_checkpoint_info.filename), prediction, V_REMEDY)
     sizes: dict[tuple[int, int], Tensor] = {}
 
     def size_conditions(height: int, width: int) -> Tensor:
@@ -348,6 +351,10 @@ class _Autoencoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose weights are used."""
+        return [self._model.first_stage_model]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

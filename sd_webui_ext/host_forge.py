@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ from ..core.models.host_weights import (
     without_checkpointing,
 )
 from ..core.models.latent_diffusion import hash_of_unet
-from ..core.models.text_encoders import TextStates
+from ..core.models.prediction_marks import check_prediction
+from ..core.models.text_states import TextStates
 from ..core.models.unet import UNetSurvey, survey
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from .prompts import WebText
-from .webui import WebUI, usual_size_and_guidance
+from .webui import V_REMEDY, WebUI, usual_size_and_guidance
 
 __all__ = ["Forge"]
 
@@ -318,6 +320,7 @@ def _diffusion(model: Any, resident: _Resident) -> HostLatentDiffusion:
             f"The sampling of this model ({type(predictor).__name__}, {prediction}) is not supported: only discrete "
             "epsilon- and v-prediction models are."
         )
+    check_prediction(Path(model.sd_checkpoint_info.filename), prediction, V_REMEDY)
     pooled = bool(model.is_sdxl)
 
     def predict(x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
@@ -388,6 +391,10 @@ class _Autoencoder:
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose weights are used."""
+        return [self._vae.first_stage_model]
 
     def encode(self, images: Tensor) -> Tensor:
         found, first = [], self._vae.first_stage_model

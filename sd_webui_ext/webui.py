@@ -30,6 +30,7 @@ from ..core.progress import Progress, ProgressEvent
 from ..core.service.host_interface import ActivePatch, LoadedModel
 
 __all__ = [
+    "V_REMEDY",
     "ExtraNetworkParams",
     "WebUI",
     "api_auth",
@@ -41,6 +42,10 @@ __all__ = [
     "serves_api",
     "usual_size_and_guidance",
 ]
+
+
+# what makes a webui run a checkpoint as a v-prediction model
+V_REMEDY = "put a .yaml file of its name beside it that has 'parameterization: \"v\"', and load the checkpoint again"
 
 
 def lora_extension() -> Any:

@@ -18,7 +18,8 @@ from forget_concept.core.methods.fit import fit as fit_plan
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
-from forget_concept.core.models.text_encoders import TextStates, clip_body
+from forget_concept.core.models.text_encoders import clip_body
+from forget_concept.core.models.text_states import TextStates
 from forget_concept.core.models.unet import PROJECTIONS, UNetSurvey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch

@@ -26,6 +26,10 @@ class DiffusersAutoencoder:
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights are used."""
+        return [self.vae]
+
     def _ready(self, tensor: Tensor) -> Tensor:
         weight = next(self.vae.parameters())
         return tensor.to(weight.device, weight.dtype)

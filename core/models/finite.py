@@ -40,12 +40,10 @@ def check_weights(model: Parts) -> None:
 
 def _modules(model: Parts) -> Iterator[tuple[str, nn.Module]]:
     yield "its UNet", model.unet
-    # a text encoder names its modules where it has them; a host's own encode path may hide them
-    modules = getattr(model.text, "modules", None)
-    for module in () if modules is None else modules():
-        yield "its text encoder", module
-    if isinstance(vae := getattr(model.vae, "vae", None), nn.Module):
-        yield "its autoencoder", vae
+    for what, part in (("its text encoder", model.text), ("its autoencoder", model.vae)):
+        modules = getattr(part, "modules", None)  # where it names them
+        for module in () if modules is None else modules():
+            yield what, module
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

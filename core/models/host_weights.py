@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .autoencoders import Autoencoder
 from .latent_diffusion import LatentDiffusion
-from .text_encoders import TextEncoder, TextStates
+from .text_encoders import TextEncoder
+from .text_states import TextStates
 from .unet import UNetSurvey
 
 __all__ = [

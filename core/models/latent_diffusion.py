@@ -18,7 +18,8 @@ from .autoencoders import Autoencoder
 from .finite import check_weights
 from .safe_guidance import SafetyGuidance, safety_term
 from .schedules import _log_snr
-from .text_encoders import EncodedPrompts, TextEncoder, TextStates
+from .text_encoders import EncodedPrompts, TextEncoder
+from .text_states import TextStates
 from .unet import PROJECTIONS, UNetSurvey, survey
 
 __all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]

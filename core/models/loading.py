@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,14 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, PatchError
-from ..files.safetensors_io import SUFFIX, read_metadata, read_names
+from ..files.safetensors_io import SUFFIX, read_names
 from .autoencoders import DiffusersAutoencoder
 from .latent_diffusion import LatentDiffusion
+from .prediction_marks import read_marks
 from .text_encoders import CLIPText, SDXLText
 
 __all__ = ["from_pipeline", "load_checkpoint", "without_progress_bars"]
 
-_STATED_PREDICTIONS = {
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-    "v-prediction": "v_prediction",
-    "vpred": "v_prediction",
-    "epsilon": "epsilon",
-    "eps": "epsilon",
-}
 _CHOICES = "'mini', a folder in diffusers' layout or a single .safetensors file"
 
 
@@ -160,7 +153,7 @@ def _from_single_file(
     _need_diffusers()
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    marks = _own_marks(path, names)
+    marks = read_marks(path)
     sdxl = any(name.startswith("conditioner.embedders.1.") for name in names)
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     extra: dict[str, Any] = {} if sdxl else {"safety_checker": None, "feature_extractor": None}
@@ -177,42 +170,17 @@ def _from_single_file(
             else f"The configuration in '{config}' may be of another model."
         )
         raise ModelError(f"'{path}' cannot be loaded: {_first_line(error)} {help_}") from error
-    if marks:
+    changes: dict[str, Any] = {}
+    if marks.prediction_type is not None:
+        changes["prediction_type"] = marks.prediction_type
+    if marks.zero_snr:
+        # the last time step is pure noise then, and sampling must begin there
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if changes:
         from diffusers import DDIMScheduler
 
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **marks)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
     return from_pipeline(pipe.to(device), path.stem, clip_skip)
-
-
-def _own_marks(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What a single file says about its prediction and schedule, as entries of a scheduler's configuration.
-
-    The marks are the empty tensors ``v_pred`` and ``ztsnr``, which trainers add and hosts read, and the metadata entry
-    ``modelspec.prediction_type``.
-
-    Raises:
-        ModelError: The marks contradict each other, or name a prediction type that is not supported.
-    """
-    stated = read_metadata(path).get("modelspec.prediction_type", "").strip().lower()
-    if stated and stated not in _STATED_PREDICTIONS:
-        raise ModelError(
-            f"'{path}' states the prediction type '{stated}' in its metadata (modelspec.prediction_type): only epsilon "
-            "and v are supported."
-        )
-    prediction = _STATED_PREDICTIONS.get(stated)
-    marked, rescaled = "v_pred" in names, "ztsnr" in names
-    if marked and prediction == "epsilon":
-        raise ModelError(
-            f"'{path}' contradicts itself: it has the mark v_pred, and its metadata state the prediction type "
-            f"'{stated}' (modelspec.prediction_type). Correct one of them."
-        )
-    marks: dict[str, Any] = {}
-    if marked or prediction is not None:
-        marks["prediction_type"] = "v_prediction" if marked else prediction
-    if rescaled:
-        # the last time step is pure noise then, and sampling must begin there
-        marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return marks
 
 
 @contextmanager

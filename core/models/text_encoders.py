@@ -19,7 +19,6 @@ __all__ = [
     "EncodedPrompts",
     "SDXLText",
     "TextEncoder",
-    "TextStates",
     "check_words",
     "clip_body",
     "encode_prompts",

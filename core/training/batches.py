@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import EncodedPrompts, TextEncoder, TextStates
+from ..models.text_encoders import EncodedPrompts, TextEncoder
+from ..models.text_states import TextStates
 from ..models.token_positions import end_position, token_positions
 from ..progress import Progress
 from ..request.concept import Concept

@@ -41,7 +41,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ModelError, RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import EncodedPrompts, TextStates
+from ..models.text_encoders import EncodedPrompts
+from ..models.text_states import TextStates
 from ..progress import Progress, ProgressEvent, report_progress
 from .frozen import frozen
 

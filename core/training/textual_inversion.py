@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..errors import ForgetConceptError, ModelError, RequestError
 from ..files.workspace import Workspace, key_of
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.text_encoders import CLIPText, TextStates
+from ..models.text_encoders import CLIPText
+from ..models.text_states import TextStates
 from ..models.token_positions import end_position
 from ..progress import Progress
 from ..request.concept import normalized_phrase

@@ -22,6 +22,10 @@ class HostAutoencoder:
     def __init__(self, vae: Any, latent_format: Any) -> None:
         self._vae, self._format = vae, latent_format
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights are used."""
+        return [self._vae.first_stage_model]
+
     def encode(self, images: Tensor) -> Tensor:
         """Encode pictures ``(n, 3, H, W)`` in [-1, 1] to latents ``(n, c, h, w)``, the posterior's mean.
 

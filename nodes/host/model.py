@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.float
@@ -27,7 +28,9 @@ from ...core.models.host_weights import (
     usual_latent_side,
 )
 from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
-from ...core.models.text_encoders import TextEncoder, TextStates
+from ...core.models.prediction_marks import check_prediction
+from ...core.models.text_encoders import TextEncoder
+from ...core.models.text_states import TextStates
 from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
 from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
@@ -70,6 +73,10 @@ def _schedule(patcher: Any) -> tuple[Tensor, str]:
             f"The sampling of this MODEL ({type(sampling).__name__}) is not supported: only discrete epsilon- and "
             "v-prediction models are, such as Stable Diffusion 1, 2 and XL."
         )
+    # newer hosts know how to load a model again
+    _, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    if arguments and isinstance(arguments[0], (str, Path)):
+        check_prediction(Path(arguments[0]), prediction, "put ModelSamplingDiscrete with v_prediction after the loader")
     return (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone(), prediction
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...core.errors import ModelError
 from ...core.models.text_cache import TOKENIZER_PROBE, fingerprint
-from ...core.models.text_encoders import CLIPText, TextEncoder, TextStates, clip_body
+from ...core.models.text_encoders import CLIPText, TextEncoder, clip_body
+from ...core.models.text_states import TextStates
 
 __all__ = ["HostText", "differentiable_copy"]
 

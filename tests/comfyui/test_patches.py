@@ -419,6 +419,22 @@ def test_a_sequence_on_a_model_that_is_patched_already_says_how_it_is_meant(comf
     assert "already forgotten, by request 1" in red(comfyui, report(graph, "two")).words
 
 
+@pytest.mark.parametrize(("part", "name"), [("unet", "UNet"), ("text", "text encoder"), ("vae", "autoencoder")])
+def test_a_damaged_checkpoint_is_named_and_nothing_else_is_blamed(comfyui: ComfyUI, part: str, name: str) -> None:
+    def graph(which: str) -> dict[str, Any]:
+        wires = {"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2]}
+        found = {"load": base()["load"], "damage": node("ProbeDamage", **wires, part=which, nonce=next(nonces))}
+        found["forget"] = forget(model=["damage", 0], clip=["damage", 1], vae=["damage", 2])
+        return report(found, "forget")
+
+    try:
+        failed = red(comfyui, graph(part))
+        assert failed.node == "forget" and f"is damaged: its {name} has NaN or infinite values" in failed.words
+    finally:
+        entry = comfyui.run(graph("none"))
+    assert "forgotten: star" in words(entry, "forget")
+
+
 # -- pictures and what is measured ----------------------------------------------------------------------------------
 
 

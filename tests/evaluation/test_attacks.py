@@ -38,7 +38,8 @@ from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.safe_guidance import SafetyGuidance
 from forget_concept.core.models.schedules import sd_alphas_cumprod
-from forget_concept.core.models.text_encoders import CLIPText, TextStates
+from forget_concept.core.models.text_encoders import CLIPText
+from forget_concept.core.models.text_states import TextStates
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.training.frozen import frozen
 from forget_concept.core.training.textual_inversion import PLACEHOLDER

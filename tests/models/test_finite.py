@@ -133,3 +133,17 @@ def test_pictures_that_are_not_finite_are_an_error():
         model.decode(torch.zeros(1, 4, 8, 8))
     model.vae = Decoder(0.5)
     assert model.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 8, 8)
+
+
+def test_the_weights_of_an_autoencoder_are_looked_at():
+    from diffusers import AutoencoderKL
+
+    from forget_concept.core.models.autoencoders import DiffusersAutoencoder
+
+    model = tiny_model()
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    model.vae = DiffusersAutoencoder(vae)
+    check_weights(model)
+    spoiled(vae.post_quant_conv.weight)
+    with pytest.raises(ModelError, match=r"its autoencoder has NaN or infinite values in .*post_quant_conv\.weight"):
+        check_weights(model)

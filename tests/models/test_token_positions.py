@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import TinyText, clip_parts
 
 from forget_concept.core.errors import ModelError, TokenError
-from forget_concept.core.models.text_encoders import CLIPText, SDXLText, TextStates
+from forget_concept.core.models.text_encoders import CLIPText, SDXLText
+from forget_concept.core.models.text_states import TextStates
 from forget_concept.core.models.token_positions import end_position, phrase_span, tail_positions, token_positions
 
 TEXT = TinyText()

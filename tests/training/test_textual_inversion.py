@@ -10,7 +10,8 @@ from forget_concept.core.errors import Cancelled, ForgetConceptError, ModelError
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
-from forget_concept.core.models.text_encoders import CLIPText, SDXLText, TextStates, clip_body
+from forget_concept.core.models.text_encoders import CLIPText, SDXLText, clip_body
+from forget_concept.core.models.text_states import TextStates
 from forget_concept.core.models.token_positions import end_position, tail_positions, token_positions
 from forget_concept.core.training.textual_inversion import InversionSettings, InvertedText, invert, with_vectors
 

@@ -32,6 +32,7 @@ def webui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     running = prepared(kind, host, tmp_path_factory.mktemp(kind))
     running.second_checkpoint("turned")
     running.v_checkpoint("velocity")
+    running.marked_checkpoint("marked")
     try:
         running.compile()
         running.start()

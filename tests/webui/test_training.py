@@ -208,6 +208,28 @@ def test_a_model_that_predicts_v(webui: WebUI) -> None:
     assert webui.probe("forget")["prediction"] == "epsilon"
 
 
+def test_a_file_that_says_it_predicts_v_is_not_forgotten_in_as_one_of_epsilon(webui: WebUI) -> None:
+    webui.probe("checkpoint", name="marked")
+    try:
+        with pytest.raises(ProbeError, match=r"'marked\.safetensors' says that it predicts v.*put a \.yaml file"):
+            webui.probe("forget")
+    finally:
+        webui.probe("checkpoint", name=MODEL)
+    assert webui.probe("forget")["prediction"] == "epsilon"
+
+
+@pytest.mark.parametrize(("part", "name"), [("unet", "UNet"), ("text", "text encoder"), ("vae", "autoencoder")])
+def test_a_damaged_checkpoint_is_named_and_nothing_else_is_blamed(webui: WebUI, part: str, name: str) -> None:
+    weight = webui.probe("damage", part=part)["name"]
+    try:
+        with pytest.raises(ProbeError, match=f"is damaged: its {name} has NaN or infinite values") as raised:
+            webui.probe("forget")
+        assert weight in str(raised.value)
+    finally:
+        webui.probe("reload_checkpoint")
+    assert webui.probe("forget")["prediction"] == "epsilon"
+
+
 def test_a_picture_waits_for_the_job_and_then_comes(webui: WebUI) -> None:
     plain = webui.draw(PROMPT).pixels
     webui.probe("queued", seconds=2.0)

@@ -149,6 +149,17 @@ class WebUI(Server):
         described = described.replace("  params:\n", '  params:\n    parameterization: "v"\n', 1)
         (folder / f"{name}.yaml").write_text(described, encoding="utf-8")
 
+    def marked_checkpoint(self, name: str) -> None:
+        """The embedded model's weights in a file that says of itself that it predicts v, which its .yaml does not."""
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        folder = self.folder / "models" / "Stable-diffusion"
+        save_file(
+            load_file(folder / f"{MODEL}.safetensors") | {"v_pred": torch.zeros(0)}, folder / f"{name}.safetensors"
+        )
+        shutil.copyfile(folder / f"{MODEL}.yaml", folder / f"{name}.yaml")
+
     def start(self, *arguments: str, half: bool = False, environment: dict[str, str] | None = None) -> None:
         python = own_python(self.host, "WEBUI_PYTHON")
         assert python is not None

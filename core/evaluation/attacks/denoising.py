@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models.latent_diffusion import LatentDiffusion
-from ...models.text_encoders import TextStates
+from ...models.text_states import TextStates
 
 __all__ = ["NoisedRows", "denoising_losses", "noised_rows"]
 

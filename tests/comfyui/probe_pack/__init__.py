@@ -148,6 +148,43 @@ class Trap(io.ComfyNode):
         return io.NodeOutput(model, ui={"armed": [what]})
 
 
+class Damage(io.ComfyNode):
+    """Puts a NaN into a weight of a part, which every loader of the same file would share; "none" mends it."""
+
+    mend = None
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeDamage",
+            category="probe",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                io.Combo.Input("part", options=["none", "unet", "text", "vae"]),
+                io.Int.Input("nonce", default=0),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, part, nonce):
+        if Damage.mend is not None:
+            Damage.mend()
+            Damage.mend = None
+        parts = {"unet": model.model.diffusion_model, "text": clip.cond_stage_model, "vae": vae.first_stage_model}
+        name = ""
+        if part != "none":
+            name, weight = next((n, p) for n, p in parts[part].named_parameters() if p.ndim > 1)
+            values = weight.data.view(-1)
+            own = values[0].clone()
+            values[0] = torch.nan
+            Damage.mend = lambda: values.__setitem__(0, own)
+        return io.NodeOutput(model, clip, vae, ui={"damaged": [name]})
+
+
 class NoAttention(io.ComfyNode):
     """A MODEL whose network reads no text through attention."""
 
@@ -336,7 +373,7 @@ class Nothing(io.ComfyNode):
 
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [Hash, Difference, Trap, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing, *NODES]
+        return [Hash, Difference, Trap, Damage, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing, *NODES]
 
 
 _told = []

@@ -292,6 +292,27 @@ def spoil(arguments):
     return {}
 
 
+def damage(arguments):
+    """Puts a NaN into a weight of a part of the checkpoint: its file is damaged there; the weight's name."""
+    parts = {"unet": unet, "text": text_module, "vae": vae_module}
+    with torch.inference_mode():
+        name, weight = next((n, p) for n, p in parts[arguments["part"]]().named_parameters() if p.ndim > 1)
+        weight.view(-1)[0] = torch.nan
+    return {"name": name}
+
+
+def text_module():
+    if FORGE:
+        return shared.sd_model.text_processing_engine.text_encoder
+    return shared.sd_model.cond_stage_model
+
+
+def vae_module():
+    if FORGE:
+        return shared.sd_model.forge_objects_original.vae.first_stage_model
+    return shared.sd_model.first_stage_model
+
+
 def checkpoint(arguments):
     """Chooses another checkpoint, as the menu does."""
     info = next(i for i in sd_models.checkpoints_list.values() if i.name_for_extra == arguments["name"])
@@ -483,8 +504,8 @@ def ended(arguments):
 
 
 WORK = [
-    neighbour, state, forget, texts, compare, apply, remove, active, model, spoil, checkpoint, reload_checkpoint,
-    cycles, hypernetwork, optimization, options, reload_ui, imported, pasted, comments, transformer,
+    neighbour, state, forget, texts, compare, apply, remove, active, model, spoil, damage, checkpoint,
+    reload_checkpoint, cycles, hypernetwork, optimization, options, reload_ui, imported, pasted, comments, transformer,
     plot_axes, queued, ended,
 ]  # fmt: skip
 
