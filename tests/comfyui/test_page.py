@@ -169,7 +169,7 @@ def test_a_node_is_as_high_as_what_it_shows(shown: Shown, canvas: str) -> None:
       const usual = (node.widgets ?? []).filter((one) => !one.options?.advanced);
       const tall = usual.filter((one) => one.options?.multiline || one.element || one.inputEl).length;
       const sockets = Math.max(node.outputs.length, node.inputs.filter((one) => !one.widget).length);
-      return [node.type, usual.length, 60 + 24 * sockets + 30 * usual.length + 50 * tall] })"""
+      return [node.type, usual.length, 75 + 24 * sockets + 30 * usual.length + 50 * tall] })"""
     most = {kind: (count, height) for kind, count, height in shown.page.evaluate(rows)}
     assert len(most) == len(names)
     for kind, _, _, top, _, bottom, _ in shown.page.evaluate(PLACES):

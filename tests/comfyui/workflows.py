@@ -222,7 +222,7 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
     simple(
         "forget_in_sequence",
         _compared(graph, ["take back", 0]),
-        [["forget 1", "forget 2"], ["forget 3", "take back", "inspect"]],
+        [["forget 1"], ["forget 2"], ["forget 3", "take back", "inspect"]],
         "### Several requests in sequence\nEach node adds a request to the patch of the one before it. **Take Back** "
         "removes one of "
         "them again: here *heart*.",
@@ -320,7 +320,7 @@ _HEIGHTS = {
     "ForgetConceptCombinePatches": 380,
     "ForgetConceptEvaluate": 1180,
     "ForgetConceptFisherInformation": 260,
-    "ForgetConceptInSequence": 560,
+    "ForgetConceptInSequence": 640,
     "ForgetConceptInspectPatch": 300,
     "ForgetConceptLoadEmbeddedModel": 105,
     "ForgetConceptSavePatch": 400,

@@ -14,7 +14,7 @@ from webuihost import REQUIRED, ROOT, WebUI, hosts, missing
 
 from forget_concept.core.request.request import ForgetRequest
 
-LIMIT = 120_000
+LIMIT = 300_000
 REQUEST = {
     "schema": 1,
     "concepts": [
@@ -59,9 +59,10 @@ class Tab:
     def settle(self) -> None:
         """Until the page has sent what was done to it, has had its answers and has shown them."""
         self.page.wait_for_timeout(200)
-        end = time.monotonic() + LIMIT / 1000
+        end = time.monotonic() + 30
         while self.waiting and time.monotonic() < end:
             self.page.wait_for_timeout(50)
+        self.waiting.clear()  # what has had no answer by now is not waited for again
         self.page.wait_for_timeout(200)
 
     def at(self, name: str) -> Any:
