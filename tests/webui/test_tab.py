@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,8 +107,9 @@ class Tab:
         self.settle()
 
     def go(self, page: str) -> None:
-        """To another of the webui's own pages."""
-        self.page.locator("#tabs > .tab-nav button").get_by_text(page, exact=True).click()
+        """To another of the webui's own pages; Forge writes their names with a capital letter."""
+        whole = re.compile(rf"^\s*{page}\s*$", re.IGNORECASE)
+        self.page.locator("#tabs > .tab-nav button", has_text=whole).click()
         self.settle()
 
     def badge(self, page: str, words: str) -> Any:
