@@ -68,4 +68,5 @@ def test_a_broken_fixture_counts_as_a_failure(tmp_path):
 def test_an_unknown_row_is_refused(capsys):
     with pytest.raises(SystemExit):
         matrix.main(["--rows", "ancient"])
-    assert "there is no row 'ancient': choose from oldest, oldest with models, middle, newest" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "there is no row 'ancient': choose from oldest, oldest with models, middle, newest" in told
