@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import sys
 
 import comfy.model_management
@@ -19,7 +21,10 @@ from .sizes import NODES
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    plain = tensor.detach()
+    if type(plain.data) is not torch.Tensor and hasattr(plain, "dequantize"):
+        plain = plain.dequantize()
+    return plain.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _digest(parts) -> str:
@@ -322,6 +327,39 @@ class Narrow(io.ComfyNode):
         return io.NodeOutput(comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu))
 
 
+class Quantised(io.ComfyNode):
+    """The MODEL with the weights of its attention layers quantised, as the host loads such a checkpoint."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeQuantised",
+            category="probe",
+            inputs=[io.Model.Input("model"), io.Combo.Input("format", options=["int8_tensorwise", "float8_e4m3fn"])],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, format):
+        inner = model.model
+        kept = {name: value.clone() for name, value in inner.diffusion_model.state_dict().items()}
+        mark = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+        largest, narrow = (127.0, torch.int8) if format.startswith("int8") else (448.0, torch.float8_e4m3fn)
+        for name in [name for name in kept if re.search(r"attn[12]\.(to_[qkv]|to_out\.0)\.weight$", name)]:
+            scale = kept[name].float().abs().max() / largest
+            values = kept[name].float() / scale
+            layer = name.removesuffix(".weight")
+            kept[name] = (values.round() if narrow is torch.int8 else values).to(narrow)
+            kept |= {f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": mark.clone()}
+        config = type(inner.model_config)(dict(inner.model_config.unet_config))
+        config.quant_config = {"mixed_ops": True}
+        config.set_inference_dtype(torch.float32, torch.float32)
+        made = config.get_model({}, "", torch.device("cpu"))
+        made.diffusion_model.load_state_dict(kept)
+        cpu = torch.device("cpu")
+        return io.NodeOutput(comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu))
+
+
 class Share(io.ComfyNode):
     """Of the weights that the host really made: how much of a patch's edit is in them."""
 
@@ -371,9 +409,19 @@ class Nothing(io.ComfyNode):
         return io.NodeOutput(None, None, None, None)
 
 
+def _quantises() -> bool:
+    """Whether the host knows layers of mixed precision, int8 among them."""
+    try:
+        from comfy.quant_ops import QUANT_ALGOS
+    except ImportError:
+        return False
+    return "int8_tensorwise" in QUANT_ALGOS
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [Hash, Difference, Trap, Damage, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing, *NODES]
+        usual = [Hash, Difference, Trap, Damage, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing]
+        return [*usual, *([Quantised] if _quantises() else []), *NODES]
 
 
 _told = []
