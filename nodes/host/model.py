@@ -38,6 +38,8 @@ from .text import HostText, differentiable_copy
 
 __all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
 
+# every other type of tensor is quantised, or has its values elsewhere
+_PLAIN = (Tensor, nn.Parameter)
 _UNET = "diffusion_model."
 
 
@@ -191,28 +193,56 @@ def _check_family(found: UNetSurvey, states: TextStates, takes_pooled: bool) -> 
         )
 
 
+def _kept(patcher: Any, key: str) -> tuple[Tensor, Any, list[Any]]:
+    """A weight as the host keeps it, without patches; the function that reads it, or ``None``; and its patches.
+
+    The host's own ``get_key_patches`` fails where a layer is quantised: its scales are in the state dict alone.
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if (original := patcher.backup.get(key)) is not None:
+        weight = original.weight
+    if (original := patcher.hook_backup.get(key)) is not None:
+        weight = original[0]
+    return weight, convert, list(patcher.patches.get(key, ()))
+
+
+def _wide(patcher: Any, key: str) -> Tensor:
+    """A weight with its patches in float32, in memory of its own."""
+    weight, convert, patches = _kept(patcher, key)
+    if type(weight) in _PLAIN:
+        wide = management.cast_to_device(weight, patcher.load_device, torch.float32, copy=True)
+        wide = wide if convert is None else convert(wide, inplace=True)
+    else:
+        wide = management.cast_to_device(_read(weight, convert), patcher.load_device, torch.float32, copy=True)
+    found: Tensor = comfy.lora.calculate_weight(patches, wide, key)
+    return found
+
+
+def _read(weight: Tensor, convert: Any) -> Tensor:
+    """The values of a weight that is no plain tensor, or of a plain one as it is."""
+    return weight if convert is None or type(weight) in _PLAIN else convert(weight)
+
+
 @contextmanager
 def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Materialize the effective cross-attention weights where the loaded tensors differ from them.
 
     They differ when memory is low (weights stay offloaded, patches are merged at each use) and in narrow formats (fp8
-    with a scale). Otherwise the loaded weights already include the patches. The host's tensors are restored afterwards.
+    and int8 with a scale). Otherwise the loaded weights already include the patches. The host's tensors are restored afterwards.
     """
     to_replace = []
     for site in survey(unet):
         for which in PROJECTIONS:
             layer = site.projection(which)
             waiting = getattr(layer, "weight_function", None)
-            if waiting or layer.weight.device != patcher.load_device or layer.weight.dtype not in PLAIN_DTYPES:
+            plain = type(layer.weight) in _PLAIN and layer.weight.dtype in PLAIN_DTYPES
+            if waiting or layer.weight.device != patcher.load_device or not plain:
                 to_replace.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
     host_tensors: list[tuple[Any, Any, Any]] = []
-    entries = patcher.get_key_patches(_UNET) if to_replace else {}
     try:
         for key, layer in to_replace:
-            (weight, convert), *patches = entries[key]
             with torch.no_grad():
-                wide = management.cast_to_device(weight, patcher.load_device, torch.float32, copy=True)
-                wide = comfy.lora.calculate_weight(patches, convert(wide, inplace=True), key)
+                wide = _wide(patcher, key)
                 value = nn.Parameter(wide.to(dtype), requires_grad=False)
             functions = layer.__dict__.get("weight_function")
             host_tensors.append((layer, layer.weight, functions))
@@ -249,11 +279,10 @@ def with_lora(model: Any, lora: Mapping[str, Tensor], strength: float = 1.0) -> 
 
 def weights_hash(model: Any) -> str:
     """The hash that identifies a patch's base model, from a MODEL's own weights, without its patches."""
-    entries = model.get_key_patches(_UNET)
 
     def own(path: str) -> Tensor:
-        weight, convert = entries[f"{_UNET}{path}.weight"][0]
-        return weight if type(weight) in (Tensor, nn.Parameter) else convert(weight)
+        weight, convert, _ = _kept(model, f"{_UNET}{path}.weight")
+        return _read(weight, convert)
 
     found = surveyed(model)
     return hash_of_weights((site.key(which), own(site.weight_path(which))) for site in found for which in PROJECTIONS)
@@ -269,19 +298,17 @@ def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[fl
         path rounds nothing.
     """
     found = surveyed(model)
-    entries = model.get_key_patches(_UNET)
     seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
     surviving = total = 0.0
     dtypes: dict[torch.dtype, None] = {}
     for canonical, factor in patch.factors.items():
         layer = found.layer(canonical)
         key = f"{_UNET}{layer.path}.weight"
-        (weight, convert), *patches = entries[key]
-        if type(weight) not in (Tensor, nn.Parameter):
+        weight, _, _ = _kept(model, key)
+        if type(weight) not in _PLAIN:
             return None
         with torch.no_grad():
-            wide = management.cast_to_device(weight, model.load_device, torch.float32, copy=True)
-            wide = comfy.lora.calculate_weight(patches, convert(wide, inplace=True), key)
+            wide = _wide(model, key)
             delta = strength * factor.to(wide.device, torch.float32).delta()
             before = comfy.float.stochastic_rounding(wide, weight.dtype, seed=seed(key)).float()
             after = comfy.float.stochastic_rounding(wide + delta, weight.dtype, seed=seed(key)).float()

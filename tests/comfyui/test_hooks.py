@@ -11,7 +11,7 @@ from graphs import Graph, base, difference, drawn, forget, node
 def saved(comfyui: ComfyUI, name: str, **changes: Any) -> str:
     """Forget and save; the file as the host's own nodes name it."""
     graph = base() | {"forget": forget(**changes)}
-    graph["save"] = node("ForgetConceptSavePatch", lora=["forget", 1], filename=f"hooks/{name}")
+    graph["save"] = node("ForgetConceptSavePatch", lora=["forget", 1], filename=f"hooks/{name}", precision="float32")
     comfyui.run(graph)
     folder = comfyui.folder / "models" / "loras"
     (found,) = folder.glob(f"hooks/{name}*.safetensors")

@@ -10,6 +10,7 @@ import sys
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import folder_paths
 import torch
 from aiohttp import web
@@ -34,12 +35,18 @@ def _digest(parts) -> str:
     return digest.hexdigest()[:24]
 
 
+def _original(model, key):
+    """A weight without the patches of the MODEL."""
+    kept = model.backup.get(key)
+    return comfy.utils.get_attr(model.model, key) if kept is None else kept.weight
+
+
 def _state(model) -> dict[str, str]:
     """Three hashes: the original weights; the memory as it is now; flags, addresses, identities and hooks."""
     # as this very MODEL is loaded: a clone with patches may have been the last one
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     inner = model.model
-    entries = model.get_key_patches()
+    keys = [f"{name}.weight" for name, part in inner.named_modules() if getattr(part, "weight", None) is not None]
     flags = []
     for name, part in inner.named_modules():
         flags += [
@@ -63,7 +70,7 @@ def _state(model) -> dict[str, str]:
         flags += [tensor.grad is not None, tuple(tensor.stride())]
     flags += [sorted(model.patches), len(model.object_patches), sorted(model.backup)]
     return {
-        "weights": _digest(x for key in sorted(entries) for x in (key, _bytes(entries[key][0][0]))),
+        "weights": _digest(x for key in sorted(keys) for x in (key, _bytes(_original(model, key)))),
         "memory": _digest(x for name, t in sorted(inner.state_dict().items()) for x in (name, _bytes(t))),
         "state": _digest(flags),
         "rng": _digest([_bytes(torch.random.get_rng_state())]),
