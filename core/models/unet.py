@@ -248,12 +248,19 @@ def _plain(module: Any, path: str) -> nn.Linear:
 
 
 def _is_bare_linear(module: Any) -> bool:
-    """Whether this is a host's own linear class (Forge's) that does not derive from torch's."""
+    """Whether this is a host's own linear class that does not derive from torch's.
+
+    A weight that is no plain parameter, such as a quantised one, counts where the module itself says how it is read
+    (``convert_weight``); whoever computes with it has to ask.
+    """
     if not isinstance(module, nn.Module) or any(True for _ in module.children()):
         return False
     weight = module._parameters.get("weight")
     wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    return type(weight) is nn.Parameter and tuple(weight.shape) == wanted and weight.is_floating_point()
+    readable = type(weight) is nn.Parameter or (
+        weight is not None and callable(getattr(module, "convert_weight", None))
+    )
+    return readable and tuple(weight.shape) == wanted and weight.is_floating_point()
 
 
 def _is_cross_attention(unet: nn.Module, path: str, module: nn.Module) -> bool:

@@ -238,23 +238,27 @@ def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Ite
             plain = type(layer.weight) in _PLAIN and layer.weight.dtype in PLAIN_DTYPES
             if waiting or layer.weight.device != patcher.load_device or not plain:
                 to_replace.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
-    host_tensors: list[tuple[Any, Any, Any]] = []
+    host_tensors: list[tuple[Any, Any, Any, Any]] = []
     try:
         for key, layer in to_replace:
             with torch.no_grad():
                 wide = _wide(patcher, key)
                 value = nn.Parameter(wide.to(dtype), requires_grad=False)
-            functions = layer.__dict__.get("weight_function")
-            host_tensors.append((layer, layer.weight, functions))
+            functions, layout = layer.__dict__.get("weight_function"), layer.__dict__.get("layout_type")
+            host_tensors.append((layer, layer.weight, functions, layout))
             layer._parameters["weight"] = value
             if functions is not None:
                 layer.weight_function = []  # type: ignore[assignment]
+            if layout is not None:  # it would quantise its inputs too
+                layer.layout_type = None  # type: ignore[assignment]
         yield
     finally:
-        for module, parameter, functions in host_tensors:
+        for module, parameter, functions, layout in host_tensors:
             module._parameters["weight"] = parameter
             if functions is not None:
                 module.weight_function = functions
+            if layout is not None:
+                module.layout_type = layout
 
 
 def with_lora(model: Any, lora: Mapping[str, Tensor], strength: float = 1.0) -> Any:
