@@ -257,10 +257,9 @@ def _is_bare_linear(module: Any) -> bool:
         return False
     weight = module._parameters.get("weight")
     wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    readable = type(weight) is nn.Parameter or (
-        weight is not None and callable(getattr(module, "convert_weight", None))
-    )
-    return readable and tuple(weight.shape) == wanted and weight.is_floating_point()
+    if weight is None or not (type(weight) is nn.Parameter or callable(getattr(module, "convert_weight", None))):
+        return False
+    return tuple(weight.shape) == wanted and weight.is_floating_point()
 
 
 def _is_cross_attention(unet: nn.Module, path: str, module: nn.Module) -> bool:

@@ -228,7 +228,8 @@ def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Ite
     """Materialize the effective cross-attention weights where the loaded tensors differ from them.
 
     They differ when memory is low (weights stay offloaded, patches are merged at each use) and in narrow formats (fp8
-    and int8 with a scale). Otherwise the loaded weights already include the patches. The host's tensors are restored afterwards.
+    and int8 with a scale). Otherwise the loaded weights already include the patches. The host's tensors are restored
+    afterwards.
     """
     to_replace = []
     for site in survey(unet):

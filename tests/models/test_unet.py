@@ -219,3 +219,40 @@ def test_names_go_there_and_back(stage, block, layers, attention, depth):
         return
     name = f"{stage}.{block}.attentions.{attention}.transformer_blocks.{depth}.attn2"
     assert canonical_from_ldm(ldm_from_canonical(name, layers), layers) == name
+
+
+class HostLinear(nn.Module):
+    """A host's linear layer with a weight of the host's own type."""
+
+    def __init__(self, own: nn.Linear, weight: torch.Tensor):
+        super().__init__()
+        self.in_features, self.out_features = own.in_features, own.out_features
+        self.register_parameter("weight", None)
+        self._parameters["weight"] = weight
+
+
+class OwnTensor(torch.Tensor):
+    """What a host keeps a quantised weight in."""
+
+
+class ReadLinear(HostLinear):
+    def convert_weight(self, weight, **_):
+        return weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "accepted"),
+    [(HostLinear, nn.Parameter, True), (HostLinear, OwnTensor, False), (ReadLinear, OwnTensor, True)],
+)
+def test_a_hosts_own_linear_is_accepted_if_its_weight_can_be_read(kind, typed, accepted):
+    unet = tiny_unet()
+    site = survey(unet).sites[0]
+    own = site.projection("to_k")
+    site.module.to_k = kind(
+        own, nn.Parameter(own.weight.data) if typed is nn.Parameter else own.weight.data.as_subclass(typed)
+    )
+    if accepted:
+        assert survey(unet).sites[0].projection("to_k") is site.module.to_k
+        return
+    with pytest.raises(ModelError, match="instead of a plain linear layer"):
+        survey(unet)
