@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,8 @@ def test_the_first_example_of_the_page_runs_as_written(pipe, tmp_path, monkeypat
     # the example as it stands, with fewer images of fewer steps
     brief = {"count": 4, "sampling": SamplingSettings(steps=5)}
     monkeypatch.setattr(fc, "evaluate", lambda model, patch: api.evaluate(model, patch, **brief))
-    names = {"pipe": pipe}
-    exec(compile(blocks[0], "api.md", "exec"), names)
+    (tmp_path / "page.py").write_text(blocks[0], encoding="utf-8")
+    names = runpy.run_path("page.py", {"pipe": pipe})
     assert (tmp_path / "no-star.safetensors").is_file()
     assert pipe.get_active_adapters() == ["no-star"]
     assert isinstance(names["report"], Report) and names["report"].evaluations[0].concept == "star"
