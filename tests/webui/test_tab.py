@@ -367,6 +367,8 @@ def test_a_theme_is_forgotten_alone_and_remembered_by_its_name(tab: Tab) -> None
 
 
 def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab) -> None:
+    for one in tab.host.get("/forget-concept/v1/active"):  # of the tests before
+        tab.host.post(f"/forget-concept/v1/patches/{one['name']}/remove", {})
     tab.host.probe("forget", name="on_badge")
     tab.host.post("/forget-concept/v1/patches/on_badge/apply", {"strength": 0.9})
     for page in ("img2img", "txt2img"):
