@@ -123,6 +123,10 @@ class Tab:
         self.page.locator("#setting_sd_model_checkpoint input, .model_selection input").first.click()
         self.page.locator("ul li", has_text=name).last.click()
         self.settle()
+        if self.host.kind == "forge":  # it loads the checkpoint with the next picture
+            self.host.draw("a star")
+            self.go("img2img")
+            self.go("txt2img")
 
     def seen(self, name: str) -> bool:
         return self.at(name).is_visible()
