@@ -195,7 +195,7 @@ class UCE(Method):
             report_progress(progress, ProgressEvent(event.step, total, message=event.message))
 
         columns = collect_columns(model.text, plan.request, settings, encoded)
-        report_progress(progress, ProgressEvent(total - 2, total, message="solving"))
+        report_progress(progress, ProgressEvent(total - _AFTER_ENCODING, total, message="solving"))
         outputs = _output_gram(model, settings.projections)
         context_map = solve_context_map(columns, settings, outputs)
         report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))

@@ -45,13 +45,13 @@ def read_marks(path: Path) -> PredictionMarks:
     stated = read_metadata(path).get("modelspec.prediction_type", "").strip().lower()
     if stated and stated not in _STATED:
         raise ModelError(
-            f"'{path}' states the prediction type '{stated}' in its metadata (modelspec.prediction_type): only epsilon "
-            "and v are supported."
+            f"'{path.name}' states the prediction type '{stated}' in its metadata (modelspec.prediction_type): only "
+            "epsilon and v are supported."
         )
     prediction, marked = _STATED.get(stated), "v_pred" in names
     if marked and prediction == "epsilon":
         raise ModelError(
-            f"'{path}' contradicts itself: it has the mark v_pred, and its metadata state the prediction type "
+            f"'{path.name}' contradicts itself: it has the mark v_pred, and its metadata state the prediction type "
             f"'{stated}' (modelspec.prediction_type). Correct one of them."
         )
     return PredictionMarks("v_prediction" if marked else prediction, "ztsnr" in names)

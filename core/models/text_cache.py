@@ -33,13 +33,13 @@ def fingerprint(modules: Iterable[nn.Module], *about: object) -> str | None:
         about: What else they depend on, such as the layer.
 
     Returns:
-        The hash; ``None`` if it cannot be told, because a weight is not a plain tensor in memory or a hook may change
-        the states.
+        The hash; ``None`` if it cannot be told, because a weight is not a plain tensor in memory, or because a hook or
+        a replaced ``forward`` may change the states.
     """
     digest = hashlib.blake2b(repr(about).encode())
     for module in modules:
         for name, part in module.named_modules():
-            if part._forward_hooks or part._forward_pre_hooks:
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
                 return None
             known = [repr(getattr(part, key, None)) for key in _ADAPTER_STATE] if hasattr(part, "scaling") else []
             digest.update(repr((name, type(part).__qualname__, part.training, known)).encode())

@@ -89,7 +89,13 @@ def hook(text):
     text.model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + 1)
 
 
-@pytest.mark.parametrize("change", [in_place, other_precision, other_layer, other_tokens, hook])
+def replaced_forward(text):
+    table = text.model.get_input_embeddings()
+    own = table.forward
+    table.forward = lambda ids: own(ids) + 1
+
+
+@pytest.mark.parametrize("change", [in_place, other_precision, other_layer, other_tokens, hook, replaced_forward])
 def test_whatever_changes_the_states_is_noticed(text, change):
     before = encode_prompts(text, PROMPTS).hidden
     change(text)
