@@ -11,6 +11,7 @@ import pytest
 from forget_concept.core import cli
 from forget_concept.core.formats import context_map, load_patch
 from forget_concept.core.methods.sequence import History
+from forget_concept.core.models.text_entries import TOKENS
 from forget_concept.core.request.request import ForgetRequest
 
 OLD = Path(__file__).with_name("data") / "before_0.2"
@@ -52,8 +53,8 @@ def test_a_sequence_can_be_inspected_and_taken_back(tmp_path: Path, capsys: pyte
 
 
 def test_a_context_map_reads() -> None:
-    factor, metadata = context_map.load(OLD / "context_map.safetensors")
-    assert factor.shape[0] == factor.shape[1] == 192
+    maps, metadata = context_map.load(OLD / "context_map.safetensors")
+    assert maps[TOKENS].shape == (192, 192)
     assert json.loads(metadata["forget_concept.concepts"]) == ["star"]
 
 

@@ -59,13 +59,15 @@ class TinyText:
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         self.encoded += prompts
-        x = self.table[torch.tensor([self.token_ids(p) for p in prompts])] + self.places
+        ids = torch.tensor([self.token_ids(p) for p in prompts])
+        x = self.table[ids] + self.places
         state, states = torch.zeros_like(x[:, 0]), []
         for i in range(x.shape[1]):
             state = torch.tanh(x[:, i] + 0.8 * state @ self.mix)
             states.append(state)
         hidden = torch.stack(states, 1)
-        return TextStates(hidden, None if self.pool is None else hidden[:, -1] @ self.pool)
+        ends = (ids == self.END).int().argmax(1)
+        return TextStates(hidden, None if self.pool is None else hidden[torch.arange(len(ids)), ends] @ self.pool)
 
 
 def tiny_unet_config(**changes: Any) -> dict[str, Any]:
@@ -98,6 +100,13 @@ def tiny_model(seed: int = 0, prediction_type: str = "epsilon", **changes: Any) 
         latent_shape=(4, 8, 8),
         name="tiny",
     )
+
+
+def tiny_xl_model(seed: int = 0) -> LatentDiffusion:
+    """A tiny model in SDXL's shape: it also reads a pooled vector, beside the picture's sizes."""
+    sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = tiny_unet(seed, **sizes, projection_class_embeddings_input_dim=16 + 6 * 8)
+    return LatentDiffusion(unet, TinyText(pooled=16), sd_alphas_cumprod(), latent_shape=(4, 8, 8), name="tiny-xl")
 
 
 def fit(

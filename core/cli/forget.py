@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             records, patch = history.records, history.patch
     seconds = time.perf_counter() - began
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.dtype]
-    if args.context_map is not None and patch.context_map is None:
+    if args.context_map is not None and not patch.context_maps:
         raise RequestError(f"The method '{patch.about.method}' produces no context map: leave out --context-map.")
     kohya.save(patch, out, model.survey, dtype)
     if args.context_map is not None:

@@ -37,8 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     kind = "context_map" if PatchMetadata.from_strings(raw).format == context_map.FORMAT else "lora"
     factors: dict[str, LowRank]
     if kind == "context_map":
-        edit, _ = context_map.load(args.file)
-        factors = {"context map": edit}
+        factors = context_map.load(args.file)[0]
     else:
         try:
             factors = dict(kohya.from_state(tensors, raw, None, str(args.file)).factors)

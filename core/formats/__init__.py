@@ -14,9 +14,9 @@ from ..files.safetensors_io import read_metadata
 from ..models.unet import UNetSurvey
 from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
-from . import context_map, kohya, peft
+from . import context_map, diffusers_file, kohya, peft
 
-__all__ = ["context_map", "kohya", "load_patch", "peft"]
+__all__ = ["context_map", "diffusers_file", "kohya", "load_patch", "peft"]
 
 
 def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:

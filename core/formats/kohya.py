@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ..errors import PatchError, UnsupportedAdapterError, listed
 from ..files.safetensors_io import read_safetensors, widened, write_safetensors
-from ..models.unet import UNetSurvey, ldm_from_canonical
+from ..models.unet import POOLED_KEY, UNetSurvey, ldm_from_canonical
 from ..patch.low_rank import LowRank
 from ..patch.metadata import kohya_metadata
 from ..patch.outlets import saves_as
@@ -68,7 +68,9 @@ def to_state(
     Raises:
         PatchError: A value overflows ``dtype``.
     """
-    ldm = dotted or patch.about.family == "sdxl" or bool(survey and survey.family == "sdxl")
+    # only the LDM name of the layer that reads the pooled vector is known to every host
+    ldm = dotted or patch.about.family == "sdxl" or POOLED_KEY in patch.factors
+    ldm = ldm or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
     ranks = stored_ranks(patch)
     alpha = common_alpha(ranks)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ModelError
-from ..models.unet import canonical_from_ldm
+from ..models.unet import POOLED_KEY, canonical_from_ldm
 
 __all__ = ["OTHER_MODEL", "OTHER_UNET", "TEXT_ENCODER", "UNET", "TensorName", "canonical_key", "parse", "place_of"]
 
@@ -57,6 +57,8 @@ _WORDS = (
 )
 _FLAT = re.compile(rf"({_WORDS}|\d+)(?:[._]|$)")
 _LINEAR = re.compile(r"\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out)|ff\.net\.(0\.proj|2))$")
+# the layer that reads SDXL's pooled vector, in the original naming and in diffusers'
+_POOLED = re.compile(r"label_emb[._]0[._]0|add_embedding[._]linear_1")
 _TEXT = re.compile(
     r"(?:(?:lora|lycoris)_te\d?_|text_encoder(?:_\d)?[._]|text_model[._]|te\d?[._]text_model|cond_stage_)"
 )
@@ -106,6 +108,8 @@ def canonical_key(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
         ldm_keys: Canonical keys of the base model by LDM key, where the model is known.
     """
     layer = _without_prefix(layer)
+    if _POOLED.fullmatch(layer):
+        return POOLED_KEY
     parts, at = [], 0
     while at < len(layer):
         if (match := _FLAT.match(layer, at)) is None:

@@ -18,6 +18,7 @@ from ..errors import RequestError
 from ..files.workspace import key_of
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextEncoder
+from ..models.text_entries import POOLED
 from ..models.token_positions import end_position
 from ..patch.history import read_history
 from ..patch.metadata import PatchMetadata
@@ -304,8 +305,8 @@ class TrainedMethod(Method):
             )
             factors = deltas.factors(settings.max_rank)
         note = None
-        if model.survey.family == "sdxl":
-            note = "SDXL also reads the concept from the pooled text vector, which this edit does not change."
+        if model.survey.width(POOLED) is not None:
+            note = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
         about = PatchMetadata(
             trained=settings.train, terms={"first": dict(report.first), "last": dict(report.last)}, note=note
         )

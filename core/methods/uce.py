@@ -7,22 +7,28 @@ Gandikota et al., *Unified Concept Editing in Diffusion Models* (arXiv 2308.1476
 The columns of ``C`` are the text states to forget, those of ``G`` the guide states that they are mapped to, and those
 of ``K`` the states to preserve. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
 same ``M`` at every site. It is computed once, in fp64, from the text states alone, without gradients or UNet passes.
+
+A model that also reads a pooled vector of the prompt (SDXL) gets a second map of the same form from the same prompts,
+one column a prompt, at the layer that reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import ForgetConceptError, RequestError
+from ..errors import ForgetConceptError, ModelError, RequestError
 from ..formats.context_map import expand
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import ENCODE_ROWS, TextEncoder, encoded_batches
+from ..models.text_entries import POOLED, TOKENS
+from ..models.text_states import TextStates
 from ..models.token_positions import end_position, phrase_span, tail_positions
+from ..models.unet import TEXT_PROJECTIONS
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
@@ -47,9 +53,6 @@ __all__ = [
     "solve_context_map",
 ]
 
-# projections that read the text
-TEXT_PROJECTIONS = ("to_k", "to_v")
-
 
 @dataclass(frozen=True)
 class UCESettings:
@@ -67,8 +70,12 @@ class UCESettings:
     )
     erase_weight: float = setting(1.0, "Weight of each text state to forget.", minimum=0.01, maximum=1000, step=0.05)
     preserve_weight: float = setting(1.0, "Weight of each text state to preserve.", minimum=0, maximum=1000, step=0.05)
+    # relative, so that one value fits every text encoder
     ridge: float = setting(
-        0.01, "Regularization towards the unchanged weights: more changes less.", minimum=0.0001, maximum=1000
+        0.01,
+        "Regularization towards the unchanged weights, relative to the size of the text states: more changes less.",
+        minimum=0.0001,
+        maximum=1000,
     )
     contexts: bool = setting(
         False,
@@ -126,6 +133,10 @@ class UCESettings:
         group="prompts",
     )
 
+    pooled: bool = setting(
+        True, "Also edit what the model reads from the whole prompt's vector, if it reads one (SDXL).", advanced=True
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
         check_templates(self.templates)
@@ -167,6 +178,7 @@ class UCE(Method):
             templates=("{}",),
             no_replacement="empty",
             neutral_style="art",
+            pooled=False,
         ),
         # chosen on tree, mosaic and Hugo Marsh of the embedded world, where this tolerance reduces the rank from 180 to
         # 13 and leaves two digits of every residual unchanged
@@ -195,14 +207,24 @@ class UCE(Method):
             report_progress(progress, ProgressEvent(event.step, total, message=event.message))
 
         columns = collect_columns(model.text, plan.request, settings, encoded)
+        reads_pooled = any(entry.stream == POOLED for entry in model.survey.entries)
+        if not (settings.pooled and reads_pooled):
+            columns.pop(POOLED, None)
+        elif POOLED not in columns:
+            raise ModelError(
+                "This model also reads a vector of the whole prompt (as SDXL does), and the text encoder gives none: "
+                "load the model with both of its text encoders, or set 'pooled' to no."
+            )
         report_progress(progress, ProgressEvent(total - _AFTER_ENCODING, total, message="solving"))
-        outputs = _output_gram(model, settings.projections)
-        context_map = solve_context_map(columns, settings, outputs)
+        maps = {
+            stream: solve_context_map(those, settings, _output_gram(model, stream, settings.projections))
+            for stream, those in columns.items()
+        }
         report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))
         note = None
-        if model.survey.family == "sdxl":
-            note = "SDXL also reads the concept from the pooled text vector, which this edit does not change."
-        patch = expand(context_map, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
+        if reads_pooled and POOLED not in maps:
+            note = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
+        patch = expand(maps, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
         report_progress(progress, ProgressEvent(total, total, message="done"))
         return patch
 
@@ -307,18 +329,22 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
 
 def collect_columns(
     encoder: TextEncoder, request: ForgetRequest, settings: UCESettings, progress: Progress | None = None
-) -> Columns:
+) -> dict[str, Columns]:
     """Collect the text states to forget, their guide states, and those to preserve.
 
     The states to preserve are all positions of the empty prompt, which is used in every image with guidance, of each
     preserved phrase in the templates of the request's kinds, and of each preserved prompt. With ``columns="last"`` they
-    are the empty prompt's and, as published, the last token's of the others.
+    are the empty prompt's and, as published, the last token's of the others. Of pooled vectors there is one column a
+    prompt.
 
     Args:
         encoder: The text encoder.
         request: The request.
         settings: The method's settings.
         progress: Called with the number of encoded prompts.
+
+    Returns:
+        The columns by stream: the tokens', and the pooled vectors' if the encoder gives those.
 
     Raises:
         TokenError: A prompt is cut off.
@@ -356,21 +382,32 @@ def collect_columns(
     # the retain set first, so that its states are one contiguous slice
     texts = list(dict.fromkeys(["", *retain] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
     everyday = [prompt for _, prompt in _everyday_prompts(settings)] if settings.keep_common else []
-    states, row = _encode(encoder, texts, everyday, progress), {text: i for i, text in enumerate(texts)}
+    found, row = _encode(encoder, texts, everyday, progress), {text: i for i, text in enumerate(texts)}
+    states = found.hidden
     preserved = states[: 1 + len(retain)].flatten(0, 1)
     if settings.columns == "last":
         preserved = torch.cat([states[0], *(states[i, end - 1 : end] for i, end in enumerate(ends, 1))])
-    return Columns(
-        target=states[[row[p] for p, _, _, _ in pairs], [i for _, i, _, _ in pairs]].T,
-        guide=states[[row[g] for _, _, g, _ in pairs], [j for _, _, _, j in pairs]].T,
-        preserved=preserved.T,
-    )
+    columns = {
+        TOKENS: Columns(
+            target=states[[row[p] for p, _, _, _ in pairs], [i for _, i, _, _ in pairs]].T,
+            guide=states[[row[g] for _, _, g, _ in pairs], [j for _, _, _, j in pairs]].T,
+            preserved=preserved.T,
+        )
+    }
+    if found.pooled is not None:
+        prompts = dict.fromkeys((prompt, guide) for prompt, _, guide, _ in pairs)
+        columns[POOLED] = Columns(
+            target=found.pooled[[row[prompt] for prompt, _ in prompts]].T,
+            guide=found.pooled[[row[guide] for _, guide in prompts]].T,
+            preserved=found.pooled[: 1 + len(retain)].T,
+        )
+    return columns
 
 
 def _encode(
     encoder: TextEncoder, texts: Sequence[str], everyday: Sequence[str] = (), progress: Progress | None = None
-) -> Tensor:
-    """The text states of ``n`` prompts, ``(n, tokens, d)``.
+) -> TextStates:
+    """The text states of ``n`` prompts.
 
     The ``everyday`` prompts are encoded in batches of their own, even those that are not among the texts, so that their
     states are remembered from one request to the next.
@@ -379,18 +416,25 @@ def _encode(
     first += [""] * (-len(first) % ENCODE_ROWS)
     seen = set(first)
     order = [*first, *(text for text in texts if text not in seen)]
-    found: Tensor | None = None
+    found: TextStates | None = None
     for i, states in enumerate(encoded_batches(encoder, order, progress)):
-        hidden = states.hidden.detach()
         if found is None:
             # the solve needs fp64, which the CPU and CUDA support, but not every accelerator
-            device = hidden.device if hidden.is_cuda else torch.device("cpu")
-            found = torch.empty(len(texts), *hidden.shape[1:], dtype=hidden.dtype, device=device)
+            device = states.hidden.device if states.hidden.is_cuda else torch.device("cpu")
+            found = TextStates(*(_rows(part, len(texts), device) for part in (states.hidden, states.pooled)))
         prompts = order[i * ENCODE_ROWS : (i + 1) * ENCODE_ROWS]
         wanted = [at for at, prompt in enumerate(prompts) if prompt in row]
-        found[[row[prompts[at]] for at in wanted]] = hidden[wanted].to(found.device)
+        at = [row[prompts[i]] for i in wanted]
+        for kept, part in ((found.hidden, states.hidden), (found.pooled, states.pooled)):
+            if kept is not None and part is not None:
+                kept[at] = part.detach()[wanted].to(kept.device)
     assert found is not None  # the empty prompt is always among them
     return found
+
+
+def _rows(part: Tensor | None, count: int, device: torch.device) -> Any:
+    """Room for ``count`` rows of the shape of one of ``part``'s."""
+    return None if part is None else torch.empty(count, *part.shape[1:], dtype=part.dtype, device=device)
 
 
 # -- the solve ----------------------------------------------------------------------------------------------------
@@ -416,15 +460,18 @@ def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: to
     return total.double()
 
 
-def _output_gram(model: LatentDiffusion, projections: tuple[str, ...]) -> Tensor:
-    """``Σ WᵀW`` over all edited projections, ``(d, d)`` fp64: the metric of text states as seen by the outputs."""
+def _output_gram(model: LatentDiffusion, stream: str, projections: tuple[str, ...]) -> Tensor:
+    """``Σ WᵀW`` over a stream's edited layers, ``(d, d)`` fp64: the metric of text states as the outputs see it."""
     device = model.device if model.device.type == "cuda" else torch.device("cpu")
-    weights = (site.projection(which).weight.detach() for site in model.survey for which in projections)
-    return gram_of(weights, model.survey.context_dim, device, torch.float32)
+    left_out = tuple(f".{which}" for which in TEXT_PROJECTIONS if which not in projections)
+    entries = [one for one in model.survey.entries if one.stream == stream and not one.key.endswith(left_out)]
+    return gram_of((entry.weight for entry in entries), entries[0].width, device, torch.float32)
 
 
 def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor | None = None) -> LowRank:
     """Solve ``M = s_e (G − C) Cᵀ N⁻¹`` as low-rank factors.
+
+    ``λ`` is ``settings.ridge`` times the mean square of a value in ``C``, so that one setting fits every text encoder.
 
     With fewer columns than text dimensions, ``Cᵀ N⁻¹`` comes from a solve of the columns' size: for
     ``N = λI + U Uᵀ``, ``Uᵀ N⁻¹ = (λI + UᵀU)⁻¹ Uᵀ``, which is exact and avoids the cancellation of Woodbury's identity;
@@ -450,12 +497,13 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
     width, count = target.shape
     preserved = columns.preserved.T if settings.preserve_weight else columns.preserved.T[:0]
     eye = torch.eye(width, dtype=torch.float64, device=device)
+    ridge = settings.ridge * (float(target.square().mean()) or 1.0)
     known = settings.erase_weight * gram_of([target.T], width, device)
-    normal = settings.ridge * eye + known + settings.preserve_weight * gram_of([preserved], width, device)
+    normal = ridge * eye + known + settings.preserve_weight * gram_of([preserved], width, device)
     factor = _cholesky(normal)
     if count + len(preserved) < width:
         scaled = torch.cat([settings.erase_weight**0.5 * target.T, settings.preserve_weight**0.5 * preserved.double()])
-        small = settings.ridge * torch.eye(len(scaled), dtype=torch.float64, device=device) + scaled @ scaled.T
+        small = ridge * torch.eye(len(scaled), dtype=torch.float64, device=device) + scaled @ scaled.T
         rows = torch.cholesky_solve(scaled, _cholesky(small))
         down = rows[:count] / settings.erase_weight**0.5
     else:

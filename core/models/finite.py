@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from ..errors import ModelError, listed
 
 __all__ = ["check_weights", "not_finite"]
+
+
+# Where a checkpoint's CLIP has none of these, a host makes them in memory that it leaves as it finds it, and reads no
+# result of them. Where one is read, the pooled vectors are looked at as they are encoded.
+_UNREAD = re.compile(r"(?:^|\.)(?:text_projection|logit_scale)(?:\.|$)")
 
 
 class Parts(Protocol):
@@ -31,7 +37,8 @@ def check_weights(model: Parts) -> None:
         ModelError: A weight is NaN or infinite; names the tensors.
     """
     for part, module in _modules(model):
-        if bad := not_finite([*module.named_parameters(), *module.named_buffers()]):
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        if bad := not_finite((name, tensor) for name, tensor in tensors if not _UNREAD.search(name)):
             raise ModelError(
                 f"The checkpoint '{model.name}' is damaged: {part} has NaN or infinite values in {listed(bad, 3)}. Get "
                 "the checkpoint again, or take off what was merged into it."

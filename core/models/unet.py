@@ -18,9 +18,12 @@ from torch import nn
 
 from ..errors import ModelError
 from .architectures import SUPPORTED, architecture_of
+from .text_entries import POOLED, TOKENS, TextEntry
 
 __all__ = [
+    "POOLED_KEY",
     "PROJECTIONS",
+    "TEXT_PROJECTIONS",
     "CrossAttentionSite",
     "Layer",
     "UNetSurvey",
@@ -30,6 +33,14 @@ __all__ = [
 ]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+# those that read the text
+TEXT_PROJECTIONS = ("to_k", "to_v")
+# the layer of SDXL that reads the pooled vector, and its LDM name
+POOLED_KEY, POOLED_LDM = "add_embedding.linear_1", "label_emb.0.0"
+# beside the pooled vector it reads a sinusoidal embedding of six sizes of the picture, or of five in SDXL's refiner
+_SIZE_WIDTH, _SIZES, _REFINER_SIZES = 256, 6, 5
+# widths of the text states of SDXL's refiner, and of SD2, whose vector input is a picture's (unCLIP)
+_REFINER_WIDTH, _SD2_WIDTH = 1280, 1024
 
 _TRANSFORMER = re.compile(r"^(?P<place>.+)\.(?P<inner>transformer_blocks\.\d+\.attn[12])$")
 _LAYER = re.compile(
@@ -142,8 +153,32 @@ class UNetSurvey:
         found.sort(key=lambda layer: _order(layer.key.split(".transformer_blocks.")[0]))
         return {layer.key: layer for layer in found}
 
+    @cached_property
+    def pooled(self) -> Layer | None:
+        """The layer that reads the pooled vector; ``None`` where the UNet reads none."""
+        return _pooled_layer(self.unet, self.layout, self.context_dim)
+
+    @cached_property
+    def entries(self) -> tuple[TextEntry, ...]:
+        """The layers that read text first: K and V of every site, and the layer that reads the pooled vector."""
+        found = [
+            TextEntry(site.key(which), TOKENS, site.projection(which), self.context_dim)
+            for site in self.sites
+            for which in TEXT_PROJECTIONS
+        ]
+        if self.pooled is not None:
+            width = self.pooled.module.in_features - _sizes_width(self.unet, self.context_dim)
+            found.append(TextEntry(POOLED_KEY, POOLED, self.pooled.module, width))
+        return tuple(found)
+
+    def width(self, stream: str) -> int | None:
+        """Width of a stream of text states; ``None`` where this model does not read it."""
+        return next((entry.width for entry in self.entries if entry.stream == stream), None)
+
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this UNet lacks it."""
+        if key == POOLED_KEY:
+            return self.pooled
         if (found := self.split(key)) is not None:
             site, which = found
             return Layer(key, f"{site.ldm_name}.{which}", site.weight_path(which), site.projection(which))
@@ -231,6 +266,26 @@ def survey(unet: nn.Module) -> UNetSurvey:
     return UNetSurvey(unet, sites, layout, _family(unet, len(sites), widths[0]), widths[0])
 
 
+def _sizes_width(unet: nn.Module, context_dim: int) -> int:
+    """How many of the inputs beside the pooled vector are the picture's sizes."""
+    width = getattr(getattr(unet, "config", None), "addition_time_embed_dim", None) or _SIZE_WIDTH
+    return int(width) * (_REFINER_SIZES if context_dim == _REFINER_WIDTH else _SIZES)
+
+
+def _pooled_layer(unet: nn.Module, layout: str, context_dim: int) -> Layer | None:
+    module: Any = None
+    if layout == "diffusers":
+        path, module = POOLED_KEY, getattr(getattr(unet, "add_embedding", None), "linear_1", None)
+    else:
+        path, embedding = POOLED_LDM, getattr(unet, "label_emb", None)
+        # a class label is looked up in a table instead
+        if isinstance(embedding, nn.Sequential) and context_dim != _SD2_WIDTH:
+            module = unet.get_submodule(path)
+    if module is None or module.in_features <= _sizes_width(unet, context_dim):
+        return None
+    return Layer(POOLED_KEY, POOLED_LDM, path, _plain(module, path))
+
+
 def _linear(attention: nn.Module, which: str, path: str) -> nn.Linear:
     module: Any = getattr(attention, which, None)
     if which == "to_out" and isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
@@ -280,7 +335,7 @@ def _order(name: str) -> tuple[int, ...]:
 
 
 def _family(unet: nn.Module, sites: int, context_dim: int) -> str:
-    # the pooled text is added to the time embedding: `add_embedding` in diffusers, `label_emb` in LDM
+    # a vector is added to the time embedding: `add_embedding` in diffusers, `label_emb` in LDM
     pooled = getattr(unet, "add_embedding", None) is not None or getattr(unet, "label_emb", None) is not None
     if pooled:
         return "sdxl" if context_dim == 2048 else "other"
@@ -362,6 +417,8 @@ def ldm_from_canonical(name: str, layers: int = 2) -> str:
     Raises:
         ModelError: If ``name`` is not the name of a cross-attention site.
     """
+    if name == POOLED_KEY:
+        return POOLED_LDM
     if (match := _CANONICAL.match(name)) is None:
         raise ModelError(f"'{name}' is not the name of a cross-attention site.")
     stage, i, j, rest, _, middle, middle_rest = match.groups()
@@ -374,6 +431,8 @@ def ldm_from_canonical(name: str, layers: int = 2) -> str:
 
 def canonical_from_ldm(name: str, layers: int = 2) -> str:
     """The inverse of :func:`ldm_from_canonical`."""
+    if name == POOLED_LDM:
+        return POOLED_KEY
     match = _LDM.match(name)
     if match is not None:
         stage, k, index, rest = match.groups()

@@ -48,8 +48,8 @@ class Patch:
     Args:
         factors: Weight changes by canonical key of the layer, such as ``<site>.to_k``; at least one.
         metadata: Metadata as a file holds it; :attr:`about` is the typed view.
-        context_map: ``M`` in ``ΔW = W M``, where a closed form has one: the whole edit as a linear map of the text
-            states, valid for every checkpoint with the same text encoder.
+        context_maps: ``M`` in ``ΔW = W M`` by stream of text states, where a closed form has them: the whole edit as
+            linear maps of the text states, valid for every checkpoint with the same text encoders.
 
     Raises:
         PatchError: There are no factors.
@@ -57,13 +57,14 @@ class Patch:
 
     factors: Mapping[str, LowRank]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    context_map: LowRank | None = None
+    context_maps: Mapping[str, LowRank] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.factors:
             raise PatchError("This patch is empty: it changes no layer at all.")
         object.__setattr__(self, "factors", dict(self.factors))
         object.__setattr__(self, "metadata", dict(self.metadata))
+        object.__setattr__(self, "context_maps", dict(self.context_maps))
 
     def __len__(self) -> int:
         return len(self.factors)
@@ -75,7 +76,7 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors, without the context map."""
+        """Bytes of all factors, without the context maps."""
         return sum(factor.nbytes for factor in self.factors.values())
 
     @cached_property
@@ -88,8 +89,8 @@ class Patch:
         return replace(self, metadata={**self.metadata, **PatchMetadata(**fields).to_strings()})
 
     def _each(self, change: Any) -> Patch:
-        context_map = None if self.context_map is None else change(self.context_map)
-        return replace(self, factors={k: change(f) for k, f in self.factors.items()}, context_map=context_map)
+        maps = {stream: change(one) for stream, one in self.context_maps.items()}
+        return replace(self, factors={k: change(f) for k, f in self.factors.items()}, context_maps=maps)
 
     def scaled(self, strength: float) -> Patch:
         """The edit multiplied by ``strength``; negative values reverse it.
@@ -107,11 +108,11 @@ class Patch:
     def truncated(self, rank: int | None = None, energy: float = 1.0) -> Patch:
         """Every factor truncated by :meth:`LowRank.truncated`.
 
-        The context map describes the edit before truncation, so it is dropped unless ``rank`` and ``energy`` have their
-        defaults.
+        The context maps describe the edit before truncation, so they are dropped unless ``rank`` and ``energy`` have
+        their defaults.
         """
         cut = {key: factor.truncated(rank, energy) for key, factor in self.factors.items()}
-        return replace(self, factors=cut, context_map=self.context_map if rank is None and energy == 1 else None)
+        return replace(self, factors=cut, context_maps=self.context_maps if rank is None and energy == 1 else {})
 
     def max_abs(self) -> float:
         """An upper bound of the largest absolute change of any weight; 0 only if the patch changes nothing."""
@@ -141,7 +142,8 @@ class Patch:
         for patch in scaled:
             for key, factor in patch.factors.items():
                 parts.setdefault(key, []).append(factor)
-        maps = [patch.context_map for patch in scaled if patch.context_map is not None]
+        streams = dict.fromkeys(stream for patch in scaled for stream in patch.context_maps)
+        mapped = all(patch.context_maps for patch in scaled)
         about = PatchMetadata(
             method="combined",
             family=families.pop() if families else None,
@@ -150,7 +152,11 @@ class Patch:
         return Patch(
             {key: LowRank.cat(several) for key, several in parts.items()},
             about.to_strings(),
-            LowRank.cat(maps) if len(maps) == len(scaled) else None,
+            {
+                stream: LowRank.cat([patch.context_maps[stream] for patch in scaled if stream in patch.context_maps])
+                for stream in streams
+                if mapped
+            },
         )
 
     # -- on a model ----------------------------------------------------------------------------------------------
@@ -263,8 +269,9 @@ class Patch:
 
         Args:
             path: the ``.safetensors`` file, or the folder of a peft adapter.
-            format: ``"kohya"`` (a LoRA file that every host and diffusers load), ``"peft"`` (an adapter folder) or
-                ``"context-map"`` (the smallest form of a closed-form edit).
+            format: ``"kohya"`` (a LoRA file that every host loads, and diffusers too where no pooled vector is edited),
+                ``"diffusers"`` (a LoRA file in diffusers' names, which ComfyUI and Forge load too), ``"peft"`` (an
+                adapter folder) or ``"context-map"`` (the smallest form of a closed-form edit).
             dtype: of the values in the file.
             survey: gives the LDM names of an SDXL-shaped UNet that does not have two layers a block.
 

@@ -225,20 +225,21 @@ def _read(weight: Tensor, convert: Any) -> Tensor:
 
 @contextmanager
 def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Materialize the effective cross-attention weights where the loaded tensors differ from them.
+    """Materialize the effective weights of the layers that are edited where the loaded tensors differ from them.
 
     They differ when memory is low (weights stay offloaded, patches are merged at each use) and in narrow formats (fp8
     and int8 with a scale). Otherwise the loaded weights already include the patches. The host's tensors are restored
     afterwards.
     """
     to_replace = []
-    for site in survey(unet):
-        for which in PROJECTIONS:
-            layer = site.projection(which)
-            waiting = getattr(layer, "weight_function", None)
-            plain = type(layer.weight) in _PLAIN and layer.weight.dtype in PLAIN_DTYPES
-            if waiting or layer.weight.device != patcher.load_device or not plain:
-                to_replace.append((f"{_UNET}{site.weight_path(which)}.weight", layer))
+    found = survey(unet)
+    layers = [found.layer(site.key(which)) for site in found for which in PROJECTIONS]
+    for part in [*layers, *([] if found.pooled is None else [found.pooled])]:
+        layer = part.module
+        waiting = getattr(layer, "weight_function", None)
+        plain = type(layer.weight) in _PLAIN and layer.weight.dtype in PLAIN_DTYPES
+        if waiting or layer.weight.device != patcher.load_device or not plain:
+            to_replace.append((f"{_UNET}{part.path}.weight", layer))
     host_tensors: list[tuple[Any, Any, Any, Any]] = []
     try:
         for key, layer in to_replace:

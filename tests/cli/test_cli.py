@@ -21,6 +21,7 @@ from forget_concept.core.cli import files, options
 from forget_concept.core.errors import ForgetConceptError, RequestError
 from forget_concept.core.formats import context_map, kohya
 from forget_concept.core.methods.registry import all_methods
+from forget_concept.core.models.text_entries import TOKENS
 from forget_concept.core.request.settings import describe_settings
 
 # -- the parser ---------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def test_inspect_tells_what_made_a_patch_and_whether_it_fits(run, tiny):
     assert "star" in run.out
     assert run("inspect", "m.safetensors", "--json") == 0
     assert run.json["kind"] == "context_map"
-    assert context_map.load("m.safetensors")[0].rank == run.json["rank"]
+    assert context_map.load("m.safetensors")[0][TOKENS].rank == run.json["rank"]
 
 
 def test_inspect_says_when_a_patch_is_not_ours(run, tiny):
@@ -223,6 +224,7 @@ import os, signal, sys, time
 from pathlib import Path
 from forget_concept.core import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
+from forget_concept.core.models.text_entries import TOKENS
 from forget_concept.core.cli import files, methods
 def slow(*args):
     print("writing", *os.listdir("."), flush=True)

@@ -15,6 +15,7 @@ from forget_concept.core.cli.forget import read_request
 from forget_concept.core.formats import context_map, kohya, load_patch
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
+from forget_concept.core.models.text_entries import TOKENS
 
 FEW = ("--set", "contexts=false", "--set", "keep_common=false")
 QUICK = ("--method", "forget_me_not", *("--set", "steps=2", "--set", "latents=zeros", "--set", "lr=0.01"))
@@ -106,7 +107,7 @@ def test_a_context_map_is_continued_and_restored(run, tiny):
     a, c = kohya.load("a.safetensors"), kohya.load("c.safetensors")
     for key, factor in a.factors.items():
         torch.testing.assert_close(c.factors[key].delta(), factor.delta(), atol=1e-6, rtol=1e-5)
-    assert context_map.load("bm.safetensors")[0].rank == load_patch("b.safetensors").rank
+    assert context_map.load("bm.safetensors")[0][TOKENS].rank == load_patch("b.safetensors").rank
 
 
 def test_inspect_shows_the_record(three):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loaders import diffusers_changes
 from safetensors.torch import load_file, save_file
 from tiny import fit, rand, random_patch, tiny_model, tiny_unet
 
@@ -17,6 +18,7 @@ from forget_concept.core.files.safetensors_io import read_metadata, read_safeten
 from forget_concept.core.formats import context_map, kohya
 from forget_concept.core.formats.contents import contents_of
 from forget_concept.core.formats.lora_state import LoraState, contents_of_lora, patch_of, state_of
+from forget_concept.core.models.text_entries import TOKENS
 from forget_concept.core.models.unet import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
@@ -79,24 +81,6 @@ def test_a_file_has_one_alpha_and_every_layer_its_own_effect(ranks, dtype):
         again = kohya.from_state(state)
         for key, factor in patch.factors.items():
             assert torch.equal(factor.up, again.factors[key].up) and torch.equal(factor.down, again.factors[key].down)
-
-
-def diffusers_changes(path) -> dict[str, torch.Tensor]:
-    """The change of each layer that a diffusers pipeline makes of a LoRA file."""
-    pytest.importorskip("peft", reason="diffusers reads LoRA files through peft")
-    pytest.importorskip("diffusers", "0.35", reason="an older diffusers reads LoRA files in other ways")
-    from diffusers import StableDiffusionPipeline
-
-    unet = tiny_unet()
-    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-        str(path), unet_config=unet.config, return_lora_metadata=True
-    )
-    unet.load_lora_adapter(state, network_alphas=alphas, metadata=metadata, prefix="unet")
-    return {
-        name.removesuffix(".0") if name.endswith("to_out.0") else name: module.get_delta_weight("default_0").detach()
-        for name, module in unet.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
 
 
 def fitted(kind: str) -> Patch:
@@ -309,7 +293,7 @@ def test_context_maps_of_every_dtype(tmp_path, dtype):
     write_safetensors(state, tmp_path / "m.safetensors", {"forget_concept.format": "context_map"})
     loaded, metadata = context_map.load(tmp_path / "m.safetensors")
     wide = LowRank(*(tensor.double() for tensor in state.values())).delta()
-    torch.testing.assert_close(loaded.delta().double(), wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded[TOKENS].delta().double(), wide, rtol=1e-5, atol=1e-5)
     assert len(context_map.expand(loaded, FOUND, metadata)) == 2 * len(FOUND.sites)
     write_safetensors({n: t.to(torch.int8) for n, t in state.items()}, tmp_path / "m.safetensors")
     with pytest.raises(PatchError, match=r"context_map\.up in .*int8"):

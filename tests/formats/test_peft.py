@@ -309,7 +309,7 @@ def test_a_folder_of_other_files_is_not_written_into(unet, tmp_path):
 
 def test_saving_names_its_formats_and_what_is_missing(unet, tmp_path):
     patch = uneven_patch(unet)
-    with pytest.raises(PatchError, match="choose one of context-map, kohya, peft"):
+    with pytest.raises(PatchError, match="choose one of context-map, diffusers, kohya, peft"):
         patch.save(tmp_path / "p", format="onnx")
     with pytest.raises(PatchError, match="no context map"):
         patch.save(tmp_path / "p.safetensors", format="context-map")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import TinyText, fit, flags, rand, state_hash, tiny_model
+from tiny import TinyText, fit, flags, rand, state_hash, tiny_model, tiny_xl_model
 
-from forget_concept.core.errors import RequestError, TokenError
+from forget_concept.core.errors import ModelError, RequestError, TokenError
 from forget_concept.core.methods.uce import (
     UCE,
     Columns,
@@ -21,7 +21,8 @@ from forget_concept.core.methods.uce import (
     gram_of,
     solve_context_map,
 )
-from forget_concept.core.request.concept import Concept
+from forget_concept.core.models.text_entries import POOLED, TOKENS
+from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest
 
 # the published equation and nothing else: no everyday words, no contexts, nothing cut off
@@ -32,8 +33,9 @@ STAR = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square
 def plain(weight, columns, s):
     """Equation 7 as written, for one matrix, inverted in fp64."""
     w, c, g, k = (t.double() for t in (weight, columns.target, columns.guide, columns.preserved))
-    normal = s.ridge * torch.eye(len(c)).double() + s.erase_weight * c @ c.T + s.preserve_weight * k @ k.T
-    right = s.ridge * w + s.erase_weight * w @ g @ c.T + s.preserve_weight * w @ k @ k.T
+    ridge = s.ridge * c.square().mean()
+    normal = ridge * torch.eye(len(c)).double() + s.erase_weight * c @ c.T + s.preserve_weight * k @ k.T
+    right = ridge * w + s.erase_weight * w @ g @ c.T + s.preserve_weight * w @ k @ k.T
     return right @ torch.linalg.inv(normal)
 
 
@@ -47,7 +49,7 @@ def test_every_matrix_is_the_plain_formula(model, columns, projections):
     )
     patch = fit(model, request)
     s = UCESettings(columns=columns, projections=projections, erase_weight=2.0, preserve_weight=0.5)
-    found = collect_columns(model.text, request, s)
+    found = collect_columns(model.text, request, s)[TOKENS]
     assert len(patch) == len(model.survey) * len(projections)
     for key, new in patch.merged_state(model.unet).items():
         weight = model.unet.get_submodule(key.removesuffix(".weight")).weight
@@ -70,9 +72,49 @@ def test_the_solver_meets_its_normal_equation(n, m, width, ridge, seed):
     s = UCESettings(ridge=ridge, erase_weight=1.5, preserve_weight=0.7, tolerance=0)
     found = solve_context_map(Columns(c, g, k), s).delta().double()
     c, g, k = c.double(), g.double(), k.double()
-    normal = ridge * torch.eye(width).double() + 1.5 * c @ c.T + 0.7 * k @ k.T
+    normal = ridge * c.square().mean() * torch.eye(width).double() + 1.5 * c @ c.T + 0.7 * k @ k.T
     right = 1.5 * (g - c) @ c.T
     torch.testing.assert_close(found @ normal, right, rtol=2e-4, atol=2e-4 * float(right.abs().max()))
+
+
+def test_the_vector_of_the_whole_prompt_is_edited_by_the_same_formula():
+    """Where a model reads one beside the picture's sizes, as SDXL does: what it reads of the sizes stays as it is."""
+    model = tiny_xl_model()
+    request = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"), settings=PLAIN)
+    patch = fit(model, request)
+    s = UCESettings(**PLAIN)
+    found = collect_columns(model.text, request, s)
+    assert set(patch.context_maps) == set(found) == {TOKENS, POOLED}
+    prompts = len(templates("object"))
+    assert found[POOLED].target.shape == (16, prompts) and found[POOLED].preserved.shape == (16, 1 + 2 * prompts)
+    before = model.unet.add_embedding.linear_1.weight
+    after = patch.merged_state(model.unet)["add_embedding.linear_1.weight"]
+    assert torch.equal(after[:, 16:], before[:, 16:])
+    torch.testing.assert_close(after[:, :16].double(), plain(before[:, :16], found[POOLED], s), rtol=1e-4, atol=2e-6)
+    assert (after - before)[:, :16].abs().max() > 1e-3
+
+
+def test_without_the_pooled_edit_only_the_tokens_change_and_the_patch_says_so():
+    patch = fit(tiny_xl_model(), ForgetRequest(STAR.concepts, settings=PLAIN | {"pooled": False}))
+    assert "add_embedding.linear_1" not in patch.factors and set(patch.context_maps) == {TOKENS}
+    assert "whole prompt's vector, which this edit does not change" in patch.about.note
+    assert fit(tiny_xl_model(), ForgetRequest(STAR.concepts, settings=PLAIN)).about.note is None
+
+
+def test_a_text_encoder_without_the_vector_that_the_model_reads_is_refused():
+    model = tiny_xl_model()
+    model.text = TinyText()
+    with pytest.raises(ModelError, match=r"both of its text encoders, or set 'pooled' to no"):
+        fit(model, STAR)
+
+
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+def test_the_ridge_is_relative_to_the_text_states(scale):
+    """The same map for an encoder whose states are larger or smaller throughout."""
+    c, g, k = rand(24, 6, seed=1), rand(24, 6, seed=2), rand(24, 20, seed=3)
+    s = UCESettings(ridge=0.3)
+    found = solve_context_map(Columns(scale * c, scale * g, scale * k), s).delta()
+    torch.testing.assert_close(found, solve_context_map(Columns(c, g, k), s).delta(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -91,7 +133,7 @@ def test_kept_words_are_columns_whoever_else_says_them(columns):
     text = TinyText()
     request = ForgetRequest((Concept("star", replacement="tree"),), preserve=("tree", "square"))
     s = UCESettings(columns=columns, templates=("a {}", "{}"))
-    found = collect_columns(text, request, s)
+    found = collect_columns(text, request, s)[TOKENS]
     wanted = [text.encode([""]).hidden[0]]
     for prompt in ("a tree", "tree", "a square", "square"):
         end = len(text.phrase_ids(prompt)) + 1
@@ -139,7 +181,7 @@ def test_with_a_small_ridge_the_target_reads_as_the_guide_and_the_kept_stay():
 def test_the_context_map_is_the_whole_edit(model):
     """``(W + ΔW) c = W (c + M c)``, at every site and for any text state."""
     patch = fit(model, STAR)
-    m = patch.context_map.delta()
+    m = patch.context_maps[TOKENS].delta()
     c = rand(32, 9, seed=5)
     for site in model.survey:
         for which in ("to_k", "to_v"):
@@ -147,7 +189,7 @@ def test_the_context_map_is_the_whole_edit(model):
             torch.testing.assert_close(
                 (w + patch.factors[site.key(which)].delta()) @ c, w @ (c + m @ c), atol=2e-5, rtol=1e-4
             )
-    assert patch.context_map.nbytes * 10 < patch.nbytes
+    assert patch.context_maps[TOKENS].nbytes * 10 < patch.nbytes
 
 
 def test_the_model_is_left_as_it_was_and_the_result_repeats(model):
@@ -183,7 +225,7 @@ def test_strength_is_in_the_patch(model):
     half = fit(model, ForgetRequest(STAR.concepts, STAR.preserve, strength=0.5))
     for key, factor in once.factors.items():
         torch.testing.assert_close(half.factors[key].delta(), 0.5 * factor.delta())
-    torch.testing.assert_close(half.context_map.delta(), 0.5 * once.context_map.delta())
+    torch.testing.assert_close(half.context_maps[TOKENS].delta(), 0.5 * once.context_maps[TOKENS].delta())
 
 
 def test_metadata_says_what_made_it(model):
@@ -248,7 +290,7 @@ def test_the_empty_prompt_is_always_preserved():
     text = TinyText()
     empty = text.encode([""]).hidden[0].T
     for columns in ("tail", "last"):
-        found = collect_columns(text, ForgetRequest((Concept("star"),)), UCESettings(columns=columns)).preserved
+        found = collect_columns(text, ForgetRequest((Concept("star"),)), UCESettings(columns=columns))[TOKENS].preserved
         torch.testing.assert_close(found, empty, atol=1e-5, rtol=0)
 
 
@@ -256,7 +298,7 @@ def test_preserved_words_and_prompts_are_among_the_columns():
     text = TinyText()
     request = ForgetRequest((Concept("star"),), preserve=("tree",))
     s = UCESettings(templates=("a {}", "{}"), preserve_prompts=("a red tree at night",))
-    found = collect_columns(text, request, s)
+    found = collect_columns(text, request, s)[TOKENS]
     assert found.preserved.shape == (32, 77 * 4)
     for prompt in ("a tree", "tree", "a red tree at night", ""):
         state = text.encode([prompt]).hidden[0, 5]
@@ -267,13 +309,13 @@ def test_preserved_words_and_prompts_are_among_the_columns():
 def test_guides_without_a_replacement():
     text = TinyText()
     request = ForgetRequest((Concept("star"),))
-    dropped = collect_columns(text, request, UCESettings(templates=("a photo of {}",)))
+    dropped = collect_columns(text, request, UCESettings(templates=("a photo of {}",)))[TOKENS]
     of = text.encode(["a photo of"]).hidden[0]
     torch.testing.assert_close(dropped.guide[:, 0], of[pieces(text, "a photo of") + 1])
-    empty = collect_columns(text, request, UCESettings(templates=("a photo of {}",), no_replacement="empty"))
+    empty = collect_columns(text, request, UCESettings(templates=("a photo of {}",), no_replacement="empty"))[TOKENS]
     nothing = text.encode([""]).hidden[0]
     torch.testing.assert_close(empty.guide, nothing[pieces(text, "a photo of") + 1 :].T)
-    word = collect_columns(text, request, UCESettings(templates=("{}",), neutral_object="thing"))
+    word = collect_columns(text, request, UCESettings(templates=("{}",), neutral_object="thing"))[TOKENS]
     thing = text.encode(["thing"]).hidden[0]
     torch.testing.assert_close(word.guide[:, pieces(text, "star") - 1], thing[pieces(text, "thing")])
 
@@ -283,7 +325,7 @@ def test_the_published_preset_takes_the_last_token_of_the_bare_word():
     request = ForgetRequest((Concept("butterfly"),), preserve=("tree",))
     from forget_concept.core.methods.uce import UCE
 
-    found = collect_columns(text, request, UCE.presets["published"])
+    found = collect_columns(text, request, UCE.presets["published"])[TOKENS]
     torch.testing.assert_close(found.target, text.encode(["butterfly"]).hidden[0, 3:4].T)
     torch.testing.assert_close(found.guide, text.encode([""]).hidden[0, 0:1].T)
     assert found.preserved.shape[1] == 77 + 1
@@ -366,7 +408,7 @@ def test_a_bare_request_moves_the_concept_and_not_the_rest(mini, name, kind, ins
     kept = mini.text.encode([p.text for p in prompts(48, 6, without=(name,))]).hidden
 
     def moved(patch):
-        return patch.context_map.delta().T
+        return patch.context_maps[TOKENS].delta().T
 
     request = ForgetRequest((Concept(name, kind, instead),))
     tuned, plain = fit(mini, request), fit(mini, ForgetRequest(request.concepts, settings=PLAIN))

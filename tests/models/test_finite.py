@@ -98,6 +98,18 @@ def test_a_damaged_token_table_is_named_even_where_the_concept_does_not_use_it(c
             table[-3, 0] = own
 
 
+def test_a_projection_that_no_checkpoint_has_is_no_damage(clip):
+    """A host makes it in memory that it leaves as it finds it, and reads no result of it."""
+    text, tokenizer = clip
+    text = copy.deepcopy(text)
+    text.text_projection = torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        text.text_projection.weight[1, 2] = math.nan
+    model = tiny_model()
+    model.text = CLIPText(text, tokenizer)
+    check_weights(model)
+
+
 def test_text_states_that_are_not_finite_name_their_prompt():
     """A host may hide the text encoder's weights: then the states tell."""
     model = tiny_model()

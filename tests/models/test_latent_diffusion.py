@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TinyText, rand, tiny_model, tiny_unet
+from tiny import TinyText, rand, tiny_model, tiny_xl_model
 from torch import nn
 
 from forget_concept.core.errors import Cancelled, ModelError, RequestError
@@ -202,13 +202,8 @@ def test_hash_is_of_the_attention_weights_whatever_the_precision():
 
 
 def test_pooled_text_and_sizes_reach_an_sdxl_unet():
-    extra = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 16 + 6 * 8,
-    }
-    unet = tiny_unet(**extra)
-    model = LatentDiffusion(unet, TinyText(pooled=16), sd_alphas_cumprod(), latent_shape=(4, 8, 8))
+    model = tiny_xl_model()
+    unet = model.unet
     states, x, t = model.text.encode(["a star"]), rand(1, 4, 8, 8), torch.tensor([5])
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     with torch.no_grad():

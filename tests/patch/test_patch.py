@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import flags, forward, rand, random_patch, state_hash, tiny_unet
 
 from forget_concept.core.errors import PatchError
+from forget_concept.core.models.text_entries import TOKENS
 from forget_concept.core.models.unet import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
@@ -109,9 +110,9 @@ def test_truncation_of_nothing_and_nonsense(patch):
     for bad in ({"rank": 0}, {"energy": 0.0}, {"energy": 1.5}):
         with pytest.raises(PatchError):
             patch.truncated(**bad)
-    with_map = Patch(patch.factors, {}, LowRank(rand(4, 2), rand(2, 4)))
-    assert with_map.truncated().context_map is not None
-    assert with_map.truncated(rank=1).context_map is None and with_map.truncated(rank=1).rank == 1
+    with_map = Patch(patch.factors, {}, {TOKENS: LowRank(rand(4, 2), rand(2, 4))})
+    assert with_map.truncated().context_maps
+    assert not with_map.truncated(rank=1).context_maps and with_map.truncated(rank=1).rank == 1
 
 
 def test_scaling(patch):

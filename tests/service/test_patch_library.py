@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
 from forget_concept.core.files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from forget_concept.core.formats import context_map, kohya
+from forget_concept.core.models.text_entries import TOKENS
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
@@ -104,7 +105,7 @@ def test_only_our_own_patches_are_listed(library: PatchLibrary, folder: Path) ->
     write_safetensors(tensors, folder / "strange.safetensors", {"ss_output_name": "strange"})
     (folder / "broken.safetensors").write_bytes(b"\x00" * 40)
     (folder / "old.ckpt").write_bytes(b"PK\x03\x04")
-    mapped = dataclasses.replace(patch(), context_map=LowRank(torch.ones(6, 1), torch.ones(1, 6)))
+    mapped = dataclasses.replace(patch(), context_maps={TOKENS: LowRank(torch.ones(6, 1), torch.ones(1, 6))})
     context_map.save(mapped, folder / "map.safetensors")
     assert library.names() == ["star_00001"]
     with pytest.raises(NotFoundError, match="There is no patch 'strange'"):

@@ -1,27 +1,32 @@
-"""Stage `text`: pretrain the text encoder to predict the labels that a caption names.
+"""Stage `text`: pretrain text encoders to predict the labels that a caption names.
 
-CLIP's text encoder is trained against images; here the labels replace the images. The pretraining saves the UNet stage
+CLIP's text encoder is trained against images; here the labels replace the images. The pretraining saves the next stage
 its slowest part, learning to use the text; that stage then trains both together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..config import TEXT_WIDTH, TOKENS, new_text_encoder
+from ..config import TOKENS, new_text_encoder
 from ..vocabulary import ATTRIBUTES, BACKGROUNDS
 from ..world import LABELS, Scene, labels
 from . import dataset
 from .run import Run
 
-_SCHEDULE = 700  # steps of the schedule; the UNet stage takes over earlier
-_SHORT = 40  # longer captions do not occur; the causal encoder's states do not depend on what follows
+_SCHEDULE = 700  # steps of the schedule; the next stage takes over earlier
+_SHORT = 40  # longer captions do not occur; a causal encoder's states do not depend on what follows
+
+# ids (n, tokens), positions (n,) of the end of text and (n,) of a later token -> what the labels are read from, each
+# (readings, n, width)
+ReadOut = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 
 def targets(scene: Scene, text: str) -> list[int]:
@@ -35,15 +40,59 @@ def targets(scene: Scene, text: str) -> list[int]:
 
 
 def train(folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: int = 96) -> None:
-    """Train for `steps` steps of `batch` captions, the first part of a longer schedule; resumable."""
+    """Train `mini`'s encoder for `steps` steps of `batch` captions, the first part of a longer schedule; resumable."""
     torch.manual_seed(3)
-    vocabulary = len(tokenizer)
-    model = new_text_encoder(vocabulary)
+    model = new_text_encoder(len(tokenizer))
+
+    def read_out(ids: Tensor, ends: Tensor, later: Tensor) -> Sequence[Tensor]:
+        # the end-of-text state and one padding state, because the UNet attends to both
+        return [at(model(ids).last_hidden_state, ends, later)]
+
+    pretrain(folder, "text", {"model": model}, read_out, tokenizer, pictures, steps, batch)
+
+
+def at(states: Tensor, *positions: Tensor) -> Tensor:
+    """The states `(n, tokens, d)` at some positions, each `(n,)`: `(len(positions), n, d)`."""
+    rows = torch.arange(len(states))
+    return torch.stack([states[rows, position] for position in positions])
+
+
+def pretrain(
+    folder: Path,
+    name: str,
+    encoders: Mapping[str, nn.Module],
+    read_out: ReadOut,
+    tokenizer: Any,
+    pictures: int,
+    steps: int,
+    batch: int,
+    tokens: int = _SHORT,
+) -> None:
+    """Train encoders together with one linear head for each of the things that are read out of them; resumable.
+
+    Args:
+        folder: Folder of the checkpoint and the log.
+        name: Name of the stage.
+        encoders: Encoders by their names in the checkpoint.
+        read_out: What the labels are read from.
+        tokenizer: Their tokenizer.
+        pictures: Number of training pictures, whose captions are read.
+        steps: Steps to take, of a schedule of 700.
+        batch: Captions a step.
+        tokens: Tokens that the encoders are given.
+    """
     sizes = [len(c) for c in LABELS.values()] + [1 + len(BACKGROUNDS)] + [2] * len(ATTRIBUTES)
-    heads = nn.Linear(TEXT_WIDTH, sum(sizes))
-    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3, weight_decay=1e-2)
-    run = Run(folder, "text", {"model": model, "heads": heads}, optimizer, _SCHEDULE, peak_lr=1e-3)
-    model.train()
+    end = tokenizer.eos_token_id
+    with torch.no_grad():
+        empty = torch.tensor(tokenizer([""], padding="max_length", max_length=TOKENS).input_ids)[:, :tokens]
+        start = torch.zeros(1, dtype=torch.long)
+        widths = [part.shape[-1] for part in read_out(empty, start, start)]
+    heads = nn.ModuleList(nn.Linear(width, sum(sizes)) for width in widths)
+    modules = {**encoders, "heads": heads}
+    optimizer = torch.optim.AdamW([p for m in modules.values() for p in m.parameters()], lr=1e-3, weight_decay=1e-2)
+    run = Run(folder, name, modules, optimizer, _SCHEDULE, peak_lr=1e-3)
+    for encoder in encoders.values():
+        encoder.train()
     while run.step < steps:
         rng = np.random.default_rng((17, run.step))
         texts, rows = [], []
@@ -51,19 +100,17 @@ def train(folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: 
             scene = dataset.scene(int(index))
             texts.append(dataset.captions(scene, int(index), 6)[int(rng.integers(6))])
             rows.append(targets(scene, texts[-1]))
-        ids = torch.tensor(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)[
-            :, :_SHORT
-        ]
-        ends = (ids == vocabulary - 1).int().argmax(1)
-        states = model(ids).last_hidden_state
-        # read out the end-of-text state and one padding state, because the UNet attends to both
-        later = torch.from_numpy(rng.integers(0, _SHORT, batch)).maximum(ends)
-        read_out = torch.stack([states[torch.arange(batch), ends], states[torch.arange(batch), later]])
+        ids = torch.tensor(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+        ids = ids[:, :tokens]
+        ends = (ids == end).int().argmax(1)
+        later = torch.from_numpy(rng.integers(0, tokens, batch)).maximum(ends)
         classes = torch.tensor(rows)
         loss = torch.zeros(())
-        for column, logits in enumerate(heads(read_out).split(sizes, dim=-1)):
-            both = classes[:, column].repeat(2)
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), both, ignore_index=-100)
+        for head, part in zip(heads, read_out(ids, ends, later), strict=True):
+            for column, logits in enumerate(head(part).split(sizes, dim=-1)):
+                every = classes[:, column].repeat(len(part))
+                loss = loss + F.cross_entropy(logits.flatten(0, 1), every, ignore_index=-100)
         run.update(loss)
         if run.step % 50 == 0:
             run.log(loss=loss.item())
+    run.save()

@@ -100,7 +100,7 @@ def train(
     modules = {"unet": unet, "text": text, "average_unet": average, "average_text": average_text}
     run = Run(folder, "unet", modules, optimizer, steps, peak_lr, schedule=rate)
     table = alphas_cumprod()
-    ids = _caption_ids(folder / "captions.pt", tokenizer, len(latents))
+    ids = caption_ids(folder / "captions.pt", tokenizer, len(latents))
     empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)
     unet.train()
     text.train()
@@ -132,15 +132,16 @@ def train(
         loss = (error * (snr.clamp(max=5) / snr)).mean()
         run.update(loss)
         decay = min(0.995, (1 + run.step) / (20 + run.step))
-        _follow(average, unet, decay)
-        _follow(average_text, text, decay)
+        follow(average, unet, decay)
+        follow(average_text, text, decay)
         plain = (predicted.detach().float() - noise).square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:
             run.log(loss=loss.item(), noise_mse=plain, smoothed=recent)
 
 
-def _caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
+def caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
+    """Return the token ids of every picture's captions, `(pictures, CAPTIONS, tokens)`, cached in `path`."""
     if path.exists():
         kept: Tensor = torch.load(path, weights_only=True)
         return kept
@@ -154,5 +155,6 @@ def _caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
 
 
 @torch.no_grad()
-def _follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """Move an exponential moving average of a model's weights."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -1,0 +1,177 @@
+"""Stages of `mini-xl`: `xl-text` pretrains both text encoders, `xl-unet` trains them with the UNet.
+
+The UNet starts from `mini`'s: its residual blocks and the attention of the level that both have. In part of the
+training rows the token states or the pooled vector are those of the empty prompt or of another picture's caption, so
+that the model reads both, as SDXL does; a contradiction between them is decided for the pooled vector more often than
+for the tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import TOKENS
+from ..config_xl import PAD_2, TEXT, TEXT_2, new_text_encoders, new_unet
+from ..shapes import SIZE
+from . import text
+from .run import Run, warm_cosine
+from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error, follow
+
+TEXT_STEPS = 200
+STEPS = 1600
+PEAK_LR = 1e-3
+COARSE_FROM = 900  # step from which the coarse error of `mini`'s training is added
+# shares of rows with: no text at all, no tokens, no pooled vector, another picture's tokens, another's pooled vector
+NOTHING, NO_TOKENS, NO_POOLED, OTHER_TOKENS, OTHER_POOLED = 0.1, 0.12, 0.08, 0.12, 0.04
+
+
+def second_ids(ids: Tensor, end: int) -> Tensor:
+    """The ids of the second tokenizer, which pads with another token after the end-of-text."""
+    after = (ids == end).long().cumsum(1) > 1
+    return ids.masked_fill((ids == end) & after, PAD_2)
+
+
+def states(first: Any, second: Any, ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """What SDXL reads of token ids `(n, tokens)`: the penultimate states side by side, and the pooled vectors.
+
+    Returns:
+        `(n, tokens, 96 + 160)` and `(n, 160)`.
+    """
+    one = first(ids, output_hidden_states=True).hidden_states[-2]
+    two = second(second_ids(ids, end), output_hidden_states=True)
+    return torch.cat([one, two.hidden_states[-2]], -1), two.text_embeds
+
+
+def pretrain_text(folder: Path, tokenizer: Any, pictures: int, steps: int = TEXT_STEPS, batch: int = 96) -> None:
+    """Train both encoders on captions' labels, read from the token states and from the pooled vector; resumable."""
+    torch.manual_seed(13)
+    first, second = new_text_encoders(len(tokenizer))
+
+    def read_out(ids: Tensor, ends: Tensor, later: Tensor) -> Sequence[Tensor]:
+        hidden, pooled = states(first, second, ids, tokenizer.eos_token_id)
+        one, two = hidden.split([TEXT["hidden_size"], TEXT_2["hidden_size"]], -1)
+        return [text.at(one, ends, later), text.at(two, ends, later), pooled[None]]
+
+    text.pretrain(folder, "xl-text", {"first": first, "second": second}, read_out, tokenizer, pictures, steps, batch)
+
+
+def start_from_mini(unet: torch.nn.Module, mini: Mapping[str, Tensor]) -> int:
+    """Copy the weights that have the same name and size in `mini`'s UNet, and return their number.
+
+    A projection that is a 1×1 convolution there is a linear layer here.
+    """
+    state, copied = unet.state_dict(), 0
+    for name, weight in state.items():
+        if (other := mini.get(name)) is not None and other.numel() == weight.numel():
+            weight.copy_(other.reshape(weight.shape))
+            copied += 1
+    unet.load_state_dict(state)
+    return copied
+
+
+def train(
+    folder: Path,
+    tokenizer: Any,
+    latents: Tensor,
+    mini: Mapping[str, Tensor],
+    steps: int = STEPS,
+    batch: int = 64,
+    peak_lr: float = PEAK_LR,
+) -> None:
+    """Train up to step `steps` of a schedule of :data:`STEPS`; resumable.
+
+    The exponential moving average of the weights is the final model. Loss and time steps are those of `mini`.
+
+    Args:
+        folder: Folder with `xl-text.pt`; the checkpoint and the log are written there.
+        tokenizer: `mini`'s tokenizer.
+        latents: Latents of the training pictures.
+        mini: State dict of `mini`'s UNet.
+        steps: Where to stop.
+        batch: Pictures a step.
+        peak_lr: Highest learning rate.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(14)
+    unet = new_unet()
+    start_from_mini(unet, mini)
+    first, second = new_text_encoders(len(tokenizer))
+    trained = torch.load(folder / "xl-text.pt", weights_only=True)["modules"]
+    first.load_state_dict(trained["first"])
+    second.load_state_dict(trained["second"])
+    # in bf16 on a CPU the fused kernel's backward pass is several times slower than plain matrix products
+    unet.set_attn_processor(AttnProcessor())
+    for encoder in (first, second):
+        encoder.set_attn_implementation("eager")
+    parts = {"unet": unet, "first": first, "second": second}
+    averages = {f"average_{name}": copy.deepcopy(part) for name, part in parts.items()}
+    groups: list[dict[str, Any]] = [
+        {"params": list(unet.parameters())},
+        {"params": [*first.parameters(), *second.parameters()], "lr_scale": 0.3},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    run = Run(
+        folder,
+        "xl-unet",
+        {**parts, **averages},
+        optimizer,
+        steps,
+        peak_lr,
+        save_every=100,
+        schedule=lambda step: warm_cosine(step, STEPS, peak_lr),
+    )
+    table = alphas_cumprod()
+    ids = caption_ids(folder / "captions.pt", tokenizer, len(latents))
+    end = tokenizer.eos_token_id
+    empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)
+    sizes = torch.tensor([SIZE, SIZE, 0.0, 0.0, SIZE, SIZE]).expand(batch, -1)
+    for part in parts.values():
+        part.train()
+    recent = 0.0
+    edges = np.cumsum([NOTHING, NO_TOKENS, NO_POOLED, OTHER_TOKENS, OTHER_POOLED])
+    while run.step < steps:
+        rng = np.random.default_rng((29, run.step))
+        noise_rng = torch.Generator().manual_seed(100_000 + run.step)
+        rows = torch.from_numpy(rng.choice(len(latents), batch, replace=False))
+        clean = latents[rows].float()
+        own = ids[rows, torch.from_numpy(rng.integers(0, CAPTIONS, batch))].long()
+        tokens, pooled = own.clone(), own.clone()
+        case = torch.from_numpy(np.searchsorted(edges, rng.random(batch), side="right"))
+        tokens[(case == 0) | (case == 1)] = empty
+        pooled[(case == 0) | (case == 2)] = empty
+        # another row's caption
+        tokens[case == 3] = own.roll(1, 0)[case == 3]
+        pooled[case == 4] = own.roll(1, 0)[case == 4]
+        noise = torch.randn(clean.shape, generator=noise_rng)
+        t = torch.from_numpy(((rng.permutation(batch) + rng.random(batch)) / batch * 1000).astype(np.int64))
+        t = t.clamp(max=999)
+        signal = table[t][:, None, None, None]
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            differ = ((case > 0) & (case < 5)).nonzero().flatten()
+            hidden, vectors = states(first, second, torch.cat([tokens, pooled[differ]]), end)
+            vectors = vectors[:batch].index_copy(0, differ, vectors[batch:])
+            added = {"text_embeds": vectors, "time_ids": sizes}
+            predicted = unet(noisy, t, hidden[:batch], added_cond_kwargs=added).sample
+        snr = table[t] / (1 - table[t])
+        difference = predicted.float() - noise
+        error = difference.square().mean((1, 2, 3))
+        if run.step >= COARSE_FROM:
+            error = error + coarse_error(difference)
+        run.update((error * (snr.clamp(max=5) / snr)).mean())
+        decay = min(0.995, (1 + run.step) / (20 + run.step))
+        for name, part in parts.items():
+            follow(averages[f"average_{name}"], part, decay)
+        plain = difference.detach().square().mean().item()
+        recent = 0.98 * recent + 0.02 * plain if recent and math.isfinite(recent) else plain
+        if run.step % 25 == 0:
+            run.log(noise_mse=plain, smoothed=recent)
