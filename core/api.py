@@ -21,6 +21,7 @@ from .formats import load_patch as _load_patch
 from .methods.base import Inputs
 from .methods.fit import fit as _fit
 from .methods.registry import plan_request
+from .mini.files import NAMES as EMBEDDED
 from .models.latent_diffusion import LatentDiffusion
 from .models.loading import from_pipeline, load_checkpoint
 from .patch.patch import Patch, Pipeline
@@ -57,8 +58,9 @@ def load_model(
         ('mini', (4, 16, 16))
 
     Args:
-        source: ``"mini"`` (the embedded model), a diffusers folder, a single-file ``.safetensors`` checkpoint, or a
-            diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, whose parts are shared, not copied.
+        source: ``"mini"`` or ``"mini-xl"`` (the embedded models), a diffusers folder, a single-file ``.safetensors``
+            checkpoint, or a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, whose parts are
+            shared, not copied.
         device: where to load it, by default the CPU. A pipeline stays where it is.
         dtype: of the weights, by default float32. A pipeline's and the embedded model's stay as they are.
         clip_skip: the text encoder's layer, counted from the last one as the webui does (not for SDXL).
@@ -77,13 +79,13 @@ def load_model(
             raise ModelError(f"A {type(source).__name__} is no model: give 'mini', a path or a pipeline of diffusers.")
         origin = str(getattr(getattr(source, "config", None), "_name_or_path", "") or "pipeline")
         return from_pipeline(source, Path(origin).name, clip_skip)
-    if str(source) == "mini":
+    if str(source) in EMBEDDED:
         from .mini import load
 
         _only("The embedded model is float32", dtype=None if dtype == torch.float32 else dtype, config=config)
         if clip_skip != 1:
             raise ModelError(f"The embedded model has no clip skip: leave clip_skip={clip_skip} out.")
-        return load(device=str(device or "cpu"))
+        return load(device=str(device or "cpu"), name=str(source))
     return load_checkpoint(Path(source), device or "cpu", dtype or torch.float32, clip_skip, config)
 
 
@@ -335,7 +337,7 @@ def _evaluators(model: LatentDiffusion, bench: ConceptBench | None) -> Evaluator
     """The embedded model's probe, or a CLIP that tells the benchmark's concepts apart."""
     from .evaluation.assess import Evaluators
 
-    if model.name == "mini":
+    if model.name in EMBEDDED:
         from .mini import load_probe
 
         return Evaluators.embedded(load_probe().to(model.device))

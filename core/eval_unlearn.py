@@ -17,6 +17,7 @@ import torch
 
 from .api import fit, load_model, load_patch
 from .errors import RequestError
+from .mini.files import NAMES as EMBEDDED
 from .models.images import to_bytes, to_pil
 from .request.request import MAX_SEED, ForgetRequest
 
@@ -33,7 +34,7 @@ class ForgetConceptTechnique:
     """A model with a patch on it, as eval-unlearn runs one: ``generate(prompts, seed)``.
 
     Args:
-        model: ``"mini"``, a diffusers folder or a single-file checkpoint.
+        model: ``"mini"``, ``"mini-xl"``, a diffusers folder or a single-file checkpoint.
         erase_concept: What is forgotten, unless ``request`` or ``patch`` is given; also the name under which
             eval-unlearn reports the run.
         request: A request file, or its content.
@@ -80,7 +81,7 @@ class ForgetConceptTechnique:
         if dtype not in _DTYPES:
             raise RequestError(f"The dtype '{dtype}' is unknown: choose from {', '.join(_DTYPES)}.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(model, device, None if str(model) == "mini" else _DTYPES[dtype], config=config)
+        self.model = load_model(model, device, None if str(model) in EMBEDDED else _DTYPES[dtype], config=config)
         if patch is not None:
             self.patch = load_patch(patch, self.model)
         elif request is not None:

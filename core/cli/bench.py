@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..mini.files import NAMES as EMBEDDED
 from ..request.concept import KINDS, canonical_phrase
 from ..request.plan import Plan
 from ..request.request import ForgetRequest
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     # reject invalid input before a model is loaded
     if bool(args.patch) == bool(args.method):
         raise RequestError("Nothing to measure, or two things at once: give either --patch FILE or --method NAME.")
-    bench = load_bench(args.bench or ("embedded" if args.model == "mini" else "checkpoints"))
+    bench = load_bench(args.bench or ("embedded" if args.model in EMBEDDED else "checkpoints"))
     plans = {one.name: plan_for(one, args) for one in bench.concepts} if args.method else {}
     listed = read_lists(args.prompts or (), bench)
     chosen = choose(bench, args.concept, args.category)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..mini.files import NAMES as EMBEDDED
 from . import options
 from .console import Console
 from .files import check_writable, write_json, write_picture
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..files.workspace import Workspace
 
     bench = None
-    if args.bench or args.model != "mini":
+    if args.bench or args.model not in EMBEDDED:
         bench = load_bench(args.bench or "checkpoints")
     for name in args.concept or ():
         find_concept(name) if bench is None else bench.find(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, listed
+from ..mini.files import NAMES as EMBEDDED
 from ..request.concept import KINDS, Concept, normalized_phrase
 from ..request.request import ForgetRequest, strength_warning
 from . import options
@@ -247,7 +248,7 @@ def _images(given: Sequence[str], concepts: list[str]) -> dict[str, tuple[str, .
 
 def default_kind(name: str, model: str) -> str:
     """The kind of a concept given without one: as in the embedded model's vocabulary, else ``object``."""
-    if model == "mini":
+    if model in EMBEDDED:
         from ..mini.vocabulary import CATEGORIES
 
         for kind, words in CATEGORIES.items():

@@ -1,4 +1,4 @@
-"""``forget-concept mini-table``: measure how well the embedded model follows prompts that it was not trained on."""
+"""``forget-concept mini-table``: measure how well an embedded model follows prompts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..mini.files import NAMES as EMBEDDED
 from . import options
 from .console import Console
 from .files import check_writable, write_json
 
-HELP = "measure how well the embedded model follows held-out prompts"
+HELP = "measure how well an embedded model follows held-out prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the table as JSON")
     options.add_sampling(parser, steps=25, guidance=2.5)
     parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
-    parser.set_defaults(model="mini")
+    parser.add_argument("--model", choices=EMBEDDED, default="mini", help="embedded model (default: mini)")
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation import mini_table
+    from ..evaluation.pooled_use import pooled_use
+    from ..models.text_entries import POOLED
 
     if args.out is not None:
         check_writable(args.out)
@@ -39,7 +42,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         rows.append([category, f"{100 * score.value:.1f} %", interval(score), str(score.n), words])
     title = f"{table.prompts} held-out prompts, {table.sampling.steps} steps, guidance {table.sampling.guidance:g}"
     console.table(["the probe finds the prompted", "share", "95 % interval", "n", "weakest"], rows, title)
-    data = {"schema": 1, "model": "mini", "seed": args.seed, **table.as_dict()}
+    data = {"schema": 1, "model": args.model, "seed": args.seed, **table.as_dict()}
+    if model.survey.width(POOLED) is not None:
+        with console.progress("tokens and pooled vectors of different prompts") as progress:
+            use = pooled_use(model, probe, sampling=options.sampling_of(args), progress=progress)
+        console.table(
+            [f"'{use.concept}' found, tokens of '{use.tokens}'", "share", "95 % interval", "n"],
+            [
+                [f"pooled vector of '{named}'", f"{100 * score.value:.1f} %", interval(score), str(score.n)]
+                for named, score in ((use.concept, use.own), (use.third, use.other))
+            ],
+            "What the pooled vector alone brings in",
+        )
+        data["pooled"] = use.as_dict()
     if args.out is not None:
         write_json(args.out, data)
     return data

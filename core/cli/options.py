@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ForgetConceptError, RequestError
+from ..mini.files import NAMES as EMBEDDED
 from ..request.request import check_patch_strength, strength_warning
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="mini",
-        help="'mini' (the embedded model), a diffusers folder or a single-file .safetensors checkpoint (default: mini)",
+        help="'mini' or 'mini-xl' (the embedded models), a diffusers folder or a single-file .safetensors checkpoint "
+        "(default: mini)",
     )
     parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
     parser.add_argument(
@@ -214,10 +216,10 @@ def load_embedded(args: argparse.Namespace, console: Console) -> tuple[LatentDif
     from ..mini import load_probe
 
     model = load_model(args, console)
-    if model.name != "mini":
+    if model.name not in EMBEDDED:
         raise RequestError(
-            f"The probe only recognizes pictures of the embedded model, so '{args.model}' cannot be measured with it: "
-            "use --model mini."
+            f"The probe only recognizes pictures of the embedded models, so '{args.model}' cannot be measured with it: "
+            f"use --model {' or '.join(EMBEDDED)}."
         )
     return model, load_probe().to(model.device)
 
@@ -253,7 +255,7 @@ def load_evaluators(
     from ..evaluation.judges import ClipJudge
     from ..evaluation.metrics import LPIPS, ImageText, InceptionFeatures, OpenClip, TransformersClip
 
-    if args.model == "mini":
+    if args.model in EMBEDDED:
         model, probe = load_embedded(args, console)
         return model, Evaluators.embedded(probe)
     if bench is None:

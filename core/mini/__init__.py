@@ -1,8 +1,8 @@
-"""The embedded model: a small trained latent diffusion model in the shape of Stable Diffusion 1, and its world.
+"""The embedded models: small trained latent diffusion models, each in the shape of a family, and the world they draw.
 
-It measures forgetting on a CPU in seconds. It consists of a CLIP text encoder, a cross-attention UNet and an
-autoencoder, all in diffusers' and transformers' own classes, and of a probe that classifies its images. :mod:`.train`
-trains all of them.
+They measure forgetting on a CPU in seconds. `mini` has the shape of Stable Diffusion 1, `mini-xl` that of Stable
+Diffusion XL. Both consist of diffusers' and transformers' own classes and share the autoencoder, the tokenizer, the
+noise schedule and the probe that classifies their images. :mod:`.train` trains all of them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import weights_folder
+from .files import NAMES, weights_folder
 
 if TYPE_CHECKING:
     from ..models.latent_diffusion import LatentDiffusion
+    from ..models.text_encoders import TextEncoder
     from .probe import Probe
 
-__all__ = ["load", "load_modules", "load_probe", "weights_folder"]
+__all__ = ["NAMES", "load", "load_modules", "load_probe", "load_xl_modules", "weights_folder"]
+
+
+def _read(device: str, *parts: tuple[str, Path]) -> list[Any]:
+    """The modules of some folders by the names of their classes, in fp32 and frozen.
+
+    Raises:
+        ModelError: If the weights are missing, or diffusers or transformers is not installed.
+    """
+    from ..errors import ModelError
+
+    for _, folder in parts:
+        if not folder.is_dir():
+            raise ModelError(f"The embedded model's weights are not in {folder.parent}: install the package again.")
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            f"The embedded model needs diffusers and transformers ({error}): pip install diffusers transformers."
+        ) from error
+    from ..models.loading import without_progress_bars
+
+    found = []
+    with without_progress_bars():
+        for name, folder in parts:
+            kind = getattr(transformers if name.startswith("CLIP") else diffusers, name)
+            found.append(kind.from_pretrained(folder, variant="fp16"))
+    for module in found:
+        module.eval().requires_grad_(False).to(device).float()
+    return found
+
+
+def _tokenizer(folder: Path, **changes: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer", **changes)
 
 
 def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, Any, Any, Any]:
-    """Load the embedded model's modules as diffusers' and transformers' objects, in fp32.
+    """Load the modules of `mini` as diffusers' and transformers' objects, in fp32.
 
     Args:
         device: Device of the modules.
@@ -32,46 +69,70 @@ def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, 
     Raises:
         ModelError: If the weights are missing, or diffusers or transformers is not installed.
     """
-    from ..errors import ModelError
-
     folder = folder or weights_folder()
-    if not (folder / "unet").is_dir():
-        raise ModelError(f"The embedded model's weights are not in {folder}: install the package again.")
-    try:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError as error:
-        raise ModelError(
-            f"The embedded model needs diffusers and transformers ({error}): pip install diffusers transformers."
-        ) from error
-    from ..models.loading import without_progress_bars
-
-    with without_progress_bars():
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", variant="fp16")
-        vae = AutoencoderKL.from_pretrained(folder / "vae", variant="fp16")
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder", variant="fp16")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    for module in (unet, vae, text):
-        module.eval().requires_grad_(False).to(device).float()
-    return unet, text, tokenizer, vae
+    unet, text, vae = _read(
+        device,
+        ("UNet2DConditionModel", folder / "unet"),
+        ("CLIPTextModel", folder / "text_encoder"),
+        ("AutoencoderKL", folder / "vae"),
+    )
+    return unet, text, _tokenizer(folder), vae
 
 
-def load(device: str = "cpu", folder: Path | None = None) -> LatentDiffusion:
-    """Load the embedded model in fp32, under the name "mini"; see :func:`load_modules` for arguments and errors."""
+def load_xl_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Load the modules of `mini-xl` as diffusers' and transformers' objects, in fp32.
+
+    Args:
+        device: Device of the modules.
+        folder: Folder of its own parts. Default: :func:`weights_folder`. The others are `mini`'s.
+
+    Returns:
+        UNet, both text encoders, both tokenizers (they differ in the padding token, as in SDXL) and autoencoder.
+
+    Raises:
+        ModelError: As :func:`load_modules`.
+    """
+    own, shared = folder or weights_folder("mini-xl"), weights_folder()
+    unet, first, second, vae = _read(
+        device,
+        ("UNet2DConditionModel", own / "unet"),
+        ("CLIPTextModel", own / "text_encoder"),
+        ("CLIPTextModelWithProjection", own / "text_encoder_2"),
+        ("AutoencoderKL", shared / "vae"),
+    )
+    return unet, first, second, _tokenizer(shared), _tokenizer(shared, pad_token="!"), vae
+
+
+def load(device: str = "cpu", folder: Path | None = None, name: str = "mini") -> LatentDiffusion:
+    """Load an embedded model in fp32, under its name; see :func:`load_modules` for errors.
+
+    Args:
+        device: Device of the modules.
+        folder: Folder of the model. Default: :func:`weights_folder`.
+        name: One of :data:`NAMES`.
+    """
+    from ..errors import ModelError
     from ..models.autoencoders import DiffusersAutoencoder
     from ..models.latent_diffusion import LatentDiffusion
     from ..models.schedules import sd_alphas_cumprod
-    from ..models.text_encoders import CLIPText
+    from ..models.text_encoders import CLIPText, SDXLText
     from .config import GUIDANCE
 
-    unet, text, tokenizer, vae = load_modules(device, folder)
+    if name not in NAMES:
+        raise ModelError(f"There is no embedded model '{name}': choose one of {', '.join(NAMES)}.")
+    if name == "mini":
+        unet, text, tokenizer, vae = load_modules(device, folder)
+        encoder: TextEncoder = CLIPText(text, tokenizer)
+    else:
+        unet, first, second, tokenizer, tokenizer_2, vae = load_xl_modules(device, folder)
+        encoder = SDXLText(first, second, tokenizer, tokenizer_2)
     return LatentDiffusion(
         unet,
-        CLIPText(text, tokenizer),
+        encoder,
         sd_alphas_cumprod(),
         vae=DiffusersAutoencoder(vae),
         latent_shape=(4, 16, 16),
-        name="mini",
+        name=name,
         guidance=GUIDANCE,
     )
 

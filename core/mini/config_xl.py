@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-GUIDANCE = 2.5
 # id of "!", with which SDXL's second tokenizer pads
 PAD_2 = 0
 _TEXT: dict[str, Any] = {"num_hidden_layers": 3, "max_position_embeddings": TOKENS}

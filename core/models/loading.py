@@ -27,7 +27,7 @@ from .text_encoders import CLIPText, SDXLText
 
 __all__ = ["from_pipeline", "load_checkpoint", "without_progress_bars"]
 
-_CHOICES = "'mini', a folder in diffusers' layout or a single .safetensors file"
+_CHOICES = "'mini', 'mini-xl', a folder in diffusers' layout or a single .safetensors file"
 
 
 def load_checkpoint(

@@ -1,6 +1,7 @@
-"""Train the embedded model: `python -m forget_concept.core.mini.train STAGE… --work FOLDER [--target FOLDER]`.
+"""Train the embedded models: `python -m forget_concept.core.mini.train STAGE… --work FOLDER [--target FOLDER]`.
 
-Every stage is seeded and resumes where it stopped. `all` runs them in order.
+Every stage is seeded and resumes where it stopped. `all` runs those of `mini` in order. The stages of `mini-xl`
+(`xl-text`, `xl-unet`, `xl-pack`) start from the distributed `mini` and need its stage `data` alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import load_modules
 from ..config import new_autoencoder
 from ..files import weights_folder
 from ..probe import Probe
-from . import autoencoder, dataset, pack, probe, text, tokenizer, unet
+from . import autoencoder, dataset, pack, probe, text, tokenizer, unet, xl
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
+XL_STAGES = ("xl-text", "xl-unet", "xl-pack")
 PICTURES = 20000
 MIN_RECONSTRUCTION = 0.98  # probe accuracy on reconstructions, per category, required before the UNet is trained
 
@@ -40,11 +43,26 @@ def finish_autoencoder(work: Path, pictures: np.ndarray) -> dict[str, float]:
     return probe.accuracy(trained_probe(work), shown.clamp(-1, 1), targets)
 
 
+def run_xl(stage: str, work: Path, target: Path | None, length: dict[str, int], peak_lr: float) -> None:
+    """Run one of the stages of `mini-xl`."""
+    mini_unet, _, tokens, autoencoder_module = load_modules()
+    if stage == "xl-pack":
+        target = target or weights_folder("mini-xl")
+        print(f"packed {xl.pack(work, target, tokens) / 1e6:.2f} MB into {target}")
+        return
+    pictures = np.load(work / "pictures.npy", mmap_mode="r")
+    if stage == "xl-text":
+        xl.pretrain_text(work, tokens, len(pictures), **length)
+    else:
+        latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
+        xl.train(work, tokens, latents, mini_unet.state_dict(), peak_lr=peak_lr, **length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m forget_concept.core.mini.train", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, *XL_STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--target", type=Path, default=weights_folder())
+    parser.add_argument("--target", type=Path, help="folder of the packed model (default: the distributed one's)")
     parser.add_argument("--steps", type=int, help="override the length of the stage")
     parser.add_argument("--peak-lr", type=float, default=1e-3, help="of the UNet stage")
     options = parser.parse_args()
@@ -60,7 +78,11 @@ def main() -> None:
             tokenizer.build(work / "tokenizer")
             continue
         if stage == "pack":
-            print(f"packed {pack.pack(work, options.target) / 1e6:.2f} MB into {options.target}")
+            target = options.target or weights_folder()
+            print(f"packed {pack.pack(work, target) / 1e6:.2f} MB into {target}")
+            continue
+        if stage in XL_STAGES:
+            run_xl(stage, work, options.target, length, options.peak_lr)
             continue
         from transformers import CLIPTokenizer
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,17 @@ def train(
         recent = 0.98 * recent + 0.02 * plain if recent and math.isfinite(recent) else plain
         if run.step % 25 == 0:
             run.log(noise_mse=plain, smoothed=recent)
+
+
+def pack(folder: Path, target: Path, tokenizer: Any) -> int:
+    """Write the parts that `mini-xl` does not share with `mini`, in fp16, with the logs; return their size in bytes."""
+    trained = torch.load(folder / "xl-unet.pt", weights_only=True)["modules"]
+    first, second = new_text_encoders(len(tokenizer))
+    parts = {"unet": (new_unet(), "unet"), "text_encoder": (first, "first"), "text_encoder_2": (second, "second")}
+    target.mkdir(parents=True, exist_ok=True)
+    for name, (part, stored) in parts.items():
+        part.load_state_dict(trained[f"average_{stored}"])
+        part.half().save_pretrained(target / name, variant="fp16")
+    for log in folder.glob("xl-*.log.jsonl"):
+        shutil.copy(log, target / log.name)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
