@@ -37,7 +37,7 @@ from forget_concept.core.files.workspace import Workspace, key_of
 from forget_concept.core.files.writing import write_bytes
 from forget_concept.core.mini.world import LABELS, Labels
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
-from forget_concept.core.models.unet import survey
+from forget_concept.core.models.survey import survey
 from forget_concept.core.progress import ProgressEvent
 
 STATM = Path("/proc/self/statm")

@@ -29,9 +29,10 @@ from ..core.models.host_weights import (
     without_checkpointing,
 )
 from ..core.models.latent_diffusion import hash_of_unet
+from ..core.models.model_survey import ModelSurvey
 from ..core.models.prediction_marks import check_prediction
 from ..core.models.text_states import TextStates
-from ..core.models.unet import UNetSurvey, survey
+from ..core.models.unet import survey_unet
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from ..core.service.live_weights import LiveWeights
@@ -48,7 +49,7 @@ class _Resident:
     """A model object with the checkpoint that it currently holds."""
 
     key: int
-    survey: UNetSurvey
+    survey: ModelSurvey
     live: LiveWeights
 
 
@@ -78,7 +79,7 @@ class A1111(WebUI):
                     f"The loaded model ({type(model).__name__}) has no supported diffusion model: load a Stable "
                     "Diffusion 1, 2 or XL checkpoint."
                 )
-            found = survey(unet)
+            found = survey_unet(unet)
             made = _Resident(next(self._keys), found, LiveWeights(found, _restore_original, _original_weight))
             known = self._residents.setdefault(model, made)  # another thread may have been first
         return known
@@ -143,7 +144,7 @@ class A1111(WebUI):
             yield _diffusion(model, resident.survey)
 
 
-def _check_dtype(found: UNetSurvey) -> None:
+def _check_dtype(found: ModelSurvey) -> None:
     if (dtype := coarse_dtype(found)) is not None:
         raise ModelError(
             f"The model's weights are stored in {dtype}, which is too coarse to work on: set 'FP8 weight' to 'Disable' "
@@ -267,7 +268,7 @@ def _keep_unet(model: Any) -> None:
 # -- as the core sees it ------------------------------------------------------------------------------------------
 
 
-def _diffusion(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
+def _diffusion(model: Any, found: ModelSurvey) -> HostLatentDiffusion:
     unet = model.model.diffusion_model
     parameterization = getattr(model, "parameterization", "eps")
     if parameterization not in ("eps", "v"):
@@ -314,7 +315,7 @@ def _diffusion(model: Any, found: UNetSurvey) -> HostLatentDiffusion:
     )
 
 
-def _text(model: Any, found: UNetSurvey) -> WebText:
+def _text(model: Any, found: ModelSurvey) -> WebText:
     conditioner = model.cond_stage_model
     engine = conditioner
     if not hasattr(engine, "tokenize_line"):

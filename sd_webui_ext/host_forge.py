@@ -29,9 +29,10 @@ from ..core.models.host_weights import (
     without_checkpointing,
 )
 from ..core.models.latent_diffusion import hash_of_unet
+from ..core.models.model_survey import ModelSurvey
 from ..core.models.prediction_marks import check_prediction
 from ..core.models.text_states import TextStates
-from ..core.models.unet import UNetSurvey, survey
+from ..core.models.unet import survey_unet
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from .prompts import WebText
@@ -53,7 +54,7 @@ class _Resident:
     """
 
     key: int
-    survey: UNetSurvey
+    survey: ModelSurvey
     own: Any
     now: Any
     patches: dict[str, tuple[Patch, float]] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class Forge(WebUI):
                     "This version of Forge applies patches in an unsupported way: make the patch in ComfyUI or with "
                     "the command line, and use it here as a LoRA, with <lora:name:1>."
                 )
-            made = _Resident(next(self._numbers), survey(own.model.diffusion_model), own, own)
+            made = _Resident(next(self._numbers), survey_unet(own.model.diffusion_model), own, own)
             known = self._residents.setdefault(model, made)  # another thread may have been first
         return known
 
@@ -356,7 +357,7 @@ def _sizes(model: Any, height: int, width: int) -> Tensor:
     return torch.cat(parts).flatten()[None]
 
 
-def _text(model: Any, found: UNetSurvey, pooled: bool) -> WebText:
+def _text(model: Any, found: ModelSurvey, pooled: bool) -> WebText:
     engine = getattr(model, "text_processing_engine_l" if pooled else "text_processing_engine", None)
     second: Any = getattr(model, "text_processing_engine_g", None)
     if engine is None or (pooled and second is None):

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import ModelError
+from ..core.models.model_survey import ModelSurvey
 from ..core.models.text_cache import TOKENIZER_PROBE, fingerprint
 from ..core.models.text_states import TextStates
-from ..core.models.unet import UNetSurvey
 
 __all__ = ["WebText", "literal"]
 
@@ -84,7 +84,7 @@ class WebText:
         self.encode([""])
         return fingerprint(self._modules, self.layer, self._plain, self.token_ids(TOKENIZER_PROBE))
 
-    def check_fits(self, found: UNetSurvey) -> None:
+    def check_fits(self, found: ModelSurvey) -> None:
         """Check that the states have the width that a UNet expects.
 
         Raises:

@@ -23,7 +23,7 @@ from ..core.errors import Cancelled, ModelError, RequestError
 from ..core.mini.config import GUIDANCE, TEXT_WIDTH, UNET
 from ..core.mini.recognition import is_embedded
 from ..core.models.host_weights import usual_latent_side
-from ..core.models.unet import UNetSurvey
+from ..core.models.model_survey import ModelSurvey
 from ..core.patch.metadata import own_entries
 from ..core.patch.patch import Patch
 from ..core.progress import Progress, ProgressEvent
@@ -193,7 +193,7 @@ class WebUI:
         return {name: entry for name, entry in networks.available_networks.items() if own_entries(entry.metadata)}
 
 
-def usual_size_and_guidance(found: UNetSurvey, model_hash: str, prediction: str) -> tuple[int, float]:
+def usual_size_and_guidance(found: ModelSurvey, model_hash: str, prediction: str) -> tuple[int, float]:
     """The side of the latents that a model was trained at, and the guidance it is usually sampled with."""
     if found.context_dim == TEXT_WIDTH and is_embedded(found, model_hash):
         return int(UNET["sample_size"]), GUIDANCE

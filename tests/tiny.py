@@ -17,10 +17,10 @@ from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit as fit_plan
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.model_survey import PROJECTIONS, ModelSurvey
 from forget_concept.core.models.schedules import sd_alphas_cumprod
 from forget_concept.core.models.text_encoders import clip_body
 from forget_concept.core.models.text_states import TextStates
-from forget_concept.core.models.unet import PROJECTIONS, UNetSurvey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.progress import Progress
@@ -194,7 +194,7 @@ def original_names(text: Any) -> dict[str, Tensor]:
 
 
 def random_patch(
-    found: UNetSurvey,
+    found: ModelSurvey,
     rank: int = 2,
     seed: int = 0,
     which: Sequence[str] = PROJECTIONS,

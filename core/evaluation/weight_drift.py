@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from ..models.unet import PROJECTIONS, UNetSurvey
+from ..models.model_survey import PROJECTIONS, ModelSurvey
 from ..patch.low_rank import LowRank
 from ..patch.patch import Patch, survey_of
 
@@ -45,7 +45,7 @@ class WeightDrift:
         }
 
 
-def weight_drift(unet: nn.Module | UNetSurvey, patch: Patch, strength: float = 1.0) -> WeightDrift:
+def weight_drift(unet: nn.Module | ModelSurvey, patch: Patch, strength: float = 1.0) -> WeightDrift:
     """Compute the relative weight change of a model under a patch, from the patch's factors.
 
     Args:

@@ -11,7 +11,7 @@ import os
 
 from ..errors import PatchError
 from ..files.safetensors_io import read_metadata
-from ..models.unet import UNetSurvey
+from ..models.model_survey import ModelSurvey
 from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from . import context_map, diffusers_file, kohya, peft
@@ -19,7 +19,7 @@ from . import context_map, diffusers_file, kohya, peft
 __all__ = ["context_map", "diffusers_file", "kohya", "load_patch", "peft"]
 
 
-def load_patch(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
+def load_patch(path: str | os.PathLike[str], survey: ModelSurvey | None = None) -> Patch:
     """Read a patch from a file of any format, or from a peft adapter folder.
 
     Args:

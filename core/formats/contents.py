@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import UnsupportedAdapterError
-from ..models.unet import UNetSurvey
+from ..models.model_survey import ModelSurvey
 from . import kohya, naming
 
 __all__ = ["Contents", "contents_of", "dtype_name"]
@@ -50,7 +50,7 @@ def dtype_name(tensors: Mapping[str, Tensor]) -> str:
 def contents_of(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
-    survey: UNetSurvey | None = None,
+    survey: ModelSurvey | None = None,
     source: str = "the patch",
 ) -> Contents:
     """Count the layers of an adapter's state dict, in any naming.

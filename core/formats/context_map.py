@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from ..errors import PatchError, listed
 from ..files.safetensors_io import read_safetensors, widened, write_safetensors
+from ..models.model_survey import TEXT_PROJECTIONS, ModelSurvey
 from ..models.text_entries import TOKENS
-from ..models.unet import TEXT_PROJECTIONS, UNetSurvey
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
 from ..patch.outlets import saves_as
@@ -38,7 +38,7 @@ def _name(stream: str) -> str:
 def save(
     patch: Patch,
     path: str | os.PathLike[str],
-    survey: UNetSurvey | None = None,
+    survey: ModelSurvey | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the context maps of a patch.
@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, LowRank], dict[str, st
 
 def expand(
     context_maps: Mapping[str, LowRank],
-    survey: UNetSurvey,
+    survey: ModelSurvey,
     metadata: Mapping[str, str] | None = None,
     projections: tuple[str, ...] | None = None,
 ) -> Patch:

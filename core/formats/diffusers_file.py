@@ -1,9 +1,9 @@
 """Patches as one LoRA file in diffusers' own names, for models that diffusers cannot read a kohya file of.
 
-Its converter of kohya files knows no name for the layer that reads SDXL's pooled vector. Written:
-``unet.<path>.lora_A.weight`` and ``.lora_B.weight``, which diffusers, ComfyUI and Forge load, and AUTOMATIC1111 does
-not. There are no alphas: every layer is padded with zeros to one rank, because diffusers would scale other ranks. Read:
-as every other LoRA file, by :mod:`.kohya`.
+Its converters of kohya files know no name for the layer that reads SDXL's pooled vector, and none for those of most
+diffusion transformers. Written: ``unet.<path>.lora_A.weight`` and ``.lora_B.weight`` (``transformer.…``), which
+diffusers, ComfyUI and Forge load, and AUTOMATIC1111 does not. There are no alphas: every layer is padded with zeros to
+one rank, because diffusers would scale other ranks. Read: as every other LoRA file, by :mod:`.kohya`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from ..errors import PatchError
 from ..files.safetensors_io import write_safetensors
-from ..models.unet import UNetSurvey
+from ..models.families.registry import FAMILIES
+from ..models.model_survey import ModelSurvey
 from ..patch.outlets import saves_as
 from ..patch.patch import Patch
 
@@ -29,6 +30,8 @@ def to_state(patch: Patch, dtype: torch.dtype = torch.float32) -> dict[str, torc
         PatchError: A value overflows ``dtype``.
     """
     state: dict[str, torch.Tensor] = {}
+    family = next((one for one in FAMILIES if one.id == patch.about.family), None)
+    paths = {entry.original: entry.diffusers for entry in family.entries} if family else {}
     for key, factor in patch.factors.items():
         padding = patch.rank - factor.rank
         up = functional.pad(factor.up.detach().cpu().to(dtype), (0, padding))
@@ -37,7 +40,10 @@ def to_state(patch: Patch, dtype: torch.dtype = torch.float32) -> dict[str, torc
             raise PatchError(
                 f"The patch overflows {str(dtype).removeprefix('torch.')} at {key}: save it in a wider dtype."
             )
-        layer = f"unet.{key}.0" if key.endswith(".to_out") else f"unet.{key}"
+        if key in paths:
+            layer = f"transformer.{paths[key]}"
+        else:
+            layer = f"unet.{key}.0" if key.endswith(".to_out") else f"unet.{key}"
         state[f"{layer}.lora_A.weight"] = down.contiguous()
         state[f"{layer}.lora_B.weight"] = up.contiguous()
     return state
@@ -47,7 +53,7 @@ def to_state(patch: Patch, dtype: torch.dtype = torch.float32) -> dict[str, torc
 def save(
     patch: Patch,
     path: str | os.PathLike[str],
-    survey: UNetSurvey | None = None,
+    survey: ModelSurvey | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a patch atomically as one file in diffusers' names.

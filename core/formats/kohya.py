@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from ..errors import PatchError, UnsupportedAdapterError, listed
 from ..files.safetensors_io import read_safetensors, widened, write_safetensors
-from ..models.unet import POOLED_KEY, UNetSurvey, ldm_from_canonical
+from ..models.model_survey import ModelSurvey
+from ..models.unet import POOLED_KEY
 from ..patch.low_rank import LowRank
-from ..patch.metadata import kohya_metadata
+from ..patch.metadata import PatchMetadata, kohya_metadata
 from ..patch.outlets import saves_as
 from ..patch.patch import Patch
 from . import adapter_config, naming
@@ -55,7 +56,7 @@ def _without_padding(factor: LowRank) -> LowRank:
 
 
 def to_state(
-    patch: Patch, survey: UNetSurvey | None = None, dtype: torch.dtype = torch.float32, dotted: bool = False
+    patch: Patch, survey: ModelSurvey | None = None, dtype: torch.dtype = torch.float32, dotted: bool = False
 ) -> dict[str, Tensor]:
     """The patch as a LoRA state dict.
 
@@ -77,7 +78,7 @@ def to_state(
     for key, factor in patch.factors.items():
         layer = key
         if ldm:
-            layer = survey.layer(key).ldm_key if survey is not None else ldm_from_canonical(key)
+            layer = survey.layer(key).ldm_key if survey is not None else naming.original_name(key)
         if layer.endswith(".to_out"):
             layer += ".0"
         name = f"diffusion_model.{layer}" if dotted else "lora_unet_" + layer.replace(".", "_")
@@ -100,7 +101,7 @@ def to_state(
 def save(
     patch: Patch,
     path: str | os.PathLike[str],
-    survey: UNetSurvey | None = None,
+    survey: ModelSurvey | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a patch atomically as a kohya LoRA, with the metadata by which hosts recognize the model family.
@@ -115,7 +116,7 @@ def save(
     write_safetensors(to_state(patch, survey, dtype), path, metadata)
 
 
-def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
+def load(path: str | os.PathLike[str], survey: ModelSurvey | None = None) -> Patch:
     """Read a LoRA file as a patch.
 
     Args:
@@ -133,7 +134,7 @@ def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patc
 def from_state(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
-    survey: UNetSurvey | None = None,
+    survey: ModelSurvey | None = None,
     source: str = "the patch",
 ) -> Patch:
     """Read a LoRA state dict as a patch; see :func:`load`.
@@ -145,6 +146,9 @@ def from_state(
         source: What error messages call it.
     """
     ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
+    ldm_keys |= naming.entry_keys(
+        PatchMetadata.from_strings(metadata or {}).family if survey is None else survey.family
+    )
     _check_expressible(tensors, ldm_keys, source)
     config = AdapterConfig.from_metadata(metadata or {}, source)
     if config is not None and config.dora:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchError, listed
-from ..models.unet import UNetSurvey
+from ..models.model_survey import ModelSurvey
 from ..patch.patch import Patch
 from . import contents, kohya
 
@@ -28,12 +28,12 @@ class LoraState(dict[str, Tensor]):
         self.metadata = dict(metadata or {})
 
 
-def state_of(patch: Patch, survey: UNetSurvey | None = None) -> LoraState:
+def state_of(patch: Patch, survey: ModelSurvey | None = None) -> LoraState:
     """A patch under the original (LDM) layer names; pass ``survey`` where there is a model (see :func:`to_state`)."""
     return LoraState(kohya.to_state(patch, survey, dotted=True), patch.metadata)
 
 
-def patch_of(lora: Any, survey: UNetSurvey | None = None, source: str = "the LORA_MODEL that came in") -> Patch:
+def patch_of(lora: Any, survey: ModelSurvey | None = None, source: str = "the LORA_MODEL that came in") -> Patch:
     """A LoRA's state dict as a patch, with its metadata where it has some.
 
     Raises :class:`PatchError` for what is not a LoRA, and for one that changes more than a patch can.
@@ -46,7 +46,7 @@ def patch_of(lora: Any, survey: UNetSurvey | None = None, source: str = "the LOR
 
 
 def contents_of_lora(
-    lora: Any, survey: UNetSurvey | None = None, source: str = "the LORA_MODEL that came in"
+    lora: Any, survey: ModelSurvey | None = None, source: str = "the LORA_MODEL that came in"
 ) -> contents.Contents:
     """What a LoRA's state dict holds, including adapters that a patch cannot express.
 

@@ -12,9 +12,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ModelError
-from ..models.unet import POOLED_KEY, canonical_from_ldm
+from ..models.families.registry import FAMILIES
+from ..models.unet import POOLED_KEY, canonical_from_ldm, ldm_from_canonical
 
-__all__ = ["OTHER_MODEL", "OTHER_UNET", "TEXT_ENCODER", "UNET", "TensorName", "canonical_key", "parse", "place_of"]
+__all__ = [
+    "OTHER_MODEL",
+    "OTHER_UNET",
+    "TEXT_ENCODER",
+    "UNET",
+    "TensorName",
+    "canonical_key",
+    "entry_keys",
+    "original_name",
+    "parse",
+    "place_of",
+]
 
 Part = Literal["up", "down", "alpha", "other"]
 
@@ -31,6 +43,7 @@ _PREFIXES = (
     "lycoris_unet_",
     "lycoris_",
     "unet.",
+    "transformer.",
 )
 # diffusers kept LoRA layers in attention processors once: attn1.processor.to_q_lora.down.weight
 _PROCESSOR = re.compile(r"(?:\.processor)?\.(to_(?:q|k|v|out))_lora\.")
@@ -59,6 +72,10 @@ _FLAT = re.compile(rf"({_WORDS}|\d+)(?:[._]|$)")
 _LINEAR = re.compile(r"\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out)|ff\.net\.(0\.proj|2))$")
 # the layer that reads SDXL's pooled vector, in the original naming and in diffusers'
 _POOLED = re.compile(r"label_emb[._]0[._]0|add_embedding[._]linear_1")
+# the layers of diffusion transformers that read text first, by their flattened original names
+_TRANSFORMER_ENTRIES = {
+    entry.original.replace(".", "_"): entry.original for family in FAMILIES for entry in family.entries
+}
 _TEXT = re.compile(
     r"(?:(?:lora|lycoris)_te\d?_|text_encoder(?:_\d)?[._]|text_model[._]|te\d?[._]text_model|cond_stage_)"
 )
@@ -110,6 +127,9 @@ def canonical_key(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
     layer = _without_prefix(layer)
     if _POOLED.fullmatch(layer):
         return POOLED_KEY
+    # a name in the naming of the model at hand goes before that of any other family
+    if (entry := ldm_keys.get(layer) or _TRANSFORMER_ENTRIES.get(layer.replace(".", "_"))) is not None:
+        return entry
     parts, at = [], 0
     while at < len(layer):
         if (match := _FLAT.match(layer, at)) is None:
@@ -129,6 +149,20 @@ def canonical_key(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
         except ModelError:
             return None
     return key
+
+
+def entry_keys(family: str | None) -> dict[str, str]:
+    """Canonical keys of a diffusion transformer's text entries by their diffusers paths; none for other families."""
+    return {entry.diffusers: entry.original for one in FAMILIES if one.id == family for entry in one.entries}
+
+
+def original_name(key: str) -> str:
+    """The layer's name in the original layout; a UNet is taken to have two layers a block, as SDXL has.
+
+    Raises:
+        ModelError: No layer of a supported model is called that.
+    """
+    return key if key in _TRANSFORMER_ENTRIES.values() else ldm_from_canonical(key)
 
 
 def place_of(layer: str, ldm_keys: Mapping[str, str]) -> str:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..errors import PatchError, listed
 from ..files.safetensors_io import check_finite, read_metadata, write_safetensors
 from ..files.writing import write_folder
-from ..models.unet import UNetSurvey, survey
+from ..models.model_survey import ModelSurvey
+from ..models.survey import survey
 from ..patch.apply import PatchHandle
 from ..patch.low_rank import LowRank
 from ..patch.outlets import attach_with, saves_as
@@ -75,7 +76,7 @@ def _config(ranks: Mapping[str, int]) -> Any:
 def save(
     patch: Patch,
     path: str | os.PathLike[str],
-    survey: UNetSurvey | None = None,
+    survey: ModelSurvey | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a patch as a peft adapter folder, whole or not at all.
@@ -123,7 +124,7 @@ def save(
     write_folder(target, fill, (_WEIGHTS, _CONFIG), PatchError)
 
 
-def load(path: str | os.PathLike[str], survey: UNetSurvey | None = None) -> Patch:
+def load(path: str | os.PathLike[str], survey: ModelSurvey | None = None) -> Patch:
     """Read a peft adapter folder as a patch.
 
     Args:

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.model_survey import PROJECTIONS
 from ..models.text_encoders import TextEncoder
-from ..models.unet import PROJECTIONS
 from ..progress import Progress
 from ..prompts.everyday import CONTEXTS
 from ..prompts.pairs import mentions

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.model_survey import PROJECTIONS
 from ..models.text_encoders import TextEncoder
 from ..models.token_positions import end_position
-from ..models.unet import PROJECTIONS
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..prompts.phrases import replace_phrase

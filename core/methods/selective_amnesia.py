@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.model_survey import PROJECTIONS
 from ..models.text_encoders import TextEncoder
-from ..models.unet import PROJECTIONS
 from ..progress import Progress
 from ..prompts.everyday import COMMON
 from ..prompts.phrases import replace_phrase

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
+from ..errors import ModelError, RequestError
 from ..files.workspace import key_of
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import TextEncoder
@@ -281,6 +281,11 @@ class TrainedMethod(Method):
         """Train on a checked request with its resolved settings; see :meth:`fit`."""
         self._check_inputs(request, settings, inputs)
         self.check_request(request, settings, inputs)
+        if not model.survey.sites:
+            raise ModelError(
+                f"The method '{self.id}' trains the cross-attention of a UNet, and this model (family "
+                f"{model.survey.family}) has none: choose the method 'uce'."
+            )
         # tensors made in a host's inference mode could not take part in autograd
         with frozen(model.unet):
             batches = self.batches(model, request, settings, inputs)

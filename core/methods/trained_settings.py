@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import RequestError
-from ..models.unet import PROJECTIONS
+from ..models.model_survey import PROJECTIONS
 from ..prompts.everyday import CONTEXTS
 from ..request.concept import check_templates, templates
 from ..request.settings import check_settings, setting

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ForgetConceptError, ModelError, RequestError
 from ..formats.context_map import expand
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.model_survey import TEXT_PROJECTIONS
 from ..models.text_encoders import ENCODE_ROWS, TextEncoder, encoded_batches
 from ..models.text_entries import POOLED, TOKENS
 from ..models.text_states import TextStates
 from ..models.token_positions import end_position, phrase_span, tail_positions
-from ..models.unet import TEXT_PROJECTIONS
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
@@ -160,6 +160,14 @@ class Columns:
     guide: Tensor
     preserved: Tensor
 
+    def through(self, norm: nn.Module | None) -> Columns:
+        """What a layer reads of the states behind a norm; ``None``: the states themselves."""
+        if norm is None:
+            return self
+        device = next((p.device for p in norm.parameters()), self.target.device)
+        with torch.no_grad():
+            return Columns(*(norm(part.T.to(device)).to(part).T for part in (self.target, self.guide, self.preserved)))
+
 
 @register
 class UCE(Method):
@@ -206,15 +214,10 @@ class UCE(Method):
             total = event.total + _AFTER_ENCODING
             report_progress(progress, ProgressEvent(event.step, total, message=event.message))
 
-        columns = collect_columns(model.text, plan.request, settings, encoded)
-        reads_pooled = any(entry.stream == POOLED for entry in model.survey.entries)
-        if not (settings.pooled and reads_pooled):
-            columns.pop(POOLED, None)
-        elif POOLED not in columns:
-            raise ModelError(
-                "This model also reads a vector of the whole prompt (as SDXL does), and the text encoder gives none: "
-                "load the model with both of its text encoders, or set 'pooled' to no."
-            )
+        norms = {entry.stream: entry.norm for entry in model.survey.entries}
+        streams = [stream for stream in norms if stream == TOKENS or settings.pooled]
+        columns = collect_columns(model.text, plan.request, settings, encoded, streams)
+        columns = {stream: those.through(norms[stream]) for stream, those in columns.items()}
         report_progress(progress, ProgressEvent(total - _AFTER_ENCODING, total, message="solving"))
         maps = {
             stream: solve_context_map(those, settings, _output_gram(model, stream, settings.projections))
@@ -222,7 +225,7 @@ class UCE(Method):
         }
         report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))
         note = None
-        if reads_pooled and POOLED not in maps:
+        if set(norms) - set(maps):
             note = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
         patch = expand(maps, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
         report_progress(progress, ProgressEvent(total, total, message="done"))
@@ -239,7 +242,8 @@ def aligned_positions(
 
     Sub-words of the phrase are aligned from its end, because the last one carries the whole phrase. Later words are
     aligned with the same words, the end-of-text token with the end-of-text token, and the k-th pad with the k-th pad. A
-    position without a partner takes the nearest one.
+    position without a partner takes the nearest one. In an encoder that is not causal (T5), words before the phrase
+    know of it as well, and are aligned with the same words.
 
     Args:
         encoder: The text encoder.
@@ -247,13 +251,13 @@ def aligned_positions(
         guide: The replacement and its prompt; the replacement may be empty.
 
     Returns:
-        The positions of the target's tail and, for each, the position in the guide prompt.
+        The positions of the target prompt that know of the concept and, for each, the position in the guide prompt.
 
     Raises:
         TokenError: A prompt is cut off, or the concept does not occur in its prompt.
     """
     phrase, prompt = target
-    positions = tail_positions(encoder, phrase, prompt)
+    positions = _positions(encoder, phrase, prompt)
     start, width = phrase_span(encoder, phrase, prompt)
     guide_phrase, guide_prompt = guide
     # the same words stand before the phrase, so it starts at the same position
@@ -262,13 +266,23 @@ def aligned_positions(
     end_position(encoder, guide_prompt)  # raises if the guide prompt is cut off
     aligned = []
     for position in positions:
-        if position < start + width:
+        if position < start:
+            at = position
+        elif position < start + width:
             from_end = min(start + width - position, max(guide_width, 1))
             at = start + max(guide_width, 1) - from_end
         else:
             at = position - width + guide_width
         aligned.append(min(at, last))
     return positions, aligned
+
+
+def _positions(encoder: TextEncoder, phrase: str, prompt: str) -> list[int]:
+    """The positions whose states depend on the phrase; an encoder says ``causal = False`` if those before it do."""
+    if getattr(encoder, "causal", True):
+        return tail_positions(encoder, phrase, prompt)
+    phrase_span(encoder, phrase, prompt)  # raises if the phrase is not in the prompt
+    return list(range(len(encoder.token_ids(prompt))))
 
 
 def _fill(template: str, phrase: str) -> str:
@@ -328,26 +342,32 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
 
 
 def collect_columns(
-    encoder: TextEncoder, request: ForgetRequest, settings: UCESettings, progress: Progress | None = None
+    encoder: TextEncoder,
+    request: ForgetRequest,
+    settings: UCESettings,
+    progress: Progress | None = None,
+    streams: Sequence[str] = (TOKENS,),
 ) -> dict[str, Columns]:
     """Collect the text states to forget, their guide states, and those to preserve.
 
     The states to preserve are all positions of the empty prompt, which is used in every image with guidance, of each
     preserved phrase in the templates of the request's kinds, and of each preserved prompt. With ``columns="last"`` they
-    are the empty prompt's and, as published, the last token's of the others. Of pooled vectors there is one column a
-    prompt.
+    are the empty prompt's and, as published, the last token's of the others. Of pooled vectors and means there is one
+    column a prompt.
 
     Args:
         encoder: The text encoder.
         request: The request.
         settings: The method's settings.
         progress: Called with the number of encoded prompts.
+        streams: The streams of text states that are wanted.
 
     Returns:
-        The columns by stream: the tokens', and the pooled vectors' if the encoder gives those.
+        The columns by stream.
 
     Raises:
         TokenError: A prompt is cut off.
+        ModelError: The pooled vectors are wanted, and the encoder gives none.
     """
     pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
     for concept in request.concepts:
@@ -357,7 +377,7 @@ def collect_columns(
             end_position(encoder, prompt)
             if not phrase and settings.no_replacement == "empty":
                 guide = ""
-                positions = tail_positions(encoder, concept.name, prompt)
+                positions = _positions(encoder, concept.name, prompt)
                 start, width = phrase_span(encoder, concept.name, prompt)
                 aligned = positions
             else:
@@ -366,7 +386,8 @@ def collect_columns(
                 start, width = phrase_span(encoder, concept.name, prompt)
             if settings.columns == "last":
                 # without a phrase in its place: the state before the end, as in the authors' script
-                at = aligned[width - 1] if phrase else end_position(encoder, guide) - 1
+                last = positions.index(start + width - 1)
+                at = aligned[last] if phrase else end_position(encoder, guide) - 1
                 positions, aligned = [start + width - 1], [at]
             pairs += [(prompt, p, guide, g) for p, g in zip(positions, aligned, strict=True)]
     retain: dict[str, None] = {}
@@ -394,12 +415,20 @@ def collect_columns(
             preserved=preserved.T,
         )
     }
-    if found.pooled is not None:
-        prompts = dict.fromkeys((prompt, guide) for prompt, _, guide, _ in pairs)
-        columns[POOLED] = Columns(
-            target=found.pooled[[row[prompt] for prompt, _ in prompts]].T,
-            guide=found.pooled[[row[guide] for _, guide in prompts]].T,
-            preserved=found.pooled[: 1 + len(retain)].T,
+    prompts = dict.fromkeys((prompt, guide) for prompt, _, guide, _ in pairs)
+    for stream in streams:
+        if stream == TOKENS:
+            continue
+        vectors = found.pooled if stream == POOLED else states.float().mean(1)
+        if vectors is None:
+            raise ModelError(
+                "This model also reads a vector of the whole prompt (as SDXL does), and the text encoder gives none: "
+                "load the model with all of its text encoders, or set 'pooled' to no."
+            )
+        columns[stream] = Columns(
+            target=vectors[[row[prompt] for prompt, _ in prompts]].T,
+            guide=vectors[[row[guide] for _, guide in prompts]].T,
+            preserved=vectors[: 1 + len(retain)].T,
         )
     return columns
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..models.latent_diffusion import hash_of_weights
-from ..models.unet import PROJECTIONS, UNetSurvey
+from ..models.model_survey import PROJECTIONS, ModelSurvey
 from .files import weights_folder
 from .ldm import read_parts
 
 __all__ = ["is_embedded"]
 
 
-def is_embedded(found: UNetSurvey, model_hash: str) -> bool:
+def is_embedded(found: ModelSurvey, model_hash: str) -> bool:
     """Return whether a UNet is the embedded model's.
 
     Args:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .autoencoders import Autoencoder
 from .latent_diffusion import LatentDiffusion
+from .model_survey import ModelSurvey
 from .text_encoders import TextEncoder
 from .text_states import TextStates
-from .unet import UNetSurvey
 
 __all__ = [
     "PLAIN_DTYPES",
@@ -30,7 +30,7 @@ __all__ = [
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def coarse_dtype(found: UNetSurvey) -> str | None:
+def coarse_dtype(found: ModelSurvey) -> str | None:
     """The dtype outside :data:`PLAIN_DTYPES` that a surveyed layer is stored in; ``None`` where there is none."""
     dtypes = (layer.module.weight.dtype for layer in found.layers.values())
     odd = next((dtype for dtype in dtypes if dtype not in PLAIN_DTYPES), None)

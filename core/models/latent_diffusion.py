@@ -16,11 +16,12 @@ from ..files.arrays import tensor_bytes
 from ..progress import Progress, ProgressEvent, report_progress
 from .autoencoders import Autoencoder
 from .finite import check_weights
+from .model_survey import PROJECTIONS, ModelSurvey
 from .safe_guidance import SafetyGuidance, safety_term
 from .schedules import _log_snr
+from .survey import survey
 from .text_encoders import EncodedPrompts, TextEncoder
 from .text_states import TextStates
-from .unet import PROJECTIONS, UNetSurvey, survey
 
 __all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]
 
@@ -43,8 +44,10 @@ def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def hash_of_unet(found: UNetSurvey) -> str:
-    """:attr:`LatentDiffusion.model_hash` of a surveyed UNet, with whatever patches its weights have in them."""
+def hash_of_unet(found: ModelSurvey) -> str:
+    """:attr:`LatentDiffusion.model_hash` of a surveyed model, with whatever patches its weights have in them."""
+    if not found.sites:
+        return hash_of_weights((entry.key, entry.module.weight) for entry in found.entries)
     return hash_of_weights((site.key(which), site.projection(which).weight) for site in found for which in PROJECTIONS)
 
 
@@ -107,7 +110,7 @@ class LatentDiffusion:
     # -- properties ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def survey(self) -> UNetSurvey:
+    def survey(self) -> ModelSurvey:
         """The UNet's cross-attention sites."""
         return survey(self.unet)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-__all__ = ["POOLED", "TOKENS", "TextEntry"]
+__all__ = ["MEAN", "POOLED", "TOKENS", "TextEntry"]
 
-# streams: a vector for each token, and one for the whole prompt
-TOKENS, POOLED = "tokens", "pooled"
+# streams: a vector for each token, one for the whole prompt, and the mean of the tokens' vectors
+TOKENS, POOLED, MEAN = "tokens", "pooled", "mean"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class TextEntry:
         module: The layer.
         width: Width of the stream's states.
         start: Index of the layer's input at which they begin; the layer may read other things beside them.
+        norm: What the states go through before the layer, if it is not the states themselves that it reads.
     """
 
     key: str
@@ -33,6 +34,7 @@ class TextEntry:
     module: nn.Linear = field(repr=False, compare=False)
     width: int
     start: int = 0
+    norm: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def weight(self) -> Tensor:

@@ -9,32 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from ..errors import ModelError
 from .architectures import SUPPORTED, architecture_of
+from .model_survey import (
+    PROJECTIONS,
+    TEXT_PROJECTIONS,
+    CrossAttentionSite,
+    Layer,
+    ModelSurvey,
+    attention_linear,
+    plain_linear,
+)
 from .text_entries import POOLED, TOKENS, TextEntry
 
 __all__ = [
     "POOLED_KEY",
-    "PROJECTIONS",
-    "TEXT_PROJECTIONS",
-    "CrossAttentionSite",
-    "Layer",
     "UNetSurvey",
     "canonical_from_ldm",
     "ldm_from_canonical",
-    "survey",
+    "survey_unet",
 ]
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
-# those that read the text
-TEXT_PROJECTIONS = ("to_k", "to_v")
 # the layer of SDXL that reads the pooled vector, and its LDM name
 POOLED_KEY, POOLED_LDM = "add_embedding.linear_1", "label_emb.0.0"
 # beside the pooled vector it reads a sinusoidal embedding of six sizes of the picture, or of five in SDXL's refiner
@@ -50,89 +52,8 @@ _LAYER = re.compile(
 
 
 @dataclass(frozen=True)
-class CrossAttentionSite:
-    """One cross-attention module of a UNet.
-
-    Attributes:
-        name: Canonical (diffusers) name.
-        ldm_name: The same site in LDM naming.
-        path: The module's path in this UNet.
-        module: The attention module.
-        heads: Number of attention heads.
-        context_dim: Width of the text states that K and V read.
-    """
-
-    name: str
-    ldm_name: str
-    path: str
-    module: nn.Module = field(repr=False, compare=False)
-    heads: int
-    context_dim: int
-
-    def projection(self, which: str) -> nn.Linear:
-        """The ``nn.Linear`` of ``to_q``, ``to_k``, ``to_v`` or ``to_out`` (the linear part of the latter)."""
-        if which not in PROJECTIONS:
-            raise ModelError(f"There is no projection '{which}': choose from {', '.join(PROJECTIONS)}.")
-        return _linear(self.module, which, self.path)
-
-    def key(self, which: str) -> str:
-        """The canonical key of a projection: ``<name>.<which>``."""
-        return f"{self.name}.{which}"
-
-    def weight_path(self, which: str) -> str:
-        """The projection's module path in this UNet, e.g. ``….attn2.to_out.0``."""
-        return f"{self.path}.{which}" + (".0" if which == "to_out" else "")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear layer of a transformer block: self-attention, cross-attention or feed-forward.
-
-    Attributes:
-        key: Canonical key, such as ``….attn1.to_q``, ``….attn2.to_out`` or ``….ff.net.0.proj``.
-        ldm_key: The same layer in LDM naming.
-        path: The module's path in this UNet.
-        module: The linear layer.
-    """
-
-    key: str
-    ldm_key: str
-    path: str
-    module: nn.Linear = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class UNetSurvey:
+class UNetSurvey(ModelSurvey):
     """All cross-attention sites of one UNet, in forward order (down, middle, up)."""
-
-    unet: nn.Module = field(repr=False, compare=False)
-    sites: tuple[CrossAttentionSite, ...]
-    layout: str
-    family: str
-    context_dim: int
-
-    def __iter__(self) -> Iterator[CrossAttentionSite]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    @cached_property
-    def _sites_by_name(self) -> Mapping[str, CrossAttentionSite]:
-        return {site.name: site for site in self.sites}
-
-    def by_name(self, name: str) -> CrossAttentionSite:
-        """Return the site with this canonical name. Raises :class:`ModelError` if there is none."""
-        try:
-            return self._sites_by_name[name]
-        except KeyError:
-            raise ModelError(f"This model has no cross-attention site '{name}'.") from None
-
-    def split(self, key: str) -> tuple[CrossAttentionSite, str] | None:
-        """Return the site and projection of a canonical key, or ``None`` if this UNet lacks it."""
-        name, _, which = key.rpartition(".")
-        site = self._sites_by_name.get(name)
-        return None if site is None or which not in PROJECTIONS else (site, which)
 
     @cached_property
     def layers(self) -> Mapping[str, Layer]:
@@ -148,7 +69,9 @@ class UNetSurvey:
             if match is None or match["place"] not in places or isinstance(module, (nn.Sequential, nn.ModuleList)):
                 continue
             canonical, ldm = places[match["place"]]
-            found.append(Layer(f"{canonical}.{match['inner']}", f"{ldm}.{match['inner']}", path, _plain(module, path)))
+            found.append(
+                Layer(f"{canonical}.{match['inner']}", f"{ldm}.{match['inner']}", path, plain_linear(module, path))
+            )
         # the sort is stable: within a block, layers keep the module's order
         found.sort(key=lambda layer: _order(layer.key.split(".transformer_blocks.")[0]))
         return {layer.key: layer for layer in found}
@@ -171,10 +94,6 @@ class UNetSurvey:
             found.append(TextEntry(POOLED_KEY, POOLED, self.pooled.module, width))
         return tuple(found)
 
-    def width(self, stream: str) -> int | None:
-        """Width of a stream of text states; ``None`` where this model does not read it."""
-        return next((entry.width for entry in self.entries if entry.stream == stream), None)
-
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this UNet lacks it."""
         if key == POOLED_KEY:
@@ -183,16 +102,6 @@ class UNetSurvey:
             site, which = found
             return Layer(key, f"{site.ldm_name}.{which}", site.weight_path(which), site.projection(which))
         return self.layers.get(key) if _LAYER.match(key) else None
-
-    def layer(self, key: str) -> Layer:
-        """Like :meth:`find`, but raises :class:`ModelError` if the layer is missing."""
-        if (found := self.find(key)) is None:
-            raise ModelError(f"This model has no projection '{key}'.")
-        return found
-
-    def linear(self, key: str) -> nn.Linear:
-        """Return the ``nn.Linear`` with a canonical key. Raises :class:`ModelError` if it is missing."""
-        return self.layer(key).module
 
     def fingerprint(self) -> str:
         """Hash of the architecture: names and shapes of the sites, not weights. Equal in both layouts."""
@@ -204,7 +113,7 @@ class UNetSurvey:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def survey(unet: nn.Module) -> UNetSurvey:
+def survey_unet(unet: nn.Module) -> UNetSurvey:
     """Find every cross-attention site of a raw UNet, in diffusers' or LDM naming.
 
     Args:
@@ -246,7 +155,7 @@ def survey(unet: nn.Module) -> UNetSurvey:
             path=path,
             module=module,
             heads=int(module.heads),
-            context_dim=_linear(module, "to_k", path).in_features,
+            context_dim=attention_linear(module, "to_k", path).in_features,
         )
         for which in PROJECTIONS:
             site.projection(which)
@@ -283,38 +192,7 @@ def _pooled_layer(unet: nn.Module, layout: str, context_dim: int) -> Layer | Non
             module = unet.get_submodule(path)
     if module is None or module.in_features <= _sizes_width(unet, context_dim):
         return None
-    return Layer(POOLED_KEY, POOLED_LDM, path, _plain(module, path))
-
-
-def _linear(attention: nn.Module, which: str, path: str) -> nn.Linear:
-    module: Any = getattr(attention, which, None)
-    if which == "to_out" and isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
-        module = module[0]
-    return _plain(module, f"{path}.{which}")
-
-
-def _plain(module: Any, path: str) -> nn.Linear:
-    if not isinstance(module, nn.Linear) and not _is_bare_linear(module):
-        raise ModelError(
-            f"'{path}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
-            "linear layer: unload adapters and quantisation from the model first."
-        )
-    return cast(nn.Linear, module)  # a host's own class has the same weight and call
-
-
-def _is_bare_linear(module: Any) -> bool:
-    """Whether this is a host's own linear class that does not derive from torch's.
-
-    A weight that is no plain parameter, such as a quantised one, counts where the module itself says how it is read
-    (``convert_weight``); whoever computes with it has to ask.
-    """
-    if not isinstance(module, nn.Module) or any(True for _ in module.children()):
-        return False
-    weight = module._parameters.get("weight")
-    wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    if weight is None or not (type(weight) is nn.Parameter or callable(getattr(module, "convert_weight", None))):
-        return False
-    return tuple(weight.shape) == wanted and weight.is_floating_point()
+    return Layer(POOLED_KEY, POOLED_LDM, path, plain_linear(module, path))
 
 
 def _is_cross_attention(unet: nn.Module, path: str, module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import PatchError
+from ..models.families.registry import FAMILIES
 from ..request.request import ForgetRequest
 
 __all__ = [
@@ -268,6 +269,10 @@ def own_entries(strings: Mapping[str, str]) -> dict[str, str]:
 # -- entries of other programs ------------------------------------------------------------------------------------
 
 
+# what a file of a diffusion transformer calls its base model
+_TRANSFORMERS = {family.id: family.base_model or family.id for family in FAMILIES}
+
+
 def kohya_metadata(rank: int, alpha: float, family: str, output_name: str) -> dict[str, str]:
     """The entries by which ComfyUI, the webui and Forge recognize a LoRA file and its base model.
 
@@ -282,13 +287,13 @@ def kohya_metadata(rank: int, alpha: float, family: str, output_name: str) -> di
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
         _OUTPUT_NAME: output_name,
-        "ss_base_model_version": {"sdxl": "sdxl_base_v1-0", "sd2": "sd_v2"}.get(family, "sd_v1"),
+        "ss_base_model_version": {"sdxl": "sdxl_base_v1-0", "sd2": "sd_v2", **_TRANSFORMERS}.get(family, "sd_v1"),
         "ss_v2": str(family == "sd2"),
         _ARCHITECTURE: {
             "sd1": "stable-diffusion-v1/lora",
             "sd2": "stable-diffusion-v2-768-v/lora",
             "sdxl": "stable-diffusion-xl-v1-base/lora",
-        }.get(family, "other/lora"),
+        }.get(family, f"{family if family in _TRANSFORMERS else 'other'}/lora"),
     }
 
 

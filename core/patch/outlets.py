@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import PatchError
-from ..models.unet import UNetSurvey
+from ..models.model_survey import ModelSurvey
 from .apply import PatchHandle
 
 __all__ = ["Attach", "Save", "attach_with", "attacher", "format_names", "saver", "saves_as"]
@@ -31,7 +31,7 @@ class Save(Protocol):
         self,
         patch: Any,
         path: str | os.PathLike[str],
-        survey: UNetSurvey | None = None,
+        survey: ModelSurvey | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None: ...
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import PatchError, listed
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.unet import UNetSurvey, survey
+from ..models.model_survey import ModelSurvey
+from ..models.survey import survey
 from ..request.request import check_patch_strength
 from .apply import PatchHandle, _Delta
 from .low_rank import LowRank
@@ -36,9 +37,9 @@ class Pipeline(Protocol):
     def unet(self) -> Any: ...
 
 
-def survey_of(unet: nn.Module | UNetSurvey) -> UNetSurvey:
+def survey_of(unet: nn.Module | ModelSurvey) -> ModelSurvey:
     """The survey of a UNet; a survey is returned as it is."""
-    return unet if isinstance(unet, UNetSurvey) else survey(unet)
+    return unet if isinstance(unet, ModelSurvey) else survey(unet)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Patch:
 
     # -- on a model ----------------------------------------------------------------------------------------------
 
-    def check_fits(self, unet: nn.Module | UNetSurvey) -> None:
+    def check_fits(self, unet: nn.Module | ModelSurvey) -> None:
         """Check that the patch can be applied to a UNet.
 
         Raises:
@@ -201,7 +202,7 @@ class Patch:
 
     def apply(
         self,
-        model: LatentDiffusion | nn.Module | UNetSurvey | Pipeline,
+        model: LatentDiffusion | nn.Module | ModelSurvey | Pipeline,
         strength: float = 1.0,
         *,
         name: str | None = None,
@@ -225,8 +226,8 @@ class Patch:
                 nothing is put on then.
         """
         check_patch_strength(strength)
-        if isinstance(model, (LatentDiffusion, nn.Module, UNetSurvey)):
-            unet: Any = model if isinstance(model, (nn.Module, UNetSurvey)) else model.survey
+        if isinstance(model, (LatentDiffusion, nn.Module, ModelSurvey)):
+            unet: Any = model if isinstance(model, (nn.Module, ModelSurvey)) else model.survey
         else:
             unet = getattr(model, "unet", None)
             if not isinstance(unet, nn.Module):
@@ -236,7 +237,7 @@ class Patch:
                 )
             name = ADAPTER if name is None else name
         if name is not None:
-            return attacher()(self, unet.unet if isinstance(unet, UNetSurvey) else unet, name, strength)
+            return attacher()(self, unet.unet if isinstance(unet, ModelSurvey) else unet, name, strength)
         found = survey_of(unet)
         self.check_fits(found)
         handle = PatchHandle()
@@ -250,7 +251,7 @@ class Patch:
         return handle
 
     @contextmanager
-    def applied(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> Iterator[None]:
+    def applied(self, unet: nn.Module | ModelSurvey, strength: float = 1.0) -> Iterator[None]:
         """:meth:`apply` within a ``with`` block."""
         handle = self.apply(unet, strength)
         try:
@@ -263,7 +264,7 @@ class Patch:
         path: str | os.PathLike[str],
         format: str = "kohya",
         dtype: torch.dtype = torch.float32,
-        survey: UNetSurvey | None = None,
+        survey: ModelSurvey | None = None,
     ) -> None:
         """Write the patch, whole or not at all.
 
@@ -281,7 +282,7 @@ class Patch:
         """
         saver(format)(self, path, survey=survey, dtype=dtype)
 
-    def merged_state(self, unet: nn.Module | UNetSurvey, strength: float = 1.0) -> dict[str, Tensor]:
+    def merged_state(self, unet: nn.Module | ModelSurvey, strength: float = 1.0) -> dict[str, Tensor]:
         """The edited weights as new tensors; the UNet is not changed.
 
         A narrow dtype rounds part of the edit away: see :meth:`surviving_share`.
@@ -303,7 +304,7 @@ class Patch:
             state[layer.path + ".weight"] = wide.to(weight.dtype)
         return state
 
-    def surviving_share(self, unet: nn.Module | UNetSurvey, dtype: torch.dtype | None = None) -> float:
+    def surviving_share(self, unet: nn.Module | ModelSurvey, dtype: torch.dtype | None = None) -> float:
         """Share of the edit that is left after merging into weights of ``dtype``: ``⟨Δ', Δ⟩ / ‖Δ‖²``, about 0 to 1.
 
         An edit much smaller than the spacing of the dtype is rounded away: Forget-Me-Not changes weights by about 7e-5,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from ..models.unet import UNetSurvey
+from ..models.model_survey import ModelSurvey
 from ..patch.patch import Patch
 
 __all__ = ["LiveWeights"]
@@ -28,7 +28,7 @@ class LiveWeights:
     """
 
     def __init__(
-        self, survey: UNetSurvey, settle: Callable[[nn.Module], None], settled: Callable[[nn.Module], Tensor]
+        self, survey: ModelSurvey, settle: Callable[[nn.Module], None], settled: Callable[[nn.Module], Tensor]
     ) -> None:
         """Start without any patch.
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ForgetConceptError
-from ..models.unet import CrossAttentionSite, UNetSurvey
+from ..models.model_survey import CrossAttentionSite, ModelSurvey
 
 __all__ = [
     "ActivationCapture",
@@ -108,7 +108,7 @@ class SiteCapture(ActivationCapture):
     ``x[name]`` is the input of ``to_q`` and ``out[name]`` the output of ``to_out``, both ``(batch, pixels, width)``.
     """
 
-    def __init__(self, survey: UNetSurvey) -> None:
+    def __init__(self, survey: ModelSurvey) -> None:
         inputs, outputs = CapturedProjection("to_q", of_input=True), CapturedProjection("to_out")
         super().__init__(survey.sites, (inputs, outputs))
         self.x, self.out = inputs.by_site, outputs.by_site

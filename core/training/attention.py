@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ForgetConceptError, TokenError
-from ..models.unet import CrossAttentionSite, UNetSurvey
+from ..models.model_survey import CrossAttentionSite, ModelSurvey
 from .activations import ActivationCapture, CapturedProjection, split_heads
 
 __all__ = ["AttentionCapture", "attention_mass", "attention_mass_reference", "split_heads", "token_mask"]
@@ -104,7 +104,7 @@ class AttentionCapture(ActivationCapture):
     ``q[name]`` is ``(batch, pixels, heads · d)`` and ``k[name]`` ``(batch, tokens, heads · d)``.
     """
 
-    def __init__(self, survey: UNetSurvey, sites: Sequence[CrossAttentionSite] | None = None) -> None:
+    def __init__(self, survey: ModelSurvey, sites: Sequence[CrossAttentionSite] | None = None) -> None:
         queries, keys = CapturedProjection("to_q"), CapturedProjection("to_k")
         super().__init__(survey.sites if sites is None else sites, (queries, keys))
         self.q, self.k = queries.by_site, keys.by_site

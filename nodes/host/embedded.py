@@ -19,7 +19,7 @@ from ...core.mini import ldm
 from ...core.mini.config import GUIDANCE, LATENT_COLOURS, LATENT_COLOURS_BIAS, UNET
 from ...core.mini.files import weights_folder
 from ...core.models.latent_diffusion import hash_of_weights
-from ...core.models.unet import PROJECTIONS
+from ...core.models.model_survey import PROJECTIONS
 from .model import surveyed, weights_hash
 
 __all__ = ["embedded_model", "is_embedded"]

@@ -28,10 +28,11 @@ from ...core.models.host_weights import (
     usual_latent_side,
 )
 from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
+from ...core.models.model_survey import PROJECTIONS, ModelSurvey
 from ...core.models.prediction_marks import check_prediction
 from ...core.models.text_encoders import TextEncoder
 from ...core.models.text_states import TextStates
-from ...core.models.unet import PROJECTIONS, UNetSurvey, survey
+from ...core.models.unet import survey_unet
 from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
 from .text import HostText, differentiable_copy
@@ -93,7 +94,7 @@ def _own(config: Any, name: str, usual: Any) -> Any:
     return getattr(type(config), name, usual)
 
 
-def surveyed(model: Any) -> UNetSurvey:
+def surveyed(model: Any) -> ModelSurvey:
     """The cross-attention sites of a MODEL; loads nothing.
 
     Raises:
@@ -106,7 +107,7 @@ def surveyed(model: Any) -> UNetSurvey:
         raise ModelError(
             "The input MODEL contains no diffusion model: connect the MODEL of a Stable Diffusion checkpoint."
         )
-    return survey(unet)
+    return survey_unet(unet)
 
 
 @contextmanager
@@ -179,7 +180,7 @@ def latent_diffusion(
         )
 
 
-def _check_family(found: UNetSurvey, states: TextStates, takes_pooled: bool) -> None:
+def _check_family(found: ModelSurvey, states: TextStates, takes_pooled: bool) -> None:
     width = states.hidden.shape[-1]
     if width != found.context_dim or states.hidden.shape[1] != HostText.max_length:
         raise ModelError(
@@ -232,7 +233,7 @@ def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Ite
     afterwards.
     """
     to_replace = []
-    found = survey(unet)
+    found = survey_unet(unet)
     layers = [found.layer(site.key(which)) for site in found for which in PROJECTIONS]
     for part in [*layers, *([] if found.pooled is None else [found.pooled])]:
         layer = part.module

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import flags, random_patch, state_hash, tiny_unet
 
 from forget_concept.core.formats import kohya
-from forget_concept.core.models.unet import survey
+from forget_concept.core.models.survey import survey
 
 
 def _pickled(path, good):

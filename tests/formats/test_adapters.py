@@ -18,8 +18,8 @@ from forget_concept.core.files.safetensors_io import read_metadata, read_safeten
 from forget_concept.core.formats import context_map, kohya
 from forget_concept.core.formats.contents import contents_of
 from forget_concept.core.formats.lora_state import LoraState, contents_of_lora, patch_of, state_of
+from forget_concept.core.models.survey import survey
 from forget_concept.core.models.text_entries import TOKENS
-from forget_concept.core.models.unet import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept

@@ -15,7 +15,7 @@ from tiny import fit, forward, rand, random_patch, tiny_unet
 from forget_concept.core.errors import PatchError
 from forget_concept.core.files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from forget_concept.core.formats import context_map, kohya, load_patch
-from forget_concept.core.models.unet import survey
+from forget_concept.core.models.survey import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept

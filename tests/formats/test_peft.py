@@ -13,7 +13,7 @@ from tiny import rand, random_patch, tiny_unet
 
 from forget_concept.core.errors import PatchError
 from forget_concept.core.formats import load_patch, peft
-from forget_concept.core.models.unet import survey
+from forget_concept.core.models.survey import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 

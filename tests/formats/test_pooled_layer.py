@@ -11,8 +11,8 @@ from tiny import fit, tiny_xl_model
 from forget_concept.core.errors import PatchError
 from forget_concept.core.formats import load_patch
 from forget_concept.core.formats.lora_state import state_of
+from forget_concept.core.models.survey import survey
 from forget_concept.core.models.text_entries import POOLED, TOKENS
-from forget_concept.core.models.unet import survey
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest

@@ -13,10 +13,10 @@ from forget_concept.core.formats import kohya
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.forget_me_not import ForgetMeNot, ForgetMeNotObjective, ForgetMeNotSettings
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.model_survey import PROJECTIONS
 from forget_concept.core.models.schedules import sd_alphas_cumprod
 from forget_concept.core.models.text_encoders import CLIPText
 from forget_concept.core.models.token_positions import token_positions
-from forget_concept.core.models.unet import PROJECTIONS
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.training.adapters import Deltas

@@ -83,7 +83,7 @@ def test_the_vector_of_the_whole_prompt_is_edited_by_the_same_formula():
     request = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"), settings=PLAIN)
     patch = fit(model, request)
     s = UCESettings(**PLAIN)
-    found = collect_columns(model.text, request, s)
+    found = collect_columns(model.text, request, s, streams=(TOKENS, POOLED))
     assert set(patch.context_maps) == set(found) == {TOKENS, POOLED}
     prompts = len(templates("object"))
     assert found[POOLED].target.shape == (16, prompts) and found[POOLED].preserved.shape == (16, 1 + 2 * prompts)
@@ -104,7 +104,7 @@ def test_without_the_pooled_edit_only_the_tokens_change_and_the_patch_says_so():
 def test_a_text_encoder_without_the_vector_that_the_model_reads_is_refused():
     model = tiny_xl_model()
     model.text = TinyText()
-    with pytest.raises(ModelError, match=r"both of its text encoders, or set 'pooled' to no"):
+    with pytest.raises(ModelError, match=r"all of its text encoders, or set 'pooled' to no"):
         fit(model, STAR)
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from forget_concept.core.errors import ModelError
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.model_survey import PROJECTIONS
 from forget_concept.core.models.schedules import sd_alphas_cumprod
-from forget_concept.core.models.unet import PROJECTIONS, canonical_from_ldm, ldm_from_canonical, survey
+from forget_concept.core.models.survey import survey
+from forget_concept.core.models.unet import canonical_from_ldm, ldm_from_canonical
 
 
 def on_meta(config):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny import flags, forward, rand, random_patch, state_hash, tiny_unet
 
 from forget_concept.core.errors import PatchError
+from forget_concept.core.models.survey import survey
 from forget_concept.core.models.text_entries import TOKENS
-from forget_concept.core.models.unet import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 

@@ -10,7 +10,7 @@ import pytest
 
 from forget_concept.core.errors import RequestError
 from forget_concept.core.methods.registry import all_methods
-from forget_concept.core.models.unet import PROJECTIONS
+from forget_concept.core.models.model_survey import PROJECTIONS
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.request.settings import resolve_settings

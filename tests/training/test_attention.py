@@ -7,7 +7,7 @@ import torch
 from tiny import flags, rand, tiny_unet
 
 from forget_concept.core.errors import ForgetConceptError, TokenError
-from forget_concept.core.models.unet import survey
+from forget_concept.core.models.survey import survey
 from forget_concept.core.training.attention import (
     AttentionCapture,
     attention_mass,

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch import nn
 
 from forget_concept.core.errors import PatchError
-from forget_concept.core.models.unet import survey
+from forget_concept.core.models.survey import survey
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.patch.patch import Patch
 from forget_concept.core.service.live_weights import LiveWeights
@@ -157,10 +157,10 @@ def test_what_fails_on_the_way_changes_nothing(host: Host, monkeypatch: pytest.M
     patched = host.weights()
 
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("on purpose")
+        raise torch.cuda.OutOfMemoryError("on purpose")
 
     monkeypatch.setattr(Patch, "merged_state", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         live.apply("two", patch_of(host, 2), 1.0)
     monkeypatch.undo()
     assert same(host.weights(), patched) and list(live.patches) == ["one"]

@@ -1,0 +1,79 @@
+"""Text entries of a raw diffusion transformer, under one canonical name in every library.
+
+A canonical key is the dotted path in the authors' naming, which is ComfyUI's and the checkpoints'. Only the shapes of
+weights are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from ..errors import ModelError
+from .families.family import Family
+from .model_survey import Layer, ModelSurvey, plain_linear
+from .text_entries import TextEntry
+
+__all__ = ["TransformerSurvey", "survey_transformer"]
+
+
+@dataclass(frozen=True)
+class TransformerSurvey(ModelSurvey):
+    """The layers of one diffusion transformer that read text first."""
+
+    kind: Family = field(repr=False)
+
+    @cached_property
+    def entries(self) -> tuple[TextEntry, ...]:
+        """The layers that read text first, the tokens' before the others."""
+        modules = dict(self.unet.named_modules())
+        found = []
+        for entry in self.kind.entries:
+            path = self._path(entry.original, entry.diffusers)
+            if path not in modules:
+                continue
+            linear = plain_linear(modules[path], path)
+            norm = modules.get(self._path(entry.norm, entry.norm_diffusers)) if entry.norm else None
+            found.append(TextEntry(entry.original, entry.stream, linear, linear.in_features, norm=norm))
+        return tuple(found)
+
+    def _path(self, original: str, diffusers: str) -> str:
+        return diffusers if self.layout == "diffusers" else original
+
+    @cached_property
+    def layers(self) -> Mapping[str, Layer]:
+        """The text entries by canonical key."""
+        paths = {entry.original: self._path(entry.original, entry.diffusers) for entry in self.kind.entries}
+        return {one.key: Layer(one.key, one.key, paths[one.key], one.module) for one in self.entries}
+
+    def find(self, key: str) -> Layer | None:
+        """Return the layer with a canonical key, or ``None`` if this model lacks it."""
+        return self.layers.get(key)
+
+    def fingerprint(self) -> str:
+        """Hash of the architecture: the family, and shapes of the text entries. Equal in both layouts."""
+        lines = [self.family, *(f"{one.key}:{tuple(one.module.weight.shape)}" for one in self.entries)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def survey_transformer(model: nn.Module, family: Family, layout: str) -> TransformerSurvey:
+    """Find the text entries of a raw diffusion transformer.
+
+    Args:
+        model: The transformer itself, not a host's wrapper or a pipeline. The meta device works too.
+        family: Its family.
+        layout: Its naming, ``original`` or ``diffusers``.
+
+    Raises:
+        ModelError: If the layer that reads the tokens is missing, or is not a plain linear layer.
+    """
+    first = family.entries[0]
+    path = first.diffusers if layout == "diffusers" else first.original
+    if path not in dict(model.named_modules()):
+        raise ModelError(f"This {family.title} model has no layer '{path}', through which it would read the text.")
+    width = plain_linear(model.get_submodule(path), path).in_features
+    return TransformerSurvey(model, (), layout, family.id, width, family)
