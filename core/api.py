@@ -59,8 +59,8 @@ def load_model(
 
     Args:
         source: ``"mini"`` or ``"mini-xl"`` (the embedded models), a diffusers folder, a single-file ``.safetensors``
-            checkpoint, or a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, whose parts are
-            shared, not copied.
+            checkpoint, or a diffusers ``StableDiffusionPipeline``, ``StableDiffusionXLPipeline`` or ``FluxPipeline``,
+            whose parts are shared, not copied.
         device: where to load it, by default the CPU. A pipeline stays where it is.
         dtype: of the weights, by default float32. A pipeline's and the embedded model's stay as they are.
         clip_skip: the text encoder's layer, counted from the last one as the webui does (not for SDXL).
@@ -75,7 +75,7 @@ def load_model(
     """
     if not isinstance(source, (str, os.PathLike)):
         _only("A pipeline is loaded already", device=device, dtype=dtype, config=config)
-        if getattr(source, "unet", None) is None:
+        if getattr(source, "unet", None) is None and getattr(source, "transformer", None) is None:
             raise ModelError(f"A {type(source).__name__} is no model: give 'mini', a path or a pipeline of diffusers.")
         origin = str(getattr(getattr(source, "config", None), "_name_or_path", "") or "pipeline")
         return from_pipeline(source, Path(origin).name, clip_skip)

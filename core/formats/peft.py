@@ -218,6 +218,7 @@ def attach(patch: Patch, unet: nn.Module, name: str, strength: float = 1.0) -> P
         factors = {found.layer(key).path: factor for key, factor in patch.factors.items() if factor.rank}
     if not factors:
         raise PatchError("This patch changes nothing: all of its factors have rank 0.")
+    own = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     try:
         config = _config({path: factor.rank for path, factor in factors.items()})
         with warnings.catch_warnings():
@@ -232,6 +233,9 @@ def attach(patch: Patch, unet: nn.Module, name: str, strength: float = 1.0) -> P
         if isinstance(error, PatchError):
             raise
         raise PatchError(f"peft cannot put the adapter '{name}' on this model: {error}") from error
+    finally:
+        for parameter, trainable in own:  # peft freezes what is not an adapter
+            parameter.requires_grad_(trainable)
     for layer in layers.values():
         layer.set_adapter([*active, name])
         layer.set_scale(name, strength)

@@ -18,14 +18,16 @@ from .autoencoders import Autoencoder
 from .finite import check_weights
 from .model_survey import PROJECTIONS, ModelSurvey
 from .safe_guidance import SafetyGuidance, safety_term
-from .schedules import _log_snr
+from .schedules import _log_snr, flow_sigmas, shifted
 from .survey import survey
 from .text_encoders import EncodedPrompts, TextEncoder
 from .text_states import TextStates
+from .transformer import TransformerSurvey
 
 __all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+# flow: the velocity ε - x_0 on the straight line from the picture to the noise
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 # α̅ below which a schedule ends in pure noise; implementations write 0, 2⁻²⁴ or 5e-8 there
 _PURE_NOISE = 1e-6
 # DPM-Solver++ needs a finite signal-to-noise ratio; diffusers' value
@@ -58,7 +60,7 @@ class LatentDiffusion:
         self,
         unet: nn.Module,
         text: TextEncoder,
-        alphas_cumprod: Tensor,
+        alphas_cumprod: Tensor | None,
         prediction_type: str = "epsilon",
         vae: Autoencoder | None = None,
         latent_shape: tuple[int, int, int] = (4, 64, 64),
@@ -67,21 +69,23 @@ class LatentDiffusion:
         eps_model: Callable[[Tensor, Tensor, TextStates], Tensor] | None = None,
         guidance: float = 7.5,
         spacing: str = "leading",
+        shift: float = 1.0,
     ) -> None:
         """Wrap the parts of a model.
 
         Args:
-            unet: The raw UNet module, in diffusers or LDM naming.
+            unet: The raw UNet or diffusion transformer, in diffusers' or the authors' naming.
             text: The text encoder.
-            alphas_cumprod: ``α̅_t``, shape ``(T,)``.
-            prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+            alphas_cumprod: ``α̅_t``, shape ``(T,)``; ``None`` for a flow model, which has ``σ_t = t / T``.
+            prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
             vae: The autoencoder, if images are to be encoded or decoded.
             latent_shape: ``(channels, h, w)``.
             name: Name of the model in messages and metadata.
             model_hash: :attr:`model_hash`, if it is known already.
             eps_model: ``(x, t, states) -> raw prediction``; replaces the call of the raw UNet where a host has its own.
             guidance: Usual guidance scale of this model.
-            spacing: Usual spacing of the sampler's time steps, as in :meth:`timesteps`.
+            spacing: Usual spacing of the sampler's time steps, as in :meth:`timesteps`; a flow model's is "trailing".
+            shift: Shift of a flow model's time steps while sampling.
 
         Raises:
             ModelError: If the prediction type is not supported, or it predicts noise under a schedule that ends in pure
@@ -91,6 +95,16 @@ class LatentDiffusion:
             raise ModelError(
                 f"This model predicts '{prediction_type}'; only {' and '.join(PREDICTION_TYPES)} models are supported."
             )
+        if alphas_cumprod is None:
+            if prediction_type != "flow":
+                raise ModelError(f"The model '{name}' comes without its noise schedule: load it with its scheduler.")
+            sigmas = flow_sigmas()
+            self._signal, self._noise = 1 - sigmas, sigmas
+            # of the same signal-to-noise ratio
+            alphas_cumprod = self._signal**2 / (self._signal**2 + self._noise**2)
+        else:
+            alphas_cumprod = alphas_cumprod.detach().float().cpu()
+            self._signal, self._noise = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         if prediction_type == "epsilon" and float(alphas_cumprod[-1]) < _PURE_NOISE:
             raise ModelError(
                 f"The noise schedule of '{name}' ends in pure noise (zero terminal SNR), where a prediction of the "
@@ -98,14 +112,15 @@ class LatentDiffusion:
                 "schedule."
             )
         self.unet, self.text, self.vae = unet, text, vae
-        self.alphas_cumprod = alphas_cumprod.detach().float().cpu()
+        self.alphas_cumprod = alphas_cumprod
         self.prediction_type = prediction_type
         self.latent_shape = tuple(latent_shape)
         self.name = name
         self._known_hash = model_hash
         self._call = eps_model
         self.guidance = guidance
-        self.spacing = spacing
+        self.spacing = "trailing" if prediction_type == "flow" else spacing
+        self.shift = shift
 
     # -- properties ----------------------------------------------------------------------------------------------
 
@@ -141,18 +156,24 @@ class LatentDiffusion:
 
     # -- noise ---------------------------------------------------------------------------------------------------
 
-    def _alpha(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        alpha = self.alphas_cumprod[timesteps.long().cpu()].to(like.device)
-        return alpha.view(-1, *([1] * (like.ndim - 1)))
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise of ``x_t = signal x_0 + noise ε``, in the shape of a factor of ``like``."""
+        at = timesteps.long().cpu()
+        shape = (-1, *([1] * (like.ndim - 1)))
+        return self._signal[at].to(like.device).view(shape), self._noise[at].to(like.device).view(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return ``x_t = √α̅_t x_0 + √(1-α̅_t) ε``; ``x0`` and ``noise`` are ``(n, 4, h, w)``, ``timesteps`` ``(n,)``."""
-        alpha = self._alpha(timesteps, x0)
-        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        """Return ``x_t = √α̅_t x_0 + √(1-α̅_t) ε``, of a flow model ``(1-σ_t) x_0 + σ_t ε``.
+
+        ``x0`` and ``noise`` are ``(n, 4, h, w)``, ``timesteps`` ``(n,)``.
+        """
+        signal, level = self._levels(timesteps, x0)
+        return signal * x0 + level * noise
 
     def predict_noise(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        """Predict the noise ``ε_θ(x_t, t, c)``; a v-prediction is converted with ``ε = √α̅ v + √(1-α̅) x_t``.
+        """Predict the noise ``ε_θ(x_t, t, c)``.
 
+        A v-prediction is converted with ``ε = √α̅ v + √(1-α̅) x_t``, a velocity with ``ε = x_t + (1-σ) v``.
         Differentiable if gradients are enabled.
 
         Args:
@@ -166,11 +187,12 @@ class LatentDiffusion:
         out = self._predict(x, timesteps, states)
         if self.prediction_type == "epsilon":
             return out
-        alpha = self._alpha(timesteps.expand(x.shape[0]), out)
-        return alpha.sqrt() * out + (1 - alpha).sqrt() * x.to(out.device).float()
+        signal, noise = self._levels(timesteps.expand(x.shape[0]), out)
+        own = x.to(out.device).float()
+        return signal * out + (own if self.prediction_type == "flow" else noise * own)
 
     def _predict(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        """The model's own prediction, ``ε`` or ``v``, fp32."""
+        """The model's own prediction, ``ε``, ``v`` or the velocity, fp32."""
         timesteps = timesteps.to(self.device).expand(x.shape[0])
         x = x.to(self.device)
         states = states.to(self.device, self.dtype)
@@ -178,6 +200,8 @@ class LatentDiffusion:
         return call(x.to(self.dtype), timesteps, states).float()
 
     def _raw_prediction(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        if isinstance(self.survey, TransformerSurvey):
+            return self.survey.predict(x, self._noise[timesteps.long().cpu()].to(x), states)
         pooled = states.pooled
         takes_pooled = any(getattr(self.unet, name, None) is not None for name in ("add_embedding", "label_emb"))
         if takes_pooled and pooled is None:
@@ -216,6 +240,9 @@ class LatentDiffusion:
         if spacing == "leading":
             stride = self.train_steps // steps
             return [min(i * stride + 1, self.train_steps - 1) for i in reversed(range(steps))]
+        if self.prediction_type == "flow":
+            sigmas = (shifted(1 - i / steps, self.shift) for i in range(steps))
+            return [max(round(self.train_steps * sigma), 1) - 1 for sigma in sigmas]
         if spacing == "trailing":
             return [round(self.train_steps * (1 - i / steps)) - 1 for i in range(steps)]
         raise RequestError(f"The spacing '{spacing}' is not known: choose 'leading' or 'trailing'.")
@@ -296,15 +323,7 @@ class LatentDiffusion:
         if encoded is None:
             every = prompts + (negatives if guided else []) + ([safety.concept] if safety else [])
             encoded = EncodedPrompts(self.text, every)
-        # α̅ at every visited step and at the end
-        stride = self.train_steps // steps
-        least = _LEAST_ALPHA if sampler == "dpm++" else 0.0
-        path = [max(float(self.alphas_cumprod[t]), least) for t in times]
-        if spacing == "leading":
-            last = times[-1] - stride
-            path.append(float(self.alphas_cumprod[max(last, 0)]))
-        else:
-            path.append(1.0)
+        path = self._path(times, steps, spacing, _LEAST_ALPHA if sampler == "dpm++" else 0.0)
         chunks = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
         total, done = len(chunks) * stop, 0
         latents = []
@@ -319,27 +338,28 @@ class LatentDiffusion:
             momentum = torch.zeros_like(x)  # of the safety guidance
             earlier: Tensor | None = None  # the x_0 prediction of the previous step
             for k in range(stop):
-                alpha, after = path[k], path[k + 1]
-                if self.prediction_type == "v_prediction" and alpha < _NOISY:
-                    # nearly pure noise: x_0 follows from v alone, and a safety term in ε would be zero
+                (signal, noise), after = path[k], path[k + 1]
+                if self.prediction_type != "epsilon" and signal**2 < _NOISY:
+                    # nearly pure noise: x_0 follows from the prediction alone, and a safety term in ε would be zero
                     v = self._guided(x, times[k], context, guidance if guided else None, self._predict)
-                    x0 = alpha**0.5 * x - (1 - alpha) ** 0.5 * v
+                    x0 = (x if self.prediction_type == "flow" else signal * x) - noise * v
                 else:
                     if safety is None:
                         eps = self._guided(x, times[k], context, guidance if guided else None)
                     else:
                         used = k >= safety.settings.first_step(steps)
                         eps, momentum = self._safely_guided(x, times[k], context, guidance, safety, momentum, used)
-                    x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+                    x0 = (x - noise * eps) / signal
                 ahead = x0
                 # the first and the last step are of first order: the extrapolation is unreliable at the end
                 if sampler == "dpm++" and earlier is not None and k < steps - 1:
-                    width, before = _log_snr(after) - _log_snr(alpha), _log_snr(alpha) - _log_snr(path[k - 1])
+                    width = _log_snr(*after) - _log_snr(signal, noise)
+                    before = _log_snr(signal, noise) - _log_snr(*path[k - 1])
                     ahead = x0 + (x0 - earlier) * (width / (2 * before))
                 earlier = x0
                 # with x_0 instead of the extrapolation this is DDIM's step
-                share = ((1 - after) / (1 - alpha)) ** 0.5
-                x = share * x + (after**0.5 - share * alpha**0.5) * ahead
+                share = after[1] / noise
+                x = share * x + (after[0] - share * signal) * ahead
                 done += 1
                 report_progress(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} images"))
             if not bool(torch.isfinite(x).all()):
@@ -350,6 +370,20 @@ class LatentDiffusion:
                 )
             latents.append(x)
         return torch.cat(latents)
+
+    def _path(self, times: Sequence[int], steps: int, spacing: str, least: float) -> list[tuple[float, float]]:
+        """Signal and noise at every visited step and at the end; ``least`` bounds the share of signal from below."""
+        if self.prediction_type == "flow":
+            # the second-order sampler needs a finite signal-to-noise ratio
+            levels = [(max(float(self._signal[t]), least), float(self._noise[t])) for t in times]
+            return [*levels, (1.0, 0.0)]
+        path = [max(float(self.alphas_cumprod[t]), least) for t in times]
+        if spacing == "leading":
+            last = times[-1] - self.train_steps // steps
+            path.append(float(self.alphas_cumprod[max(last, 0)]))
+        else:
+            path.append(1.0)
+        return [(alpha**0.5, (1 - alpha) ** 0.5) for alpha in path]
 
     def _guided(
         self,

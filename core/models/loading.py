@@ -21,9 +21,11 @@ import torch
 from ..errors import ModelError, PatchError
 from ..files.safetensors_io import SUFFIX, read_names
 from .autoencoders import DiffusersAutoencoder
+from .families.flux import FLUX
+from .families.registry import family_of
 from .latent_diffusion import LatentDiffusion
 from .prediction_marks import read_marks
-from .text_encoders import CLIPText, SDXLText
+from .text_encoders import CLIPText, FluxText, SDXLText
 
 __all__ = ["from_pipeline", "load_checkpoint", "without_progress_bars"]
 
@@ -199,7 +201,7 @@ def _under_its_ending(path: Path) -> Iterator[Path]:
 
 
 def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentDiffusion:
-    """Wrap a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, sharing its modules.
+    """Wrap a ``StableDiffusionPipeline``, ``StableDiffusionXLPipeline`` or ``FluxPipeline``, sharing its modules.
 
     Args:
         pipe: The pipeline.
@@ -209,6 +211,8 @@ def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentD
     Raises:
         ModelError: If the pipeline is an SDXL refiner, an inpainting model or has no cross-attention.
     """
+    if (transformer := getattr(pipe, "transformer", None)) is not None:
+        return _flow_model(pipe, transformer, name)
     if getattr(pipe, "text_encoder_2", None) is not None:
         if pipe.text_encoder is None:
             raise ModelError(
@@ -218,6 +222,29 @@ def from_pipeline(pipe: Any, name: str = "model", clip_skip: int = 1) -> LatentD
     else:
         text = CLIPText(pipe.text_encoder, pipe.tokenizer, clip_skip)
     return _assembled(pipe.unet, text, pipe.scheduler, pipe.vae, name)
+
+
+def _flow_model(pipe: Any, transformer: Any, name: str) -> LatentDiffusion:
+    family = family_of(transformer)
+    if family is None or family[0] is not FLUX:
+        what = type(transformer).__name__ if family is None else family[0].title
+        raise ModelError(f"'{name}' is a {what} pipeline, of which only Flux is read here: give its parts by hand.")
+    config = pipe.scheduler.config
+    channels = transformer.config.in_channels // 4
+    side = int(getattr(pipe, "default_sample_size", 128))
+    length = int(getattr(pipe, "tokenizer_max_length_2", 512))
+    return LatentDiffusion(
+        transformer.eval(),
+        FluxText(pipe.text_encoder, pipe.text_encoder_2, pipe.tokenizer, pipe.tokenizer_2, length),
+        None,
+        "flow",
+        DiffusersAutoencoder(pipe.vae) if pipe.vae is not None else None,
+        (channels, side, side),
+        name,
+        # distilled: there is no unguided prediction
+        guidance=1.0,
+        shift=float(config.get("shift", 1.0)),
+    )
 
 
 def _assembled(unet: Any, text: Any, scheduler: Any, vae: Any, name: str) -> LatentDiffusion:

@@ -17,12 +17,14 @@ __all__ = [
     "ENCODE_ROWS",
     "CLIPText",
     "EncodedPrompts",
+    "FluxText",
     "SDXLText",
     "TextEncoder",
     "check_words",
     "clip_body",
     "encode_prompts",
     "encoded_batches",
+    "words_from",
 ]
 
 # prompts per call of a text encoder; a batch of another size may round differently
@@ -30,7 +32,11 @@ ENCODE_ROWS = 8
 
 
 class TextEncoder(Protocol):
-    """The interface of a text encoder; a host's adapter implements it with the host's own encode path."""
+    """The interface of a text encoder; a host's adapter implements it with the host's own encode path.
+
+    An encoder whose states know of later words says ``causal = False``, and one that does not begin every prompt with
+    one start token says how many tokens stand before the words (``words_from``).
+    """
 
     max_length: int
 
@@ -42,6 +48,11 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """Text states of the prompts, one row per prompt, without gradient."""
+
+
+def words_from(encoder: TextEncoder) -> int:
+    """The position of a prompt's first word."""
+    return int(getattr(encoder, "words_from", 1))
 
 
 def check_words(encoder: TextEncoder, phrases: Iterable[str]) -> None:
@@ -266,3 +277,43 @@ class SDXLText:
         second = self.model_2(ids_2, output_hidden_states=True)
         hidden = torch.cat([first, second.hidden_states[-2].to(first.device, first.dtype)], dim=-1)
         return TextStates(hidden, second.text_embeds.to(first.device, first.dtype))
+
+
+class FluxText:
+    """Flux's text encoders: T5's last states, and CLIP's pooled vector.
+
+    T5 reads the padding as words, as Flux was trained. Token positions are T5's.
+    """
+
+    layer = "flux:t5,final_norm"
+    # T5 has no start token, and every state knows of the whole prompt
+    words_from, causal = 0, False
+
+    def __init__(self, model: Any, model_2: Any, tokenizer: Any, tokenizer_2: Any, max_length: int = 512) -> None:
+        """Wrap the parts under their names in a pipeline: ``model`` is the CLIP, ``model_2`` the T5."""
+        self.model, self.model_2, self.tokenizer, self.tokenizer_2 = model, model_2, tokenizer, tokenizer_2
+        self.max_length = max_length
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights the states come from."""
+        return [self.model, self.model_2]
+
+    def fingerprint(self) -> str | None:
+        """What the states depend on besides the prompt (:func:`.text_cache.cache_of`)."""
+        return fingerprint(self.modules(), self.layer, self.token_ids(TOKENIZER_PROBE), self._clip_ids(TOKENIZER_PROBE))
+
+    def _clip_ids(self, prompt: str) -> list[int]:
+        return _tokens(self.tokenizer, prompt, int(self.model.config.max_position_embeddings))
+
+    def token_ids(self, prompt: str) -> list[int]:
+        return _tokens(self.tokenizer_2, prompt, self.max_length)
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        return _words(self.tokenizer_2, phrase)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        ids = torch.tensor([self.token_ids(prompt) for prompt in prompts], device=_device(self.model_2))
+        short = torch.tensor([self._clip_ids(prompt) for prompt in prompts], device=_device(self.model))
+        hidden = self.model_2(ids)[0]
+        return TextStates(hidden, self.model(short).pooler_output.to(hidden))

@@ -11,7 +11,7 @@ import unicodedata
 
 from ..errors import TokenError
 from ..files.names import check_unicode
-from .text_encoders import TextEncoder
+from .text_encoders import TextEncoder, words_from
 
 __all__ = ["end_position", "phrase_span", "tail_positions", "token_positions"]
 
@@ -43,7 +43,7 @@ def _found(encoder: TextEncoder, phrase: str, prompt: str) -> list[tuple[int, in
     if not encoder.phrase_ids(phrase):
         raise TokenError(f"The phrase '{phrase}' has no tokens in this text encoder: use other words.")
     phrase, prompt = unicodedata.normalize("NFC", phrase), unicodedata.normalize("NFC", prompt)
-    meant, encoded = list(encoder.phrase_ids(prompt)), encoder.token_ids(prompt)
+    meant, encoded, ahead = list(encoder.phrase_ids(prompt)), encoder.token_ids(prompt), words_from(encoder)
     spans = []
     for first, after in _places(phrase, prompt):
         while (start := _tokens_before(encoder, prompt, first, meant)) is None and not prompt[first].isalnum():
@@ -53,13 +53,13 @@ def _found(encoder: TextEncoder, phrase: str, prompt: str) -> list[tuple[int, in
         if start is None or end is None:
             continue  # inside a single token of this tokenizer
         # encoders truncate silently; tokens that are missing after encoding were cut off
-        if list(encoded[1 + start : 1 + end]) != meant[start:end]:
+        if list(encoded[ahead + start : ahead + end]) != meant[start:end]:
             raise TokenError(
                 f"'{phrase}' is cut off in the prompt '{_short(prompt)}': the text encoder reads {encoder.max_length} "
                 "tokens and no more; use a shorter prompt or a shorter name."
             )
         if end > start:
-            spans.append((1 + start, end - start))
+            spans.append((ahead + start, end - start))
     if not spans:
         raise TokenError(f"'{phrase}' does not occur in the prompt '{_short(prompt)}'.")
     return spans
@@ -99,10 +99,10 @@ def end_position(encoder: TextEncoder, prompt: str) -> int:
     prompt is truncated.
     """
     check_unicode(prompt, "The prompt")
-    words = len(encoder.phrase_ids(prompt))
-    if words + 2 > encoder.max_length:
+    words, ahead = len(encoder.phrase_ids(prompt)), words_from(encoder)
+    if ahead + words + 1 > encoder.max_length:
         raise TokenError(
             f"The prompt '{_short(prompt)}' has {words} tokens and is cut off: the text encoder reads "
-            f"{encoder.max_length - 2} beside start and end."
+            f"{encoder.max_length - ahead - 1} beside start and end."
         )
-    return words + 1
+    return ahead + words

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from .families.family import Family
 from .model_survey import Layer, ModelSurvey, plain_linear
-from .text_entries import TextEntry
+from .text_entries import POOLED, TextEntry
+from .text_states import TextStates
 
 __all__ = ["TransformerSurvey", "survey_transformer"]
 
@@ -40,6 +41,32 @@ class TransformerSurvey(ModelSurvey):
             norm = modules.get(self._path(entry.norm, entry.norm_diffusers)) if entry.norm else None
             found.append(TextEntry(entry.original, entry.stream, linear, linear.in_features, norm=norm))
         return tuple(found)
+
+    def predict(self, x: Tensor, sigma: Tensor, states: TextStates) -> Tensor:
+        """Call the transformer as its own library does.
+
+        Args:
+            x: Noisy latents, ``(n, c, h, w)``.
+            sigma: Share of noise in them, ``(n,)``.
+            states: Text states of ``n`` prompts.
+
+        Returns:
+            The velocity, like ``x``.
+
+        Raises:
+            ModelError: If the text states lack what the model reads, or this family is not called from here.
+        """
+        if self.kind.predict is None or self.layout != "diffusers":
+            raise ModelError(
+                f"Drawing with a {self.kind.title} model is not implemented here: only a closed form ('uce') works on "
+                "it."
+            )
+        if self.width(POOLED) is not None and states.pooled is None:
+            raise ModelError(
+                f"A {self.kind.title} model also reads a vector of the whole prompt, and the text encoder gives none."
+            )
+        found: Tensor = self.kind.predict(self.unet, x, sigma, states)
+        return found
 
     def _path(self, original: str, diffusers: str) -> str:
         return diffusers if self.layout == "diffusers" else original

@@ -229,11 +229,11 @@ class Patch:
         if isinstance(model, (LatentDiffusion, nn.Module, ModelSurvey)):
             unet: Any = model if isinstance(model, (nn.Module, ModelSurvey)) else model.survey
         else:
-            unet = getattr(model, "unet", None)
+            unet = getattr(model, "unet", None) or getattr(model, "transformer", None)
             if not isinstance(unet, nn.Module):
                 raise PatchError(
-                    f"A patch cannot be applied to a {type(model).__name__}, which has no UNet: give a loaded model, a "
-                    "UNet or a diffusers pipeline of Stable Diffusion."
+                    f"A patch cannot be applied to a {type(model).__name__}, which has no UNet or transformer: give a "
+                    "loaded model, a raw one or a pipeline of diffusers."
                 )
             name = ADAPTER if name is None else name
         if name is not None:

@@ -119,12 +119,14 @@ def test_removing_leaves_weights_layers_and_random_numbers_as_they_were(unet):
     first, second = uneven_patch(unet), uneven_patch(unet, seed=1)
     modules = {name: id(module) for name, module in unet.named_modules()}
     weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    trainable = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
     pipe = pipeline(unet)
     state = torch.get_rng_state()
     with first.apply(pipe, name="a") as handle, second.apply(unet, name="b"):
         assert pipe.get_active_adapters() == ["a", "b"]
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: id(module) for name, module in unet.named_modules()} == modules
+    assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == trainable
     assert all(torch.equal(tensor, weights[name]) for name, tensor in unet.state_dict().items())
     handle.remove()  # twice does no harm
     assert pipe.get_list_adapters() == {}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..text_states import TextStates
 
 __all__ = ["EntryPath", "Family"]
 
@@ -39,6 +43,7 @@ class Family:
         diffusers: Submodules that diffusers' naming has.
         entries: Its text entries, the tokens' first. One whose layer a model of the family lacks is left out.
         base_model: What kohya's trainer calls the base model in a file, if it trains this family.
+        predict: Calls a model of diffusers with latents, their share of noise and text states, for the velocity.
     """
 
     id: str
@@ -47,6 +52,7 @@ class Family:
     diffusers: frozenset[str]
     entries: tuple[EntryPath, ...]
     base_model: str = ""
+    predict: Callable[[Any, Tensor, Tensor, TextStates], Tensor] | None = None
 
     def layout_of(self, paths: frozenset[str]) -> str | None:
         """The naming of a model with these submodules, ``original`` or ``diffusers``; ``None`` for other families."""
