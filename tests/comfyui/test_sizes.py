@@ -69,7 +69,8 @@ def test_a_method_that_draws_and_trains_on_the_hosts_own_kind_of_model(comfyui: 
         ("sd15", "SD15", "EPS", 32),
         ("sd15, inpainting", "SD15", "EPS", 32),
         ("sd21", "SD20", "V_PREDICTION", 32),
-        (SHORT, "SDXL", "EPS", 22),
+        # K and V of eleven sites, and the layer that reads the pooled vector
+        (SHORT, "SDXL", "EPS", 23),
     ],
 )
 def test_forgetting_in_true_size(comfyui: ComfyUI, kind: str, config: str, prediction: str, weights: int) -> None:
