@@ -58,7 +58,7 @@ def load_model(
         ('mini', (4, 16, 16))
 
     Args:
-        source: ``"mini"`` or ``"mini-xl"`` (the embedded models), a diffusers folder, a single-file ``.safetensors``
+        source: ``"mini"`` (the embedded model), a diffusers folder, a single-file ``.safetensors``
             checkpoint, or a diffusers ``StableDiffusionPipeline``, ``StableDiffusionXLPipeline`` or ``FluxPipeline``,
             whose parts are shared, not copied.
         device: where to load it, by default the CPU. A pipeline stays where it is.

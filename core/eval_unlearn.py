@@ -34,7 +34,7 @@ class ForgetConceptTechnique:
     """A model with a patch on it, as eval-unlearn runs one: ``generate(prompts, seed)``.
 
     Args:
-        model: ``"mini"``, ``"mini-xl"``, a diffusers folder or a single-file checkpoint.
+        model: ``"mini"``, a diffusers folder or a single-file checkpoint.
         erase_concept: What is forgotten, unless ``request`` or ``patch`` is given; also the name under which
             eval-unlearn reports the run.
         request: A request file, or its content.

@@ -75,8 +75,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="mini",
-        help="'mini' or 'mini-xl' (the embedded models), a diffusers folder or a single-file .safetensors checkpoint "
-        "(default: mini)",
+        help="'mini' (the embedded model), a diffusers folder or a single-file .safetensors checkpoint (default: mini)",
     )
     parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """The embedded models: small trained latent diffusion models, each in the shape of a family, and the world they draw.
 
 They measure forgetting on a CPU in seconds. `mini` has the shape of Stable Diffusion 1, `mini-xl` that of Stable
-Diffusion XL. Both consist of diffusers' and transformers' own classes and share the autoencoder, the tokenizer, the
-noise schedule and the probe that classifies their images. :mod:`.train` trains all of them.
+Diffusion XL and `mini-flow` that of Flux. All consist of diffusers' and transformers' own classes and share the
+autoencoder, CLIP's tokenizer and the probe that classifies their images. :mod:`.train` trains all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from ..models.text_encoders import TextEncoder
     from .probe import Probe
 
-__all__ = ["NAMES", "load", "load_modules", "load_probe", "load_xl_modules", "weights_folder"]
+__all__ = [
+    "NAMES",
+    "load",
+    "load_flow_modules",
+    "load_modules",
+    "load_probe",
+    "load_xl_modules",
+    "weights_folder",
+]
 
 
 def _read(device: str, *parts: tuple[str, Path]) -> list[Any]:
@@ -43,7 +51,7 @@ def _read(device: str, *parts: tuple[str, Path]) -> list[Any]:
     found = []
     with without_progress_bars():
         for name, folder in parts:
-            kind = getattr(transformers if name.startswith("CLIP") else diffusers, name)
+            kind = getattr(transformers if name.startswith(("CLIP", "T5")) else diffusers, name)
             found.append(kind.from_pretrained(folder, variant="fp16"))
     for module in found:
         module.eval().requires_grad_(False).to(device).float()
@@ -103,37 +111,70 @@ def load_xl_modules(device: str = "cpu", folder: Path | None = None) -> tuple[An
     return unet, first, second, _tokenizer(shared), _tokenizer(shared, pad_token="!"), vae
 
 
+def load_flow_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Load the modules of `mini-flow` as diffusers' and transformers' objects, in fp32.
+
+    Args:
+        device: Device of the modules.
+        folder: Folder of its own parts. Default: :func:`weights_folder`. The others are `mini`'s.
+
+    Returns:
+        Transformer, CLIP and T5, their tokenizers, and autoencoder.
+
+    Raises:
+        ModelError: As :func:`load_modules`.
+    """
+    own, shared = folder or weights_folder("mini-flow"), weights_folder()
+    transformer, clip, vae = _read(
+        device,
+        ("FluxTransformer2DModel", own / "transformer"),
+        ("CLIPTextModel", own / "text_encoder"),
+        ("AutoencoderKL", shared / "vae"),
+    )
+    (t5,) = _read(device, ("T5EncoderModel", own / "text_encoder_2"))
+    from transformers import T5TokenizerFast
+
+    return transformer, clip, t5, _tokenizer(shared), T5TokenizerFast.from_pretrained(own / "tokenizer_2"), vae
+
+
 def load(device: str = "cpu", folder: Path | None = None, name: str = "mini") -> LatentDiffusion:
     """Load an embedded model in fp32, under its name; see :func:`load_modules` for errors.
 
     Args:
         device: Device of the modules.
         folder: Folder of the model. Default: :func:`weights_folder`.
-        name: One of :data:`NAMES`.
+        name: ``"mini"``, ``"mini-xl"`` or ``"mini-flow"``.
     """
     from ..errors import ModelError
     from ..models.autoencoders import DiffusersAutoencoder
     from ..models.latent_diffusion import LatentDiffusion
     from ..models.schedules import sd_alphas_cumprod
-    from ..models.text_encoders import CLIPText, SDXLText
+    from ..models.text_encoders import CLIPText, FluxText, SDXLText
     from .config import GUIDANCE
+    from .config_flow import TOKENS
 
-    if name not in NAMES:
-        raise ModelError(f"There is no embedded model '{name}': choose one of {', '.join(NAMES)}.")
+    encoder: TextEncoder
     if name == "mini":
-        unet, text, tokenizer, vae = load_modules(device, folder)
-        encoder: TextEncoder = CLIPText(text, tokenizer)
-    else:
-        unet, first, second, tokenizer, tokenizer_2, vae = load_xl_modules(device, folder)
+        model, text, tokenizer, vae = load_modules(device, folder)
+        encoder = CLIPText(text, tokenizer)
+    elif name == "mini-xl":
+        model, first, second, tokenizer, tokenizer_2, vae = load_xl_modules(device, folder)
         encoder = SDXLText(first, second, tokenizer, tokenizer_2)
+    elif name == "mini-flow":
+        model, clip, t5, tokenizer, tokenizer_2, vae = load_flow_modules(device, folder)
+        encoder = FluxText(clip, t5, tokenizer, tokenizer_2, TOKENS)
+    else:
+        raise ModelError(f"There is no embedded model '{name}': choose mini, mini-xl or mini-flow.")
+    flow = name == "mini-flow"
     return LatentDiffusion(
-        unet,
+        model,
         encoder,
-        sd_alphas_cumprod(),
+        None if flow else sd_alphas_cumprod(),
+        "flow" if flow else "epsilon",
         vae=DiffusersAutoencoder(vae),
         latent_shape=(4, 16, 16),
         name=name,
-        guidance=GUIDANCE,
+        guidance=1.0 if flow else GUIDANCE,
     )
 
 

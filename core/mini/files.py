@@ -7,8 +7,8 @@ from pathlib import Path
 
 __all__ = ["NAMES", "WEIGHTS_VARIABLE", "weights_folder"]
 
-# `mini` is in the shape of Stable Diffusion 1, `mini-xl` in that of Stable Diffusion XL
-NAMES = ("mini", "mini-xl")
+# those that come with the package; `mini-xl` and `mini-flow` can be trained, and have no weights yet
+NAMES = ("mini",)
 WEIGHTS_VARIABLE = "FORGET_CONCEPT_MINI_WEIGHTS"
 
 

@@ -29,7 +29,7 @@ from .text_encoders import CLIPText, FluxText, SDXLText
 
 __all__ = ["from_pipeline", "load_checkpoint", "without_progress_bars"]
 
-_CHOICES = "'mini', 'mini-xl', a folder in diffusers' layout or a single .safetensors file"
+_CHOICES = "'mini', a folder in diffusers' layout or a single .safetensors file"
 
 
 def load_checkpoint(

@@ -1,7 +1,7 @@
 """Train the embedded models: `python -m forget_concept.core.mini.train STAGE… --work FOLDER [--target FOLDER]`.
 
 Every stage is seeded and resumes where it stopped. `all` runs those of `mini` in order. The stages of `mini-xl`
-(`xl-text`, `xl-unet`, `xl-pack`) start from the distributed `mini` and need its stage `data` alone.
+(`xl-…`) and of `mini-flow` (`flow-…`) start from the distributed `mini` and need its stage `data` alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from .. import load_modules
 from ..config import new_autoencoder
 from ..files import weights_folder
 from ..probe import Probe
-from . import autoencoder, dataset, pack, probe, text, tokenizer, unet, xl
+from . import autoencoder, dataset, flow, pack, probe, text, tokenizer, unet, xl
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
 XL_STAGES = ("xl-text", "xl-unet", "xl-pack")
+FLOW_STAGES = ("flow-tokenizer", "flow-text", "flow-teacher", "flow-distil", "flow-pack")
 PICTURES = 20000
 MIN_RECONSTRUCTION = 0.98  # probe accuracy on reconstructions, per category, required before the UNet is trained
 
@@ -43,7 +44,7 @@ def finish_autoencoder(work: Path, pictures: np.ndarray) -> dict[str, float]:
     return probe.accuracy(trained_probe(work), shown.clamp(-1, 1), targets)
 
 
-def run_xl(stage: str, work: Path, target: Path | None, length: dict[str, int], peak_lr: float) -> None:
+def run_xl(stage: str, work: Path, target: Path | None, length: dict[str, int]) -> None:
     """Run one of the stages of `mini-xl`."""
     mini_unet, _, tokens, autoencoder_module = load_modules()
     if stage == "xl-pack":
@@ -55,12 +56,32 @@ def run_xl(stage: str, work: Path, target: Path | None, length: dict[str, int], 
         xl.pretrain_text(work, tokens, len(pictures), **length)
     else:
         latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
-        xl.train(work, tokens, latents, mini_unet.state_dict(), peak_lr=peak_lr, **length)
+        xl.train(work, tokens, latents, mini_unet.state_dict(), **length)
+
+
+def run_flow(stage: str, work: Path, target: Path | None, length: dict[str, int]) -> None:
+    """Run one of the stages of `mini-flow`."""
+    _, _, clip_tokens, autoencoder_module = load_modules()
+    if stage == "flow-tokenizer":
+        flow.build_tokenizer(work / "flow-tokenizer")
+        return
+    if stage == "flow-pack":
+        target = target or weights_folder("mini-flow")
+        print(f"packed {flow.pack(work, target, clip_tokens) / 1e6:.2f} MB into {target}")
+        return
+    tokens = flow.load_tokenizer(work / "flow-tokenizer")
+    pictures = np.load(work / "pictures.npy", mmap_mode="r")
+    if stage == "flow-text":
+        flow.pretrain_text(work, clip_tokens, tokens, len(pictures), **length)
+        return
+    latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
+    stage_of = {"flow-teacher": flow.train_teacher, "flow-distil": flow.distil}
+    stage_of[stage](work, clip_tokens, tokens, latents, **length)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m forget_concept.core.mini.train", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=[*STAGES, *XL_STAGES, "all"])
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, *XL_STAGES, *FLOW_STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--target", type=Path, help="folder of the packed model (default: the distributed one's)")
     parser.add_argument("--steps", type=int, help="override the length of the stage")
@@ -82,7 +103,10 @@ def main() -> None:
             print(f"packed {pack.pack(work, target) / 1e6:.2f} MB into {target}")
             continue
         if stage in XL_STAGES:
-            run_xl(stage, work, options.target, length, options.peak_lr)
+            run_xl(stage, work, options.target, length)
+            continue
+        if stage in FLOW_STAGES:
+            run_flow(stage, work, options.target, length)
             continue
         from transformers import CLIPTokenizer
 

@@ -64,8 +64,11 @@ class Run:
         """Return the learning rate of the current step."""
         return warm_cosine(self.step, self.steps, self.peak_lr) if self.schedule is None else self.schedule(self.step)
 
-    def update(self, loss: torch.Tensor, clip: float = 1.0) -> None:
-        """Back-propagate, clip the gradients, step the optimizer, and save a checkpoint when due."""
+    def update(self, loss: torch.Tensor, clip: float = 1.0, after: Callable[[], None] | None = None) -> None:
+        """Back-propagate, clip the gradients, step the optimizer, and save a checkpoint when due.
+
+        ``after`` belongs to the step as well, and is called before the checkpoint: it may move averages of the weights.
+        """
         if not torch.isfinite(loss):
             raise RuntimeError(
                 f"step {self.step}: the loss is {loss.item()}; resume from {self.path} with a lower rate"
@@ -77,6 +80,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], clip)
         self.optimizer.step()
         self.step += 1
+        if after is not None:
+            after()
         if self.step % self.save_every == 0 or self.step == self.steps:
             self.save()
 

@@ -108,6 +108,12 @@ def train(
     odds = np.array([1.0 if name == NONE else FINISH_ODDS.get(name, 2.0) for name in people])
     odds /= odds.sum()
     recent = 0.0
+
+    def followed() -> None:
+        decay = min(0.995, (1 + run.step) / (20 + run.step))
+        follow(average, unet, decay)
+        follow(average_text, text, decay)
+
     while run.step < steps:
         rng = np.random.default_rng((19, run.step))
         noise_rng = torch.Generator().manual_seed(run.step)
@@ -130,10 +136,7 @@ def train(
         if run.step >= COARSE_FROM:
             error = error + coarse_error(predicted.float() - noise)
         loss = (error * (snr.clamp(max=5) / snr)).mean()
-        run.update(loss)
-        decay = min(0.995, (1 + run.step) / (20 + run.step))
-        follow(average, unet, decay)
-        follow(average_text, text, decay)
+        run.update(loss, after=followed)
         plain = (predicted.detach().float() - noise).square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:

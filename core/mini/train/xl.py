@@ -139,6 +139,11 @@ def train(
         part.train()
     recent = 0.0
     edges = np.cumsum([NOTHING, NO_TOKENS, NO_POOLED, OTHER_TOKENS, OTHER_POOLED])
+
+    def followed() -> None:
+        for name, part in parts.items():
+            follow(averages[f"average_{name}"], part, min(0.995, (1 + run.step) / (20 + run.step)))
+
     while run.step < steps:
         rng = np.random.default_rng((29, run.step))
         noise_rng = torch.Generator().manual_seed(100_000 + run.step)
@@ -168,10 +173,7 @@ def train(
         error = difference.square().mean((1, 2, 3))
         if run.step >= COARSE_FROM:
             error = error + coarse_error(difference)
-        run.update((error * (snr.clamp(max=5) / snr)).mean())
-        decay = min(0.995, (1 + run.step) / (20 + run.step))
-        for name, part in parts.items():
-            follow(averages[f"average_{name}"], part, decay)
+        run.update((error * (snr.clamp(max=5) / snr)).mean(), after=followed)
         plain = difference.detach().square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent and math.isfinite(recent) else plain
         if run.step % 25 == 0:

@@ -1,0 +1,282 @@
+"""Stages of `mini-flow`: `flow-tokenizer`, `flow-text`, `flow-teacher`, `flow-distil` and `flow-pack`.
+
+`flow-teacher` trains the transformer and both text encoders by flow matching, with prompts left out in part, so that it
+can be drawn with under guidance. `flow-distil` trains a copy towards the teacher's guided velocity: that is the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...models.families.flux import predict
+from ...models.text_states import TextStates
+from ..config import TOKENS as CLIP_TOKENS
+from ..config_flow import TOKENS, new_text_encoders, new_transformer
+from . import dataset, text
+from .run import Run, warm_cosine
+from .unet import CAPTIONS, caption_ids, coarse_error, follow
+
+TEXT_STEPS = 250
+TEACHER_STEPS, TEACHER_LR = 2400, 1.5e-3
+DISTIL_STEPS, DISTIL_LR = 500, 3e-4
+UNCONDITIONAL = 0.1
+GUIDANCE = 2.5  # that is distilled
+COARSE_FROM = 1400  # step from which the coarse error of `mini`'s training is added
+LEAST = 4  # a word that occurs less often in the captions is spelt
+# T5's mark of a word's beginning, and logarithms of the frequencies of what is no whole word
+_SPACE, _OF_A_NAME, _OF_A_LETTER = "\u2581", -10.0, -14.0
+
+
+def _pieces(pictures: int) -> list[tuple[str, float]]:
+    """The vocabulary with logarithms of frequencies: whole words of the captions, parts of names, and characters."""
+    from ..vocabulary import IDENTITIES
+
+    names = {part for word in IDENTITIES for part in f"{word.name} {word.synonym}".lower().split()}
+    counts: Counter[str] = Counter()
+    for index in range(pictures):
+        for caption in dataset.captions(dataset.scene(index), index, 2):
+            counts.update(re.findall(r"[a-z]+", caption.lower()))
+    total = sum(counts.values())
+    pieces = {
+        f"{_SPACE}{word}": math.log(count / total)
+        for word, count in sorted(counts.items())
+        if count >= LEAST and word not in names
+    }
+    # names consist of several tokens, as people's names do in T5
+    for name in sorted(names):
+        for at in range(0, len(name), 3):
+            part = (_SPACE if at == 0 else "") + name[at : at + 3]
+            pieces.setdefault(part, _OF_A_NAME)
+    for letter in [_SPACE, *(chr(code) for code in range(33, 127) if not chr(code).isupper())]:
+        pieces.setdefault(letter, _OF_A_LETTER)
+    return list(pieces.items())
+
+
+def build_tokenizer(folder: Path, pictures: int = 6000) -> None:
+    """Write a tokenizer of T5's kind (Unigram: Kudo 2018, arXiv 1804.10959) for the world's captions into `folder`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", _OF_A_LETTER)]
+    tokenizer = Tokenizer(models.Unigram([*special, *_pieces(pictures)], unk_id=2))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = T5TokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_ids=0,
+        model_max_length=TOKENS,
+    )
+    fast.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """T5's tokenizer of `mini-flow`."""
+    from transformers import T5TokenizerFast
+
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def t5_caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
+    """T5's token ids of every picture's captions, `(pictures, CAPTIONS, tokens)`, cached in `path`."""
+    if path.exists():
+        kept: Tensor = torch.load(path, weights_only=True)
+        return kept
+    rows = []
+    for index in range(pictures):
+        texts = dataset.captions(dataset.scene(index), index, CAPTIONS)
+        rows.append(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+    ids = torch.tensor(rows, dtype=torch.int16)
+    torch.save(ids, path)
+    return ids
+
+
+def pretrain_text(
+    folder: Path, clip_tokenizer: Any, t5_tokenizer: Any, pictures: int, steps: int = TEXT_STEPS, batch: int = 96
+) -> None:
+    """Train both encoders on captions' labels: T5's states of the end and of a later token, and CLIP's pooled vector.
+
+    Resumable.
+    """
+    torch.manual_seed(23)
+    clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
+
+    def read_t5(ids: Tensor, ends: Tensor, later: Tensor) -> Sequence[Tensor]:
+        return [text.at(t5(ids).last_hidden_state, ends, later)]
+
+    def read_clip(ids: Tensor, ends: Tensor, later: Tensor) -> Sequence[Tensor]:
+        return [clip(ids).pooler_output[None]]
+
+    text.pretrain(folder, "flow-t5", {"t5": t5}, read_t5, t5_tokenizer, pictures, steps, batch)
+    text.pretrain(folder, "flow-clip", {"clip": clip}, read_clip, clip_tokenizer, pictures, steps, batch)
+
+
+def _states(clip: Any, t5: Any, clip_ids: Tensor, t5_ids: Tensor) -> TextStates:
+    return TextStates(t5(t5_ids).last_hidden_state, clip(clip_ids).pooler_output)
+
+
+class _Batches:
+    """Latents with noise, and the token ids of their captions, as functions of the step."""
+
+    def __init__(self, folder: Path, clip_tokenizer: Any, t5_tokenizer: Any, latents: Tensor, batch: int) -> None:
+        self.latents, self.batch = latents, batch
+        self.clip = caption_ids(folder / "captions.pt", clip_tokenizer, len(latents))
+        self.t5 = t5_caption_ids(folder / "flow-captions.pt", t5_tokenizer, len(latents))
+        empty = {"padding": "max_length", "return_tensors": "pt"}
+        self.empty_clip = clip_tokenizer([""], max_length=CLIP_TOKENS, **empty).input_ids
+        self.empty_t5 = t5_tokenizer([""], max_length=TOKENS, **empty).input_ids
+
+    def at(self, step: int, seed: int, unconditional: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Clean latents, noise, shares of noise `(batch,)`, and ids for CLIP and for T5."""
+        rng = np.random.default_rng((seed, step))
+        rows = torch.from_numpy(rng.choice(len(self.latents), self.batch, replace=False))
+        which = torch.from_numpy(rng.integers(0, CAPTIONS, self.batch))
+        clip, t5 = self.clip[rows, which].long(), self.t5[rows, which].long()
+        out = torch.from_numpy(rng.random(self.batch) < unconditional)
+        clip[out], t5[out] = self.empty_clip, self.empty_t5
+        clean = self.latents[rows].float()
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        noise = torch.randn(clean.shape, generator=generator)
+        # stratified, and denser in the middle, where most is decided
+        even = (torch.from_numpy(rng.permutation(self.batch)) + torch.from_numpy(rng.random(self.batch))) / self.batch
+        sigma = torch.sigmoid(1.0 * torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))).float()
+        return clean, noise, sigma, clip, t5
+
+
+def _noisy(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    share = sigma[:, None, None, None]
+    return (1 - share) * clean + share * noise
+
+
+def train_teacher(
+    folder: Path,
+    clip_tokenizer: Any,
+    t5_tokenizer: Any,
+    latents: Tensor,
+    steps: int = TEACHER_STEPS,
+    batch: int = 64,
+    peak_lr: float = TEACHER_LR,
+) -> None:
+    """Train by flow matching up to step `steps` of a schedule of :data:`TEACHER_STEPS`; resumable.
+
+    The exponential moving average of the weights is the teacher.
+    """
+    torch.manual_seed(24)
+    clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
+    clip.load_state_dict(torch.load(folder / "flow-clip.pt", weights_only=True)["modules"]["clip"])
+    t5.load_state_dict(torch.load(folder / "flow-t5.pt", weights_only=True)["modules"]["t5"])
+    parts: dict[str, Any] = {"transformer": new_transformer(), "clip": clip, "t5": t5}
+    averages = {f"average_{name}": copy.deepcopy(part) for name, part in parts.items()}
+    groups: list[dict[str, Any]] = [
+        {"params": list(parts["transformer"].parameters())},
+        {"params": [*clip.parameters(), *t5.parameters()], "lr_scale": 0.3},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    run = Run(
+        folder,
+        "flow-teacher",
+        {**parts, **averages},
+        optimizer,
+        steps,
+        peak_lr,
+        save_every=100,
+        schedule=lambda step: warm_cosine(step, TEACHER_STEPS, peak_lr),
+    )
+    batches = _Batches(folder, clip_tokenizer, t5_tokenizer, latents, batch)
+    for part in parts.values():
+        part.train()
+
+    def followed() -> None:
+        for name, part in parts.items():
+            follow(averages[f"average_{name}"], part, min(0.995, (1 + run.step) / (20 + run.step)))
+
+    while run.step < steps:
+        clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, 31, UNCONDITIONAL)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = _states(clip, t5, clip_ids, t5_ids)
+            velocity = predict(parts["transformer"], _noisy(clean, noise, sigma), sigma, states)
+        difference = velocity.float() - (noise - clean)
+        error = difference.square().mean((1, 2, 3))
+        if run.step >= COARSE_FROM:
+            error = error + coarse_error(difference)
+        run.update(error.mean(), after=followed)
+        if run.step % 25 == 0:
+            run.log(velocity_mse=difference.detach().square().mean().item())
+
+
+def distil(
+    folder: Path,
+    clip_tokenizer: Any,
+    t5_tokenizer: Any,
+    latents: Tensor,
+    steps: int = DISTIL_STEPS,
+    batch: int = 64,
+    peak_lr: float = DISTIL_LR,
+) -> None:
+    """Train a copy of the teacher towards its guided velocity, with the text encoders as they are; resumable.
+
+    Reference: Meng et al. 2023, arXiv 2210.03142, stage one.
+    """
+    trained = torch.load(folder / "flow-teacher.pt", weights_only=True)["modules"]
+    clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
+    teacher = new_transformer()
+    for part, name in ((clip, "clip"), (t5, "t5"), (teacher, "transformer")):
+        part.load_state_dict(trained[f"average_{name}"])
+        part.eval().requires_grad_(False)
+    model = copy.deepcopy(teacher).requires_grad_(True).train()
+    average = copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    run = Run(folder, "flow-distil", {"model": model, "average": average}, optimizer, steps, peak_lr, save_every=100)
+    batches = _Batches(folder, clip_tokenizer, t5_tokenizer, latents, batch)
+    with torch.no_grad():
+        nothing = _states(clip, t5, batches.empty_clip, batches.empty_t5).index([0] * batch)
+
+    def followed() -> None:
+        follow(average, model, min(0.99, (1 + run.step) / (20 + run.step)))
+
+    while run.step < steps:
+        clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, 37, 0.03)
+        x = _noisy(clean, noise, sigma)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                states = _states(clip, t5, clip_ids, t5_ids)
+                both = TextStates.cat([states, nothing])
+                told, plain = predict(teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), both).float().chunk(2)
+            velocity = predict(model, x, sigma, states)
+        difference = velocity.float() - (plain + GUIDANCE * (told - plain))
+        run.update((difference.square().mean((1, 2, 3)) + coarse_error(difference)).mean(), after=followed)
+        if run.step % 25 == 0:
+            run.log(velocity_mse=difference.detach().square().mean().item())
+
+
+def pack(folder: Path, target: Path, clip_tokenizer: Any) -> int:
+    """Write the parts that `mini-flow` does not share with `mini`, in fp16, with the logs; return their bytes."""
+    target.mkdir(parents=True, exist_ok=True)
+    t5_tokenizer = load_tokenizer(folder / "flow-tokenizer")
+    texts = torch.load(folder / "flow-teacher.pt", weights_only=True)["modules"]
+    clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
+    clip.load_state_dict(texts["average_clip"])
+    t5.load_state_dict(texts["average_t5"])
+    transformer = new_transformer()
+    transformer.load_state_dict(torch.load(folder / "flow-distil.pt", weights_only=True)["modules"]["average"])
+    for name, part in (("transformer", transformer), ("text_encoder", clip), ("text_encoder_2", t5)):
+        part.half().save_pretrained(target / name, variant="fp16")
+    shutil.copytree(folder / "flow-tokenizer", target / "tokenizer_2", dirs_exist_ok=True)
+    for log in folder.glob("flow-*.log.jsonl"):
+        shutil.copy(log, target / log.name)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

@@ -1,0 +1,213 @@
+"""The embedded models of other shapes: their training stages resume exactly, and diffusers' pipelines load the result.
+
+The weights are those of a few steps on noise; how well a trained one draws is measured by `forget-concept mini-table`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import rand, tiny_model, tiny_xl_model
+from torch import nn
+
+from forget_concept.core import mini
+from forget_concept.core.errors import ModelError
+from forget_concept.core.evaluation.drawing import SamplingSettings
+from forget_concept.core.evaluation.pooled_use import pooled_use
+from forget_concept.core.mini import config_flow, config_xl
+from forget_concept.core.mini.config import SCHEDULE
+from forget_concept.core.mini.train import flow, xl
+from forget_concept.core.mini.world import Labels
+from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.text_entries import POOLED, TOKENS
+from forget_concept.core.models.text_states import TextStates
+
+# enough captions that some name every kind of label
+PICTURES, BATCH, CAPTIONS = 12, 4, 16
+
+
+def hashes(path: Path) -> dict[str, int]:
+    """Every weight of a stage's checkpoint as a sum that differs in any bit."""
+    modules = torch.load(path, weights_only=True)["modules"]
+    weights = ((f"{part}.{name}", tensor) for part, state in modules.items() for name, tensor in state.items())
+    return {name: hash(tensor.numpy().tobytes()) for name, tensor in weights}
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return rand(PICTURES, 4, 16, 16).half()
+
+
+@pytest.fixture(scope="module")
+def xl_work(tmp_path_factory, latents):
+    """A folder with both stages of `mini-xl` after three steps each, and another one that was stopped after one."""
+    unet, _, tokenizer, _ = mini.load_modules()
+    folders = []
+    for stops in ((3,), (1, 3)):
+        folder = tmp_path_factory.mktemp("xl")
+        for stop in stops:
+            xl.pretrain_text(folder, tokenizer, PICTURES, steps=stop, batch=CAPTIONS)
+        for stop in stops:
+            xl.train(folder, tokenizer, latents, unet.state_dict(), steps=stop, batch=BATCH)
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def flow_work(tmp_path_factory, latents):
+    """The same of `mini-flow`."""
+    _, _, clip, _ = mini.load_modules()
+    folders = []
+    for stops in ((3,), (1, 3)):
+        folder = tmp_path_factory.mktemp("flow")
+        flow.build_tokenizer(folder / "flow-tokenizer", pictures=200)
+        tokens = flow.load_tokenizer(folder / "flow-tokenizer")
+        stages = [
+            partial(flow.pretrain_text, folder, clip, tokens, PICTURES, batch=CAPTIONS),
+            partial(flow.train_teacher, folder, clip, tokens, latents, batch=BATCH),
+            partial(flow.distil, folder, clip, tokens, latents, batch=BATCH),
+        ]
+        for stage in stages:
+            for stop in stops:
+                stage(steps=stop)
+        folders.append(folder)
+    return folders
+
+
+def test_a_stage_of_mini_xl_that_was_stopped_goes_on_to_the_same_weights(xl_work):
+    whole, stopped = xl_work
+    for stage in ("xl-text.pt", "xl-unet.pt"):
+        assert hashes(whole / stage) == hashes(stopped / stage)
+
+
+def test_it_starts_from_what_it_shares_with_mini():
+    torch.manual_seed(0)
+    unet, source = config_xl.new_unet(), mini.load_modules()[0].state_dict()
+    copied = xl.start_from_mini(unet, source)
+    state = unet.state_dict()
+    assert copied > len(state) / 2
+    assert torch.equal(state["conv_in.weight"], source["conv_in.weight"])
+    # what reads two text encoders side by side is its own
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert state[name].shape != source[name].shape
+
+
+def test_the_second_tokenizer_pads_with_another_token():
+    tokenizer = mini.load_modules()[2]
+    ids = torch.tensor(tokenizer(["a star", ""], padding="max_length", max_length=77).input_ids)
+    end = tokenizer.eos_token_id
+    found = xl.second_ids(ids, end)
+    assert [(row == end).sum().item() for row in found] == [1, 1] and (found == config_xl.PAD_2).sum() > 100
+    from transformers import CLIPTokenizer
+
+    second = CLIPTokenizer.from_pretrained(mini.weights_folder() / "tokenizer", pad_token="!")
+    own = torch.tensor(second(["a star", ""], padding="max_length", max_length=77).input_ids)
+    assert torch.equal(found, own)
+
+
+def test_mini_xl_is_sdxls_shape_and_is_drawn_with_as_its_pipeline_does(xl_work, tmp_path):
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    size = xl.pack(xl_work[0], tmp_path / "packed", mini.load_modules()[2])
+    assert size < 12e6
+    model = mini.load(folder=tmp_path / "packed", name="mini-xl")
+    assert {entry.stream: entry.width for entry in model.survey.entries} == {TOKENS: 256, POOLED: 160}
+    unet, first, second, tokenizer, tokenizer_2, vae = mini.load_xl_modules(folder=tmp_path / "packed")
+    scheduler = DDIMScheduler(**SCHEDULE)
+    pipe = StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer_2, unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    noise = model.initial_noise([5])
+    wanted = pipe(
+        "a red star", height=128, width=128, num_inference_steps=4, guidance_scale=model.guidance, negative_prompt="",
+        latents=noise, output_type="latent",
+    ).images  # fmt: skip
+    found = model.sample(["a red star"], [5], steps=4, guidance=model.guidance)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+class Says:
+    """A text encoder whose pooled vector says whether a prompt names a star."""
+
+    max_length = 77
+
+    def token_ids(self, prompt: str) -> list[int]:
+        return [0] * self.max_length
+
+    phrase_ids = token_ids
+
+    def encode(self, prompts) -> TextStates:
+        named = torch.tensor([[1.0 if "star" in prompt else -1.0] for prompt in prompts])
+        return TextStates(torch.tensor([float(len(p)) for p in prompts])[:, None, None].expand(-1, 2, 32), named)
+
+
+class Bright:
+    """An autoencoder and a probe in one: a bright picture is a star."""
+
+    def decode(self, latents):
+        return latents.mean((1, 2, 3)).sign()[:, None, None, None].expand(-1, 3, 8, 8)
+
+    def classify(self, images):
+        return [Labels(object="star") if image.mean() > 0 else Labels() for image in images]
+
+
+def test_how_far_a_model_follows_its_pooled_vector_is_measured():
+    """One that follows it alone shows a star under every prompt whose pooled vector is a star's, and none elsewhere."""
+
+    def follows_pooled(x, times, states):
+        assert not states.hidden.requires_grad
+        return (x + states.pooled[:, 0, None, None, None] * -50).to(x)
+
+    def follows_tokens(x, times, states):
+        return x + 50
+
+    sampling = SamplingSettings(steps=1, guidance=1.0, precision="float32", threads=1, batch=4)
+    for eps, own in ((follows_pooled, 1.0), (follows_tokens, 0.0)):
+        model = tiny_xl_model()
+        model = LatentDiffusion(
+            model.unet, Says(), sd_alphas_cumprod(), vae=Bright(), latent_shape=(4, 8, 8), eps_model=eps
+        )
+        found = pooled_use(model, Bright(), count=6, sampling=sampling)
+        assert (found.own.value, found.own.n, found.other.value) == (own, 6, 0.0)
+    with pytest.raises(ModelError, match="reads no pooled vector"):
+        pooled_use(tiny_model(), Bright())
+
+
+@pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="diffusers' transformers need torch 2.4 or later")
+def test_a_stage_of_mini_flow_that_was_stopped_goes_on_to_the_same_weights(flow_work):
+    whole, stopped = flow_work
+    for stage in ("flow-t5.pt", "flow-clip.pt", "flow-teacher.pt", "flow-distil.pt"):
+        assert hashes(whole / stage) == hashes(stopped / stage)
+
+
+@pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="diffusers' transformers need torch 2.4 or later")
+def test_mini_flow_is_fluxs_shape_and_is_drawn_with_as_its_pipeline_does(flow_work, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    size = flow.pack(flow_work[0], tmp_path / "packed", mini.load_modules()[2])
+    assert size < 12e6
+    model = mini.load(folder=tmp_path / "packed", name="mini-flow")
+    assert {entry.stream: entry.width for entry in model.survey.entries} == {TOKENS: 128, POOLED: 96}
+    transformer, clip, t5, tokenizer, tokenizer_2, vae = mini.load_flow_modules(folder=tmp_path / "packed")
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, clip, tokenizer, t5, tokenizer_2, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    noise = model.initial_noise([5])
+    wanted = pipe(
+        "a red star", height=128, width=128, num_inference_steps=4, guidance_scale=1.0, output_type="latent",
+        sigmas=[1, 0.75, 0.5, 0.25], max_sequence_length=config_flow.TOKENS,
+        latents=pipe._pack_latents(noise, 1, 4, 16, 16),
+    ).images  # fmt: skip
+    found = model.sample(["a red star"], [5], steps=4, guidance=1.0)
+    torch.testing.assert_close(pipe._pack_latents(found, 1, 4, 16, 16), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tokenizer_of_t5s_kind_spells_names_and_unknown_words(tmp_path):
+    flow.build_tokenizer(tmp_path, pictures=400)
+    tokens = flow.load_tokenizer(tmp_path)
+    assert tokens.tokenize("a red star") == ["▁a", "▁red", "▁star"]
+    assert len(tokens.tokenize("Lena Frost")) == 4
+    assert "<unk>" not in tokens.tokenize("a zebra's tail")
+    assert tokens("").input_ids == [tokens.eos_token_id]
