@@ -53,7 +53,7 @@ REPORT = {
 def demo(tmp_path_factory):
     """A short demonstration: what it wrote, with few pictures and steps."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    assert cli.main(["demo", "--out", str(folder), "--count", "5", "--steps", "8"]) == 0
+    assert cli.main(["demo", "--out", str(folder), "--count", "4", "--steps", "6"]) == 0
     return folder
 
 
