@@ -201,7 +201,7 @@ class ForgetMeNot(TrainedMethod):
         # removes a sense, an attribute or a bias of a name, given by 'unwanted' and 'wanted'
         "correction": _CORRECTION,
         # many names at once: a whole theme
-        "theme": dataclasses.replace(_CORRECTION, lr=5e-3, rank=16, n_images=4),
+        "theme": dataclasses.replace(_CORRECTION, lr=5e-3, rank=16, n_images=4, steps=150, preserve_weight=3.0),
     }
 
     def check_request(self, request: ForgetRequest, settings: ForgetMeNotSettings, inputs: Inputs) -> None:
