@@ -78,6 +78,9 @@ class DrawnModel:
     def survey(self) -> DrawnModel:
         return self  # patches are applied to a survey
 
+    def width(self, stream: str) -> None:
+        """It reads no text states of any kind."""
+
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int = 20, negative: str = "", **rest: Any
     ) -> Tensor:
