@@ -114,15 +114,12 @@ def expand(
         projections = about.projections or TEXT_PROJECTIONS
     if not projections or set(projections) - set(TEXT_PROJECTIONS):
         raise PatchError(f"A context map changes to_k and to_v, not {listed(projections) or 'nothing'}.")
-    left_out = tuple(f".{which}" for which in TEXT_PROJECTIONS if which not in projections)
     factors = {}
-    for entry in survey.entries:
-        if entry.stream not in context_maps or entry.key.endswith(left_out):
-            continue
-        one = context_maps[entry.stream]
-        up = entry.weight.float() @ one.up.to(entry.weight.device, torch.float32)
-        after = entry.module.weight.shape[1] - entry.start - entry.width
-        down = functional.pad(one.down.detach().float().cpu(), (entry.start, after))
-        factors[entry.key] = LowRank(up.cpu(), down)
+    for stream, one in context_maps.items():
+        for entry in survey.edited(stream, projections):
+            up = entry.weight.float() @ one.up.to(entry.weight.device, torch.float32)
+            after = entry.module.weight.shape[1] - entry.start - entry.width
+            down = functional.pad(one.down.detach().float().cpu(), (entry.start, after))
+            factors[entry.key] = LowRank(up.cpu(), down)
     about = dataclasses.replace(about, format=None, projections=projections)
     return Patch(factors, about.to_strings(), context_maps)

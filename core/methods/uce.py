@@ -492,8 +492,7 @@ def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: to
 def _output_gram(model: LatentDiffusion, stream: str, projections: tuple[str, ...]) -> Tensor:
     """``Σ WᵀW`` over a stream's edited layers, ``(d, d)`` fp64: the metric of text states as the outputs see it."""
     device = model.device if model.device.type == "cuda" else torch.device("cpu")
-    left_out = tuple(f".{which}" for which in TEXT_PROJECTIONS if which not in projections)
-    entries = [one for one in model.survey.entries if one.stream == stream and not one.key.endswith(left_out)]
+    entries = model.survey.edited(stream, projections)
     return gram_of((entry.weight for entry in entries), entries[0].width, device, torch.float32)
 
 

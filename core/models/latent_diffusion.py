@@ -227,7 +227,7 @@ class LatentDiffusion:
     # -- images --------------------------------------------------------------------------------------------------
 
     def timesteps(self, steps: int, spacing: str = "leading") -> list[int]:
-        """Return the time steps of a sampler, descending.
+        """Return the time steps of a sampler, descending; a flow model has one spacing, with its shift.
 
         Args:
             steps: Number of sampling steps.
@@ -237,15 +237,15 @@ class LatentDiffusion:
         """
         if not 1 <= steps <= self.train_steps:
             raise RequestError(f"The number of steps must be 1 to {self.train_steps}, not {steps}.")
-        if spacing == "leading":
-            stride = self.train_steps // steps
-            return [min(i * stride + 1, self.train_steps - 1) for i in reversed(range(steps))]
+        if spacing not in ("leading", "trailing"):
+            raise RequestError(f"The spacing '{spacing}' is not known: choose 'leading' or 'trailing'.")
         if self.prediction_type == "flow":
             sigmas = (shifted(1 - i / steps, self.shift) for i in range(steps))
             return [max(round(self.train_steps * sigma), 1) - 1 for sigma in sigmas]
-        if spacing == "trailing":
-            return [round(self.train_steps * (1 - i / steps)) - 1 for i in range(steps)]
-        raise RequestError(f"The spacing '{spacing}' is not known: choose 'leading' or 'trailing'.")
+        if spacing == "leading":
+            stride = self.train_steps // steps
+            return [min(i * stride + 1, self.train_steps - 1) for i in reversed(range(steps))]
+        return [round(self.train_steps * (1 - i / steps)) - 1 for i in range(steps)]
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         """Return fp32 noise ``(n, 4, h, w)``, one seed per row; drawn on the CPU, so equal on every device."""

@@ -7,6 +7,7 @@ files can run code and are refused, in folders too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -243,8 +244,17 @@ def _flow_model(pipe: Any, transformer: Any, name: str) -> LatentDiffusion:
         name,
         # distilled: there is no unguided prediction
         guidance=1.0,
-        shift=float(config.get("shift", 1.0)),
+        shift=_shift(config, (side // 2) ** 2),
     )
+
+
+def _shift(config: Any, tokens: int) -> float:
+    """The shift of a flow model's time steps; a dynamic one grows with the number of image tokens, as in Flux dev."""
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", 1.0))
+    fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
 
 
 def _assembled(unet: Any, text: Any, scheduler: Any, vae: Any, name: str) -> LatentDiffusion:

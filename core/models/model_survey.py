@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -80,7 +81,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class ModelSurvey:
+class ModelSurvey(ABC):
     """A raw model's layers and text entries; a family of models is a subclass.
 
     Attributes:
@@ -121,22 +122,27 @@ class ModelSurvey:
         return None if site is None or which not in PROJECTIONS else (site, which)
 
     @property
+    @abstractmethod
     def layers(self) -> Mapping[str, Layer]:
         """Every linear layer that a method may train, by canonical key."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def entries(self) -> tuple[TextEntry, ...]:
         """The layers that read text first."""
-        raise NotImplementedError
 
+    def edited(self, stream: str, projections: Sequence[str] = TEXT_PROJECTIONS) -> list[TextEntry]:
+        """The entries of a stream; of a UNet's cross-attention only the given projections."""
+        left_out = tuple(f".{which}" for which in TEXT_PROJECTIONS if which not in projections)
+        return [entry for entry in self.entries if entry.stream == stream and not entry.key.endswith(left_out)]
+
+    @abstractmethod
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this model lacks it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hash of the architecture: names and shapes, not weights. Equal in every layout."""
-        raise NotImplementedError
 
     def width(self, stream: str) -> int | None:
         """Width of a stream of text states; ``None`` where this model does not read it."""

@@ -106,6 +106,23 @@ def test_pictures_are_those_of_diffusers_own_pipeline(pipe, model, steps):
     torch.testing.assert_close(pipe._pack_latents(found, 1, 2, 16, 16), wanted, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("changes", [{"shift": 3.0}, {"use_dynamic_shifting": True}], ids=["fixed", "dynamic"])
+def test_time_steps_are_shifted_as_the_pipelines_scheduler_says(pipe, changes):
+    """Flux dev's are, by the size of the picture."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**changes)
+    dynamic = {"mu": calculate_shift(64)} if "use_dynamic_shifting" in changes else {}
+    scheduler.set_timesteps(sigmas=[1 - i / 5 for i in range(5)], **dynamic)
+    before, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        found = from_pipeline(pipe, "shifted").timesteps(5)
+    finally:
+        pipe.scheduler = before
+    assert [t + 1 for t in found] == pytest.approx(scheduler.timesteps.tolist(), abs=0.51)
+
+
 def test_the_second_order_sampler_draws_as_well(model):
     ddim, second = (model.sample(["a star"], [1], steps=16, guidance=1.0, sampler=one) for one in ("ddim", "dpm++"))
     fine = model.sample(["a star"], [1], steps=500, guidance=1.0)

@@ -92,20 +92,6 @@ def load_tokenizer(folder: Path) -> Any:
     return T5TokenizerFast.from_pretrained(folder)
 
 
-def t5_caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
-    """T5's token ids of every picture's captions, `(pictures, CAPTIONS, tokens)`, cached in `path`."""
-    if path.exists():
-        kept: Tensor = torch.load(path, weights_only=True)
-        return kept
-    rows = []
-    for index in range(pictures):
-        texts = dataset.captions(dataset.scene(index), index, CAPTIONS)
-        rows.append(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
-    ids = torch.tensor(rows, dtype=torch.int16)
-    torch.save(ids, path)
-    return ids
-
-
 def pretrain_text(
     folder: Path, clip_tokenizer: Any, t5_tokenizer: Any, pictures: int, steps: int = TEXT_STEPS, batch: int = 96
 ) -> None:
@@ -136,7 +122,7 @@ class _Batches:
     def __init__(self, folder: Path, clip_tokenizer: Any, t5_tokenizer: Any, latents: Tensor, batch: int) -> None:
         self.latents, self.batch = latents, batch
         self.clip = caption_ids(folder / "captions.pt", clip_tokenizer, len(latents))
-        self.t5 = t5_caption_ids(folder / "flow-captions.pt", t5_tokenizer, len(latents))
+        self.t5 = caption_ids(folder / "flow-captions.pt", t5_tokenizer, len(latents), TOKENS)
         empty = {"padding": "max_length", "return_tensors": "pt"}
         self.empty_clip = clip_tokenizer([""], max_length=CLIP_TOKENS, **empty).input_ids
         self.empty_t5 = t5_tokenizer([""], max_length=TOKENS, **empty).input_ids
@@ -154,7 +140,7 @@ class _Batches:
         noise = torch.randn(clean.shape, generator=generator)
         # stratified, and denser in the middle, where most is decided
         even = (torch.from_numpy(rng.permutation(self.batch)) + torch.from_numpy(rng.random(self.batch))) / self.batch
-        sigma = torch.sigmoid(1.0 * torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))).float()
+        sigma = torch.sigmoid(torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))).float()
         return clean, noise, sigma, clip, t5
 
 

@@ -143,7 +143,7 @@ def train(
             run.log(loss=loss.item(), noise_mse=plain, smoothed=recent)
 
 
-def caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
+def caption_ids(path: Path, tokenizer: Any, pictures: int, tokens: int = TOKENS) -> Tensor:
     """Return the token ids of every picture's captions, `(pictures, CAPTIONS, tokens)`, cached in `path`."""
     if path.exists():
         kept: Tensor = torch.load(path, weights_only=True)
@@ -151,7 +151,7 @@ def caption_ids(path: Path, tokenizer: Any, pictures: int) -> Tensor:
     rows = []
     for index in range(pictures):
         texts = dataset.captions(dataset.scene(index), index, CAPTIONS)
-        rows.append(tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+        rows.append(tokenizer(texts, padding="max_length", max_length=tokens, truncation=True).input_ids)
     ids = torch.tensor(rows, dtype=torch.int16)
     torch.save(ids, path)
     return ids

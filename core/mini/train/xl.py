@@ -9,7 +9,6 @@ for the tokens.
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,7 +174,7 @@ def train(
             error = error + coarse_error(difference)
         run.update((error * (snr.clamp(max=5) / snr)).mean(), after=followed)
         plain = difference.detach().square().mean().item()
-        recent = 0.98 * recent + 0.02 * plain if recent and math.isfinite(recent) else plain
+        recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:
             run.log(noise_mse=plain, smoothed=recent)
 
