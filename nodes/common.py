@@ -135,7 +135,9 @@ def schema(*, search_aliases: Sequence[str] = (), **known: Any) -> io.Schema:
 def model_inputs() -> list[Any]:
     """The inputs for the model and its text encoder."""
     return [
-        io.Model.Input("model", tooltip="The model to edit: a UNet with cross-attention to text."),
+        io.Model.Input(
+            "model", tooltip="The model to edit. A diffusion transformer, such as Flux, takes the method uce alone."
+        ),
         io.Clip.Input("clip", tooltip="The text encoder of your prompts, after any CLIP Set Last Layer."),
     ]
 

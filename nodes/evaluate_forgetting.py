@@ -162,7 +162,7 @@ class EvaluateForgetting(Node):
         *folders, stem = patch_name(filename, names, "the output folder")
         root = host.output_folder()
         folder = check_folder(root.joinpath(*folders), f"{stem}_00000.html")
-        embedded = host.is_embedded(model)
+        embedded = host.embedded_name(model) is not None
         bench = evaluation_text.chosen_benchmark(benchmark, embedded, names)
         with host.latent_diffusion(model, clip, vae, differentiable_text=m_score or attacks != "none") as diffusion:
             judges = evaluation_text.evaluators(embedded, clip_judge, bench)

@@ -20,8 +20,8 @@ from modules.extra_networks import ExtraNetworkParams
 from modules.ui_common import create_refresh_button as refresh_button
 
 from ..core.errors import Cancelled, ModelError, RequestError
-from ..core.mini.config import GUIDANCE, TEXT_WIDTH, UNET
-from ..core.mini.recognition import is_embedded
+from ..core.mini.config import GUIDANCE, UNET
+from ..core.mini.recognition import embedded_name
 from ..core.models.host_weights import usual_latent_side
 from ..core.models.model_survey import ModelSurvey
 from ..core.patch.metadata import own_entries
@@ -193,9 +193,13 @@ class WebUI:
         return {name: entry for name, entry in networks.available_networks.items() if own_entries(entry.metadata)}
 
 
+# the embedded models' states are narrower than any other text encoder's
+_SMALLEST_TEXT = 512
+
+
 def usual_size_and_guidance(found: ModelSurvey, model_hash: str, prediction: str) -> tuple[int, float]:
     """The side of the latents that a model was trained at, and the guidance it is usually sampled with."""
-    if found.context_dim == TEXT_WIDTH and is_embedded(found, model_hash):
+    if found.context_dim < _SMALLEST_TEXT and embedded_name(found, model_hash) is not None:
         return int(UNET["sample_size"]), GUIDANCE
     return usual_latent_side(found.family, prediction), 7.5
 

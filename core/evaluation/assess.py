@@ -267,7 +267,7 @@ def assess(
         tuple(attacks),
         tuple(m_scores),
         metrics,
-        None if drift is None else Drift("‖ΔW‖ / ‖W‖ of each cross-attention", drift.sites),
+        None if drift is None else Drift("‖ΔW‖ / ‖W‖ of each layer that reads text", drift.sites),
         steps,
         tuple(grid for one in evaluations for grid in grids(one)),
         attention,

@@ -26,9 +26,10 @@ class WeightDrift:
 
     Attributes:
         projections: Per changed weight, by its canonical key.
-        sites: Per cross-attention site, over its four projections; 0 for an unchanged site.
-        whole: Over all cross-attention sites, changed or not.
-        elsewhere: Over the changed weights outside cross-attention; 0 if there are none.
+        sites: Per cross-attention site, over its four projections, or of a model without any per layer that reads text;
+            0 for an unchanged one.
+        whole: Over all of these, changed or not.
+        elsewhere: Over the changed weights outside of them; 0 if there are none.
     """
 
     projections: Mapping[str, float]
@@ -61,7 +62,10 @@ def weight_drift(unet: nn.Module | ModelSurvey, patch: Patch, strength: float = 
     """
     survey = survey_of(unet)
     patch.check_fits(survey)
-    base = {key: _norm(survey.linear(key).weight) for site in survey for key in map(site.key, PROJECTIONS)}
+    of_site = {site.name: [site.key(which) for which in PROJECTIONS] for site in survey}
+    of_site = of_site or {entry.key: [entry.key] for entry in survey.entries}
+    inside = [key for keys in of_site.values() for key in keys]
+    base = {key: _norm(survey.linear(key).weight) for key in inside}
     change: dict[str, float] = {}
     for key, factor in patch.factors.items():
         change[key] = abs(strength) * change_norm(factor)
@@ -77,8 +81,6 @@ def weight_drift(unet: nn.Module | ModelSurvey, patch: Patch, strength: float = 
         whole = sum(base[key] ** 2 for key in keys)
         return (sum(change.get(key, 0.0) ** 2 for key in keys) / whole) ** 0.5 if whole else 0.0
 
-    of_site = {site.name: [site.key(which) for which in PROJECTIONS] for site in survey}
-    inside = [key for keys in of_site.values() for key in keys]
     outside = sorted(set(change) - set(inside))
     return WeightDrift(
         {key: size / base[key] for key, size in change.items()},

@@ -55,9 +55,10 @@ from ..training.loop import Term, Terms
 from ..training.losses import attention_output_matching, drift_from_base, prior_preservation
 from .base import Inputs
 from .registry import register
+from .text_columns import common_prompts
 from .trained import BaseObjective, TrainedMethod
 from .trained_settings import TrainedSettings
-from .uce import UCESettings, common_prompts
+from .uce_settings import UCESettings
 
 __all__ = ["DUGE", "DugeObjective", "DugeSettings", "anchor_prompt"]
 

@@ -28,8 +28,10 @@ __all__ = [
     "Shapes",
     "autoencoder_to_ldm",
     "checkpoint_state",
+    "clip_names",
     "ddconfig",
     "padded_autoencoder",
+    "read_part",
     "read_parts",
     "save_checkpoint",
     "text_config",
@@ -84,6 +86,8 @@ def _unet_names(unet: Mapping[str, Any]) -> Pairs:
     pairs: Pairs = [
         ("time_embedding.linear_1.", "time_embed.0."),
         ("time_embedding.linear_2.", "time_embed.2."),
+        ("add_embedding.linear_1.", "label_emb.0.0."),
+        ("add_embedding.linear_2.", "label_emb.0.2."),
         ("conv_in.", "input_blocks.0.0."),
         ("conv_norm_out.", "out.0."),
         ("conv_out.", "out.2."),
@@ -263,15 +267,34 @@ def read_parts(folder: Path) -> Parts:
         ModelError: If a part is missing.
         PatchError: If a file is damaged.
     """
-    unet, vae, text = (_read_part(folder, part) for part in ("unet", "vae", "text_encoder"))
-    states = {n: t for n, t in text[0].items() if not n.endswith(".position_ids")}
-    if not any(name.startswith("text_model.") for name in states):
-        states = {f"text_model.{n}": t for n, t in states.items()}  # the naming of transformers 5
-    return Parts(unet[0], vae[0], states, Shapes(unet[1], vae[1], text[1]))
+    unet, vae, text = (read_part(folder, part) for part in ("unet", "vae", "text_encoder"))
+    return Parts(unet[0], vae[0], clip_names(text[0]), Shapes(unet[1], vae[1], text[1]))
 
 
-def _read_part(folder: Path, part: str) -> tuple[State, dict[str, Any]]:
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+def clip_names(state: Mapping[str, Tensor]) -> State:
+    """A CLIP text encoder's weights as transformers 4 and hosts name them, in ``text_model``."""
+    found = {n: t for n, t in state.items() if not n.endswith(".position_ids")}
+    if any(name.startswith("text_model.") for name in found):
+        return found
+    # the naming of transformers 5; a projection stands beside the model
+    return {n if n.startswith("text_projection") else f"text_model.{n}": t for n, t in found.items()}
+
+
+def read_part(folder: Path, part: str, missing: State | None = None) -> tuple[State, dict[str, Any]]:
+    """The state dict of one part of a diffusers folder, in fp32, and its configuration.
+
+    Args:
+        folder: The diffusers folder.
+        part: Name of the part.
+        missing: What is returned as the state dict where the folder has no such part; ``None``: an error.
+
+    Raises:
+        ModelError: If the part is missing, or its configuration cannot be read.
+        PatchError: If the file is damaged.
+    """
+    if missing is not None and not (folder / part).is_dir():
+        return missing, {}
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     names = [folder / part / f"{stem}{variant}.safetensors" for variant in (".fp16", "")]
     path = next((name for name in names if name.is_file()), None)
     described = folder / part / "config.json"
@@ -312,7 +335,8 @@ def unet_config(unet: Mapping[str, Any] = config.UNET) -> dict[str, Any]:
         raise ModelError(
             f"A UNet with {unet['norm_num_groups']} groups per norm cannot be exported: use {GROUPS}, as hosts do."
         )
-    return {
+    heads = unet["attention_head_dim"]
+    found = {
         "image_size": unet["sample_size"],
         "in_channels": unet["in_channels"],
         "out_channels": unet["out_channels"],
@@ -321,13 +345,17 @@ def unet_config(unet: Mapping[str, Any] = config.UNET) -> dict[str, Any]:
         "attention_resolutions": [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind],
         "num_res_blocks": unet["layers_per_block"],
         "channel_mult": _multiples(widths),
-        "num_heads": unet["attention_head_dim"],
+        "num_heads": heads if isinstance(heads, int) else heads[0],
         "use_spatial_transformer": True,
         "transformer_depth": 1,
         "context_dim": unet["cross_attention_dim"],
         "use_checkpoint": False,
         "legacy": False,
+        **({"use_linear_in_transformer": True} if unet.get("use_linear_projection") else {}),
     }
+    if unet.get("addition_embed_type"):
+        found |= {"num_classes": "sequential", "adm_in_channels": unet["projection_class_embeddings_input_dim"]}
+    return found
 
 
 def ddconfig(autoencoder: Mapping[str, Any] = config.AUTOENCODER, padded: bool = True) -> dict[str, Any]:

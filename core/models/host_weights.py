@@ -53,7 +53,7 @@ class HostLatentDiffusion(LatentDiffusion):
         self,
         unet: nn.Module,
         text: TextEncoder,
-        alphas_cumprod: Tensor,
+        alphas_cumprod: Tensor | None,
         prediction_type: str,
         *,
         device: torch.device,
@@ -64,6 +64,7 @@ class HostLatentDiffusion(LatentDiffusion):
         name: str,
         eps_model: Callable[[Tensor, Tensor, TextStates], Tensor],
         model_hash: str | None = None,
+        shift: float = 1.0,
     ) -> None:
         """See :class:`LatentDiffusion` for what is not listed here.
 
@@ -83,6 +84,7 @@ class HostLatentDiffusion(LatentDiffusion):
             model_hash=model_hash,
             eps_model=eps_model,
             guidance=guidance,
+            shift=shift,
         )
         self._device, self._dtype = device, dtype
 

@@ -24,7 +24,7 @@ from .text_encoders import EncodedPrompts, TextEncoder
 from .text_states import TextStates
 from .transformer import TransformerSurvey
 
-__all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights"]
+__all__ = ["LatentDiffusion", "hash_of_unet", "hash_of_weights", "hashed_keys"]
 
 # flow: the velocity ε - x_0 on the straight line from the picture to the noise
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
@@ -48,9 +48,14 @@ def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def hash_of_unet(found: ModelSurvey) -> str:
     """:attr:`LatentDiffusion.model_hash` of a surveyed model, with whatever patches its weights have in them."""
+    return hash_of_weights((key, found.linear(key).weight) for key in hashed_keys(found))
+
+
+def hashed_keys(found: ModelSurvey) -> list[str]:
+    """The layers whose weights tell base models apart: those of the cross-attention, else the text entries."""
     if not found.sites:
-        return hash_of_weights((entry.key, entry.module.weight) for entry in found.entries)
-    return hash_of_weights((site.key(which), site.projection(which).weight) for site in found for which in PROJECTIONS)
+        return [entry.key for entry in found.entries]
+    return [site.key(which) for site in found for which in PROJECTIONS]
 
 
 class LatentDiffusion:
@@ -126,7 +131,7 @@ class LatentDiffusion:
 
     @cached_property
     def survey(self) -> ModelSurvey:
-        """The UNet's cross-attention sites."""
+        """The model's layers, and where the text enters it."""
         return survey(self.unet)
 
     @property

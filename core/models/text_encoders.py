@@ -24,6 +24,7 @@ __all__ = [
     "clip_body",
     "encode_prompts",
     "encoded_batches",
+    "segments_of",
     "words_from",
 ]
 
@@ -35,7 +36,8 @@ class TextEncoder(Protocol):
     """The interface of a text encoder; a host's adapter implements it with the host's own encode path.
 
     An encoder whose states know of later words says ``causal = False``, and one that does not begin every prompt with
-    one start token says how many tokens stand before the words (``words_from``).
+    one start token says how many tokens stand before the words (``words_from``). One whose states are those of several
+    tokenizers behind one another has ``segments``: the position of the first state, and a text encoder, for each.
     """
 
     max_length: int
@@ -53,6 +55,12 @@ class TextEncoder(Protocol):
 def words_from(encoder: TextEncoder) -> int:
     """The position of a prompt's first word."""
     return int(getattr(encoder, "words_from", 1))
+
+
+def segments_of(encoder: TextEncoder) -> Sequence[tuple[int, TextEncoder]]:
+    """The parts of an encoded prompt: position of the first state, and the tokenizer; only one of most encoders."""
+    found: Sequence[tuple[int, TextEncoder]] = getattr(encoder, "segments", None) or ((0, encoder),)
+    return found
 
 
 def check_words(encoder: TextEncoder, phrases: Iterable[str]) -> None:
@@ -110,8 +118,7 @@ def encoded_batches(
             if cache is not None:
                 cache[0].put(key, states)
         report_progress(progress, ProgressEvent(i + len(rows), len(prompts), message="encoding the prompts"))
-        pooled = None if states.pooled is None else states.pooled[: len(rows)]
-        yield TextStates(states.hidden[: len(rows)], pooled)
+        yield states.index(range(len(rows))) if len(rows) < len(batch) else states
 
 
 def encode_prompts(encoder: TextEncoder, prompts: Sequence[str], progress: Progress | None = None) -> TextStates:

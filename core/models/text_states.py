@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["TextStates"]
 
@@ -18,10 +19,12 @@ class TextStates:
     Attributes:
         hidden: Hidden states ``(n, tokens, d)``.
         pooled: Pooled vectors ``(n, d_pooled)`` for models that read one (SDXL), else ``None``.
+        lengths: How many states each prompt has, ``(n,)`` on the CPU; behind them ``hidden`` is zero. ``None``: all.
     """
 
     hidden: Tensor
     pooled: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -36,15 +39,30 @@ class TextStates:
     ) -> TextStates:
         """Return the states on another device or in another dtype (``None``: unchanged)."""
         pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype, copy=copy)
-        return TextStates(self.hidden.to(device=device, dtype=dtype, copy=copy), pooled)
+        return TextStates(self.hidden.to(device=device, dtype=dtype, copy=copy), pooled, self.lengths)
 
     def index(self, rows: Sequence[int]) -> TextStates:
         """Return the given rows in the given order; rows may repeat."""
         chosen = torch.as_tensor(list(rows), dtype=torch.long, device=self.hidden.device)
-        return TextStates(self.hidden[chosen], None if self.pooled is None else self.pooled[chosen])
+        pooled = None if self.pooled is None else self.pooled[chosen]
+        lengths = None if self.lengths is None else self.lengths[chosen.cpu()]
+        return TextStates(self.hidden[chosen], pooled, lengths)
+
+    def known(self) -> list[int]:
+        """How many states each prompt has."""
+        return [self.hidden.shape[1]] * len(self) if self.lengths is None else [int(n) for n in self.lengths]
+
+    def mean(self) -> Tensor:
+        """The mean of each prompt's states, ``(n, d)`` fp32."""
+        count = torch.tensor(self.known(), device=self.hidden.device)
+        return self.hidden.float().sum(1) / count[:, None]
 
     @staticmethod
     def cat(states: Sequence[TextStates]) -> TextStates:
-        """Concatenate states along the first axis."""
-        pooled = [s.pooled for s in states if s.pooled is not None]
-        return TextStates(torch.cat([s.hidden for s in states]), torch.cat(pooled) if pooled else None)
+        """Concatenate states along the first axis; prompts with fewer states than others are padded with zeros."""
+        longest = max(part.hidden.shape[1] for part in states)
+        hidden = [pad(part.hidden, (0, 0, 0, longest - part.hidden.shape[1])) for part in states]
+        pooled = [part.pooled for part in states if part.pooled is not None]
+        known = [length for part in states for length in part.known()]
+        lengths = None if set(known) <= {longest} else torch.tensor(known)
+        return TextStates(torch.cat(hidden), torch.cat(pooled) if pooled else None, lengths)

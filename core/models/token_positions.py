@@ -30,7 +30,8 @@ def _places(phrase: str, prompt: str) -> list[tuple[int, int]]:
 
 def _tokens_before(encoder: TextEncoder, prompt: str, end: int, ids: list[int]) -> int | None:
     """Number of tokens of ``prompt[:end]``, or ``None`` if a token of the prompt crosses ``end``."""
-    before = list(encoder.phrase_ids(prompt[:end]))
+    # some tokenizers take a space for the beginning of the next word, others for a token of its own
+    before = list(encoder.phrase_ids(prompt[:end].rstrip()))
     return len(before) if ids[: len(before)] == before else None
 
 

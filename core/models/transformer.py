@@ -7,19 +7,19 @@ weights are read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .families.family import Family
+from .families.family import EntryPath, Family, submodules
 from .model_survey import Layer, ModelSurvey, plain_linear
 from .text_entries import POOLED, TextEntry
 from .text_states import TextStates
 
-__all__ = ["TransformerSurvey", "survey_transformer"]
+__all__ = ["TransformerSurvey", "entries_alone", "survey_transformer"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TransformerSurvey(ModelSurvey):
             if path not in modules:
                 continue
             linear = plain_linear(modules[path], path)
-            norm = modules.get(self._path(entry.norm, entry.norm_diffusers)) if entry.norm else None
+            norm = modules.get(self.path_of_norm(entry)) if entry.norm else None
             found.append(TextEntry(entry.original, entry.stream, linear, linear.in_features, norm=norm))
         return tuple(found)
 
@@ -67,6 +67,10 @@ class TransformerSurvey(ModelSurvey):
             )
         found: Tensor = self.kind.predict(self.unet, x, sigma, states)
         return found
+
+    def path_of_norm(self, entry: EntryPath) -> str:
+        """The path of the norm before an entry in this model's naming; empty where there is none."""
+        return self._path(entry.norm, entry.norm_diffusers)
 
     def _path(self, original: str, diffusers: str) -> str:
         return diffusers if self.layout == "diffusers" else original
@@ -104,3 +108,46 @@ def survey_transformer(model: nn.Module, family: Family, layout: str) -> Transfo
         raise ModelError(f"This {family.title} model has no layer '{path}', through which it would read the text.")
     width = plain_linear(model.get_submodule(path), path).in_features
     return TransformerSurvey(model, (), layout, family.id, width, family)
+
+
+def entries_alone(found: TransformerSurvey, weight: Callable[[str], Tensor]) -> nn.Module:
+    """A module of the same family with nothing in it but the layers that read text, and what stands before them.
+
+    For a host that keeps a model's weights in a format of its own, or not in memory: a closed form reads no others.
+
+    Args:
+        found: The survey of the whole model.
+        weight: Returns the weight of the layer at a path of the whole model, ``(d_out, d_in)``.
+
+    Raises:
+        ModelError: A weight has another shape than its layer, because it is quantised in a way nobody here can read.
+    """
+    alone = nn.Module()
+    norms = {path for entry in found.kind.entries if (path := found.path_of_norm(entry))}
+    for path in sorted(submodules(found.unet) | norms | {layer.path for layer in found.layers.values()}):
+        place, names = alone, path.split(".")
+        for name in names:
+            if name not in dict(place.named_children()):
+                place.add_module(name, nn.Module())
+            place = place.get_submodule(name)
+    modules = dict(found.unet.named_modules())
+    for path in norms & set(modules):
+        _put(alone, path, modules[path])
+    for entry in found.entries:
+        layer = found.layers[entry.key]
+        value = weight(layer.path)
+        wanted = (layer.module.out_features, layer.module.in_features)
+        if tuple(value.shape) != wanted or not value.is_floating_point():
+            raise ModelError(
+                f"The layer '{layer.path}', which reads the text, is quantised in a format that cannot be read here: "
+                "load the model unquantised, or as fp8."
+            )
+        linear = nn.Linear(wanted[1], wanted[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(value, requires_grad=False)
+        _put(alone, layer.path, linear)
+    return alone
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

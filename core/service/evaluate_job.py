@@ -11,7 +11,7 @@ from ..errors import ForgetConceptError, RequestError
 from ..files.names import fresh_file, patch_name
 from ..files.workspace import Workspace
 from ..files.writing import check_folder, check_writable, make_folder
-from ..mini.recognition import is_embedded
+from ..mini.recognition import embedded_name
 from ..progress import Progress
 from ..request.request import MAX_SEED
 from .errors import NotFoundError
@@ -118,7 +118,7 @@ class EvaluateJob:
         names = list(self.concepts) or entry.concepts
         with host.latent_diffusion() as model:
             patch.check_fits(model.survey)
-            embedded = is_embedded(model.survey, model.model_hash)
+            embedded = embedded_name(model.survey, model.model_hash) is not None
             bench = chosen_benchmark(self.benchmark, embedded, names)
             judges = evaluators(embedded, self.clip_judge, bench)
             settings = EvaluationSettings(

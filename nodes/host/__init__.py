@@ -1,6 +1,6 @@
 """The adapter to ComfyUI: the only package that imports ``comfy``."""
 
-from .embedded import embedded_model, is_embedded
+from .embedded import embedded_model, embedded_name
 from .files import lora_file, lora_files, lora_folder, lora_stamp, output_folder, theme_folders, work_folder
 from .model import latent_diffusion, patched_weights, surveyed, surviving_share, weights_hash, with_lora
 from .page import ConceptPreview, progress, show_text, workflow
@@ -8,7 +8,7 @@ from .page import ConceptPreview, progress, show_text, workflow
 __all__ = [
     "ConceptPreview",
     "embedded_model",
-    "is_embedded",
+    "embedded_name",
     "latent_diffusion",
     "lora_file",
     "lora_files",

@@ -27,21 +27,22 @@ from ...core.models.host_weights import (
     detached_view,
     usual_latent_side,
 )
-from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights
+from ...core.models.latent_diffusion import LatentDiffusion, hash_of_weights, hashed_keys
 from ...core.models.model_survey import PROJECTIONS, ModelSurvey
 from ...core.models.prediction_marks import check_prediction
+from ...core.models.survey import survey
 from ...core.models.text_encoders import TextEncoder
 from ...core.models.text_states import TextStates
+from ...core.models.transformer import TransformerSurvey
 from ...core.models.unet import survey_unet
 from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
+from .declared import declared
 from .text import HostText, differentiable_copy
+from .transformer import transformer_diffusion
+from .weights import ORDINARY, UNET, kept, readable, wide
 
 __all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
-
-# every other type of tensor is quantised, or has its values elsewhere
-_PLAIN = (Tensor, nn.Parameter)
-_UNET = "diffusion_model."
 
 
 def patched_weights(model: Any) -> int:
@@ -84,14 +85,8 @@ def _schedule(patcher: Any) -> tuple[Tensor, str]:
 
 
 def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int, int]:
-    side = _own(patcher.model.model_config, "forget_concept_side", usual_latent_side(family, prediction))
+    side = declared(patcher.model.model_config, "forget_concept_side", usual_latent_side(family, prediction))
     return (int(patcher.model.latent_format.latent_channels), side, side)
-
-
-def _own(config: Any, name: str, usual: Any) -> Any:
-    """A class attribute of the embedded model's config, else ``usual``. The host's config instances answer every
-    unknown name with ``None`` and a warning, so the class is asked."""
-    return getattr(type(config), name, usual)
 
 
 def surveyed(model: Any) -> ModelSurvey:
@@ -107,7 +102,7 @@ def surveyed(model: Any) -> ModelSurvey:
         raise ModelError(
             "The input MODEL contains no diffusion model: connect the MODEL of a Stable Diffusion checkpoint."
         )
-    return survey_unet(unet)
+    return survey(unet)
 
 
 @contextmanager
@@ -134,6 +129,10 @@ def latent_diffusion(
     found = surveyed(model)  # first: it raises before anything is loaded
     if vae is not None and getattr(vae, "first_stage_model", None) is None:
         raise ModelError("The input VAE is empty, because the checkpoint has none: load one.")
+    if isinstance(found, TransformerSurvey):
+        with torch.inference_mode(False), torch.enable_grad():
+            yield transformer_diffusion(model, clip, vae, found)
+        return
     patcher = _static(model)
     base, unet = patcher.model, patcher.model.diffusion_model
     alphas, prediction = _schedule(patcher)
@@ -174,8 +173,8 @@ def latent_diffusion(
             dtype=dtype,
             vae=None if vae is None else HostAutoencoder(vae, base.latent_format),
             latent_shape=shape,
-            guidance=_own(base.model_config, "forget_concept_guidance", 7.5),
-            name=_own(base.model_config, "forget_concept_name", type(base).__name__),
+            guidance=declared(base.model_config, "forget_concept_guidance", 7.5),
+            name=declared(base.model_config, "forget_concept_name", type(base).__name__),
             eps_model=predict,
         )
 
@@ -194,36 +193,6 @@ def _check_family(found: ModelSurvey, states: TextStates, takes_pooled: bool) ->
         )
 
 
-def _kept(patcher: Any, key: str) -> tuple[Tensor, Any, list[Any]]:
-    """A weight as the host keeps it, without patches; the function that reads it, or ``None``; and its patches.
-
-    The host's own ``get_key_patches`` fails where a layer is quantised: its scales are in the state dict alone.
-    """
-    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-    if (original := patcher.backup.get(key)) is not None:
-        weight = original.weight
-    if (original := patcher.hook_backup.get(key)) is not None:
-        weight = original[0]
-    return weight, convert, list(patcher.patches.get(key, ()))
-
-
-def _wide(patcher: Any, key: str) -> Tensor:
-    """A weight with its patches in float32, in memory of its own."""
-    weight, convert, patches = _kept(patcher, key)
-    if type(weight) in _PLAIN:
-        wide = management.cast_to_device(weight, patcher.load_device, torch.float32, copy=True)
-        wide = wide if convert is None else convert(wide, inplace=True)
-    else:
-        wide = management.cast_to_device(_read(weight, convert), patcher.load_device, torch.float32, copy=True)
-    found: Tensor = comfy.lora.calculate_weight(patches, wide, key)
-    return found
-
-
-def _read(weight: Tensor, convert: Any) -> Tensor:
-    """The values of a weight that is no plain tensor, or of a plain one as it is."""
-    return weight if convert is None or type(weight) in _PLAIN else convert(weight)
-
-
 @contextmanager
 def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Materialize the effective weights of the layers that are edited where the loaded tensors differ from them.
@@ -238,15 +207,14 @@ def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Ite
     for part in [*layers, *([] if found.pooled is None else [found.pooled])]:
         layer = part.module
         waiting = getattr(layer, "weight_function", None)
-        plain = type(layer.weight) in _PLAIN and layer.weight.dtype in PLAIN_DTYPES
+        plain = type(layer.weight) in ORDINARY and layer.weight.dtype in PLAIN_DTYPES
         if waiting or layer.weight.device != patcher.load_device or not plain:
-            to_replace.append((f"{_UNET}{part.path}.weight", layer))
+            to_replace.append((f"{UNET}{part.path}.weight", layer))
     host_tensors: list[tuple[Any, Any, Any, Any]] = []
     try:
         for key, layer in to_replace:
             with torch.no_grad():
-                wide = _wide(patcher, key)
-                value = nn.Parameter(wide.to(dtype), requires_grad=False)
+                value = nn.Parameter(wide(patcher, key).to(dtype), requires_grad=False)
             functions, layout = layer.__dict__.get("weight_function"), layer.__dict__.get("layout_type")
             host_tensors.append((layer, layer.weight, functions, layout))
             layer._parameters["weight"] = value
@@ -288,11 +256,12 @@ def weights_hash(model: Any) -> str:
     """The hash that identifies a patch's base model, from a MODEL's own weights, without its patches."""
 
     def own(path: str) -> Tensor:
-        weight, convert, _ = _kept(model, f"{_UNET}{path}.weight")
-        return _read(weight, convert)
+        weight, convert, _ = kept(model, f"{UNET}{path}.weight")
+        return readable(weight, convert)
 
     found = surveyed(model)
-    return hash_of_weights((site.key(which), own(site.weight_path(which))) for site in found for which in PROJECTIONS)
+    layers = [found.layer(key) for key in hashed_keys(found)]
+    return hash_of_weights((layer.key, own(layer.path)) for layer in layers)
 
 
 def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[float, str] | None:
@@ -310,15 +279,15 @@ def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[fl
     dtypes: dict[torch.dtype, None] = {}
     for canonical, factor in patch.factors.items():
         layer = found.layer(canonical)
-        key = f"{_UNET}{layer.path}.weight"
-        weight, _, _ = _kept(model, key)
-        if type(weight) not in _PLAIN:
+        key = f"{UNET}{layer.path}.weight"
+        weight, _, _ = kept(model, key)
+        if type(weight) not in ORDINARY:
             return None
         with torch.no_grad():
-            wide = _wide(model, key)
-            delta = strength * factor.to(wide.device, torch.float32).delta()
-            before = comfy.float.stochastic_rounding(wide, weight.dtype, seed=seed(key)).float()
-            after = comfy.float.stochastic_rounding(wide + delta, weight.dtype, seed=seed(key)).float()
+            own = wide(model, key)
+            delta = strength * factor.to(own.device, torch.float32).delta()
+            before = comfy.float.stochastic_rounding(own, weight.dtype, seed=seed(key)).float()
+            after = comfy.float.stochastic_rounding(own + delta, weight.dtype, seed=seed(key)).float()
             surviving += float(((after - before) * delta).sum(dtype=torch.float64))
             total += float(delta.square().sum(dtype=torch.float64))
         dtypes[weight.dtype] = None

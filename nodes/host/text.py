@@ -16,18 +16,34 @@ from ...core.models.text_cache import TOKENIZER_PROBE, fingerprint
 from ...core.models.text_encoders import CLIPText, TextEncoder, clip_body
 from ...core.models.text_states import TextStates
 
-__all__ = ["HostText", "differentiable_copy"]
+__all__ = ["EmbeddingNames", "HostText", "differentiable_copy", "literal", "plain_ids"]
 
 # relative difference up to which two text encoders count as the same, one perhaps in half precision
 _SAME_STATES = 0.02
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """``text`` with parentheses escaped, which are emphasis syntax in a prompt but plain text in a concept."""
     return re.sub(r"(?<!\\)([()])", r"\\\1", text)
 
 
-class HostText:
+def plain_ids(tokens: Sequence[tuple[Any, ...]]) -> list[int]:
+    """The ids of tokens. Raises :class:`ModelError` where a textual inversion put in its vectors."""
+    if any(isinstance(token[0], Tensor) for token in tokens):
+        raise ModelError("A concept cannot contain a textual inversion ('embedding:…'): write it in words.")
+    return [int(token[0]) for token in tokens]
+
+
+class EmbeddingNames:
+    """A text encoder of a host that reads ``embedding:name`` in a prompt."""
+
+    def reserved(self, phrase: str) -> str | None:
+        """The first textual inversion that a phrase calls by the host's syntax, or ``None``."""
+        # the host drops the name of a missing file without an error
+        return next((word for word in phrase.split() if word.startswith("embedding:")), None)
+
+
+class HostText(EmbeddingNames):
     """A CLIP as the core's text encoder, with the host's own tokenizer and encode path (layer, norm, patches, hooks).
 
     Only the first section of 77 tokens is used. The CLIP must already be loaded.
@@ -48,16 +64,12 @@ class HostText:
     def layer(self) -> str:
         """Which hidden states are used, in the core's notation."""
         index = self._clip.layer_idx
-        if self._family == "sdxl":
+        stage = self._clip.cond_stage_model
+        if hasattr(stage, "clip_l") and hasattr(stage, "clip_g"):
             return "sdxl:penultimate,no_final_norm" if index in (None, -2) else f"sdxl:layer={index}"
         if self._family == "sd2":
             return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
         return f"clip_skip={1 if index is None else -index},final_norm"
-
-    def reserved(self, phrase: str) -> str | None:
-        """The first textual inversion that a phrase calls by the host's syntax, or ``None``."""
-        # the host drops the name of a missing file without an error
-        return next((word for word in phrase.split() if word.startswith("embedding:")), None)
 
     def modules(self) -> list[torch.nn.Module]:
         """The modules whose weights the states come from."""
@@ -74,7 +86,7 @@ class HostText:
         )
 
     def _sections(self, text: str, word_ids: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
-        tokens = self._clip.tokenize(_literal(text), return_word_ids=word_ids)
+        tokens = self._clip.tokenize(literal(text), return_word_ids=word_ids)
         if not isinstance(tokens, dict) or not tokens:
             raise ModelError("The input CLIP is not a CLIP text encoder: connect the CLIP of the same checkpoint.")
         return tokens
@@ -82,18 +94,13 @@ class HostText:
     def _first(self, tokens: Mapping[str, Any]) -> list[list[tuple[Any, ...]]]:
         return tokens["l"] if "l" in tokens else next(iter(tokens.values()))
 
-    def _ids(self, tokens: Sequence[tuple[Any, ...]]) -> list[int]:
-        if any(isinstance(token[0], Tensor) for token in tokens):
-            raise ModelError("A concept cannot contain a textual inversion ('embedding:…'): write it in words.")
-        return [int(token[0]) for token in tokens]
-
     def token_ids(self, prompt: str) -> list[int]:
-        return self._ids(self._first(self._sections(prompt))[0])
+        return plain_ids(self._first(self._sections(prompt))[0])
 
     def phrase_ids(self, phrase: str) -> list[int]:
         sections = self._first(self._sections(phrase, word_ids=True))
         # word id 0 marks start, end and padding
-        return self._ids([token for section in sections for token in section if token[2] != 0])
+        return plain_ids([token for section in sections for token in section if token[2] != 0])
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         # the host encodes all sections of a batch as one prompt, and returns only the first pooled vector

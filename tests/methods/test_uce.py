@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from tiny import TinyText, fit, flags, rand, state_hash, tiny_model, tiny_xl_model
 
 from forget_concept.core.errors import ModelError, RequestError, TokenError
-from forget_concept.core.methods.uce import (
-    UCE,
-    Columns,
-    UCESettings,
-    aligned_positions,
-    collect_columns,
-    common_prompts,
-    gram_of,
-    solve_context_map,
-)
+from forget_concept.core.methods.text_columns import Columns, aligned_positions, collect_columns, common_prompts
+from forget_concept.core.methods.uce import UCE, UCESettings, gram_of, solve_context_map
 from forget_concept.core.models.text_entries import POOLED, TOKENS
 from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest

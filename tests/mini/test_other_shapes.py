@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import rand, tiny_model, tiny_xl_model
 from torch import nn
+from transformers_of_diffusers import SMALL
 
 from forget_concept.core import mini
 from forget_concept.core.errors import ModelError
@@ -23,6 +24,7 @@ from forget_concept.core.mini.train import flow, xl
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
+from forget_concept.core.models.survey import survey
 from forget_concept.core.models.text_entries import POOLED, TOKENS
 from forget_concept.core.models.text_states import TextStates
 
@@ -211,3 +213,30 @@ def test_a_tokenizer_of_t5s_kind_spells_names_and_unknown_words(tmp_path):
     assert len(tokens.tokenize("Lena Frost")) == 4
     assert "<unk>" not in tokens.tokenize("a zebra's tail")
     assert tokens("").input_ids == [tokens.eos_token_id]
+
+
+def test_every_weight_of_the_transformer_has_an_original_name() -> None:
+    """Joined where diffusers has several layers for one, and nothing lost; hosts compare the outputs."""
+    from forget_concept.core.mini.config_flow import TRANSFORMER, new_transformer
+    from forget_concept.core.mini.flux_names import transformer_to_original
+
+    model = new_transformer()
+    state = model.state_dict()
+    found = transformer_to_original(state, TRANSFORMER)
+    assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in state.values())
+    width = TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"]
+    assert found["double_blocks.1.img_attn.qkv.weight"].shape == (3 * width, width)
+    assert found["single_blocks.2.linear1.weight"].shape == (7 * width, width)
+    # the halves of the last modulation stand in the other order
+    shift, scale = found["final_layer.adaLN_modulation.1.weight"].chunk(2)
+    assert torch.equal(torch.cat([scale, shift]), state["norm_out.linear.weight"])
+
+
+def test_an_embedded_model_is_known_by_its_weights_alone() -> None:
+    from forget_concept.core.mini.recognition import embedded_name
+
+    model = mini.load()
+    assert embedded_name(model.survey, model.model_hash) == "mini"
+    assert embedded_name(model.survey, "0" * 64) is None
+    small = next(one for one in SMALL if one.family == "flux")
+    assert embedded_name(survey(small.make()), model.model_hash) is None

@@ -11,7 +11,8 @@ from transformers_of_diffusers import POOLED_WIDTH, SMALL, TEXT, TOKENS_READ, Sm
 from forget_concept.core.errors import ModelError
 from forget_concept.core.formats import context_map, load_patch
 from forget_concept.core.methods.registry import all_methods
-from forget_concept.core.methods.uce import UCESettings, aligned_positions, collect_columns
+from forget_concept.core.methods.text_columns import aligned_positions, collect_columns
+from forget_concept.core.methods.uce_settings import UCESettings
 from forget_concept.core.models.families.registry import FAMILIES, family_of
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod

@@ -18,7 +18,7 @@ from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import save_file
 from server import BinaryEventTypes, PromptServer
 
-from .sizes import NODES
+from . import sizes, transformers
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -428,7 +428,7 @@ def _quantises() -> bool:
 class Probe(ComfyExtension):
     async def get_node_list(self):
         usual = [Hash, Difference, Trap, Damage, NoAttention, OtherText, LowMemory, Core, Narrow, Share, Nothing]
-        return [*usual, *([Quantised] if _quantises() else []), *NODES]
+        return [*usual, *([Quantised] if _quantises() else []), *sizes.NODES, *transformers.NODES]
 
 
 _told = []
