@@ -30,8 +30,18 @@ from .weights import UNET, wide
 
 __all__ = ["transformer_diffusion"]
 
-# classifier-free guidance that models of a family are used with; 1 for those that are distilled
-_GUIDANCE = {"flux": 1.0, "flux2": 1.0, "z-image": 1.0, "qwen-image": 2.5, "chroma": 4.0, "sd3": 4.5}
+# classifier-free guidance that models are used with, by family and width of the text; 1 for those that are distilled
+_GUIDANCE = {
+    ("flux", 4096): 1.0,
+    ("flux2", 15360): 1.0,
+    ("flux2", 7680): 1.0,
+    ("flux2", 12288): 1.0,
+    ("lumina2", 2560): 1.0,  # Z-Image Turbo
+    ("lumina2", 2304): 4.0,
+    ("qwen-image", 3584): 2.5,
+    ("chroma", 4096): 4.0,
+    ("sd3", 4096): 4.5,
+}
 _USUAL_GUIDANCE = 5.0
 _USUAL_PIXELS = 1024
 
@@ -64,7 +74,11 @@ def transformer_diffusion(patcher: Any, clip: Any, vae: Any, found: TransformerS
         dtype=dtype if dtype in PLAIN_DTYPES else torch.float32,
         vae=None if vae is None else HostAutoencoder(vae, latents, loads=True, frames=frames),
         latent_shape=(int(latents.latent_channels), *[declared(base.model_config, "forget_concept_side", side)] * 2),
-        guidance=declared(base.model_config, "forget_concept_guidance", _GUIDANCE.get(found.family, _USUAL_GUIDANCE)),
+        guidance=declared(
+            base.model_config,
+            "forget_concept_guidance",
+            _GUIDANCE.get((found.family, found.context_dim), _USUAL_GUIDANCE),
+        ),
         name=declared(base.model_config, "forget_concept_name", type(base).__name__),
         eps_model=_Velocity(patcher, found, survey(own), frames),
         shift=_shift(patcher),
