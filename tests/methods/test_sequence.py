@@ -14,7 +14,7 @@ from tiny import WIDTH, TinyText, fit, flags, rand, random_patch, state_hash, ti
 
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.formats import context_map, kohya
-from forget_concept.core.methods import uce
+from forget_concept.core.methods import text_columns
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.registry import all_methods, get, plan_request
 from forget_concept.core.methods.sequence import History, Part
@@ -91,13 +91,13 @@ def test_a_sequence_of_closed_forms_is_the_joint_solve_in_any_order(device):
 def test_kept_words_are_not_said_beside_what_another_request_forgot(model, monkeypatch):
     """A context may name a target of another kind: 'in the style of mosaic' beside what an object request keeps."""
     said: list[str] = []
-    encode = uce._encode
+    encode = text_columns._encode
 
     def noted(encoder, texts, *rest):
         said.extend(texts)
         return encode(encoder, texts, *rest)
 
-    monkeypatch.setattr(uce, "_encode", noted)
+    monkeypatch.setattr(text_columns, "_encode", noted)
     requests = (ForgetRequest((Concept("tree"),), ("moon",)), ForgetRequest((Concept("mosaic", "style"),), ("comic",)))
     found = history(model, requests[0])
     assert any("mosaic" in text and "moon" in text for text in said)
