@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ class _MixedText:
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         vectors = self._encoder.encode([self._pooled_of.get(prompt, prompt) for prompt in prompts])
-        return TextStates(self._encoder.encode(prompts).hidden, vectors.pooled)
+        return dataclasses.replace(self._encoder.encode(prompts), pooled=vectors.pooled)
 
 
 def pooled_use(

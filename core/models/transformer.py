@@ -120,18 +120,18 @@ def entries_alone(found: TransformerSurvey, weight: Callable[[str], Tensor]) -> 
         weight: Returns the weight of the layer at a path of the whole model, ``(d_out, d_in)``.
 
     Raises:
-        ModelError: A weight has another shape than its layer, because it is quantised in a way nobody here can read.
+        ModelError: A weight has another shape than its layer, because it is quantised in an unknown format.
     """
     alone = nn.Module()
-    norms = {path for entry in found.kind.entries if (path := found.path_of_norm(entry))}
+    modules = dict(found.unet.named_modules())
+    norms = {found.path_of_norm(entry) for entry in found.kind.entries} & (set(modules) - {""})
     for path in sorted(submodules(found.unet) | norms | {layer.path for layer in found.layers.values()}):
         place, names = alone, path.split(".")
         for name in names:
             if name not in dict(place.named_children()):
                 place.add_module(name, nn.Module())
             place = place.get_submodule(name)
-    modules = dict(found.unet.named_modules())
-    for path in norms & set(modules):
+    for path in norms:
         _put(alone, path, modules[path])
     for entry in found.entries:
         layer = found.layers[entry.key]

@@ -19,7 +19,7 @@ from ...core.mini import ldm
 from ...core.mini.config import UNET
 from ...core.mini.config_flow import TOKENS
 from ...core.mini.flux_names import transformer_to_original
-from . import embedded_parts as own
+from . import embedded_parts as shared
 
 __all__ = ["mini_flow"]
 
@@ -30,7 +30,7 @@ class _Config(comfy.supported_models.FluxSchnell):
     """A Flux-type model at the size of the embedded one."""
 
     unet_config: dict[str, Any] = {}
-    latent_format = own.EmbeddedLatent
+    latent_format = shared.EmbeddedLatent
     memory_usage_factor = 1.0
     forget_concept_name = "mini-flow"
     forget_concept_guidance = 1.0
@@ -64,7 +64,7 @@ def mini_flow(folder: Path, tokenizer_folder: str) -> tuple[Any, Any]:
     """MODEL and CLIP.
 
     Args:
-        folder: Folder of the parts that are its own.
+        folder: Folder of the parts that are its shared.
         tokenizer_folder: Folder of CLIP's tokenizer.
     """
     from transformers import T5TokenizerFast
@@ -74,14 +74,14 @@ def mini_flow(folder: Path, tokenizer_folder: str) -> tuple[Any, Any]:
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, "", management.unet_offload_device())
     weights = config.process_unet_state_dict(transformer_to_original(transformer, described))
-    own.check_complete("transformer", base.diffusion_model.state_dict(), weights)
+    shared.check_complete("transformer", base.diffusion_model.state_dict(), weights)
     base.diffusion_model.load_state_dict(weights)
     clip_l, t5 = (ldm.read_part(folder, part) for part in ("text_encoder", "text_encoder_2"))
     t5_described = {**t5[1], "model_type": "t5", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True}
 
     class Tokenizer(comfy.text_encoders.flux.FluxTokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
-            self.clip_l = own.clip_tokenizer(
+            self.clip_l = shared.clip_tokenizer(
                 tokenizer_folder, clip_l[1]["hidden_size"], embedding_directory, tokenizer_data
             )
             self.t5xxl = comfy.sd1_clip.SDTokenizer(
@@ -102,7 +102,7 @@ def mini_flow(folder: Path, tokenizer_folder: str) -> tuple[Any, Any]:
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
             torch.nn.Module.__init__(self)
             last = clip_l[1]["vocab_size"] - 1
-            self.clip_l = own.clip_encoder(clip_l[1], last, device, dtype, model_options)
+            self.clip_l = shared.clip_encoder(clip_l[1], last, device, dtype, model_options)
             self.t5xxl = comfy.sd1_clip.SDClipModel(
                 device=device,
                 layer="last",
@@ -119,8 +119,8 @@ def mini_flow(folder: Path, tokenizer_folder: str) -> tuple[Any, Any]:
     clip = comfy.sd.CLIP(target, parameters=0, model_options={"dtype": torch.float32})
     stage = clip.cond_stage_model
     states = {
-        "clip_l": own.clip_state(stage.clip_l.transformer.state_dict(), ldm.clip_names(clip_l[0])),
+        "clip_l": shared.clip_state(stage.clip_l.transformer.state_dict(), ldm.clip_names(clip_l[0])),
         # the table is in the file once, and twice in transformers' module
         "t5xxl": {name: value for name, value in t5[0].items() if name != "encoder.embed_tokens.weight"},
     }
-    return own.patcher_of(base), own.load_text(clip, states)
+    return shared.patcher_of(base), shared.load_text(clip, states)

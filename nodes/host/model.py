@@ -40,7 +40,7 @@ from .autoencoder import HostAutoencoder
 from .declared import declared
 from .text import HostText, differentiable_copy
 from .transformer import transformer_diffusion
-from .weights import ORDINARY, UNET, kept, readable, wide
+from .weights import ORDINARY, UNET, dequantised, effective_weight, stored_weight
 
 __all__ = ["latent_diffusion", "patched_weights", "surveyed", "surviving_share", "weights_hash", "with_lora"]
 
@@ -90,10 +90,10 @@ def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int,
 
 
 def surveyed(model: Any) -> ModelSurvey:
-    """The cross-attention sites of a MODEL; loads nothing.
+    """The survey of a MODEL, a UNet or a diffusion transformer; loads nothing.
 
     Raises:
-        ModelError: If the MODEL is empty or has no cross-attention.
+        ModelError: If the MODEL is empty or of no supported family.
     """
     if model is None:
         raise ModelError("The input MODEL is empty, because the checkpoint has none: choose another checkpoint.")
@@ -113,7 +113,7 @@ def latent_diffusion(
 
     Inside the block, every parameter of the UNet is a frozen ``Parameter`` on the same memory: the host's own are
     inference tensors, which autograd rejects. The weights include the patches that the MODEL carries. The host's
-    interruption exception passes through.
+    interruption exception passes through. Of a diffusion transformer nothing is touched (:mod:`.transformer`).
 
     Args:
         differentiable_text: Copy the text encoder so that gradients can flow through it, if possible (see
@@ -214,7 +214,7 @@ def _effective_weights(patcher: Any, unet: nn.Module, dtype: torch.dtype) -> Ite
     try:
         for key, layer in to_replace:
             with torch.no_grad():
-                value = nn.Parameter(wide(patcher, key).to(dtype), requires_grad=False)
+                value = nn.Parameter(effective_weight(patcher, key).to(dtype), requires_grad=False)
             functions, layout = layer.__dict__.get("weight_function"), layer.__dict__.get("layout_type")
             host_tensors.append((layer, layer.weight, functions, layout))
             layer._parameters["weight"] = value
@@ -256,8 +256,8 @@ def weights_hash(model: Any) -> str:
     """The hash that identifies a patch's base model, from a MODEL's own weights, without its patches."""
 
     def own(path: str) -> Tensor:
-        weight, convert, _ = kept(model, f"{UNET}{path}.weight")
-        return readable(weight, convert)
+        weight, convert, _ = stored_weight(model, f"{UNET}{path}.weight")
+        return dequantised(weight, convert)
 
     found = surveyed(model)
     layers = [found.layer(key) for key in hashed_keys(found)]
@@ -280,11 +280,11 @@ def surviving_share(model: Any, patch: Patch, strength: float = 1.0) -> tuple[fl
     for canonical, factor in patch.factors.items():
         layer = found.layer(canonical)
         key = f"{UNET}{layer.path}.weight"
-        weight, _, _ = kept(model, key)
+        weight, _, _ = stored_weight(model, key)
         if type(weight) not in ORDINARY:
             return None
         with torch.no_grad():
-            own = wide(model, key)
+            own = effective_weight(model, key)
             delta = strength * factor.to(own.device, torch.float32).delta()
             before = comfy.float.stochastic_rounding(own, weight.dtype, seed=seed(key)).float()
             after = comfy.float.stochastic_rounding(own + delta, weight.dtype, seed=seed(key)).float()

@@ -16,13 +16,16 @@ from ...core.models.text_cache import TOKENIZER_PROBE, fingerprint
 from ...core.models.text_encoders import CLIPText, TextEncoder, clip_body
 from ...core.models.text_states import TextStates
 
-__all__ = ["EmbeddingNames", "HostText", "differentiable_copy", "literal", "plain_ids"]
+__all__ = ["HostEncoder", "HostText", "Tokens", "differentiable_copy", "plain_ids"]
+
+# by tokenizer and section
+Tokens = dict[str, list[list[tuple[Any, ...]]]]
 
 # relative difference up to which two text encoders count as the same, one perhaps in half precision
 _SAME_STATES = 0.02
 
 
-def literal(text: str) -> str:
+def escaped(text: str) -> str:
     """``text`` with parentheses escaped, which are emphasis syntax in a prompt but plain text in a concept."""
     return re.sub(r"(?<!\\)([()])", r"\\\1", text)
 
@@ -34,8 +37,30 @@ def plain_ids(tokens: Sequence[tuple[Any, ...]]) -> list[int]:
     return [int(token[0]) for token in tokens]
 
 
-class EmbeddingNames:
-    """A text encoder of a host that reads ``embedding:name`` in a prompt."""
+class HostEncoder:
+    """What every CLIP of the host has in common, as the core's text encoder."""
+
+    def __init__(self, clip: Any) -> None:
+        self._clip = clip.clone()
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules whose weights the states come from."""
+        return [self._clip.patcher.model]
+
+    def _fingerprint(self, *about: object) -> str | None:
+        """What the states depend on besides the prompt; ``None`` if hooks may change them on the way."""
+        patcher = self._clip.patcher
+        if patcher.forced_hooks is not None:
+            return None
+        # patches may be added to a weight only when it is used
+        return fingerprint(self.modules(), str(patcher.patches_uuid), *about)
+
+    def tokens(self, prompt: str, word_ids: bool = True) -> Tokens:
+        """The host's tokens of a prompt by tokenizer and section: ``(id, weight)``, and the word's id if wanted."""
+        tokens = self._clip.tokenize(escaped(prompt), return_word_ids=word_ids)
+        if not isinstance(tokens, dict) or not tokens:
+            raise ModelError("The input CLIP is not a text encoder: connect the one that belongs to the MODEL.")
+        return tokens
 
     def reserved(self, phrase: str) -> str | None:
         """The first textual inversion that a phrase calls by the host's syntax, or ``None``."""
@@ -43,7 +68,7 @@ class EmbeddingNames:
         return next((word for word in phrase.split() if word.startswith("embedding:")), None)
 
 
-class HostText(EmbeddingNames):
+class HostText(HostEncoder):
     """A CLIP as the core's text encoder, with the host's own tokenizer and encode path (layer, norm, patches, hooks).
 
     Only the first section of 77 tokens is used. The CLIP must already be loaded.
@@ -54,7 +79,7 @@ class HostText(EmbeddingNames):
 
     def __init__(self, clip: Any, family: str, pooled: bool) -> None:
         """``pooled`` tells whether the model needs a pooled vector too."""
-        self._clip = clip.clone()
+        super().__init__(clip)
         self._pooled = pooled
         # loading again for every prompt could unload the UNet that is in use
         self._clip.load_model = lambda *args, **kwargs: self._clip.patcher
@@ -71,34 +96,18 @@ class HostText(EmbeddingNames):
             return "clip_skip=1,final_norm" if index in (None, -2) else f"layer={index}"
         return f"clip_skip={1 if index is None else -index},final_norm"
 
-    def modules(self) -> list[torch.nn.Module]:
-        """The modules whose weights the states come from."""
-        return [self._clip.patcher.model]
-
     def fingerprint(self) -> str | None:
         """What the states depend on besides the prompt; ``None`` if hooks may change them on the way."""
-        patcher = self._clip.patcher
-        if patcher.forced_hooks is not None:
-            return None
-        # patches may be added to a weight only when it is used
-        return fingerprint(
-            self.modules(), str(patcher.patches_uuid), self.layer, self._pooled, self.token_ids(TOKENIZER_PROBE)
-        )
-
-    def _sections(self, text: str, word_ids: bool = False) -> dict[str, list[list[tuple[Any, ...]]]]:
-        tokens = self._clip.tokenize(literal(text), return_word_ids=word_ids)
-        if not isinstance(tokens, dict) or not tokens:
-            raise ModelError("The input CLIP is not a CLIP text encoder: connect the CLIP of the same checkpoint.")
-        return tokens
+        return self._fingerprint(self.layer, self._pooled, self.token_ids(TOKENIZER_PROBE))
 
     def _first(self, tokens: Mapping[str, Any]) -> list[list[tuple[Any, ...]]]:
         return tokens["l"] if "l" in tokens else next(iter(tokens.values()))
 
     def token_ids(self, prompt: str) -> list[int]:
-        return plain_ids(self._first(self._sections(prompt))[0])
+        return plain_ids(self._first(self.tokens(prompt, word_ids=False))[0])
 
     def phrase_ids(self, phrase: str) -> list[int]:
-        sections = self._first(self._sections(phrase, word_ids=True))
+        sections = self._first(self.tokens(phrase))
         # word id 0 marks start, end and padding
         return plain_ids([token for section in sections for token in section if token[2] != 0])
 
@@ -112,7 +121,7 @@ class HostText(EmbeddingNames):
         management.throw_exception_if_processing_interrupted()
         sections: dict[str, list[list[tuple[Any, ...]]]] = {}
         for prompt in prompts:
-            for name, own in self._sections(prompt).items():
+            for name, own in self.tokens(prompt, word_ids=False).items():
                 sections.setdefault(name, []).append(own[0])
         with torch.inference_mode():
             states, vector = self._clip.encode_from_tokens(sections, return_pooled=True)

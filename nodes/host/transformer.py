@@ -26,7 +26,7 @@ from ...core.models.transformer import TransformerSurvey, entries_alone
 from .autoencoder import HostAutoencoder
 from .declared import declared
 from .transformer_text import TransformerText
-from .weights import UNET, wide
+from .weights import UNET, effective_weight
 
 __all__ = ["transformer_diffusion"]
 
@@ -64,7 +64,7 @@ def transformer_diffusion(patcher: Any, clip: Any, vae: Any, found: TransformerS
     frames = int(getattr(latents, "latent_dimensions", 2)) == 3
     side = _USUAL_PIXELS // int(getattr(latents, "spacial_downscale_ratio", 8))
     dtype = base.manual_cast_dtype or base.get_dtype()
-    own = entries_alone(found, lambda path: wide(patcher, f"{UNET}{path}.weight"))
+    own = entries_alone(found, lambda path: effective_weight(patcher, f"{UNET}{path}.weight"))
     return HostLatentDiffusion(
         own,
         text,
@@ -93,7 +93,7 @@ def _shift(patcher: Any) -> float:
 
 
 @contextmanager
-def _as_on(copies: ModelSurvey, found: ModelSurvey) -> Iterator[None]:
+def _with_hooks_of(copies: ModelSurvey, found: ModelSurvey) -> Iterator[None]:
     """Inside a ``with`` block, the forward hooks of the copied layers, such as a patch, also act on the host's own."""
     handles = []
     for entry in copies.entries:
@@ -132,7 +132,7 @@ class _Velocity:
         shape = [2 * len(x), *x.shape[1:]]
         management.load_models_gpu([patcher], memory_required=patcher.memory_required(shape))
         sigma = self._sigmas.to(x.device)[timesteps.long()].float()
-        with _as_on(self._copies, self._found):
+        with _with_hooks_of(self._copies, self._found):
             if len(set(known)) == 1:
                 return self._call(x, sigma, states, known[0])
             # prompts of several lengths: one after the other, because not every model takes a mask
@@ -143,7 +143,7 @@ class _Velocity:
         base = self._patcher.model
         seen = x.float().unsqueeze(2) if self._frames else x.float()
         with torch.inference_mode():
-            told = base.extra_conds(
+            conditions = base.extra_conds(
                 noise=seen,
                 device=x.device,
                 cross_attn=states.hidden[:, :length],
@@ -151,7 +151,9 @@ class _Velocity:
                 width=x.shape[-1] * 8,
                 height=x.shape[-2] * 8,
             )
-            given = {name: one.process_cond(batch_size=len(x), device=x.device).cond for name, one in told.items()}
+            given = {
+                name: one.process_cond(batch_size=len(x), device=x.device).cond for name, one in conditions.items()
+            }
             options = self._patcher.model_options["transformer_options"].copy()
             clean = base.apply_model(seen, sigma, transformer_options=options, **given)
             velocity = (seen - clean) / sigma.view(-1, *[1] * (seen.ndim - 1))

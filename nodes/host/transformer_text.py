@@ -15,21 +15,19 @@ import torch
 
 from ...core.errors import ModelError
 from ...core.models.model_survey import ModelSurvey
-from ...core.models.text_cache import TOKENIZER_PROBE, fingerprint
+from ...core.models.text_cache import TOKENIZER_PROBE
 from ...core.models.text_entries import POOLED
 from ...core.models.text_states import TextStates
-from .text import EmbeddingNames, literal, plain_ids
+from .text import HostEncoder, plain_ids
 
 __all__ = ["TransformerText"]
-
-Sections = dict[str, list[list[tuple[Any, ...]]]]
 
 # tokenizers of CLIPs, whose prompts have a fixed length, and of what is written in a picture
 _CLIPS, _GLYPHS = ("l", "g"), ("byt5",)
 _CLIP_LENGTH = 77
 # the others read as much as they are given
 _UNBOUNDED = 1_000_000
-# two prompts of equally many tokens, which begin with the same word; of them, what stands before the second word
+# two prompts with the same first word: in a causal encoder its state is the same in both
 _PAIR = ("a cat", "a dog")
 _SAME = 1e-3
 
@@ -47,12 +45,12 @@ class _Tokens:
         self.max_length = _CLIP_LENGTH if name in _CLIPS else _UNBOUNDED
 
     def _tokens(self, prompt: str) -> list[tuple[Any, ...]]:
-        return self._text.sections(prompt)[self._name][0]
+        return self._text.tokens(prompt)[self._name][0]
 
     def _words(self, prompt: str) -> list[int]:
         """The ids of the words of a prompt and of its template."""
         # word id 0 marks start, end and padding
-        sections = self._text.sections(prompt)[self._name]
+        sections = self._text.tokens(prompt)[self._name]
         return plain_ids([token for section in sections for token in section if token[2] != 0])
 
     @cached_property
@@ -89,7 +87,7 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     return count
 
 
-class TransformerText(EmbeddingNames):
+class TransformerText(HostEncoder):
     """The CLIP of a diffusion transformer as the core's text encoder, with the host's own tokenizer and encode path.
 
     Prompts of several lengths have as many states as the host makes of each. The host loads the CLIP when it is used.
@@ -105,11 +103,11 @@ class TransformerText(EmbeddingNames):
         Raises:
             ModelError: The CLIP is of another family.
         """
-        self._clip = clip.clone()
+        super().__init__(clip)
         self._family = found.family
         self._pooled = found.width(POOLED)
         self._width = found.context_dim
-        self.segments = self._read()
+        self.segments = self._find_segments()
         _, last = self.segments[-1]
         self.max_length = last.max_length
 
@@ -122,24 +120,9 @@ class TransformerText(EmbeddingNames):
             return "flux:t5,final_norm"
         return f"{self._family}:{names}" + ("" if index is None else f",layer={index}")
 
-    def modules(self) -> list[torch.nn.Module]:
-        """The modules whose weights the states come from."""
-        return [self._clip.patcher.model]
-
     def fingerprint(self) -> str | None:
         """What the states depend on besides the prompt; ``None`` if hooks may change them on the way."""
-        patcher = self._clip.patcher
-        if patcher.forced_hooks is not None:
-            return None
-        ids = [part.token_ids(TOKENIZER_PROBE) for _, part in self.segments]
-        return fingerprint(self.modules(), str(patcher.patches_uuid), self.layer, ids)
-
-    def sections(self, prompt: str) -> Sections:
-        """The host's tokens ``(id, weight, word id)`` of a prompt, by tokenizer and section."""
-        tokens = self._clip.tokenize(literal(prompt), return_word_ids=True)
-        if not isinstance(tokens, dict) or not tokens:
-            raise ModelError("The input CLIP is not a text encoder: connect the one that belongs to the MODEL.")
-        return tokens
+        return self._fingerprint(self.layer, [part.token_ids(TOKENIZER_PROBE) for _, part in self.segments])
 
     def token_ids(self, prompt: str) -> list[int]:
         return self.segments[-1][1].token_ids(prompt)
@@ -153,9 +136,7 @@ class TransformerText(EmbeddingNames):
     def _encoded(self, prompt: str) -> TextStates:
         management.throw_exception_if_processing_interrupted()
         # of a prompt that is too long for one section, the first, as everywhere in the core
-        first = {
-            name: [[token[:2] for token in own[0]]] for name, own in self.sections(prompt).items() if own and own[0]
-        }
+        first = {name: [[token[:2] for token in own[0]]] for name, own in self.tokens(prompt).items() if own and own[0]}
         with torch.inference_mode():
             states, vector = self._clip.encode_from_tokens(first, return_pooled=True)
         # cloned outside of inference mode, it is an ordinary tensor
@@ -172,9 +153,9 @@ class TransformerText(EmbeddingNames):
             )
         return TextStates(states.clone(), vector.clone() if self._pooled is not None else None)
 
-    def _read(self) -> tuple[tuple[int, _Tokens], ...]:
+    def _find_segments(self) -> tuple[tuple[int, _Tokens], ...]:
         """Which tokenizers' states stand where."""
-        sections = self.sections(_PAIR[0])
+        sections = self.tokens(_PAIR[0])
         one, other = (self._encoded(prompt).hidden[0].float() for prompt in _PAIR)
         stage = self._clip.cond_stage_model
         present = [name for name in sections if name not in _GLYPHS and getattr(stage, name, stage) is not None]

@@ -10,6 +10,7 @@ import torch
 from comfyhost import ComfyUI
 from graphs import PROMPT, Graph, forget, node
 from safetensors.torch import load_file
+from test_evaluating import evaluate
 
 from forget_concept.core import mini
 from forget_concept.core.mini.files import NAMES
@@ -47,24 +48,7 @@ def test_forgetting_is_measured_by_the_evaluation_node(comfyui: ComfyUI, name: s
     graph: Graph = {
         "load": node("ForgetConceptLoadEmbeddedModel", name=name),
         "forget": forget(preserve="moon, house, tree"),
-        "evaluate": node(
-            "ForgetConceptEvaluate",
-            model=["load", 0],
-            clip=["load", 1],
-            vae=["load", 2],
-            lora=["forget", 1],
-            strength=1.0,
-            concept="",
-            count=8,
-            seed=0,
-            steps=8,
-            baselines=False,
-            attacks="none",
-            m_score=False,
-            benchmark="automatic",
-            clip_judge="",
-            filename=f"forget/{name}",
-        ),
+        "evaluate": evaluate(count=8, seed=0, steps=8),
         "file": node("PreviewAny", source=["evaluate", 2]),
     }
     outputs = comfyui.run(graph, 900)["outputs"]

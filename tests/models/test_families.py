@@ -14,10 +14,11 @@ from forget_concept.core.methods.registry import all_methods
 from forget_concept.core.methods.text_columns import aligned_positions, collect_columns
 from forget_concept.core.methods.uce_settings import UCESettings
 from forget_concept.core.models.families.registry import FAMILIES, family_of
-from forget_concept.core.models.latent_diffusion import LatentDiffusion
+from forget_concept.core.models.latent_diffusion import LatentDiffusion, hash_of_unet
 from forget_concept.core.models.schedules import sd_alphas_cumprod
 from forget_concept.core.models.survey import survey
 from forget_concept.core.models.text_entries import MEAN, POOLED, TOKENS
+from forget_concept.core.models.transformer import entries_alone
 from forget_concept.core.patch.low_rank import LowRank
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
@@ -206,3 +207,19 @@ def test_every_familys_names_are_its_own() -> None:
     flat = [entry.original.replace(".", "_") for family in FAMILIES for entry in family.entries]
     meant = {entry.original for family in FAMILIES for entry in family.entries}
     assert len(set(flat)) == len(meant)
+
+
+@pytest.mark.parametrize("small", SMALL, ids=str)
+def test_the_layers_that_read_text_alone_are_the_same_model_to_a_closed_form(small: Small) -> None:
+    model = small.make()
+    found = survey(model)
+    alone = survey(entries_alone(found, lambda path: model.get_submodule(path).weight.detach().clone()))
+    assert (alone.family, alone.layout, alone.fingerprint()) == (found.family, found.layout, found.fingerprint())
+    assert hash_of_unet(alone) == hash_of_unet(found)
+    for own, other in zip(found.entries, alone.entries, strict=True):
+        assert (own.stream, own.norm is None) == (other.stream, other.norm is None)
+        if own.norm is not None and other.norm is not None:
+            states = rand(3, own.width)
+            assert torch.equal(own.norm(states), other.norm(states))
+    with pytest.raises(ModelError, match="quantised"):
+        entries_alone(found, lambda path: torch.zeros(4, dtype=torch.uint8))
