@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedAdapterError
 from ..models.model_survey import ModelSurvey
+from ..patch.metadata import PatchMetadata
 from . import kohya, naming
 
 __all__ = ["Contents", "contents_of", "dtype_name"]
@@ -70,6 +71,7 @@ def contents_of(
     except UnsupportedAdapterError as error:
         why_not = str(error)
     ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
+    family = PatchMetadata.from_strings(metadata or {}).family if survey is None else survey.family
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     unknown = []
     for name, tensor in tensors.items():
@@ -84,7 +86,7 @@ def contents_of(
         found_kinds = {kind for kind, _ in tensors_of.values()}
         # the other kinds are what makes it more than a LoRA
         kinds[" and ".join(sorted(found_kinds - {"LoRA"})) or "LoRA"] += 1
-        places[naming.place_of(layer, ldm_keys)] += 1
+        places[naming.place_of(layer, ldm_keys, family)] += 1
         ranks |= {rank for name, (_, tensor) in tensors_of.items() if (rank := _rank(name, tensor)) is not None}
     return Contents(
         dict(kinds.most_common()),

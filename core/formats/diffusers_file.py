@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from ..errors import PatchError
 from ..files.safetensors_io import write_safetensors
-from ..models.families.registry import FAMILIES
 from ..models.model_survey import ModelSurvey
 from ..patch.outlets import saves_as
 from ..patch.patch import Patch
+from . import naming
 
 __all__ = ["save", "to_state"]
 
@@ -30,8 +30,6 @@ def to_state(patch: Patch, dtype: torch.dtype = torch.float32) -> dict[str, torc
         PatchError: A value overflows ``dtype``.
     """
     state: dict[str, torch.Tensor] = {}
-    family = next((one for one in FAMILIES if one.id == patch.about.family), None)
-    paths = {entry.original: entry.diffusers for entry in family.entries} if family else {}
     for key, factor in patch.factors.items():
         padding = patch.rank - factor.rank
         up = functional.pad(factor.up.detach().cpu().to(dtype), (0, padding))
@@ -40,8 +38,8 @@ def to_state(patch: Patch, dtype: torch.dtype = torch.float32) -> dict[str, torc
             raise PatchError(
                 f"The patch overflows {str(dtype).removeprefix('torch.')} at {key}: save it in a wider dtype."
             )
-        if key in paths:
-            layer = f"transformer.{paths[key]}"
+        if (path := naming.diffusers_path(key, patch.about.family)) is not None:
+            layer = f"transformer.{path}"
         else:
             layer = f"unet.{key}.0" if key.endswith(".to_out") else f"unet.{key}"
         state[f"{layer}.lora_A.weight"] = down.contiguous()

@@ -146,10 +146,8 @@ def from_state(
         source: What error messages call it.
     """
     ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
-    ldm_keys |= naming.entry_keys(
-        PatchMetadata.from_strings(metadata or {}).family if survey is None else survey.family
-    )
-    _check_expressible(tensors, ldm_keys, source)
+    family = PatchMetadata.from_strings(metadata or {}).family if survey is None else survey.family
+    _check_expressible(tensors, ldm_keys, family, source)
     config = AdapterConfig.from_metadata(metadata or {}, source)
     if config is not None and config.dora:
         raise _unsupported(source, f"is a DoRA, as its metadata ({adapter_config.KEY}) says")
@@ -159,7 +157,7 @@ def from_state(
     for name, tensor in tensors.items():
         found = naming.parse(name)
         assert found is not None
-        key = naming.canonical_key(found.layer, ldm_keys)
+        key = naming.canonical_key(found.layer, ldm_keys, family)
         assert key is not None
         if key in (alphas if found.part == "alpha" else ups if found.part == "up" else downs):
             raise PatchError(
@@ -180,7 +178,7 @@ def from_state(
         if key in alphas:
             scale = alphas[key] / rank
         else:
-            scale = 1.0 if config is None else config.scale(_module_name(key), rank)
+            scale = 1.0 if config is None else config.scale(_module_name(key, family), rank)
         factor = LowRank(up if scale == 1 else (up.double() * scale).to(up.dtype), down)
         factors[key] = _without_padding(factor)
     # what the configuration said is in the factors now; diffusers refuses a file that has it beside alphas
@@ -202,13 +200,14 @@ def with_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sour
     config = AdapterConfig.from_metadata(metadata, source)
     if config is None:
         return state
+    family = PatchMetadata.from_strings(metadata).family
     names = {name: found for name in tensors if (found := naming.parse(name)) is not None}
     stated = {found.layer for found in names.values() if found.part == "alpha"}
     for name, found in names.items():
-        key = naming.canonical_key(found.layer, {})
+        key = naming.canonical_key(found.layer, {}, family)
         if found.part == "down" and found.layer not in stated and key is not None:
             rank = tensors[name].shape[0]
-            state[f"{found.layer}.alpha"] = torch.tensor(config.scale(_module_name(key), rank) * rank)
+            state[f"{found.layer}.alpha"] = torch.tensor(config.scale(_module_name(key, family), rank) * rank)
     return state
 
 
@@ -225,8 +224,10 @@ def _alpha(name: str, tensor: Tensor, source: str) -> float:
     )
 
 
-def _module_name(key: str) -> str:
+def _module_name(key: str, family: str | None) -> str:
     """The layer's name in diffusers' modules."""
+    if (path := naming.diffusers_path(key, family)) is not None:
+        return path
     return key + ".0" if key.endswith(".to_out") else key
 
 
@@ -237,7 +238,9 @@ def _unsupported(source: str, what: str) -> UnsupportedAdapterError:
     )
 
 
-def _check_expressible(tensors: Mapping[str, Tensor], ldm_keys: Mapping[str, str], source: str) -> None:
+def _check_expressible(
+    tensors: Mapping[str, Tensor], ldm_keys: Mapping[str, str], family: str | None, source: str
+) -> None:
     """Refuse an adapter of which a patch could express only a part, or nothing."""
     kinds: Counter[str] = Counter()
     elsewhere: dict[str, list[str]] = {}
@@ -248,7 +251,7 @@ def _check_expressible(tensors: Mapping[str, Tensor], ldm_keys: Mapping[str, str
             continue
         if found.part == "other":
             kinds[found.kind] += 1
-        if (place := naming.place_of(found.layer, ldm_keys)) != naming.UNET:
+        if (place := naming.place_of(found.layer, ldm_keys, family)) != naming.UNET:
             elsewhere.setdefault(place, []).append(name)
     if len(strange) == len(tensors):
         raise PatchError(f"'{source}' holds no LoRA of an attention layer ({listed(strange, 2) or 'it is empty'}).")

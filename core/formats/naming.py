@@ -22,7 +22,7 @@ __all__ = [
     "UNET",
     "TensorName",
     "canonical_key",
-    "entry_keys",
+    "diffusers_path",
     "original_name",
     "parse",
     "place_of",
@@ -72,10 +72,6 @@ _FLAT = re.compile(rf"({_WORDS}|\d+)(?:[._]|$)")
 _LINEAR = re.compile(r"\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out)|ff\.net\.(0\.proj|2))$")
 # the layer that reads SDXL's pooled vector, in the original naming and in diffusers'
 _POOLED = re.compile(r"label_emb[._]0[._]0|add_embedding[._]linear_1")
-# the layers of diffusion transformers that read text first, by their flattened original names
-_TRANSFORMER_ENTRIES = {
-    entry.original.replace(".", "_"): entry.original for family in FAMILIES for entry in family.entries
-}
 _TEXT = re.compile(
     r"(?:(?:lora|lycoris)_te\d?_|text_encoder(?:_\d)?[._]|text_model[._]|te\d?[._]text_model|cond_stage_)"
 )
@@ -117,19 +113,20 @@ def _without_prefix(layer: str) -> str:
     return layer
 
 
-def canonical_key(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
+def canonical_key(layer: str, ldm_keys: Mapping[str, str], family: str | None = None) -> str | None:
     """Canonical key of a layer in a file, for any prefix and naming; ``None`` if a patch cannot change it.
 
     Args:
         layer: As the file names it.
         ldm_keys: Canonical keys of the base model by LDM key, where the model is known.
+        family: Id of the family of the base model, where it is known.
     """
     layer = _without_prefix(layer)
     if _POOLED.fullmatch(layer):
         return POOLED_KEY
     # a name in the naming of the model at hand goes before that of any other family
-    if (entry := ldm_keys.get(layer) or _TRANSFORMER_ENTRIES.get(layer.replace(".", "_"))) is not None:
-        return entry
+    if (key := ldm_keys.get(layer) or _of_transformer(layer, family)) is not None:
+        return key
     parts, at = [], 0
     while at < len(layer):
         if (match := _FLAT.match(layer, at)) is None:
@@ -151,9 +148,18 @@ def canonical_key(layer: str, ldm_keys: Mapping[str, str]) -> str | None:
     return key
 
 
-def entry_keys(family: str | None) -> dict[str, str]:
-    """Canonical keys of a diffusion transformer's text entries by their diffusers paths; none for other families."""
-    return {entry.diffusers: entry.original for one in FAMILIES if one.id == family for entry in one.entries}
+def _of_transformer(layer: str, family: str | None) -> str | None:
+    """Canonical key of a diffusion transformer's layer, whose name in diffusers tells it only within a family."""
+    known = next((one for one in FAMILIES if one.id == family), None)
+    if known is not None and (key := known.key_of(layer)) is not None:
+        return key
+    return next((key for one in FAMILIES if (key := one.original_name(layer)) is not None), None)
+
+
+def diffusers_path(key: str, family: str | None) -> str | None:
+    """The path in diffusers of a diffusion transformer's layer; ``None`` for other families."""
+    known = next((one for one in FAMILIES if one.id == family), None)
+    return None if known is None else known.diffusers_path(key)
 
 
 def original_name(key: str) -> str:
@@ -162,12 +168,12 @@ def original_name(key: str) -> str:
     Raises:
         ModelError: No layer of a supported model is called that.
     """
-    return key if key in _TRANSFORMER_ENTRIES.values() else ldm_from_canonical(key)
+    return key if _of_transformer(key, None) == key else ldm_from_canonical(key)
 
 
-def place_of(layer: str, ldm_keys: Mapping[str, str]) -> str:
-    """Where in a model the layer is, as one of this module's constants."""
-    if canonical_key(layer, ldm_keys) is not None:
+def place_of(layer: str, ldm_keys: Mapping[str, str], family: str | None = None) -> str:
+    """Where in a model the layer is, as one of this module's constants; arguments as for :func:`canonical_key`."""
+    if canonical_key(layer, ldm_keys, family) is not None:
         return UNET
     if _TEXT.match(layer.removeprefix("base_model.model.")):
         return TEXT_ENCODER

@@ -31,7 +31,7 @@ from ..patch.apply import PatchHandle
 from ..patch.low_rank import LowRank
 from ..patch.outlets import attach_with, saves_as
 from ..patch.patch import Patch
-from . import kohya
+from . import kohya, naming
 
 __all__ = ["attach", "is_adapter_folder", "load", "save"]
 
@@ -102,7 +102,7 @@ def save(
     for key, factor in patch.factors.items():
         if factor.rank == 0:
             continue
-        layer = key + ".0" if key.endswith(".to_out") else key
+        layer = naming.diffusers_path(key, patch.about.family) or (key + ".0" if key.endswith(".to_out") else key)
         ranks[layer] = factor.rank
         up, down = factor.up.detach().cpu().to(dtype), factor.down.detach().cpu().to(dtype)
         if not (torch.isfinite(up).all() and torch.isfinite(down).all()):

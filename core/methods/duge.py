@@ -156,6 +156,7 @@ class DUGE(TrainedMethod):
             batch_size=1,
             train=PROJECTIONS,
             rank=None,
+            pooled=False,
             one_template=True,
             relative=False,
             local=False,
@@ -179,6 +180,13 @@ class DUGE(TrainedMethod):
             keep_common=True,
         ),
     }
+
+    def reads_attention(self, settings: DugeSettings) -> str | None:
+        return "The method 'duge' compares"
+
+    def trains_pooled(self, settings: DugeSettings) -> bool:
+        # a layer that is trained on its own inputs does not see what the pooled vector changes
+        return settings.pooled and not settings.local
 
     def preserves(self, settings: DugeSettings) -> bool:
         return settings.preserve_weight > 0 or settings.prior_weight > 0 or settings.project is not None

@@ -163,6 +163,16 @@ class ForgetMeNotSettings(TrainedSettings):
         return not self.wanted or bool(self.unwanted) or self.latents == "images"
 
 
+# chosen on tree, mosaic and Hugo Marsh of the embedded world
+_TUNED = ForgetMeNotSettings(
+    steps=60,
+    lr=3e-3,
+    train=("to_k", "to_v"),
+    contexts=True,
+    preserve_weight=10.0,
+    steer_weight=10.0,
+    earlier_weight=10.0,
+)
 _CORRECTION = ForgetMeNotSettings(steps=60, lr=2e-3, train=("to_k", "to_v"), attention_weight=0.0)
 
 
@@ -183,21 +193,15 @@ class ForgetMeNot(TrainedMethod):
             batch_size=1,
             train=PROJECTIONS,
             rank=None,
+            pooled=False,
             one_template=True,
             preserve_weight=0.0,
             steer_weight=0.0,
             earlier_weight=0.0,
         ),
-        # chosen on tree, mosaic and Hugo Marsh of the embedded world
-        "tuned": ForgetMeNotSettings(
-            steps=60,
-            lr=3e-3,
-            train=("to_k", "to_v"),
-            contexts=True,
-            preserve_weight=10.0,
-            steer_weight=10.0,
-            earlier_weight=10.0,
-        ),
+        "tuned": _TUNED,
+        # reads no attention, so that it also works on diffusion transformers
+        "steering": dataclasses.replace(_TUNED, attention_weight=0.0),
         # removes a sense, an attribute or a bias of a name, given by 'unwanted' and 'wanted'
         "correction": _CORRECTION,
         # many names at once: a whole theme
@@ -225,12 +229,11 @@ class ForgetMeNot(TrainedMethod):
                 f"With 'steer_weight' 0 nothing is replaced, and '{replaced[0]}' has a replacement: leave it out, "
                 "set 'steer_weight' above 0, or use another preset or method."
             )
-        if settings.attention_weight == 0 and len(replaced) < len(request.concepts):
-            unreplaced = next(concept.name for concept in request.concepts if not concept.replacement_text)
-            raise RequestError(
-                f"With 'attention_weight' 0 nothing would make the model forget '{unreplaced}': give a replacement, or "
-                "phrases in 'wanted'."
-            )
+
+    def reads_attention(self, settings: ForgetMeNotSettings) -> str | None:
+        if not settings.attention_weight:
+            return None
+        return "'attention_weight' is above 0 (the preset 'steering' has 0), which turns away"
 
     def drops_phrase(self, settings: ForgetMeNotSettings) -> bool:
         return settings.steer_weight > 0 and not settings.wanted

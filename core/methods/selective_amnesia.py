@@ -169,6 +169,7 @@ class SelectiveAmnesia(TrainedMethod):
             lr=1e-5,
             train=PROJECTIONS,
             rank=None,
+            pooled=False,
             templates=("{}",),
             n_images=48,
             replay_images=48,

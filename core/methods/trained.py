@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ModelError, RequestError
 from ..files.workspace import key_of
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.model_survey import ModelSurvey
 from ..models.text_encoders import TextEncoder
 from ..models.text_entries import POOLED
 from ..models.token_positions import end_position
@@ -141,8 +142,16 @@ class TrainedMethod(Method):
         """
 
     def keys(self, model: LatentDiffusion, settings: Any) -> list[str]:
-        """Canonical keys of the projections to train."""
-        return [site.key(which) for site in model.survey for which in settings.train]
+        """Canonical keys of the projections to train, without the layer that reads the pooled vector."""
+        return model.survey.trained_keys(settings.train)
+
+    def trains_pooled(self, settings: Any) -> bool:
+        """Whether the layer that reads the pooled vector is trained where the model has one."""
+        return bool(settings.pooled)
+
+    def reads_attention(self, settings: Any) -> str | None:
+        """What in these settings needs a UNet's cross-attention, as the subject of a sentence; ``None``: nothing."""
+        return None
 
     def null_space(self, model: LatentDiffusion, batches: BatchSampler, settings: Any) -> Mapping[str, Tensor] | None:
         """By key the input directions that the deltas must not react to, as for :class:`Deltas`; ``None``: none."""
@@ -281,19 +290,16 @@ class TrainedMethod(Method):
         """Train on a checked request with its resolved settings; see :meth:`fit`."""
         self._check_inputs(request, settings, inputs)
         self.check_request(request, settings, inputs)
-        if not model.survey.sites:
-            raise ModelError(
-                f"The method '{self.id}' trains the cross-attention of a UNet, and this model (family "
-                f"{model.survey.family}) has none: choose the method 'uce'."
-            )
+        self._check_model(model, settings)
         # tensors made in a host's inference mode could not take part in autograd
         with frozen(model.unet):
             batches = self.batches(model, request, settings, inputs)
             self.fill_pools(batches, settings, inputs, progress)
-            null_space = self.null_space(model, batches, settings)
-            deltas = Deltas(
-                model, self.keys(model, settings), settings.rank, batches.generator, inputs.earlier, null_space
-            )
+            keys, null_space = self.keys(model, settings), dict(self.null_space(model, batches, settings) or {})
+            if self.trains_pooled(settings):
+                pooled = _beside_pooled(model.survey)
+                keys, null_space = [*keys, *pooled], null_space | {k: v for k, v in pooled.items() if v.numel()}
+            deltas = Deltas(model, keys, settings.rank, batches.generator, inputs.earlier, null_space)
             objective = self.objective(batches, deltas, request, settings, inputs, progress)
             checkpoint = None
             if inputs.workspace is not None:
@@ -310,12 +316,24 @@ class TrainedMethod(Method):
             )
             factors = deltas.factors(settings.max_rank)
         note = None
-        if model.survey.width(POOLED) is not None:
+        if any(entry.stream == POOLED and entry.key not in factors for entry in model.survey.entries):
             note = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
         about = PatchMetadata(
             trained=settings.train, terms={"first": dict(report.first), "last": dict(report.last)}, note=note
         )
         return Patch(factors, about.to_strings())
+
+    def _check_model(self, model: LatentDiffusion, settings: Any) -> None:
+        found = model.survey
+        if not self.keys(model, settings):
+            raise ModelError(
+                f"The method '{self.id}' trains layers of the model's blocks, and those of a model of the family "
+                f"{found.family} are not known to it here: choose the method 'uce'."
+            )
+        if not found.sites and (what := self.reads_attention(settings)) is not None:
+            raise ModelError(
+                f"{what} the cross-attention of a UNet, and a model of the family {found.family} has none."
+            )
 
     def fill_pools(self, batches: BatchSampler, settings: Any, inputs: Inputs, progress: Progress | None) -> None:
         """Fill the pools of the concepts and of the retain set, as ``settings.latents`` says."""
@@ -333,6 +351,19 @@ class TrainedMethod(Method):
         if settings.latents == "images":
             for name in dict.fromkeys(prompt.concept for prompt in batches.targets):
                 batches.encode(name, inputs.images[name])
+
+
+def _beside_pooled(survey: ModelSurvey) -> dict[str, Tensor]:
+    """By key of the layers that read the pooled vector, their inputs beside it as columns ``(d_in, n)``.
+
+    SDXL's also reads the sizes of the picture, and what is forgotten must not depend on them.
+    """
+    found = {}
+    for entry in survey.entries:
+        if entry.stream == POOLED:
+            inputs = torch.eye(entry.module.in_features)
+            found[entry.key] = torch.cat([inputs[:, : entry.start], inputs[:, entry.start + entry.width :]], 1)
+    return found
 
 
 def _loop(settings: Any) -> TrainingSettings:

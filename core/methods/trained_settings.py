@@ -62,8 +62,15 @@ class TrainedSettings:
     )
     train: tuple[str, ...] = setting(
         ("to_q", "to_k"),
-        "Projections of every cross-attention layer that are trained.",
+        "Projections of every cross-attention layer that are trained. Of a diffusion transformer, which has none, the "
+        "output and feed-forward layers of every block are.",
         choices=PROJECTIONS,
+        group="training",
+    )
+    pooled: bool = setting(
+        True,
+        "Also train the layer that reads the whole prompt's vector, in models that have one (SDXL, Flux).",
+        advanced=True,
         group="training",
     )
     rank: int | None = setting(

@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "ModelSurvey",
     "attention_linear",
+    "is_linear",
     "plain_linear",
 ]
 
@@ -136,6 +137,10 @@ class ModelSurvey(ABC):
         left_out = tuple(f".{which}" for which in TEXT_PROJECTIONS if which not in projections)
         return [entry for entry in self.entries if entry.stream == stream and not entry.key.endswith(left_out)]
 
+    def trained_keys(self, projections: Sequence[str]) -> list[str]:
+        """Keys of the layers that trained methods change: these projections of the cross-attention, in order."""
+        return [site.key(which) for site in self.sites for which in projections]
+
     @abstractmethod
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this model lacks it."""
@@ -169,12 +174,17 @@ def attention_linear(attention: nn.Module, which: str, path: str) -> nn.Linear:
 
 def plain_linear(module: Any, path: str) -> nn.Linear:
     """The module if it is a linear layer whose weight can be read. Raises :class:`ModelError` if it is not."""
-    if not isinstance(module, nn.Linear) and not _is_bare_linear(module):
+    if not is_linear(module):
         raise ModelError(
             f"'{path}' is {'missing' if module is None else 'a ' + type(module).__name__} instead of a plain "
             "linear layer: unload adapters and quantisation from the model first."
         )
     return cast(nn.Linear, module)  # a host's own class has the same weight and call
+
+
+def is_linear(module: Any) -> bool:
+    """Whether this is a linear layer whose weight can be read, of torch or of a host."""
+    return isinstance(module, nn.Linear) or _is_bare_linear(module)
 
 
 def _is_bare_linear(module: Any) -> bool:

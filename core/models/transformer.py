@@ -7,7 +7,7 @@ weights are read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .families.family import EntryPath, Family, submodules
-from .model_survey import Layer, ModelSurvey, plain_linear
+from .model_survey import Layer, ModelSurvey, is_linear, plain_linear
 from .text_entries import POOLED, TextEntry
 from .text_states import TextStates
 
@@ -77,9 +77,23 @@ class TransformerSurvey(ModelSurvey):
 
     @cached_property
     def layers(self) -> Mapping[str, Layer]:
-        """The text entries by canonical key."""
+        """The text entries, and the layers of the blocks that trained methods change, by canonical key."""
         paths = {entry.original: self._path(entry.original, entry.diffusers) for entry in self.kind.entries}
-        return {one.key: Layer(one.key, one.key, paths[one.key], one.module) for one in self.entries}
+        found = [Layer(one.key, one.key, paths[one.key], one.module) for one in self.entries]
+        return {layer.key: layer for layer in [*found, *self._of_blocks()]}
+
+    def _of_blocks(self) -> Iterator[Layer]:
+        known = {entry.key for entry in self.entries}
+        named = self.kind.key_of if self.layout == "diffusers" else self.kind.original_name
+        for path, module in self.unet.named_modules():
+            # one that is quantised cannot be trained, and is no reason to refuse a closed form
+            if (key := named(path)) is not None and key not in known and is_linear(module):
+                yield Layer(key, key, path, plain_linear(module, path))
+
+    def trained_keys(self, projections: Sequence[str]) -> list[str]:
+        """Keys of the layers that trained methods change: all that its blocks have, whatever the projections."""
+        entries = {entry.key for entry in self.entries}
+        return [key for key in self.layers if key not in entries]
 
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this model lacks it."""

@@ -248,7 +248,8 @@ class FisherSum:
                 )
             self._scale /= 4
         return {
-            key: (x.float(), g.float() / self._scale) for key, x, g in zip(self.linears, inputs, gradients, strict=True)
+            key: (_by_token(x), _by_token(g) / self._scale)
+            for key, x, g in zip(self.linears, inputs, gradients, strict=True)
         }
 
     def _noise(self, row: int) -> Tensor:
@@ -299,6 +300,11 @@ class FisherSum:
         )
 
 
+def _by_token(x: Tensor) -> Tensor:
+    """fp32 ``(rows, n, d)``; a layer that reads one vector of the whole prompt has ``n`` = 1."""
+    return (x if x.ndim == 3 else x[:, None]).float()
+
+
 def _product(x: Tensor, g: Tensor) -> Tensor:
     """The gradient of a linear layer's weight, ``(d_out, d_in)``, summed over rows and tokens."""
     return g.flatten(0, -2).T @ x.flatten(0, -2)
@@ -344,7 +350,7 @@ class _LinearCapture:
 
     def inputs(self, rows: int) -> list[Tensor]:
         for key, calls in self._calls.items():
-            if len(calls) != 1 or calls[0][0].ndim != 3 or len(calls[0][0]) != rows:
+            if len(calls) != 1 or calls[0][0].ndim not in (2, 3) or len(calls[0][0]) != rows:
                 raise ModelError(
                     f"The Fisher information of '{key}' cannot be measured: this model does not use the projection "
                     "exactly once per pass, on the whole batch. Leave it out."

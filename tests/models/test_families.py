@@ -15,11 +15,13 @@ from forget_concept.core.methods.text_columns import aligned_positions, collect_
 from forget_concept.core.methods.uce_settings import UCESettings
 from forget_concept.core.models.families.registry import FAMILIES, family_of
 from forget_concept.core.models.latent_diffusion import LatentDiffusion, hash_of_unet
+from forget_concept.core.models.model_survey import PROJECTIONS, ModelSurvey
 from forget_concept.core.models.schedules import sd_alphas_cumprod
 from forget_concept.core.models.survey import survey
 from forget_concept.core.models.text_entries import MEAN, POOLED, TOKENS
 from forget_concept.core.models.transformer import entries_alone
 from forget_concept.core.patch.low_rank import LowRank
+from forget_concept.core.patch.patch import Patch
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 
@@ -55,6 +57,15 @@ def maps_of(model: nn.Module, rank: int = 3) -> dict[str, LowRank]:
     if found.width(MEAN) is not None:
         maps[MEAN] = LowRank(maps[TOKENS].up.clone(), maps[TOKENS].down.clone())
     return maps
+
+
+def patch_of_every_layer(found: ModelSurvey, family: str) -> Patch:
+    """A patch of the text entries and of every layer of the blocks that trained methods change."""
+    factors = dict(context_map.expand(maps_of(found.unet), found).factors)
+    for n, key in enumerate(found.trained_keys(PROJECTIONS)):
+        d_out, d_in = found.linear(key).weight.shape
+        factors[key] = LowRank(rand(d_out, 3, seed=n + 30), rand(3, d_in, seed=n + 60))
+    return Patch(factors, {}).with_metadata(family=family)
 
 
 @each
@@ -156,7 +167,7 @@ def test_diffusers_loads_its_file_with_every_layer(small: Small, tmp_path) -> No
     import diffusers
 
     found = survey(small.make())
-    patch = context_map.expand(maps_of(found.unet), found).with_metadata(family=small.family)
+    patch = patch_of_every_layer(found, small.family)
     patch.save(tmp_path / "p.safetensors", "diffusers")
     state = getattr(diffusers, small.pipeline).lora_state_dict(str(tmp_path / "p.safetensors"))
     model = small.make()
@@ -172,24 +183,36 @@ def test_diffusers_loads_its_file_with_every_layer(small: Small, tmp_path) -> No
 
 
 @each
-@pytest.mark.parametrize("form", ["kohya", "diffusers", "context-map"])
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "context-map", "peft"])
 def test_there_and_back(small: Small, form: str, tmp_path) -> None:
+    if form == "peft":
+        pytest.importorskip("peft")
     model = small.make()
-    patch = context_map.expand(maps_of(model), survey(model)).with_metadata(family=small.family)
-    patch.save(tmp_path / "p.safetensors", form, survey=survey(model))
-    again = load_patch(tmp_path / "p.safetensors", survey(model))
+    patch = patch_of_every_layer(survey(model), small.family)
+    if form == "context-map":
+        patch = context_map.expand(maps_of(model), survey(model)).with_metadata(family=small.family)
+    path = tmp_path / ("p" if form == "peft" else "p.safetensors")
+    patch.save(path, form, survey=survey(model))
+    again = load_patch(path, survey(model))
     assert set(again.factors) == set(patch.factors)
     for key, factor in patch.factors.items():
         torch.testing.assert_close(again.factors[key].delta(), factor.delta(), rtol=1e-5, atol=1e-6)
     again.check_fits(survey(model))
 
 
-@pytest.mark.parametrize("method", [name for name, kind in all_methods().items() if kind.trained])
-def test_methods_that_train_cross_attention_say_that_there_is_none(method: str) -> None:
-    with pytest.raises(
-        ModelError, match=rf"'{method}' trains the cross-attention .*family flux.*choose the method 'uce'"
-    ):
+@pytest.mark.parametrize("method", ["forget_me_not", "duge"])
+def test_what_reads_cross_attention_says_that_there_is_none(method: str) -> None:
+    with pytest.raises(ModelError, match="the cross-attention of a UNet, and a model of the family flux has none"):
         fit(diffusion(SMALL[0]), ForgetRequest((Concept("star", replacement="circle"),), method=method))
+
+
+@pytest.mark.parametrize("method", [name for name, kind in all_methods().items() if kind.trained])
+def test_methods_that_train_say_it_where_they_know_no_layer_of_the_blocks(method: str) -> None:
+    small = next(one for one in SMALL if one.family == "wan")
+    with pytest.raises(
+        ModelError, match=f"'{method}' trains layers .*family wan are not known.*choose the method 'uce'"
+    ):
+        fit(diffusion(small), ForgetRequest((Concept("star", replacement="circle"),), method=method))
 
 
 def test_an_encoder_that_is_not_causal_is_edited_before_the_concept_too() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..text_entries import TOKENS
 from .family import EntryPath, Family
+from .flux import BLOCKS
 
 __all__ = ["CHROMA"]
 
@@ -16,4 +17,5 @@ CHROMA = Family(
     original=frozenset({"double_blocks", "single_blocks", "distilled_guidance_layer"}),
     diffusers=frozenset({"transformer_blocks", "single_transformer_blocks", "distilled_guidance_layer"}),
     entries=(EntryPath(TOKENS, "txt_in", "context_embedder"),),
+    blocks=BLOCKS,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..text_states import TextStates
 
-__all__ = ["EntryPath", "Family"]
+__all__ = ["BlockPath", "EntryPath", "Family", "submodules"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,30 @@ class EntryPath:
 
 
 @dataclass(frozen=True)
+class BlockPath:
+    """Where a linear layer stands that every block has and a trained method may change.
+
+    Only layers that are the same matrix in both namings are among them: queries, keys and values are one layer in the
+    authors' code and three in diffusers.
+
+    Attributes:
+        original: Its path in the authors' naming, with ``{}`` for the number of the block.
+        diffusers: Its path in diffusers.
+    """
+
+    original: str
+    diffusers: str
+
+
+def _renamed(name: str, pattern: str, target: str) -> str | None:
+    """The name in the target pattern, if it fits the other one; in either, dots may be underscores."""
+    match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)").replace(r"\.", r"[._]"), name)
+    if match is None:
+        return None
+    return target.format(*match.groups())
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of diffusion transformers, recognised by its submodules.
 
@@ -43,6 +68,7 @@ class Family:
         diffusers: Submodules that diffusers' naming has.
         entries: Its text entries, the tokens' first. One whose layer a model of the family lacks is left out.
         base_model: What kohya's trainer calls the base model in a file, if it trains this family.
+        blocks: Layers of its blocks that trained methods change.
         predict: Calls a model of diffusers with latents, their share of noise and text states, for the velocity.
     """
 
@@ -52,6 +78,7 @@ class Family:
     diffusers: frozenset[str]
     entries: tuple[EntryPath, ...]
     base_model: str = ""
+    blocks: tuple[BlockPath, ...] = ()
     predict: Callable[[Any, Tensor, Tensor, TextStates], Tensor] | None = None
 
     def layout_of(self, paths: frozenset[str]) -> str | None:
@@ -59,6 +86,24 @@ class Family:
         for layout, marks in (("original", self.original), ("diffusers", self.diffusers)):
             if marks and marks <= paths:
                 return layout
+        return None
+
+    def original_name(self, name: str) -> str | None:
+        """The canonical key of a name in the authors' naming, which may be flattened with underscores."""
+        return self._translated(name, "original", "original")
+
+    def key_of(self, path: str) -> str | None:
+        """The canonical key of a path in diffusers; ``None`` if no layer that a patch may change is called that."""
+        return self._translated(path, "diffusers", "original")
+
+    def diffusers_path(self, key: str) -> str | None:
+        """The path in diffusers of a canonical key; ``None`` if the family has no such layer."""
+        return self._translated(key, "original", "diffusers")
+
+    def _translated(self, name: str, given: str, wanted: str) -> str | None:
+        for one in (*self.entries, *self.blocks):
+            if (found := _renamed(name, getattr(one, given), getattr(one, wanted))) is not None:
+                return found
         return None
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..text_entries import POOLED, TOKENS
 from ..text_states import TextStates
-from .family import EntryPath, Family
+from .family import BlockPath, EntryPath, Family
 
-__all__ = ["FLUX"]
+__all__ = ["BLOCKS", "FLUX"]
 
 # of a model that takes the guidance as an input (dev); it was distilled from one with classifier-free guidance
 GUIDANCE = 3.5
@@ -40,6 +40,16 @@ def predict(model: Any, x: Tensor, sigma: Tensor, states: TextStates) -> Tensor:
     return rearrange(out, "n (h w) (c p q) -> n c (h p) (w q)", h=height, w=width, p=2, q=2)
 
 
+# what a block writes: the outputs of its attention and of its feed-forward layers, for the picture and for the text
+BLOCKS = (
+    BlockPath("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0"),
+    BlockPath("double_blocks.{}.txt_attn.proj", "transformer_blocks.{}.attn.to_add_out"),
+    BlockPath("double_blocks.{}.img_mlp.0", "transformer_blocks.{}.ff.net.0.proj"),
+    BlockPath("double_blocks.{}.img_mlp.2", "transformer_blocks.{}.ff.net.2"),
+    BlockPath("double_blocks.{}.txt_mlp.0", "transformer_blocks.{}.ff_context.net.0.proj"),
+    BlockPath("double_blocks.{}.txt_mlp.2", "transformer_blocks.{}.ff_context.net.2"),
+    BlockPath("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out"),
+)
 FLUX = Family(
     id="flux",
     title="Flux",
@@ -50,5 +60,6 @@ FLUX = Family(
         EntryPath(POOLED, "vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
     ),
     base_model="flux1",
+    blocks=BLOCKS,
     predict=predict,
 )
