@@ -49,9 +49,9 @@ _OWN_CHECKPOINT = (
 )
 
 
-def _start(prompt: str) -> Graph:
+def _start(prompt: str, model: str = "mini") -> Graph:
     return {
-        "load": node("ForgetConceptLoadEmbeddedModel"),
+        "load": node("ForgetConceptLoadEmbeddedModel", name=model),
         "text": node("CLIPTextEncode", clip=["load", 1], text=prompt),
         "empty": node("CLIPTextEncode", clip=["load", 1], text=""),
         "latent": node("EmptyLatentImage", width=128, height=128, batch_size=1),
@@ -141,6 +141,33 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         "### Forget a concept\nRuns as it is, in seconds, on the small model that comes with the nodes: a star "
         "becomes a circle, "
         "and what is under **preserve** stays. The report on the node says what was done.",
+    )
+
+    graph = _start("a picture of a red star", "mini-xl")
+    graph["forget"] = node("ForgetConcept", **_asked("star", "object", "circle", "heart, moon, house, tree, crown"))
+    simple(
+        "forget_on_sdxl",
+        _compared(graph, ["forget", 0]),
+        [["forget"]],
+        "### Forget on SDXL\nRuns as it is, on a small model of SDXL's shape. SDXL reads a concept twice: from the "
+        "tokens, and from one vector of the whole prompt. Both are edited, and one LoRA file holds both.\n\n**Your own "
+        "checkpoint:** replace *Load Embedded Model* by *Load Checkpoint*, set the picture to 1024×1024, and both "
+        "KSamplers to 20 steps, cfg 7, `euler`, `normal`.",
+        checkpoint=True,
+    )
+
+    graph = _start("a picture of a red star", "mini-flow")
+    graph["forget"] = node("ForgetConcept", **_asked("star", "object", "circle", "heart, moon, house, tree, crown"))
+    how = {"steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    simple(
+        "forget_on_flux",
+        _compared(graph, ["forget", 0], **how),
+        [["forget"]],
+        "### Forget on Flux (no CFG)\nAt cfg 1 a negative prompt does nothing. A patch works there, because it changes "
+        "what the model reads, and a picture takes as long as before. Runs as it is, on a small model of Flux's "
+        "shape.\n\n**Your own model:** replace *Load Embedded Model* by *Load Diffusion Model*, *DualCLIPLoader* "
+        "(`flux`) and *Load VAE*, set the picture to 1024×1024, and the steps to those of your model.",
+        checkpoint=True,
     )
 
     graph = _start("a photo of a church on a hill")
@@ -322,7 +349,7 @@ _HEIGHTS = {
     "ForgetConceptFisherInformation": 260,
     "ForgetConceptInSequence": 640,
     "ForgetConceptInspectPatch": 300,
-    "ForgetConceptLoadEmbeddedModel": 105,
+    "ForgetConceptLoadEmbeddedModel": 130,
     "ForgetConceptSavePatch": 400,
     "ForgetConceptSelectiveAmnesiaSettings": 360,
     "ForgetConceptTakeBack": 320,

@@ -5,6 +5,7 @@ The weights are those of a few steps on noise; how well a trained one draws is m
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from forget_concept.core import mini
 from forget_concept.core.errors import ModelError
 from forget_concept.core.evaluation.drawing import SamplingSettings
 from forget_concept.core.evaluation.pooled_use import pooled_use
-from forget_concept.core.mini import config_flow, config_xl
+from forget_concept.core.files.safetensors_io import read_safetensors
+from forget_concept.core.mini import config_flow, config_xl, ldm_xl
 from forget_concept.core.mini.config import SCHEDULE
 from forget_concept.core.mini.train import flow, xl
 from forget_concept.core.mini.world import Labels
@@ -129,6 +131,45 @@ def test_mini_xl_is_sdxls_shape_and_is_drawn_with_as_its_pipeline_does(xl_work, 
     ).images  # fmt: skip
     found = model.sample(["a red star"], [5], steps=4, guidance=model.guidance)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_its_checkpoint_has_sdxls_layout(xl_work, tmp_path):
+    """diffusers' own converters of SDXL's single files read every weight back."""
+    import yaml
+    from diffusers.loaders import single_file_utils as single
+
+    xl.pack(xl_work[0], tmp_path / "packed", mini.load_modules()[2])
+    unet, first, second, _, _, vae = mini.load_xl_modules(folder=tmp_path / "packed")
+    text = tmp_path / "text"
+    text.mkdir()
+    ldm_xl.save_checkpoint(tmp_path / "packed", mini.weights_folder(), tmp_path / "xl.safetensors", text)
+    state, _ = read_safetensors(tmp_path / "xl.safetensors")
+    kinds = {name.split(".")[0] for name in state}
+    assert kinds == {"model", "first_stage_model", "conditioner"}
+
+    def own(module: nn.Module) -> dict[str, torch.Tensor]:
+        named = module.state_dict().items()
+        return {name.removeprefix("text_model."): tensor for name, tensor in named if "position_ids" not in name}
+
+    read = {
+        "unet": (unet, single.convert_ldm_unet_checkpoint(dict(state), dict(unet.config))),
+        "first": (
+            first,
+            single.convert_ldm_clip_checkpoint(state, remove_prefix="conditioner.embedders.0.transformer."),
+        ),
+        "second": (second, single.convert_open_clip_checkpoint(second, state, prefix="conditioner.embedders.1.model.")),
+    }
+    for part, (module, found) in read.items():
+        found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+        wanted = own(module)
+        assert set(wanted) <= set(found), part
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name].float(), tensor.float(), rtol=0, atol=0, msg=f"{part} {name}")
+    tree = yaml.safe_load((tmp_path / "xl.yaml").read_text(encoding="utf-8"))["model"]["params"]
+    network = tree["network_config"]["params"]
+    assert (network["adm_in_channels"], network["context_dim"]) == (160 + 6 * 256, 256)
+    shape = json.loads((text / "forget-concept-mini-xl.json").read_text(encoding="utf-8"))
+    assert shape["text_cfg"]["width"] == 160 and shape["embed_dim"] == 160
 
 
 class Says:

@@ -88,9 +88,16 @@ def pixels(png: bytes) -> bytes:
 class WebUI(Server):
     """One running webui with this extension, under another folder name, and the tests' own; ``folder`` is its data."""
 
-    def __init__(self, host: Path, folder: Path, kind: str = "webui", extension: str = "some-other_name") -> None:
+    def __init__(
+        self,
+        host: Path,
+        folder: Path,
+        kind: str = "webui",
+        extension: str = "some-other_name",
+        embedded: str = "mini",
+    ) -> None:
         super().__init__(kind, folder / "log.txt")
-        self.host, self.folder, self.kind, self.extension = host, folder, kind, extension
+        self.host, self.folder, self.kind, self.extension, self.embedded = host, folder, kind, extension, embedded
 
     @property
     def loras(self) -> Path:
@@ -101,10 +108,10 @@ class WebUI(Server):
         checkpoints = self.folder / "models" / "Stable-diffusion"
         for place in (checkpoints, self.loras, self.folder / "extensions", self.folder / "embeddings"):
             place.mkdir(parents=True, exist_ok=True)
-        if not (checkpoints / f"{MODEL}.safetensors").exists():
+        if not any(checkpoints.glob("*.safetensors")):
             from forget_concept.core.cli import main
 
-            assert main(["export", "--out", str(checkpoints)]) == 0
+            assert main(["export", "--model", self.embedded, "--out", str(checkpoints)]) == 0
         if self.kind == "forge":
             self.describe()
         for source, name in ((ROOT, self.extension), (PROBE, "probe_extension")):
@@ -173,6 +180,8 @@ class WebUI(Server):
             command += ["--precision", "half"] if half else ["--no-half", "--precision", "full"]
         own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
         own |= {"SD_WEBUI_RESTARTING": "1", "COMMANDLINE_ARGS": "", "PROBE_DESCRIBED": str(self.folder / "described")}
+        if self.embedded == "mini-xl":
+            own["PROBE_OPEN_CLIP"] = str(self.folder / "models" / "Stable-diffusion" / "forget-concept-mini-xl-text")
         own |= environment or {}
         # a question that comes while it is still putting its API together breaks it
         sign = "/sdapi/v1/samplers"

@@ -41,6 +41,24 @@ else:
     model_list.models.insert(0, Small)
     StableDiffusion.matched_guesses.append(Small)
 
+if "PROBE_OPEN_CLIP" in os.environ:
+    # the second text encoder of the embedded model in SDXL's shape, which open_clip knows neither size nor words of
+    import open_clip
+    from modules import sd_hijack_open_clip
+    from transformers import CLIPTokenizer
+
+    class Words:
+        def __init__(self, folder):
+            self._own = CLIPTokenizer.from_pretrained(folder)
+            known = self._own.get_vocab()
+            self.encoder = known | {"<start_of_text>": self._own.bos_token_id, "<end_of_text>": self._own.eos_token_id}
+
+        def encode(self, text):
+            return self._own(text, add_special_tokens=False).input_ids
+
+    open_clip.add_model_config(os.environ["PROBE_OPEN_CLIP"])
+    sd_hijack_open_clip.tokenizer = Words(os.environ["PROBE_OPEN_CLIP"])
+
 # the webui's own rough picture of latents, which breaks off on those in half precision
 rough = sd_vae_approx.cheap_approximation
 sd_vae_approx.cheap_approximation = lambda sample: rough(sample.float())
