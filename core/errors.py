@@ -11,6 +11,7 @@ __all__ = [
     "PatchError",
     "RequestError",
     "TokenError",
+    "UnknownFamilyError",
     "UnsupportedAdapterError",
     "listed",
 ]
@@ -30,6 +31,10 @@ class TokenError(ForgetConceptError):
 
 class ModelError(ForgetConceptError):
     """A model cannot be read, or lacks a part that is needed."""
+
+
+class UnknownFamilyError(ModelError):
+    """A model of a family that is not known here; where its text enters may still be found by recording."""
 
 
 class PatchError(ForgetConceptError):

@@ -51,7 +51,7 @@ class ApplyForgetPatch(Node):
 
     @classmethod
     def execute(cls, model: Any, lora: Any, strength: float) -> io.NodeOutput:
-        survey = host.surveyed(model)
+        survey = host.surveyed(model, lora)
         patch = patch_of(lora, survey)
         patch.check_fits(survey)
         check_patch_strength(strength)

@@ -152,7 +152,7 @@ class EvaluateForgetting(Node):
 
         if vae is None:
             raise RequestError("The input 'vae' is empty: connect the checkpoint's VAE to decode the pictures.")
-        survey = host.surveyed(model)
+        survey = host.surveyed(model, lora)
         patch = patch_of(lora, survey)
         patch.check_fits(survey)
         forgotten = concept_names(patch.metadata)

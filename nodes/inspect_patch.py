@@ -50,7 +50,7 @@ class InspectForgetPatch(Node):
 
     @classmethod
     def execute(cls, lora: Any, model: Any = None) -> io.NodeOutput:
-        survey = None if model is None else host.surveyed(model)
+        survey = None if model is None else host.surveyed(model, lora)
         try:
             patch = patch_of(lora, survey)
         except UnsupportedAdapterError:

@@ -181,7 +181,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rows = [row for row in results.rows if row.concept in chosen]
     by_variant = {name: mean_scores([row for row in rows if row.variant == name]) for name in variants_in(rows)}
     if processes.is_main:
-        show(rows, f"{bench.name}: {len(chosen)} concepts, {args.count} pictures a cell, {args.steps} steps", console)
+        cells = f"{args.count} pictures a cell, {sampling.steps} steps"
+        show(rows, f"{bench.name}: {len(chosen)} concepts, {cells}", console)
         if args.out is not None:
             console.say(f"{args.out}: {len(results.rows)} rows, {known} of them from an earlier run")
     return {

@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "patches": [dict(zip(("file", "strength"), options.split_strength(text), strict=True)) for text in args.patch],
         "count": args.count,
         "seed": args.seed,
-        "steps": args.steps,
+        "steps": settings.sampling.steps,
         "guidance": settings.sampling.guidance,
         "concepts": [one.as_dict() for one in found],
     }

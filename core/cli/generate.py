@@ -59,9 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     patches = options.load_patches(args.patch, model)
     for prompt in (*args.prompt, args.negative):
         end_position(model.text, prompt)  # raises for a prompt that would be truncated silently
-    if args.guidance is None:
-        args.guidance = model.guidance
-    sampling = options.sampling_of(args).resolved(model)
+    sampling = options.sampling_of(args, model).resolved(model)
     batches = -(-len(pictures) // sampling.batch)
     drawn: list[Tensor] = []
     with console.progress(f"drawing {len(pictures)} picture{'s' if len(pictures) > 1 else ''}") as progress:
@@ -75,8 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     notes = {
         "model": model.name,
         "negative": args.negative,
-        "steps": str(args.steps),
-        "guidance": str(args.guidance),
+        "steps": str(sampling.steps),
+        "guidance": str(sampling.guidance),
         "patches": json.dumps(args.patch, ensure_ascii=False),
     }
     if one_file and len(drawn) == 1:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=options.whole(), default=700_000, help="seed of the prompts and pictures (default: 700000)"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the table as JSON")
-    options.add_sampling(parser, steps=25, guidance=2.5)
+    options.add_sampling(parser, steps=25, guidance=None)
     parser.add_argument("--device", help="device, such as cpu or cuda (default: cuda if available)")
     parser.add_argument("--model", choices=EMBEDDED, default="mini", help="embedded model (default: mini)")
 
@@ -33,8 +33,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.out is not None:
         check_writable(args.out)
     model, probe = options.load_embedded(args, console)
+    sampling = options.sampling_of(args, model)
     with console.progress(f"generating {args.count} pictures") as progress:
-        table = mini_table(model, probe, args.count, args.seed, options.sampling_of(args), progress)
+        table = mini_table(model, probe, args.count, args.seed, sampling, progress)
     rows = []
     for category, score in table.accuracy.items():
         weakest = table.weakest[category]
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     data = {"schema": 1, "model": args.model, "seed": args.seed, **table.as_dict()}
     if model.survey.width(POOLED) is not None:
         with console.progress("tokens and pooled vectors of different prompts") as progress:
-            use = pooled_use(model, probe, sampling=options.sampling_of(args), progress=progress)
+            use = pooled_use(model, probe, sampling=sampling, progress=progress)
         console.table(
             [f"'{use.concept}' found, tokens of '{use.tokens}'", "share", "95 % interval", "n"],
             [

@@ -92,11 +92,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# steps of a model that is used without guidance, because it is distilled
+_DISTILLED_STEPS = 8
+
+
 def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | None, batch: int = 32) -> None:
     """Add the options that :func:`sampling_of` reads, with these defaults; ``guidance`` ``None`` is the model's own."""
-    parser.add_argument("--steps", type=whole(1), default=steps, help=f"sampling steps (default: {steps})")
+    usual_steps = str(steps) if guidance is not None else f"{steps}; {_DISTILLED_STEPS} for mini-flow"
+    parser.add_argument(
+        "--steps",
+        type=whole(1),
+        default=None if guidance is None else steps,
+        help=f"sampling steps (default: {usual_steps})",
+    )
+    parser.set_defaults(usual_steps=steps)
     parser.add_argument("--sampler", choices=("dpm++", "ddim"), default="dpm++", help="sampler (default: dpm++)")
-    usual = "2.5 for the embedded model, 7.5 for others" if guidance is None else f"{guidance:g}"
+    usual = "2.5 for mini and mini-xl, 1 for mini-flow, 7.5 for others" if guidance is None else f"{guidance:g}"
     parser.add_argument("--guidance", type=finite, default=guidance, help=f"guidance scale (default: {usual})")
     parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures per batch (default: {batch})")
     parser.add_argument(
@@ -108,11 +119,13 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | 
 
 
 def sampling_of(args: argparse.Namespace, model: LatentDiffusion | None = None) -> SamplingSettings:
-    """:class:`SamplingSettings` from the options of :func:`add_sampling`; guidance defaults to that of ``model``."""
+    """:class:`SamplingSettings` from the options of :func:`add_sampling`; what was left out is that of ``model``."""
     from ..evaluation import SamplingSettings
 
     guidance = model.guidance if args.guidance is None and model is not None else args.guidance
-    return SamplingSettings(args.steps, guidance, args.batch, args.precision, args.sampler)
+    distilled = model is not None and model.guidance == 1
+    steps = args.steps or (_DISTILLED_STEPS if distilled else args.usual_steps)
+    return SamplingSettings(steps, guidance, args.batch, args.precision, args.sampler)
 
 
 def add_patches(parser: argparse.ArgumentParser, required: bool = False) -> None:

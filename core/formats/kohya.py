@@ -23,6 +23,7 @@ from torch.nn import functional
 from ..errors import PatchError, UnsupportedAdapterError, listed
 from ..files.safetensors_io import read_safetensors, widened, write_safetensors
 from ..models.model_survey import ModelSurvey
+from ..models.recording import RECORDED
 from ..models.unet import POOLED_KEY
 from ..patch.low_rank import LowRank
 from ..patch.metadata import PatchMetadata, kohya_metadata
@@ -70,6 +71,8 @@ def to_state(
         PatchError: A value overflows ``dtype``.
     """
     # only the LDM name of the layer that reads the pooled vector is known to every host
+    # dots tell where the layer of an unknown model stands
+    dotted = dotted or patch.about.family == RECORDED
     ldm = dotted or patch.about.family == "sdxl" or POOLED_KEY in patch.factors
     ldm = ldm or bool(survey and survey.family == "sdxl")
     state: dict[str, Tensor] = {}
@@ -78,7 +81,7 @@ def to_state(
     for key, factor in patch.factors.items():
         layer = key
         if ldm:
-            layer = survey.layer(key).ldm_key if survey is not None else naming.original_name(key)
+            layer = survey.layer(key).ldm_key if survey is not None else naming.original_name(key, patch.about.family)
         if layer.endswith(".to_out"):
             layer += ".0"
         name = f"diffusion_model.{layer}" if dotted else "lora_unet_" + layer.replace(".", "_")

@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..errors import ModelError
 from ..models.families.registry import FAMILIES
+from ..models.recording import RECORDED
 from ..models.unet import POOLED_KEY, canonical_from_ldm, ldm_from_canonical
 
 __all__ = [
@@ -122,6 +123,8 @@ def canonical_key(layer: str, ldm_keys: Mapping[str, str], family: str | None = 
         family: Id of the family of the base model, where it is known.
     """
     layer = _without_prefix(layer)
+    if family == RECORDED:
+        return layer
     if _POOLED.fullmatch(layer):
         return POOLED_KEY
     # a name in the naming of the model at hand goes before that of any other family
@@ -162,13 +165,17 @@ def diffusers_path(key: str, family: str | None) -> str | None:
     return None if known is None else known.diffusers_path(key)
 
 
-def original_name(key: str) -> str:
+def original_name(key: str, family: str | None = None) -> str:
     """The layer's name in the original layout; a UNet is taken to have two layers a block, as SDXL has.
+
+    Args:
+        key: Canonical key.
+        family: Id of the family of the base model, where it is known.
 
     Raises:
         ModelError: No layer of a supported model is called that.
     """
-    return key if _of_transformer(key, None) == key else ldm_from_canonical(key)
+    return key if family == RECORDED or _of_transformer(key, None) == key else ldm_from_canonical(key)
 
 
 def place_of(layer: str, ldm_keys: Mapping[str, str], family: str | None = None) -> str:

@@ -15,7 +15,10 @@ from ..patch.patch import Patch
 from ..progress import Progress
 from ..request.plan import Plan
 
-__all__ = ["Inputs", "Method"]
+__all__ = ["POOLED_LEFT", "Inputs", "Method"]
+
+# note of a patch that leaves one of two ways of the text into a model as it is
+POOLED_LEFT = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
 
 
 @dataclasses.dataclass(frozen=True)

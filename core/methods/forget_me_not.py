@@ -200,7 +200,7 @@ class ForgetMeNot(TrainedMethod):
             earlier_weight=0.0,
         ),
         "tuned": _TUNED,
-        # reads no attention, so that it also works on diffusion transformers
+        # reads no attention, so that it also works on diffusion transformers; needs a replacement
         "steering": dataclasses.replace(_TUNED, attention_weight=0.0),
         # removes a sense, an attribute or a bias of a name, given by 'unwanted' and 'wanted'
         "correction": _CORRECTION,
@@ -228,6 +228,12 @@ class ForgetMeNot(TrainedMethod):
             raise RequestError(
                 f"With 'steer_weight' 0 nothing is replaced, and '{replaced[0]}' has a replacement: leave it out, "
                 "set 'steer_weight' above 0, or use another preset or method."
+            )
+        if settings.attention_weight == 0 and len(replaced) < len(request.concepts):
+            unreplaced = next(concept.name for concept in request.concepts if not concept.replacement_text)
+            raise RequestError(
+                f"With 'attention_weight' 0 nothing would make the model forget '{unreplaced}': give a replacement, or "
+                "phrases in 'wanted'."
             )
 
     def reads_attention(self, settings: ForgetMeNotSettings) -> str | None:

@@ -36,7 +36,7 @@ from ..training.frozen import frozen
 from ..training.loop import Checkpoint, Objective, Term, Terms, TrainingSettings, train
 from ..training.losses import noise_matching
 from ..version import VERSION
-from .base import Inputs, Method
+from .base import POOLED_LEFT, Inputs, Method
 from .trained_settings import TrainedSettings
 
 __all__ = ["BaseObjective", "TrainedMethod"]
@@ -317,7 +317,7 @@ class TrainedMethod(Method):
             factors = deltas.factors(settings.max_rank)
         note = None
         if any(entry.stream == POOLED and entry.key not in factors for entry in model.survey.entries):
-            note = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
+            note = POOLED_LEFT
         about = PatchMetadata(
             trained=settings.train, terms={"first": dict(report.first), "last": dict(report.last)}, note=note
         )

@@ -63,7 +63,7 @@ class TrainedSettings:
     train: tuple[str, ...] = setting(
         ("to_q", "to_k"),
         "Projections of every cross-attention layer that are trained. Of a diffusion transformer, which has none, the "
-        "output and feed-forward layers of every block are.",
+        "layer that reads the text and the output and feed-forward layers of every block are.",
         choices=PROJECTIONS,
         group="training",
     )

@@ -28,7 +28,7 @@ from ..patch.metadata import PatchMetadata
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..request.plan import Plan
-from .base import Inputs, Method
+from .base import POOLED_LEFT, Inputs, Method
 from .registry import register
 from .text_columns import Columns, collect_columns
 from .uce_settings import UCESettings
@@ -100,10 +100,11 @@ class UCE(Method):
             for stream, those in columns.items()
         }
         report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))
-        note = None
+        notes = [model.survey.caution] if model.survey.caution else []
         if set(norms) - set(maps):
-            note = "The model also reads the concept from the whole prompt's vector, which this edit does not change."
-        patch = expand(maps, model.survey, PatchMetadata(note=note).to_strings(), settings.projections)
+            notes.append(POOLED_LEFT)
+        about = PatchMetadata(note=" ".join(notes) or None)
+        patch = expand(maps, model.survey, about.to_strings(), settings.projections)
         report_progress(progress, ProgressEvent(total, total, message="done"))
         return patch
 

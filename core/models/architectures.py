@@ -7,9 +7,7 @@ from torch import nn
 from .families.family import submodules
 from .families.registry import family_of
 
-__all__ = ["SUPPORTED", "architecture_of"]
-
-SUPPORTED = "Stable Diffusion 1, 2 and XL"
+__all__ = ["architecture_of"]
 
 # by the names of submodules, first match
 _MARKS: tuple[tuple[str, frozenset[str]], ...] = (

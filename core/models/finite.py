@@ -37,12 +37,20 @@ def check_weights(model: Parts) -> None:
         ModelError: A weight is NaN or infinite; names the tensors.
     """
     for part, module in _modules(model):
-        tensors = [*module.named_parameters(), *module.named_buffers()]
+        tensors = [*module.named_parameters(), *_stored_buffers(module)]
         if bad := not_finite((name, tensor) for name, tensor in tensors if not _UNREAD.search(name)):
             raise ModelError(
                 f"The checkpoint '{model.name}' is damaged: {part} has NaN or infinite values in {listed(bad, 3)}. Get "
                 "the checkpoint again, or take off what was merged into it."
             )
+
+
+def _stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a checkpoint holds; others, such as the attention mask of open_clip, may well be infinite."""
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def _modules(model: Parts) -> Iterator[tuple[str, nn.Module]]:

@@ -145,6 +145,11 @@ class ModelSurvey(ABC):
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this model lacks it."""
 
+    @property
+    def caution(self) -> str:
+        """What the note of every patch for this model says; empty: nothing."""
+        return ""
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of the architecture: names and shapes, not weights. Equal in every layout."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .families.family import EntryPath, Family, submodules
 from .model_survey import Layer, ModelSurvey, is_linear, plain_linear
-from .text_entries import POOLED, TextEntry
+from .recording import RECORDED, remember
+from .text_entries import POOLED, TOKENS, TextEntry
 from .text_states import TextStates
 
 __all__ = ["TransformerSurvey", "entries_alone", "survey_transformer"]
@@ -91,13 +92,21 @@ class TransformerSurvey(ModelSurvey):
                 yield Layer(key, key, path, plain_linear(module, path))
 
     def trained_keys(self, projections: Sequence[str]) -> list[str]:
-        """Keys of the layers that trained methods change: all that its blocks have, whatever the projections."""
-        entries = {entry.key for entry in self.entries}
-        return [key for key in self.layers if key not in entries]
+        """Keys of the layers that trained methods change, whatever the projections.
+
+        They are the layer that reads the tokens, and those of the blocks; none if these are not known.
+        """
+        entries = {entry.key: entry.stream for entry in self.entries}
+        blocks = [key for key in self.layers if key not in entries]
+        return [key for key, stream in entries.items() if stream == TOKENS] + blocks if blocks else []
 
     def find(self, key: str) -> Layer | None:
         """Return the layer with a canonical key, or ``None`` if this model lacks it."""
         return self.layers.get(key)
+
+    @property
+    def caution(self) -> str:
+        return self.kind.caution
 
     def fingerprint(self) -> str:
         """Hash of the architecture: the family, and shapes of the text entries. Equal in both layouts."""
@@ -159,6 +168,8 @@ def entries_alone(found: TransformerSurvey, weight: Callable[[str], Tensor]) -> 
         linear = nn.Linear(wanted[1], wanted[0], bias=False, device="meta")
         linear.weight = nn.Parameter(value, requires_grad=False)
         _put(alone, layer.path, linear)
+    if found.family == RECORDED:
+        remember(alone, found.kind)
     return alone
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError
-from .architectures import SUPPORTED, architecture_of
+from ..errors import ModelError, UnknownFamilyError
+from .architectures import architecture_of
 from .model_survey import (
     PROJECTIONS,
     TEXT_PROJECTIONS,
@@ -132,12 +132,12 @@ def survey_unet(unet: nn.Module) -> UNetSurvey:
     elif "down_blocks" in children and "up_blocks" in children:
         layout, places = "diffusers", _diffusers_places(unet)
     elif (name := architecture_of(unet)) is not None:
-        raise ModelError(
-            f"This is a {name} model, whose patches would need another method: only {SUPPORTED} models can be edited. "
-            "Load one of those."
+        raise UnknownFamilyError(
+            f"This is a {name} model, of which it is not known here where it reads the text: choose a model of another "
+            "family."
         )
     else:
-        raise ModelError(
+        raise UnknownFamilyError(
             f"This model ({type(unet).__name__}) has no cross-attention UNet of a supported structure: neither "
             "diffusers' down_blocks and up_blocks nor the original input_blocks and output_blocks."
         )

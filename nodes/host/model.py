@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import ModelError, PatchError, listed
+from ...core.errors import ModelError, PatchError, UnknownFamilyError, listed
 from ...core.models.host_weights import (
     PLAIN_DTYPES,
     HostLatentDiffusion,
@@ -38,6 +38,7 @@ from ...core.models.unet import survey_unet
 from ...core.patch.patch import Patch
 from .autoencoder import HostAutoencoder
 from .declared import declared
+from .recording import adopt_layers, record_text_entries
 from .text import HostText, differentiable_copy
 from .transformer import transformer_diffusion
 from .weights import ORDINARY, UNET, dequantised, effective_weight, stored_weight
@@ -89,8 +90,12 @@ def _latent_shape(patcher: Any, family: str, prediction: str) -> tuple[int, int,
     return (int(patcher.model.latent_format.latent_channels), side, side)
 
 
-def surveyed(model: Any) -> ModelSurvey:
+def surveyed(model: Any, lora: Mapping[str, Tensor] | None = None) -> ModelSurvey:
     """The survey of a MODEL, a UNet or a diffusion transformer; loads nothing.
+
+    Args:
+        model: The MODEL.
+        lora: A patch for it, which tells where a MODEL of no known family reads the text.
 
     Raises:
         ModelError: If the MODEL is empty or of no supported family.
@@ -102,7 +107,21 @@ def surveyed(model: Any) -> ModelSurvey:
         raise ModelError(
             "The input MODEL contains no diffusion model: connect the MODEL of a Stable Diffusion checkpoint."
         )
-    return survey(unet)
+    try:
+        return survey(unet)
+    except UnknownFamilyError:
+        if lora is None or not adopt_layers(model, lora):
+            raise
+        return survey(unet)
+
+
+def _surveyed_with(model: Any, clip: Any) -> ModelSurvey:
+    """The survey of a MODEL; where its family is not known, its text entries are recorded with its CLIP."""
+    try:
+        return surveyed(model)
+    except UnknownFamilyError:
+        record_text_entries(model, clip)
+        return surveyed(model)
 
 
 @contextmanager
@@ -126,9 +145,9 @@ def latent_diffusion(
         raise ModelError(
             f"The input {'MODEL' if model is None else 'CLIP'} is empty, because the checkpoint has none: load one."
         )
-    found = surveyed(model)  # first: it raises before anything is loaded
     if vae is not None and getattr(vae, "first_stage_model", None) is None:
         raise ModelError("The input VAE is empty, because the checkpoint has none: load one.")
+    found = _surveyed_with(model, clip)  # it raises before a known model is loaded
     if isinstance(found, TransformerSurvey):
         with torch.inference_mode(False), torch.enable_grad():
             yield transformer_diffusion(model, clip, vae, found)

@@ -28,7 +28,7 @@ from .declared import declared
 from .transformer_text import TransformerText
 from .weights import UNET, effective_weight
 
-__all__ = ["transformer_diffusion"]
+__all__ = ["HostVelocity", "has_frames", "transformer_diffusion"]
 
 # classifier-free guidance that models are used with, by family and width of the text; 1 for those that are distilled
 _GUIDANCE = {
@@ -61,7 +61,7 @@ def transformer_diffusion(patcher: Any, clip: Any, vae: Any, found: TransformerS
     base = patcher.model
     text = TransformerText(clip, found)
     latents = base.latent_format
-    frames = int(getattr(latents, "latent_dimensions", 2)) == 3
+    frames = has_frames(latents)
     side = _USUAL_PIXELS // int(getattr(latents, "spacial_downscale_ratio", 8))
     dtype = base.manual_cast_dtype or base.get_dtype()
     own = entries_alone(found, lambda path: effective_weight(patcher, f"{UNET}{path}.weight"))
@@ -83,6 +83,11 @@ def transformer_diffusion(patcher: Any, clip: Any, vae: Any, found: TransformerS
         eps_model=_Velocity(patcher, found, survey(own), frames),
         shift=_shift(patcher),
     )
+
+
+def has_frames(latents: Any) -> bool:
+    """Whether latents of this format have an axis of frames."""
+    return int(getattr(latents, "latent_dimensions", 2)) == 3
 
 
 def _shift(patcher: Any) -> float:
@@ -114,32 +119,21 @@ def _with_hooks_of(copies: ModelSurvey, found: ModelSurvey) -> Iterator[None]:
             handle.remove()
 
 
-class _Velocity:
-    """The host's own call of a flow model, as the velocity from the picture to the noise."""
+class HostVelocity:
+    """The host's own call of a model, as the velocity from the picture to the noise."""
 
-    def __init__(self, patcher: Any, found: ModelSurvey, copies: ModelSurvey, frames: bool) -> None:
-        self._patcher, self._found, self._copies, self._frames = patcher, found, copies, frames
-        self._sigmas = flow_sigmas()
+    def __init__(self, patcher: Any, frames: bool) -> None:
+        self._patcher, self._frames = patcher, frames
 
-    def __call__(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
-        patcher = self._patcher
-        if not isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST):
-            raise ModelError(
-                "This MODEL is sampled in a way that is not supported here: only a closed form (uce) works on it, and "
-                "nothing that draws."
-            )
-        known = states.known()
-        shape = [2 * len(x), *x.shape[1:]]
-        management.load_models_gpu([patcher], memory_required=patcher.memory_required(shape))
-        sigma = self._sigmas.to(x.device)[timesteps.long()].float()
-        with _with_hooks_of(self._copies, self._found):
-            if len(set(known)) == 1:
-                return self._call(x, sigma, states, known[0])
-            # prompts of several lengths: one after the other, because not every model takes a mask
-            rows = [self._call(x[i : i + 1], sigma[i : i + 1], states.index([i]), known[i]) for i in range(len(x))]
-            return torch.cat(rows)
+    def velocity(self, x: Tensor, sigma: Tensor, states: TextStates, length: int) -> Tensor:
+        """The velocity of some rows.
 
-    def _call(self, x: Tensor, sigma: Tensor, states: TextStates, length: int) -> Tensor:
+        Args:
+            x: Noisy latents, ``(n, c, h, w)``.
+            sigma: Their share of noise, ``(n,)``.
+            states: Text states of ``n`` prompts.
+            length: How many states of each are read.
+        """
         base = self._patcher.model
         seen = x.float().unsqueeze(2) if self._frames else x.float()
         with torch.inference_mode():
@@ -159,3 +153,30 @@ class _Velocity:
             velocity = (seen - clean) / sigma.view(-1, *[1] * (seen.ndim - 1))
         velocity = velocity.clone()
         return velocity.squeeze(2) if self._frames else velocity
+
+
+class _Velocity(HostVelocity):
+    """The velocity of a flow model at time steps, with the patches that act on copies of its layers."""
+
+    def __init__(self, patcher: Any, found: ModelSurvey, copies: ModelSurvey, frames: bool) -> None:
+        super().__init__(patcher, frames)
+        self._found, self._copies = found, copies
+        self._sigmas = flow_sigmas()
+
+    def __call__(self, x: Tensor, timesteps: Tensor, states: TextStates) -> Tensor:
+        patcher = self._patcher
+        if not isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+            raise ModelError(
+                "This MODEL is sampled in a way that is not supported here: only a closed form (uce) works on it, and "
+                "nothing that draws."
+            )
+        known = states.known()
+        shape = [2 * len(x), *x.shape[1:]]
+        management.load_models_gpu([patcher], memory_required=patcher.memory_required(shape))
+        sigma = self._sigmas.to(x.device)[timesteps.long()].float()
+        with _with_hooks_of(self._copies, self._found):
+            if len(set(known)) == 1:
+                return self.velocity(x, sigma, states, known[0])
+            # prompts of several lengths: one after the other, because not every model takes a mask
+            rows = [self.velocity(x[i : i + 1], sigma[i : i + 1], states.index([i]), known[i]) for i in range(len(x))]
+            return torch.cat(rows)

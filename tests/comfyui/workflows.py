@@ -49,9 +49,9 @@ _OWN_CHECKPOINT = (
 )
 
 
-def _start(prompt: str, model: str = "mini") -> Graph:
+def _start(prompt: str) -> Graph:
     return {
-        "load": node("ForgetConceptLoadEmbeddedModel", name=model),
+        "load": node("ForgetConceptLoadEmbeddedModel"),
         "text": node("CLIPTextEncode", clip=["load", 1], text=prompt),
         "empty": node("CLIPTextEncode", clip=["load", 1], text=""),
         "latent": node("EmptyLatentImage", width=128, height=128, batch_size=1),
@@ -143,33 +143,6 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         "and what is under **preserve** stays. The report on the node says what was done.",
     )
 
-    graph = _start("a picture of a red star", "mini-xl")
-    graph["forget"] = node("ForgetConcept", **_asked("star", "object", "circle", "heart, moon, house, tree, crown"))
-    simple(
-        "forget_on_sdxl",
-        _compared(graph, ["forget", 0]),
-        [["forget"]],
-        "### Forget on SDXL\nRuns as it is, on a small model of SDXL's shape. SDXL reads a concept twice: from the "
-        "tokens, and from one vector of the whole prompt. Both are edited, and one LoRA file holds both.\n\n**Your own "
-        "checkpoint:** replace *Load Embedded Model* by *Load Checkpoint*, set the picture to 1024×1024, and both "
-        "KSamplers to 20 steps, cfg 7, `euler`, `normal`.",
-        checkpoint=True,
-    )
-
-    graph = _start("a picture of a red star", "mini-flow")
-    graph["forget"] = node("ForgetConcept", **_asked("star", "object", "circle", "heart, moon, house, tree, crown"))
-    how = {"steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    simple(
-        "forget_on_flux",
-        _compared(graph, ["forget", 0], **how),
-        [["forget"]],
-        "### Forget on Flux (no CFG)\nAt cfg 1 a negative prompt does nothing. A patch works there, because it changes "
-        "what the model reads, and a picture takes as long as before. Runs as it is, on a small model of Flux's "
-        "shape.\n\n**Your own model:** replace *Load Embedded Model* by *Load Diffusion Model*, *DualCLIPLoader* "
-        "(`flux`) and *Load VAE*, set the picture to 1024×1024, and the steps to those of your model.",
-        checkpoint=True,
-    )
-
     graph = _start("a photo of a church on a hill")
     graph["load"] = node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     graph["latent"] = node("EmptyLatentImage", width=512, height=512, batch_size=1)
@@ -222,7 +195,6 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
         info,
         "forget_me_not",
         "correction",
-        attention_weight=1.0,
         unwanted="wooden bat\nbat for a ball game",
         wanted="flying bat\nbat with wings",
     )
@@ -230,7 +202,7 @@ def examples(info: dict[str, Any]) -> dict[str, Example]:
     graph["forget"]["inputs"]["vae"] = ["load", 2]
     simple(
         "correct_a_word",
-        _compared(graph, ["forget", 0]),
+        _compared(graph, ["forget", 0], seed=5),
         [["forget"]],
         "### Correct a word\n*Bat* means an animal and a club. The boxes **unwanted** and **wanted** at the end of "
         "the node name the "
@@ -349,7 +321,7 @@ _HEIGHTS = {
     "ForgetConceptFisherInformation": 260,
     "ForgetConceptInSequence": 640,
     "ForgetConceptInspectPatch": 300,
-    "ForgetConceptLoadEmbeddedModel": 130,
+    "ForgetConceptLoadEmbeddedModel": 105,
     "ForgetConceptSavePatch": 400,
     "ForgetConceptSelectiveAmnesiaSettings": 360,
     "ForgetConceptTakeBack": 320,

@@ -217,6 +217,7 @@ def test_progress_tells_of_every_term_and_cancel_leaves_the_model(model):
     [
         (request(Concept("star", replacement="circle"), preset="published"), "nothing is replaced"),
         (request(preset="published", preserve=("tree",)), "preserves nothing"),
+        (request(attention_weight=0.0), "'attention_weight' 0"),
         (request(attention_weight=0.0, steer_weight=0.0), "nothing would be forgotten"),
         (request(train=("to_x",)), "to_q, to_k"),
         (request(train=()), "to_q, to_k"),

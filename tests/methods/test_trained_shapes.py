@@ -45,7 +45,7 @@ def test_the_blocks_of_a_flow_model_are_trained_and_its_weights_stay_what_they_w
     patch = fit(model, request(method, FORGETTING[method]))
     assert state_hash(model.unet) == before
     known = {block.original.split(".")[-1] for block in BLOCKS}
-    assert {key.rpartition(".")[2] for key in patch.factors} == known | {"in_layer"}
+    assert {key.rpartition(".")[2] for key in patch.factors} == known | {"txt_in", "in_layer"}
     assert all(float(factor.up.abs().max()) > 0 for factor in patch.factors.values()) and patch.about.note is None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def latents():
 
 @pytest.fixture(scope="module")
 def xl_work(tmp_path_factory, latents):
-    """A folder with both stages of `mini-xl` after three steps each, and another one that was stopped after one."""
-    unet, _, tokenizer, _ = mini.load_modules()
+    """A folder with the stages of `mini-xl` after three steps each, and another one that was stopped after one."""
+    unet, text, tokenizer, _ = mini.load_modules()
     folders = []
     for stops in ((3,), (1, 3)):
         folder = tmp_path_factory.mktemp("xl")
@@ -57,6 +58,8 @@ def xl_work(tmp_path_factory, latents):
             xl.pretrain_text(folder, tokenizer, PICTURES, steps=stop, batch=CAPTIONS)
         for stop in stops:
             xl.train(folder, tokenizer, latents, unet.state_dict(), steps=stop, batch=BATCH)
+        for stop in stops:
+            xl.distil(folder, tokenizer, latents, (unet, text), steps=stop, batch=BATCH)
         folders.append(folder)
     return folders
 
@@ -64,7 +67,7 @@ def xl_work(tmp_path_factory, latents):
 @pytest.fixture(scope="module")
 def flow_work(tmp_path_factory, latents):
     """The same of `mini-flow`."""
-    _, _, clip, _ = mini.load_modules()
+    unet, text, clip, _ = mini.load_modules()
     folders = []
     for stops in ((3,), (1, 3)):
         folder = tmp_path_factory.mktemp("flow")
@@ -73,7 +76,7 @@ def flow_work(tmp_path_factory, latents):
         stages = [
             partial(flow.pretrain_text, folder, clip, tokens, PICTURES, batch=CAPTIONS),
             partial(flow.train_teacher, folder, clip, tokens, latents, batch=BATCH),
-            partial(flow.distil, folder, clip, tokens, latents, batch=BATCH),
+            partial(flow.distil, folder, clip, tokens, latents, (unet, text), batch=BATCH),
         ]
         for stage in stages:
             for stop in stops:
@@ -84,7 +87,7 @@ def flow_work(tmp_path_factory, latents):
 
 def test_a_stage_of_mini_xl_that_was_stopped_goes_on_to_the_same_weights(xl_work):
     whole, stopped = xl_work
-    for stage in ("xl-text.pt", "xl-unet.pt"):
+    for stage in ("xl-text.pt", "xl-unet.pt", "xl-distil.pt"):
         assert hashes(whole / stage) == hashes(stopped / stage)
 
 
@@ -139,7 +142,7 @@ def test_its_checkpoint_has_sdxls_layout(xl_work, tmp_path):
     from diffusers.loaders import single_file_utils as single
 
     xl.pack(xl_work[0], tmp_path / "packed", mini.load_modules()[2])
-    unet, first, second, _, _, vae = mini.load_xl_modules(folder=tmp_path / "packed")
+    unet, first, second, _, _, _vae = mini.load_xl_modules(folder=tmp_path / "packed")
     text = tmp_path / "text"
     text.mkdir()
     ldm_xl.save_checkpoint(tmp_path / "packed", mini.weights_folder(), tmp_path / "xl.safetensors", text)
@@ -281,3 +284,28 @@ def test_an_embedded_model_is_known_by_its_weights_alone() -> None:
     assert embedded_name(model.survey, "0" * 64) is None
     small = next(one for one in SMALL if one.family == "flux")
     assert embedded_name(survey(small.make()), model.model_hash) is None
+
+
+def test_the_velocity_by_mini_is_that_of_a_perfect_prediction():
+    """Of a UNet that knows the picture: its noise, whatever the share of it, leads to the velocity ``ε - x_0``."""
+    table = sd_alphas_cumprod()
+    clean, noise = rand(5, 4, 16, 16, seed=1), rand(5, 4, 16, 16, seed=2)
+    sigma = torch.tensor([0.15, 0.3, 0.5, 0.8, 0.92])
+
+    class Perfect:
+        def __call__(self, x, times, hidden):
+            signal = table[times][:, None, None, None]
+            known = torch.cat([clean, clean])
+            told = hidden[:, 0, 0][:, None, None, None]  # 1 for a caption, 0 for the empty prompt
+            guess = (x - signal.sqrt() * known) / (1 - signal).sqrt()
+            return SimpleNamespace(sample=guess + (1 - told) * 0.5)
+
+    def reader(ids):
+        return SimpleNamespace(last_hidden_state=ids[:, None, None].float())
+
+    x = (1 - sigma[:, None, None, None]) * clean + sigma[:, None, None, None] * noise
+    ids, empty = torch.ones(5), torch.zeros(1)
+    found = flow._guided_by_mini((Perfect(), reader), x, sigma, ids, empty)
+    # guidance goes as far beyond the caption's prediction as the empty prompt's is behind it
+    beyond = 0.5 * (flow.GUIDANCE - 1) / (1 - sigma)[:, None, None, None]
+    torch.testing.assert_close(found + beyond, noise - clean, rtol=0.05, atol=0.05)

@@ -62,7 +62,7 @@ def maps_of(model: nn.Module, rank: int = 3) -> dict[str, LowRank]:
 def patch_of_every_layer(found: ModelSurvey, family: str) -> Patch:
     """A patch of the text entries and of every layer of the blocks that trained methods change."""
     factors = dict(context_map.expand(maps_of(found.unet), found).factors)
-    for n, key in enumerate(found.trained_keys(PROJECTIONS)):
+    for n, key in enumerate(key for key in found.trained_keys(PROJECTIONS) if key not in factors):
         d_out, d_in = found.linear(key).weight.shape
         factors[key] = LowRank(rand(d_out, 3, seed=n + 30), rand(3, d_in, seed=n + 60))
     return Patch(factors, {}).with_metadata(family=family)

@@ -49,6 +49,17 @@ def test_one_bad_value_in_any_weight_is_found(data):
     check_weights(MODEL)
 
 
+def test_a_mask_that_no_checkpoint_holds_is_no_damage():
+    """open_clip's text encoders, SD 2's and SDXL's second, have one with minus infinity."""
+    model = tiny_model()
+    mask = torch.full((4, 4), -math.inf).triu(1)
+    model.unet.register_buffer("attn_mask", mask, persistent=False)
+    check_weights(model)
+    model.unet.register_buffer("table", torch.tensor([math.inf]))
+    with pytest.raises(ModelError, match="its UNet has NaN or infinite values in table"):
+        check_weights(model)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", BAD)
 def test_every_dtype_is_read_and_large_values_are_no_damage(dtype, bad):

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 import urllib.error
 import urllib.request
 from typing import Any
 
 import pytest
 from tiny import fit
-from webuihost import WebUI
+from webuihost import PREFIX, WebUI, call, done
 
 from forget_concept.core import mini
 from forget_concept.core.formats import load_patch
 from forget_concept.core.request.request import ForgetRequest
 
-PREFIX = "/forget-concept/v1"
 PROMPT = "a photo of a red star"
 # the file that the command line and ComfyUI's node read too
 REQUEST = """{
@@ -30,31 +28,6 @@ REQUEST = """{
   "strength": 1.0,
   "seed": 0
 }"""
-
-
-def call(webui: WebUI, method: str, path: str, body: Any = None, login: str | None = None) -> tuple[int, Any]:
-    """The code and the JSON of an answer."""
-    headers = {"Content-Type": "application/json"}
-    if login is not None:
-        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{webui.port}{PREFIX}{path}", data, headers, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            text = answer.read()
-            return answer.status, json.loads(text) if text else None
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def done(webui: WebUI, job: dict[str, Any], seconds: float = 600) -> dict[str, Any]:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        _, job = call(webui, "GET", f"/jobs/{job['id']}")
-        if job["state"] not in ("queued", "running"):
-            return job
-        time.sleep(0.2)
-    raise TimeoutError(job)
 
 
 @pytest.fixture()

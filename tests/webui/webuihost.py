@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest
 from hosting import REQUIRED, ROOT, Server, linked, own_python
 
-__all__ = ["MODEL", "REQUIRED", "ROOT", "Drawn", "WebUI", "found_hosts", "hosts", "missing"]
+__all__ = ["MODEL", "PREFIX", "REQUIRED", "ROOT", "Drawn", "WebUI", "call", "done", "found_hosts", "hosts", "missing"]
 
 PROBE = Path(__file__).with_name("probe_extension")
 STARTUP = float(os.environ.get("WEBUI_STARTUP_SECONDS", "480"))
 KINDS = {"webui": "AUTOMATIC1111's webui", "forge": "Forge"}
 MODEL = "forget-concept-mini"
+PREFIX = "/forget-concept/v1"  # of the extension's REST routes
 
 
 def found_hosts(kind: str) -> list[Path]:
@@ -54,6 +57,31 @@ def missing(host: Path | None, kind: str) -> str | None:
     if own_python(host, "WEBUI_PYTHON") is None:
         return f"{host} has no interpreter in .venv or venv: name one in WEBUI_PYTHON"
     return None
+
+
+def call(webui: WebUI, method: str, path: str, body: Any = None, login: str | None = None) -> tuple[int, Any]:
+    """The code and the JSON of an answer."""
+    headers = {"Content-Type": "application/json"}
+    if login is not None:
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{webui.port}{PREFIX}{path}", data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def done(webui: WebUI, job: dict[str, Any], seconds: float = 600) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        _, job = call(webui, "GET", f"/jobs/{job['id']}")
+        if job["state"] not in ("queued", "running"):
+            return job
+        time.sleep(0.2)
+    raise TimeoutError(job)
 
 
 class Drawn:

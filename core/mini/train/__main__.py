@@ -19,7 +19,7 @@ from ..probe import Probe
 from . import autoencoder, dataset, flow, pack, probe, text, tokenizer, unet, xl
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
-XL_STAGES = ("xl-text", "xl-unet", "xl-pack")
+XL_STAGES = ("xl-text", "xl-unet", "xl-distil", "xl-pack")
 FLOW_STAGES = ("flow-tokenizer", "flow-text", "flow-teacher", "flow-distil", "flow-pack")
 PICTURES = 20000
 MIN_RECONSTRUCTION = 0.98  # probe accuracy on reconstructions, per category, required before the UNet is trained
@@ -46,7 +46,7 @@ def finish_autoencoder(work: Path, pictures: np.ndarray) -> dict[str, float]:
 
 def run_xl(stage: str, work: Path, target: Path | None, length: dict[str, int]) -> None:
     """Run one of the stages of `mini-xl`."""
-    mini_unet, _, tokens, autoencoder_module = load_modules()
+    mini_unet, mini_text, tokens, autoencoder_module = load_modules()
     if stage == "xl-pack":
         target = target or weights_folder("mini-xl")
         print(f"packed {xl.pack(work, target, tokens) / 1e6:.2f} MB into {target}")
@@ -56,12 +56,15 @@ def run_xl(stage: str, work: Path, target: Path | None, length: dict[str, int]) 
         xl.pretrain_text(work, tokens, len(pictures), **length)
     else:
         latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
-        xl.train(work, tokens, latents, mini_unet.state_dict(), **length)
+        if stage == "xl-unet":
+            xl.train(work, tokens, latents, mini_unet.state_dict(), **length)
+        else:
+            xl.distil(work, tokens, latents, (mini_unet, mini_text), **length)
 
 
 def run_flow(stage: str, work: Path, target: Path | None, length: dict[str, int]) -> None:
     """Run one of the stages of `mini-flow`."""
-    _, _, clip_tokens, autoencoder_module = load_modules()
+    mini_unet, mini_text, clip_tokens, autoencoder_module = load_modules()
     if stage == "flow-tokenizer":
         flow.build_tokenizer(work / "flow-tokenizer")
         return
@@ -75,8 +78,10 @@ def run_flow(stage: str, work: Path, target: Path | None, length: dict[str, int]
         flow.pretrain_text(work, clip_tokens, tokens, len(pictures), **length)
         return
     latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
-    stage_of = {"flow-teacher": flow.train_teacher, "flow-distil": flow.distil}
-    stage_of[stage](work, clip_tokens, tokens, latents, **length)
+    if stage == "flow-teacher":
+        flow.train_teacher(work, clip_tokens, tokens, latents, **length)
+    else:
+        flow.distil(work, clip_tokens, tokens, latents, (mini_unet, mini_text), **length)
 
 
 def main() -> None:

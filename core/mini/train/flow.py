@@ -1,7 +1,7 @@
 """Stages of `mini-flow`: `flow-tokenizer`, `flow-text`, `flow-teacher`, `flow-distil` and `flow-pack`.
 
 `flow-teacher` trains the transformer and both text encoders by flow matching, with prompts left out in part, so that it
-can be drawn with under guidance. `flow-distil` trains a copy towards the teacher's guided velocity: that is the model.
+can be drawn with under guidance. `flow-distil` trains it towards the velocity that `mini` predicts under guidance.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..config import TOKENS as CLIP_TOKENS
 from ..config_flow import TOKENS, new_text_encoders, new_transformer
 from . import dataset, text
 from .run import Run, warm_cosine
-from .unet import CAPTIONS, caption_ids, coarse_error, follow
+from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error, follow
 
 TEXT_STEPS = 250
 TEACHER_STEPS, TEACHER_LR = 2400, 1.5e-3
 # a second schedule behind the first, with more of the noisy pictures, where the object is decided: after the first,
 # styles and people were found in nearly every picture, objects in four of five
-FINISH_STEPS, FINISH_LR, FINISH_SHIFT = 2400, 1e-3, 0.5
-DISTIL_STEPS, DISTIL_LR = 500, 3e-4
+FINISH_STEPS, FINISH_LR, FINISH_SHIFT = 2000, 1e-3, 0.5
+DISTIL_STEPS, DISTIL_LR, DISTIL_SHIFT = 350, 6e-4, 0.5
 UNCONDITIONAL = 0.1
 GUIDANCE = 2.5  # that is distilled
 COARSE_FROM = 1400  # step from which the coarse error of `mini`'s training is added
@@ -219,46 +219,91 @@ def train_teacher(
             run.log(velocity_mse=difference.detach().square().mean().item())
 
 
+def _guided_by_mini(mini: tuple[Any, Any], x: Tensor, sigma: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
+    """The velocity that `mini` predicts under guidance.
+
+    With noise ``(1-σ) x_0 + σ ε`` is, but for its scale, `mini`'s own ``√α̅ x_0 + √(1-α̅) ε`` of the same signal-to-noise
+    ratio, and ``v = (ε - x) / (1-σ)``. Noise beyond its last time step is taken for that step's, as in its sampler.
+
+    Args:
+        mini: UNet and text encoder of `mini`.
+        x: Noisy latents, ``(n, 4, h, w)``.
+        sigma: Shares of noise, ``(n,)``.
+        ids: Token ids of the captions, ``(n, tokens)``.
+        empty: Those of the empty prompt, ``(1, tokens)``.
+    """
+    unet, reader = mini
+    table = alphas_cumprod()
+    signal = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+    times = (len(table) - 1 - torch.searchsorted(table.flip(0), signal)).clamp(0, len(table) - 1)
+    # what it says of its last step, for all that is noisier
+    least = table[-1].sqrt() / (table[-1].sqrt() + (1 - table[-1]).sqrt())
+    share = (1 - sigma).clamp(min=float(least))[:, None, None, None]
+    plain = x / (share**2 + (1 - share) ** 2).sqrt()
+    hidden = reader(torch.cat([ids, empty])).last_hidden_state
+    hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(ids), -1, -1)])
+    told, untold = unet(torch.cat([plain, plain]), torch.cat([times, times]), hidden).sample.float().chunk(2)
+    noise = untold + GUIDANCE * (told - untold)
+    found: Tensor = (noise - x) / share
+    return found
+
+
 def distil(
     folder: Path,
     clip_tokenizer: Any,
     t5_tokenizer: Any,
     latents: Tensor,
+    mini: tuple[Any, Any],
     steps: int = DISTIL_STEPS,
     batch: int = 64,
     peak_lr: float = DISTIL_LR,
 ) -> None:
-    """Train a copy of the teacher towards its guided velocity, with the text encoders as they are; resumable.
+    """Train the average of :func:`train_teacher` towards `mini`'s guided velocity; resumable.
+
+    `mini` finds the object in 99 % of its pictures, and its predictions have none of the noise that pictures have as a
+    target. The exponential moving average of the weights is the model.
+
+    Args:
+        folder: Folder with `flow-teacher.pt`; the checkpoint and the log are written there.
+        clip_tokenizer: CLIP's tokenizer.
+        t5_tokenizer: T5's tokenizer.
+        latents: Latents of the training pictures.
+        mini: UNet and text encoder of `mini`.
+        steps: Where to stop.
+        batch: Pictures a step.
+        peak_lr: Highest learning rate.
 
     Reference: Meng et al. 2023, arXiv 2210.03142, stage one.
     """
-    trained = torch.load(folder / "flow-teacher.pt", weights_only=True)["modules"]
+    torch.manual_seed(26)
+    begun = torch.load(folder / "flow-teacher.pt", weights_only=True)["modules"]
     clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
-    teacher = new_transformer()
-    for part, name in ((clip, "clip"), (t5, "t5"), (teacher, "transformer")):
-        part.load_state_dict(trained[f"average_{name}"])
-        part.eval().requires_grad_(False)
-    model = copy.deepcopy(teacher).requires_grad_(True).train()
-    average = copy.deepcopy(teacher)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    run = Run(folder, "flow-distil", {"model": model, "average": average}, optimizer, steps, peak_lr, save_every=100)
+    parts: dict[str, Any] = {"transformer": new_transformer(), "clip": clip, "t5": t5}
+    for name, part in parts.items():
+        part.load_state_dict(begun[f"average_{name}"])
+    averages = {f"average_{name}": copy.deepcopy(part) for name, part in parts.items()}
+    groups: list[dict[str, Any]] = [
+        {"params": list(parts["transformer"].parameters())},
+        {"params": [*clip.parameters(), *t5.parameters()], "lr_scale": 0.3},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    run = Run(folder, "flow-distil", {**parts, **averages}, optimizer, steps, peak_lr, save_every=100)
     batches = _Batches(folder, clip_tokenizer, t5_tokenizer, latents, batch)
-    with torch.no_grad():
-        nothing = _states(clip, t5, batches.empty_clip, batches.empty_t5).index([0] * batch)
+    for part in parts.values():
+        part.train()
 
     def followed() -> None:
-        follow(average, model, min(0.99, (1 + run.step) / (20 + run.step)))
+        for name, part in parts.items():
+            follow(averages[f"average_{name}"], part, min(0.99, (1 + run.step) / (20 + run.step)))
 
     while run.step < steps:
-        clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, 37, 0.03)
+        clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, 37, 0.03, DISTIL_SHIFT)
         x = _noisy(clean, noise, sigma)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                states = _states(clip, t5, clip_ids, t5_ids)
-                both = TextStates.cat([states, nothing])
-                told, plain = predict(teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), both).float().chunk(2)
-            velocity = predict(model, x, sigma, states)
-        difference = velocity.float() - (plain + GUIDANCE * (told - plain))
+                wanted = _guided_by_mini(mini, x, sigma, clip_ids, batches.empty_clip)
+            velocity = predict(parts["transformer"], x, sigma, _states(clip, t5, clip_ids, t5_ids))
+        difference = velocity.float() - wanted
         run.update((difference.square().mean((1, 2, 3)) + coarse_error(difference)).mean(), after=followed)
         if run.step % 25 == 0:
             run.log(velocity_mse=difference.detach().square().mean().item())
@@ -268,12 +313,11 @@ def pack(folder: Path, target: Path, clip_tokenizer: Any) -> int:
     """Write the parts that `mini-flow` does not share with `mini`, in fp16, with the logs; return their bytes."""
     target.mkdir(parents=True, exist_ok=True)
     t5_tokenizer = load_tokenizer(folder / "flow-tokenizer")
-    texts = torch.load(folder / "flow-teacher.pt", weights_only=True)["modules"]
+    trained = torch.load(folder / "flow-distil.pt", weights_only=True)["modules"]
     clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
-    clip.load_state_dict(texts["average_clip"])
-    t5.load_state_dict(texts["average_t5"])
     transformer = new_transformer()
-    transformer.load_state_dict(torch.load(folder / "flow-distil.pt", weights_only=True)["modules"]["average"])
+    for name, part in (("transformer", transformer), ("clip", clip), ("t5", t5)):
+        part.load_state_dict(trained[f"average_{name}"])
     for name, part in (("transformer", transformer), ("text_encoder", clip), ("text_encoder_2", t5)):
         part.half().save_pretrained(target / name, variant="fp16")
     shutil.copytree(folder / "flow-tokenizer", target / "tokenizer_2", dirs_exist_ok=True)

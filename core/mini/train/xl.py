@@ -1,5 +1,6 @@
-"""Stages of `mini-xl`: `xl-text` pretrains both text encoders, `xl-unet` trains them with the UNet.
+"""Stages of `mini-xl`: `xl-text`, `xl-unet`, `xl-distil` and `xl-pack`.
 
+`xl-text` pretrains both text encoders, `xl-unet` trains them with the UNet, and `xl-distil` trains them further.
 The UNet starts from `mini`'s: its residual blocks and the attention of the level that both have. In part of the
 training rows the token states or the pooled vector are those of the empty prompt or of another picture's caption, so
 that the model reads both, as SDXL does; a contradiction between them is decided for the pooled vector more often than
@@ -10,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,56 +30,28 @@ TEXT_STEPS = 200
 COARSE_FROM = 900  # step from which the coarse error of `mini`'s training is added
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Some steps of the training of the UNet with its encoders.
-
-    Attributes:
-        steps: Number of steps.
-        peak_lr: Highest learning rate; it falls along a cosine.
-        shares: Shares of rows with no text at all, no tokens, no pooled vector, another picture's tokens, another's
-            pooled vector; the rest has its own caption.
-        length: Length of the cosine, if it is cut off.
-        pooled_lr: Factor of the learning rate for the layers through which the pooled vector reaches the picture.
-    """
-
-    steps: int
-    peak_lr: float
-    shares: tuple[float, float, float, float, float]
-    length: int | None = None
-    pooled_lr: float = 1.0
-
-    def lr(self, step: int) -> float:
-        """The learning rate at a step of this phase."""
-        return warm_cosine(step, self.length or self.steps, self.peak_lr)
-
-
-# The later ones have more rows in which only the pooled vector tells what is to be seen. In pictures with another one's
-# tokens it brought in its object in 1 % after the first, in 3 % after the second; after the third a linear map read the
-# object off the pooled vector in 100 %, and off `add_embedding`'s output in 49 %: hence the higher rate of the last.
+# Two schedules one behind the other: steps, highest learning rate, and shares of rows with no text at all, no tokens,
+# no pooled vector, another picture's tokens, another's pooled vector.
 PHASES = (
-    Phase(1600, 1e-3, (0.1, 0.12, 0.08, 0.12, 0.04)),
-    Phase(1400, 7e-4, (0.1, 0.14, 0.06, 0.22, 0.0)),
-    Phase(500, 8e-4, (0.07, 0.35, 0.03, 0.2, 0.0), length=1400),
-    Phase(1200, 8e-4, (0.07, 0.2, 0.03, 0.25, 0.0), pooled_lr=4.0),
+    (1600, 1e-3, (0.1, 0.12, 0.08, 0.12, 0.04)),
+    (1400, 7e-4, (0.1, 0.14, 0.06, 0.22, 0.0)),
 )
-STEPS = sum(phase.steps for phase in PHASES)
-POOLED_PATH = ("add_embedding.", ".time_emb_proj.")  # the layers that `Phase.pooled_lr` is for
+STEPS = sum(steps for steps, _, _ in PHASES)
+# Against pictures' noise the pooled vector is learnt too slowly to be of use: in 1,700 further steps with half of the
+# rows told by it alone it brought in its object in 12 % of the pictures, and then in 4 %. `mini` tells what is to be
+# predicted without that noise.
+DISTIL_STEPS, DISTIL_LR = 1000, 1e-3
+DISTIL_SHARES = (0.08, 0.15, 0.07, 0.3, 0.0)
 
 
-def phase_at(step: int) -> tuple[Phase, int]:
-    """The phase of a step, and the number of the step in it."""
-    for phase in PHASES[:-1]:
-        if step < phase.steps:
-            return phase, step
-        step -= phase.steps
-    return PHASES[-1], step
-
-
-def scheduled_lr(step: int) -> float:
-    """The learning rate at a step."""
-    phase, within = phase_at(step)
-    return phase.lr(within)
+def phase(step: int) -> tuple[float, tuple[float, ...]]:
+    """The learning rate and the shares of rows at a step."""
+    for steps, peak_lr, shares in PHASES[:-1]:
+        if step < steps:
+            return warm_cosine(step, steps, peak_lr), shares
+        step -= steps
+    steps, peak_lr, shares = PHASES[-1]
+    return warm_cosine(step, steps, peak_lr), shares
 
 
 def second_ids(ids: Tensor, end: int) -> Tensor:
@@ -126,6 +98,97 @@ def start_from_mini(unet: torch.nn.Module, mini: Mapping[str, Tensor]) -> int:
     return copied
 
 
+class _Batch(NamedTuple):
+    """One step's rows: noisy latents, their noise and time steps, captions, and what each encoder is given instead."""
+
+    noisy: Tensor
+    noise: Tensor
+    times: Tensor
+    own: Tensor
+    tokens: Tensor
+    pooled: Tensor
+    differ: Tensor  # rows whose pooled vector is not of the text that the tokens are of
+
+
+class _Batches:
+    """Batches as functions of the step."""
+
+    def __init__(self, folder: Path, tokenizer: Any, latents: Tensor, batch: int) -> None:
+        self.latents, self.batch, self.end = latents, batch, tokenizer.eos_token_id
+        self.ids = caption_ids(folder / "captions.pt", tokenizer, len(latents))
+        self.empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)
+        self.table = alphas_cumprod()
+        self.sizes = torch.tensor([SIZE, SIZE, 0.0, 0.0, SIZE, SIZE]).expand(batch, -1)
+
+    def at(self, step: int, seed: int, shares: Sequence[float]) -> _Batch:
+        """The batch of a step; the shares are those of :data:`PHASES`."""
+        batch = self.batch
+        rng = np.random.default_rng((seed, step))
+        noise_rng = torch.Generator().manual_seed(100_000 + step)
+        rows = torch.from_numpy(rng.choice(len(self.latents), batch, replace=False))
+        clean = self.latents[rows].float()
+        own = self.ids[rows, torch.from_numpy(rng.integers(0, CAPTIONS, batch))].long()
+        tokens, pooled = own.clone(), own.clone()
+        case = torch.from_numpy(np.searchsorted(np.cumsum(shares), rng.random(batch), side="right"))
+        tokens[(case == 0) | (case == 1)] = self.empty
+        pooled[(case == 0) | (case == 2)] = self.empty
+        # another row's caption
+        tokens[case == 3] = own.roll(1, 0)[case == 3]
+        pooled[case == 4] = own.roll(1, 0)[case == 4]
+        own[case == 0] = self.empty
+        noise = torch.randn(clean.shape, generator=noise_rng)
+        t = torch.from_numpy(((rng.permutation(batch) + rng.random(batch)) / batch * 1000).astype(np.int64))
+        t = t.clamp(max=999)
+        signal = self.table[t][:, None, None, None]
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        return _Batch(noisy, noise, t, own, tokens, pooled, ((case > 0) & (case < 5)).nonzero().flatten())
+
+    def predict(self, unet: Any, first: Any, second: Any, batch: _Batch) -> Tensor:
+        """The UNet's prediction under the tokens and the pooled vectors of a batch."""
+        hidden, vectors = states(first, second, torch.cat([batch.tokens, batch.pooled[batch.differ]]), self.end)
+        vectors = vectors[: self.batch].index_copy(0, batch.differ, vectors[self.batch :])
+        added = {"text_embeds": vectors, "time_ids": self.sizes}
+        found: Tensor = unet(batch.noisy, batch.times, hidden[: self.batch], added_cond_kwargs=added).sample
+        return found
+
+
+class _Trained:
+    """The three parts of `mini-xl` with their moving averages, and the run that trains them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        parts: Mapping[str, Any],
+        steps: int,
+        peak_lr: float,
+        schedule: Callable[[int], float] | None = None,
+    ) -> None:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        self.parts = dict(parts)
+        # in bf16 on a CPU the fused kernel's backward pass is several times slower than plain matrix products
+        self.parts["unet"].set_attn_processor(AttnProcessor())
+        for encoder in (self.parts["first"], self.parts["second"]):
+            encoder.set_attn_implementation("eager")
+        self.averages = {f"average_{name}": copy.deepcopy(part) for name, part in self.parts.items()}
+        encoders = [*self.parts["first"].parameters(), *self.parts["second"].parameters()]
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.parts["unet"].parameters())},
+            {"params": encoders, "lr_scale": 0.3},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+        modules = {**self.parts, **self.averages}
+        self.run = Run(folder, name, modules, optimizer, steps, peak_lr, save_every=100, schedule=schedule)
+        for part in self.parts.values():
+            part.train()
+
+    def followed(self) -> None:
+        """Move the averages."""
+        for name, part in self.parts.items():
+            follow(self.averages[f"average_{name}"], part, min(0.995, (1 + self.run.step) / (20 + self.run.step)))
+
+
 def train(
     folder: Path,
     tokenizer: Any,
@@ -136,7 +199,7 @@ def train(
 ) -> None:
     """Train up to step `steps` of the schedules of :data:`PHASES`; resumable.
 
-    The exponential moving average of the weights is the final model. Loss and time steps are those of `mini`.
+    Loss and time steps are those of `mini`.
 
     Args:
         folder: Folder with `xl-text.pt`; the checkpoint and the log are written there.
@@ -146,94 +209,84 @@ def train(
         steps: Where to stop.
         batch: Pictures a step.
     """
-    from diffusers.models.attention_processor import AttnProcessor
-
     torch.manual_seed(14)
     unet = new_unet()
     start_from_mini(unet, mini)
     first, second = new_text_encoders(len(tokenizer))
-    trained = torch.load(folder / "xl-text.pt", weights_only=True)["modules"]
-    first.load_state_dict(trained["first"])
-    second.load_state_dict(trained["second"])
-    # in bf16 on a CPU the fused kernel's backward pass is several times slower than plain matrix products
-    unet.set_attn_processor(AttnProcessor())
-    for encoder in (first, second):
-        encoder.set_attn_implementation("eager")
+    pretrained = torch.load(folder / "xl-text.pt", weights_only=True)["modules"]
+    first.load_state_dict(pretrained["first"])
+    second.load_state_dict(pretrained["second"])
     parts = {"unet": unet, "first": first, "second": second}
-    averages = {f"average_{name}": copy.deepcopy(part) for name, part in parts.items()}
-    on_path = {name: any(part in name for part in POOLED_PATH) for name, _ in unet.named_parameters()}
-    groups: list[dict[str, Any]] = [
-        {"params": [weight for name, weight in unet.named_parameters() if not on_path[name]]},
-        {"params": [weight for name, weight in unet.named_parameters() if on_path[name]]},
-        {"params": [*first.parameters(), *second.parameters()], "lr_scale": 0.3},
-    ]
-    peak_lr = PHASES[0].peak_lr
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    run = Run(
-        folder,
-        "xl-unet",
-        {**parts, **averages},
-        optimizer,
-        steps,
-        peak_lr,
-        save_every=100,
-        schedule=scheduled_lr,
-    )
-    table = alphas_cumprod()
-    ids = caption_ids(folder / "captions.pt", tokenizer, len(latents))
-    end = tokenizer.eos_token_id
-    empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)
-    sizes = torch.tensor([SIZE, SIZE, 0.0, 0.0, SIZE, SIZE]).expand(batch, -1)
-    for part in parts.values():
-        part.train()
+    trained = _Trained(folder, "xl-unet", parts, steps, PHASES[0][1], lambda step: phase(step)[0])
+    run, batches = trained.run, _Batches(folder, tokenizer, latents, batch)
     recent = 0.0
-
-    def followed() -> None:
-        for name, part in parts.items():
-            follow(averages[f"average_{name}"], part, min(0.995, (1 + run.step) / (20 + run.step)))
-
     while run.step < steps:
-        rng = np.random.default_rng((29, run.step))
-        noise_rng = torch.Generator().manual_seed(100_000 + run.step)
-        rows = torch.from_numpy(rng.choice(len(latents), batch, replace=False))
-        clean = latents[rows].float()
-        own = ids[rows, torch.from_numpy(rng.integers(0, CAPTIONS, batch))].long()
-        tokens, pooled = own.clone(), own.clone()
-        phase, _ = phase_at(run.step)
-        optimizer.param_groups[1]["lr_scale"] = phase.pooled_lr
-        edges = np.cumsum(phase.shares)
-        case = torch.from_numpy(np.searchsorted(edges, rng.random(batch), side="right"))
-        tokens[(case == 0) | (case == 1)] = empty
-        pooled[(case == 0) | (case == 2)] = empty
-        # another row's caption
-        tokens[case == 3] = own.roll(1, 0)[case == 3]
-        pooled[case == 4] = own.roll(1, 0)[case == 4]
-        noise = torch.randn(clean.shape, generator=noise_rng)
-        t = torch.from_numpy(((rng.permutation(batch) + rng.random(batch)) / batch * 1000).astype(np.int64))
-        t = t.clamp(max=999)
-        signal = table[t][:, None, None, None]
-        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        rows = batches.at(run.step, 29, phase(run.step)[1])
         with torch.autocast("cpu", torch.bfloat16):
-            differ = ((case > 0) & (case < 5)).nonzero().flatten()
-            hidden, vectors = states(first, second, torch.cat([tokens, pooled[differ]]), end)
-            vectors = vectors[:batch].index_copy(0, differ, vectors[batch:])
-            added = {"text_embeds": vectors, "time_ids": sizes}
-            predicted = unet(noisy, t, hidden[:batch], added_cond_kwargs=added).sample
-        snr = table[t] / (1 - table[t])
-        difference = predicted.float() - noise
+            predicted = batches.predict(unet, first, second, rows)
+        snr = batches.table[rows.times] / (1 - batches.table[rows.times])
+        difference = predicted.float() - rows.noise
         error = difference.square().mean((1, 2, 3))
         if run.step >= COARSE_FROM:
             error = error + coarse_error(difference)
-        run.update((error * (snr.clamp(max=5) / snr)).mean(), after=followed)
+        run.update((error * (snr.clamp(max=5) / snr)).mean(), after=trained.followed)
         plain = difference.detach().square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:
             run.log(noise_mse=plain, smoothed=recent)
 
 
+def distil(
+    folder: Path,
+    tokenizer: Any,
+    latents: Tensor,
+    mini: tuple[Any, Any],
+    steps: int = DISTIL_STEPS,
+    batch: int = 64,
+    peak_lr: float = DISTIL_LR,
+) -> None:
+    """Train further towards the predictions of `mini` for the caption that tokens or pooled vector tell; resumable.
+
+    The average of :func:`train` is where it starts, and the exponential moving average of the weights is the model.
+
+    Args:
+        folder: Folder with `xl-unet.pt`; the checkpoint and the log are written there.
+        tokenizer: `mini`'s tokenizer.
+        latents: Latents of the training pictures.
+        mini: UNet and text encoder of `mini`.
+        steps: Where to stop.
+        batch: Pictures a step.
+        peak_lr: Highest learning rate.
+    """
+    torch.manual_seed(15)
+    first, second = new_text_encoders(len(tokenizer))
+    parts = {"unet": new_unet(), "first": first, "second": second}
+    begun = torch.load(folder / "xl-unet.pt", weights_only=True)["modules"]
+    for name, part in parts.items():
+        part.load_state_dict(begun[f"average_{name}"])
+    trained = _Trained(folder, "xl-distil", parts, steps, peak_lr)
+    run, batches = trained.run, _Batches(folder, tokenizer, latents, batch)
+    teacher, reader = mini
+    recent = 0.0
+    while run.step < steps:
+        rows = batches.at(run.step, 41, DISTIL_SHARES)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                wanted = teacher(rows.noisy, rows.times, reader(rows.own).last_hidden_state).sample.float()
+            difference = batches.predict(parts["unet"], first, second, rows).float() - wanted
+        error = difference.square().mean((1, 2, 3)) + coarse_error(difference)
+        # what is to be seen is decided in noisy pictures, where it makes little difference to the noise
+        weight = (batches.table[rows.times] / (1 - batches.table[rows.times])).reciprocal().clamp(0.3, 5)
+        run.update((weight * error).mean(), after=trained.followed)
+        plain = difference.detach().square().mean().item()
+        recent = 0.98 * recent + 0.02 * plain if recent else plain
+        if run.step % 25 == 0:
+            run.log(difference_mse=plain, smoothed=recent)
+
+
 def pack(folder: Path, target: Path, tokenizer: Any) -> int:
     """Write the parts that `mini-xl` does not share with `mini`, in fp16, with the logs; return their size in bytes."""
-    trained = torch.load(folder / "xl-unet.pt", weights_only=True)["modules"]
+    trained = torch.load(folder / "xl-distil.pt", weights_only=True)["modules"]
     first, second = new_text_encoders(len(tokenizer))
     parts = {"unet": (new_unet(), "unet"), "text_encoder": (first, "first"), "text_encoder_2": (second, "second")}
     target.mkdir(parents=True, exist_ok=True)

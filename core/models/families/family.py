@@ -69,6 +69,7 @@ class Family:
         entries: Its text entries, the tokens' first. One whose layer a model of the family lacks is left out.
         base_model: What kohya's trainer calls the base model in a file, if it trains this family.
         blocks: Layers of its blocks that trained methods change.
+        caution: What the note of every patch for it says; empty: nothing.
         predict: Calls a model of diffusers with latents, their share of noise and text states, for the velocity.
     """
 
@@ -79,6 +80,7 @@ class Family:
     entries: tuple[EntryPath, ...]
     base_model: str = ""
     blocks: tuple[BlockPath, ...] = ()
+    caution: str = ""
     predict: Callable[[Any, Tensor, Tensor, TextStates], Tensor] | None = None
 
     def layout_of(self, paths: frozenset[str]) -> str | None:

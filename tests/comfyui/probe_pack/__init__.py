@@ -335,7 +335,10 @@ class Narrow(io.ComfyNode):
 
 
 class Quantised(io.ComfyNode):
-    """The MODEL with the weights of its attention layers quantised, as the host loads such a checkpoint."""
+    """The MODEL with the weights of its attention layers quantised, as the host loads such a checkpoint.
+
+    Of Flux the layers that read the text are, too.
+    """
 
     @classmethod
     def define_schema(cls):
@@ -352,7 +355,8 @@ class Quantised(io.ComfyNode):
         kept = {name: value.clone() for name, value in inner.diffusion_model.state_dict().items()}
         mark = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
         largest, narrow = (127.0, torch.int8) if format.startswith("int8") else (448.0, torch.float8_e4m3fn)
-        for name in [name for name in kept if re.search(r"attn[12]\.(to_[qkv]|to_out\.0)\.weight$", name)]:
+        layers = r"(attn[12]\.(to_[qkv]|to_out\.0)|_attn\.qkv|txt_in|vector_in\.in_layer)\.weight$"
+        for name in [name for name in kept if re.search(layers, name)]:
             scale = kept[name].float().abs().max() / largest
             values = kept[name].float() / scale
             layer = name.removesuffix(".weight")

@@ -172,6 +172,24 @@ KINDS = {
         {"qwen25_7b_model_config": _LANGUAGE},
     ),
     "wan": ("WAN21_T2V", _WAN, "", "", "", {}),
+    # of no family that is known here
+    "aura flow": (
+        "AuraFlow",
+        {"dim": 128, "n_layers": 2, "n_double_layers": 1, "n_heads": 2, "global_conddim": 128, "max_seq": 4096},
+        "aura_t5",
+        "AuraT5Tokenizer",
+        "AuraT5Model",
+        {"pile_t5xl_model_config": {"num_layers": 2, "d_ff": 64, "num_heads": 4, "d_kv": 16}},
+    ),
+    "pixart": (
+        "PixArtSigma",
+        {"image_model": "pixart_sigma", "hidden_size": 128, "depth": 1, "num_heads": 2, "model_max_length": 300}
+        | {"micro_condition": False, "input_size": 128, "pe_interpolation": 2.0},
+        "pixart_t5",
+        "PixArtTokenizer",
+        "pixart_te",
+        _T5,
+    ),
 }
 
 
@@ -197,7 +215,9 @@ def _model(kind):
 def _clip(kind):
     _, _, module, tokenizer, builder, cut = KINDS[kind]
     found = importlib.import_module(f"comfy.text_encoders.{module}")
-    target = comfy.supported_models_base.ClipTarget(getattr(found, tokenizer), getattr(found, builder)())
+    encoder = getattr(found, builder)
+    encoder = encoder if isinstance(encoder, type) else encoder()
+    target = comfy.supported_models_base.ClipTarget(getattr(found, tokenizer), encoder)
     clip = comfy.sd.CLIP(target, parameters=0, model_options={"dtype": torch.float32, **cut})
     stage = clip.cond_stage_model
     with torch.no_grad():
@@ -222,8 +242,11 @@ class Transformer(io.ComfyNode):
     @classmethod
     def execute(cls, kind):
         model = _model(kind)
-        found = _part("nodes.host").surveyed(model)
-        facts = {"family": found.family, "entries": {entry.key: entry.width for entry in found.entries}}
+        try:
+            found = _part("nodes.host").surveyed(model)
+            facts = {"family": found.family, "entries": {entry.key: entry.width for entry in found.entries}}
+        except _part("core.errors").UnknownFamilyError:
+            facts = {"family": "", "entries": {}}
         return io.NodeOutput(model, _clip(kind) if KINDS[kind][2] else None, ui={"facts": [facts]})
 
 
