@@ -328,7 +328,7 @@ class TrainedMethod(Method):
         if not self.keys(model, settings):
             raise ModelError(
                 f"The method '{self.id}' trains layers of the model's blocks, and those of a model of the family "
-                f"{found.family} are not known to it here: choose the method 'uce'."
+                f"{found.family} are not known, or not within reach, here: choose the method 'uce'."
             )
         if not found.sites and (what := self.reads_attention(settings)) is not None:
             raise ModelError(

@@ -79,7 +79,7 @@ def open_clip_config(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def yaml_text(text_folder: str, unet: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Return the YAML file that the webui reads along with the checkpoint.
+    """Return the YAML file that hosts read along with the checkpoint.
 
     Args:
         text_folder: A folder with the first text encoder's configuration and tokenizer.

@@ -109,7 +109,7 @@ def test_forgetting_without_classifier_free_guidance(comfyui: ComfyUI, kind: str
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["int8_tensorwise", "float8_e4m3fn", "narrow"])
 def test_a_quantised_transformer_is_forgotten_in(comfyui: ComfyUI, kind: str) -> None:
-    """Also where the layers that read the text are quantised; they are as they were afterwards."""
+    """Also where the layers that read the text are quantised."""
     if kind != "narrow":
         known(comfyui, "ProbeQuantised")
     way = {"ProbeNarrow": {"dtype": "float8_e4m3fn"}} if kind == "narrow" else {"ProbeQuantised": {"format": kind}}
@@ -131,7 +131,6 @@ def test_a_quantised_transformer_is_forgotten_in(comfyui: ComfyUI, kind: str) ->
     assert "forgotten: church (object)" in outputs["report"]["text"][0]
     assert outputs["edit"]["finite"] == [True] and outputs["edit"]["difference"][0] > 1e-5
     assert outputs["rounded"]["difference"][0] > 0  # quantised indeed
-    print(kind, outputs["report"]["text"][0], outputs["edit"], outputs["rounded"])
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from webuihost import Drawn, WebUI
+from webuihost import PREFIX, Drawn, WebUI
 
 PROMPT = "a photo of a red star"
-PREFIX = "/forget-concept/v1"
 STAR, MOON = "in_model_star", "in_model_moon"
 
 

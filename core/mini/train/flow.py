@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...models.families.flux import predict
 from ...models.text_states import TextStates
+from ..config import GUIDANCE
 from ..config import TOKENS as CLIP_TOKENS
 from ..config_flow import TOKENS, new_text_encoders, new_transformer
 from . import dataset, text
@@ -34,7 +35,6 @@ TEACHER_STEPS, TEACHER_LR = 2400, 1.5e-3
 FINISH_STEPS, FINISH_LR, FINISH_SHIFT = 2000, 1e-3, 0.5
 DISTIL_STEPS, DISTIL_LR, DISTIL_SHIFT = 350, 6e-4, 0.5
 UNCONDITIONAL = 0.1
-GUIDANCE = 2.5  # that is distilled
 COARSE_FROM = 1400  # step from which the coarse error of `mini`'s training is added
 LEAST = 4  # a word that occurs less often in the captions is spelt
 # T5's mark of a word's beginning, and logarithms of the frequencies of what is no whole word
@@ -167,7 +167,6 @@ def train_teacher(
     peak_lr: float = TEACHER_LR,
 ) -> None:
     """Train by flow matching up to step `steps` of two schedules, :data:`TEACHER_STEPS` and :data:`FINISH_STEPS`.
-
 
     Resumable. The exponential moving average of the weights is the teacher.
     """
