@@ -23,7 +23,7 @@ from forget_concept.core.evaluation.pooled_use import pooled_use
 from forget_concept.core.files.safetensors_io import read_safetensors
 from forget_concept.core.mini import config_flow, config_xl, ldm_xl
 from forget_concept.core.mini.config import SCHEDULE
-from forget_concept.core.mini.train import flow, xl
+from forget_concept.core.mini.train import flow, reflow, xl
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.schedules import sd_alphas_cumprod
@@ -33,6 +33,11 @@ from forget_concept.core.models.text_states import TextStates
 
 # enough captions that some name every kind of label
 PICTURES, BATCH, CAPTIONS = 12, 4, 16
+
+
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="the training of mini-flow needs torch 2.9 or later"
+)
 
 
 def hashes(path: Path) -> dict[str, int]:
@@ -76,11 +81,19 @@ def flow_work(tmp_path_factory, latents):
         stages = [
             partial(flow.pretrain_text, folder, clip, tokens, PICTURES, batch=CAPTIONS),
             partial(flow.train_teacher, folder, clip, tokens, latents, batch=BATCH),
-            partial(flow.distil, folder, clip, tokens, latents, (unet, text), batch=BATCH),
+            *(
+                partial(flow.distil, folder, stage, clip, tokens, latents, (unet, text), batch=BATCH)
+                for stage in flow.DISTIL_STAGES
+            ),
         ]
         for stage in stages:
             for stop in stops:
                 stage(steps=stop)
+        model = mini.load()
+        for stop in stops:
+            reflow.draw_pairs(folder, model, PICTURES, count=BATCH + stop, steps=2)
+        for stop in stops:
+            reflow.straighten(folder, model, clip, tokens, PICTURES, steps=stop, batch=BATCH)
         folders.append(folder)
     return folders
 
@@ -222,18 +235,18 @@ def test_how_far_a_model_follows_its_pooled_vector_is_measured():
         pooled_use(tiny_model(), Bright())
 
 
-@pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="diffusers' transformers need torch 2.4 or later")
+@needs_muon
 def test_a_stage_of_mini_flow_that_was_stopped_goes_on_to_the_same_weights(flow_work):
     whole, stopped = flow_work
-    for stage in ("flow-t5.pt", "flow-clip.pt", "flow-teacher.pt", "flow-distil.pt"):
-        assert hashes(whole / stage) == hashes(stopped / stage)
+    for stage in ("flow-t5", "flow-clip", "flow-teacher", *flow.DISTIL_STAGES, reflow.LAST):
+        assert hashes(whole / f"{stage}.pt") == hashes(stopped / f"{stage}.pt")
 
 
-@pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="diffusers' transformers need torch 2.4 or later")
+@needs_muon
 def test_mini_flow_is_fluxs_shape_and_is_drawn_with_as_its_pipeline_does(flow_work, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    size = flow.pack(flow_work[0], tmp_path / "packed", mini.load_modules()[2])
+    size = flow.pack(flow_work[0], tmp_path / "packed", mini.load_modules()[2], reflow.LAST)
     assert size < 12e6
     model = mini.load(folder=tmp_path / "packed", name="mini-flow")
     assert {entry.stream: entry.width for entry in model.survey.entries} == {TOKENS: 128, POOLED: 96}

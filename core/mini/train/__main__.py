@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import load_modules
+from .. import load, load_modules
 from ..config import new_autoencoder
 from ..files import weights_folder
 from ..probe import Probe
-from . import autoencoder, dataset, flow, pack, probe, text, tokenizer, unet, xl
+from . import autoencoder, dataset, flow, pack, probe, reflow, text, tokenizer, unet, xl
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
 XL_STAGES = ("xl-text", "xl-unet", "xl-distil", "xl-pack")
-FLOW_STAGES = ("flow-tokenizer", "flow-text", "flow-teacher", "flow-distil", "flow-pack")
+FLOW_STAGES = (
+    *("flow-tokenizer", "flow-text", "flow-teacher", *flow.DISTIL_STAGES, "flow-pairs", "flow-reflow"),
+    "flow-pack",
+)
 PICTURES = 20000
 MIN_RECONSTRUCTION = 0.98  # probe accuracy on reconstructions, per category, required before the UNet is trained
 
@@ -70,18 +73,24 @@ def run_flow(stage: str, work: Path, target: Path | None, length: dict[str, int]
         return
     if stage == "flow-pack":
         target = target or weights_folder("mini-flow")
-        print(f"packed {flow.pack(work, target, clip_tokens) / 1e6:.2f} MB into {target}")
+        print(f"packed {flow.pack(work, target, clip_tokens, reflow.LAST) / 1e6:.2f} MB into {target}")
         return
     tokens = flow.load_tokenizer(work / "flow-tokenizer")
     pictures = np.load(work / "pictures.npy", mmap_mode="r")
     if stage == "flow-text":
         flow.pretrain_text(work, clip_tokens, tokens, len(pictures), **length)
         return
+    if stage == "flow-pairs":
+        reflow.draw_pairs(work, load(), len(pictures))
+        return
+    if stage == "flow-reflow":
+        reflow.straighten(work, load(), clip_tokens, tokens, len(pictures), **length)
+        return
     latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
     if stage == "flow-teacher":
         flow.train_teacher(work, clip_tokens, tokens, latents, **length)
     else:
-        flow.distil(work, clip_tokens, tokens, latents, (mini_unet, mini_text), **length)
+        flow.distil(work, stage, clip_tokens, tokens, latents, (mini_unet, mini_text), **length)
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
-"""Stages of `mini-flow`: `flow-tokenizer`, `flow-text`, `flow-teacher`, `flow-distil` and `flow-pack`.
+"""Stages of `mini-flow`: `flow-tokenizer`, `flow-text`, `flow-teacher`, those of `DISTIL_STAGES`, and `flow-pack`.
 
 `flow-teacher` trains the transformer and both text encoders by flow matching, with prompts left out in part, so that it
-can be drawn with under guidance. `flow-distil` trains it towards the velocity that `mini` predicts under guidance.
+can be drawn with under guidance. `flow-distil` and those behind it train it towards the velocity that `mini` predicts
+under guidance.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,17 +25,36 @@ from ..config import GUIDANCE
 from ..config import TOKENS as CLIP_TOKENS
 from ..config_flow import TOKENS, new_text_encoders, new_transformer
 from . import dataset, text
-from .run import Run, warm_cosine
-from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error, follow
+from .run import Averages, Joined, Optimizer, Run, warm_cosine
+from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error
 
 TEXT_STEPS = 250
 TEACHER_STEPS, TEACHER_LR = 2400, 1.5e-3
 # a second schedule behind the first, with more of the noisy pictures, where the object is decided: after the first,
 # styles and people were found in nearly every picture, objects in four of five
 FINISH_STEPS, FINISH_LR, FINISH_SHIFT = 2000, 1e-3, 0.5
-DISTIL_STEPS, DISTIL_LR, DISTIL_SHIFT = 350, 6e-4, 0.5
+DISTIL_SHIFT = 0.5
+
+
+class Distillation(NamedTuple):
+    """A stage of training towards `mini`'s velocity: the stage whose average it starts from, and its schedule."""
+
+    before: str
+    steps: int
+    peak_lr: float
+    seed: int
+    muon: bool
+
+
+# At the same steps from the first stage's end, Muon's error fell from 0.566 to 0.549 in 48 steps, AdamW's did not fall.
+DISTIL_STAGES = {
+    "flow-distil": Distillation("flow-teacher", 350, 6e-4, 37, False),
+    "flow-finish": Distillation("flow-distil", 900, 1e-3, 43, True),
+    "flow-polish": Distillation("flow-finish", 600, 1e-3, 47, True),
+}
 UNCONDITIONAL = 0.1
 COARSE_FROM = 1400  # step from which the coarse error of `mini`'s training is added
+_ENCODERS = ("clip", "t5")
 LEAST = 4  # a word that occurs less often in the captions is spelt
 # T5's mark of a word's beginning, and logarithms of the frequencies of what is no whole word
 _SPACE, _OF_A_NAME, _OF_A_LETTER = "\u2581", -10.0, -14.0
@@ -92,7 +111,7 @@ def load_tokenizer(folder: Path) -> Any:
     """T5's tokenizer of `mini-flow`."""
     from transformers import T5TokenizerFast
 
-    return T5TokenizerFast.from_pretrained(folder)
+    return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def pretrain_text(
@@ -115,7 +134,8 @@ def pretrain_text(
     text.pretrain(folder, "flow-clip", {"clip": clip}, read_clip, clip_tokenizer, pictures, steps, batch)
 
 
-def _states(clip: Any, t5: Any, clip_ids: Tensor, t5_ids: Tensor) -> TextStates:
+def text_states(clip: Any, t5: Any, clip_ids: Tensor, t5_ids: Tensor) -> TextStates:
+    """What the transformer reads of token ids, `(n, tokens)` of CLIP and of T5."""
     return TextStates(t5(t5_ids).last_hidden_state, clip(clip_ids).pooler_output)
 
 
@@ -157,6 +177,26 @@ def _noisy(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - share) * clean + share * noise
 
 
+def _adamw(averages: Averages, peak_lr: float) -> Optimizer:
+    return torch.optim.AdamW(averages.groups(_ENCODERS), lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+
+
+def muon(averages: Averages, peak_lr: float) -> Optimizer:
+    """Muon for the matrices of the transformer's blocks, AdamW for all else.
+
+    Reference: Jordan et al. 2024, "Muon"; Liu et al. 2025, arXiv 2502.16982, for the scale that AdamW's rates fit.
+    """
+    named = list(averages.parts["transformer"].named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "blocks" in name]
+    chosen = set(map(id, matrices))
+    _, encoders = averages.groups(_ENCODERS)
+    rest = {"params": [p for _, p in named if id(p) not in chosen]}
+    return Joined(
+        torch.optim.Muon(matrices, lr=peak_lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([rest, encoders], lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2),
+    )
+
+
 def train_teacher(
     folder: Path,
     clip_tokenizer: Any,
@@ -174,18 +214,13 @@ def train_teacher(
     clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
     clip.load_state_dict(torch.load(folder / "flow-clip.pt", weights_only=True)["modules"]["clip"])
     t5.load_state_dict(torch.load(folder / "flow-t5.pt", weights_only=True)["modules"]["t5"])
-    parts: dict[str, Any] = {"transformer": new_transformer(), "clip": clip, "t5": t5}
-    averages = {f"average_{name}": copy.deepcopy(part) for name, part in parts.items()}
-    groups: list[dict[str, Any]] = [
-        {"params": list(parts["transformer"].parameters())},
-        {"params": [*clip.parameters(), *t5.parameters()], "lr_scale": 0.3},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    transformer = new_transformer()
+    averages = Averages({"transformer": transformer, "clip": clip, "t5": t5}, most=0.995)
     run = Run(
         folder,
         "flow-teacher",
-        {**parts, **averages},
-        optimizer,
+        averages.modules(),
+        _adamw(averages, peak_lr),
         steps,
         peak_lr,
         save_every=100,
@@ -196,24 +231,17 @@ def train_teacher(
         ),
     )
     batches = _Batches(folder, clip_tokenizer, t5_tokenizer, latents, batch)
-    for part in parts.values():
-        part.train()
-
-    def followed() -> None:
-        for name, part in parts.items():
-            follow(averages[f"average_{name}"], part, min(0.995, (1 + run.step) / (20 + run.step)))
-
     while run.step < steps:
         shift = 0.0 if run.step < TEACHER_STEPS else FINISH_SHIFT
         clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, 31, UNCONDITIONAL, shift)
         with torch.autocast("cpu", torch.bfloat16):
-            states = _states(clip, t5, clip_ids, t5_ids)
-            velocity = predict(parts["transformer"], _noisy(clean, noise, sigma), sigma, states)
+            states = text_states(clip, t5, clip_ids, t5_ids)
+            velocity = predict(transformer, _noisy(clean, noise, sigma), sigma, states)
         difference = velocity.float() - (noise - clean)
         error = difference.square().mean((1, 2, 3))
         if run.step >= COARSE_FROM:
             error = error + coarse_error(difference)
-        run.update(error.mean(), after=followed)
+        run.update(error.mean(), after=lambda: averages.follow(run.step))
         if run.step % 25 == 0:
             run.log(velocity_mse=difference.detach().square().mean().item())
 
@@ -249,70 +277,79 @@ def _guided_by_mini(mini: tuple[Any, Any], x: Tensor, sigma: Tensor, ids: Tensor
 
 def distil(
     folder: Path,
+    stage: str,
     clip_tokenizer: Any,
     t5_tokenizer: Any,
     latents: Tensor,
     mini: tuple[Any, Any],
-    steps: int = DISTIL_STEPS,
+    steps: int | None = None,
     batch: int = 64,
-    peak_lr: float = DISTIL_LR,
 ) -> None:
-    """Train the average of :func:`train_teacher` towards `mini`'s guided velocity; resumable.
+    """Train the average of the stage before towards `mini`'s guided velocity; resumable.
 
     `mini` finds the object in 99 % of its pictures, and its predictions have none of the noise that pictures have as a
     target. The exponential moving average of the weights is the model.
 
     Args:
-        folder: Folder with `flow-teacher.pt`; the checkpoint and the log are written there.
+        folder: Folder with the checkpoint of the stage before; this stage's checkpoint and log are written there.
+        stage: One of :data:`DISTIL_STAGES`.
         clip_tokenizer: CLIP's tokenizer.
         t5_tokenizer: T5's tokenizer.
         latents: Latents of the training pictures.
         mini: UNet and text encoder of `mini`.
-        steps: Where to stop.
+        steps: Where to stop. Default: the stage's length.
         batch: Pictures a step.
-        peak_lr: Highest learning rate.
 
     Reference: Meng et al. 2023, arXiv 2210.03142, stage one.
     """
-    torch.manual_seed(26)
-    begun = torch.load(folder / "flow-teacher.pt", weights_only=True)["modules"]
+    settings = DISTIL_STAGES[stage]
+    steps = settings.steps if steps is None else steps
+    torch.manual_seed(settings.seed)
+    begun = torch.load(folder / f"{settings.before}.pt", weights_only=True)["modules"]
     clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
-    parts: dict[str, Any] = {"transformer": new_transformer(), "clip": clip, "t5": t5}
+    transformer = new_transformer()
+    parts = {"transformer": transformer, "clip": clip, "t5": t5}
     for name, part in parts.items():
         part.load_state_dict(begun[f"average_{name}"])
-    averages = {f"average_{name}": copy.deepcopy(part) for name, part in parts.items()}
-    groups: list[dict[str, Any]] = [
-        {"params": list(parts["transformer"].parameters())},
-        {"params": [*clip.parameters(), *t5.parameters()], "lr_scale": 0.3},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    run = Run(folder, "flow-distil", {**parts, **averages}, optimizer, steps, peak_lr, save_every=100)
+    averages = Averages(parts, most=0.99)
+    optimizer = (muon if settings.muon else _adamw)(averages, settings.peak_lr)
+    run = Run(
+        folder,
+        stage,
+        averages.modules(),
+        optimizer,
+        steps,
+        settings.peak_lr,
+        save_every=50,
+        schedule=lambda step: warm_cosine(step, settings.steps, settings.peak_lr),
+    )
     batches = _Batches(folder, clip_tokenizer, t5_tokenizer, latents, batch)
-    for part in parts.values():
-        part.train()
-
-    def followed() -> None:
-        for name, part in parts.items():
-            follow(averages[f"average_{name}"], part, min(0.99, (1 + run.step) / (20 + run.step)))
-
     while run.step < steps:
-        clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, 37, 0.03, DISTIL_SHIFT)
+        clean, noise, sigma, clip_ids, t5_ids = batches.at(run.step, settings.seed, 0.03, DISTIL_SHIFT)
         x = _noisy(clean, noise, sigma)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 wanted = _guided_by_mini(mini, x, sigma, clip_ids, batches.empty_clip)
-            velocity = predict(parts["transformer"], x, sigma, _states(clip, t5, clip_ids, t5_ids))
+            velocity = predict(transformer, x, sigma, text_states(clip, t5, clip_ids, t5_ids))
         difference = velocity.float() - wanted
-        run.update((difference.square().mean((1, 2, 3)) + coarse_error(difference)).mean(), after=followed)
+        loss = (difference.square().mean((1, 2, 3)) + coarse_error(difference)).mean()
+        run.update(loss, after=lambda: averages.follow(run.step))
         if run.step % 25 == 0:
             run.log(velocity_mse=difference.detach().square().mean().item())
 
 
-def pack(folder: Path, target: Path, clip_tokenizer: Any) -> int:
-    """Write the parts that `mini-flow` does not share with `mini`, in fp16, with the logs; return their bytes."""
+def pack(folder: Path, target: Path, clip_tokenizer: Any, stage: str) -> int:
+    """Write the parts that `mini-flow` does not share with `mini`, in fp16, with the logs; return their bytes.
+
+    Args:
+        folder: Folder of the checkpoints.
+        target: Folder of the packed model.
+        clip_tokenizer: CLIP's tokenizer.
+        stage: The stage whose averages are packed.
+    """
     target.mkdir(parents=True, exist_ok=True)
     t5_tokenizer = load_tokenizer(folder / "flow-tokenizer")
-    trained = torch.load(folder / "flow-distil.pt", weights_only=True)["modules"]
+    trained = torch.load(folder / f"{stage}.pt", weights_only=True)["modules"]
     clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
     transformer = new_transformer()
     for name, part in (("transformer", transformer), ("clip", clip), ("t5", t5)):

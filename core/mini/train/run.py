@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +21,79 @@ def warm_cosine(step: int, steps: int, peak: float) -> float:
         return peak * (step + 1) / warm
     along = min(1.0, (step - warm) / max(1, steps - warm))
     return peak * (0.02 + 0.49 * (1 + math.cos(math.pi * along)))
+
+
+class Optimizer(Protocol):
+    """What a run needs of an optimizer."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def step(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Joined:
+    """Several optimizers, each of its own parameters, stepped as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(index): part.state_dict() for index, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for index, part in enumerate(self.parts):
+            part.load_state_dict(state[str(index)])
+
+
+class Averages:
+    """Modules in training with the exponential moving averages of their weights, saved as `average_<name>`.
+
+    Args:
+        parts: The modules, by name; they are set to training mode.
+        most: Upper bound of the decay, which grows with the steps.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], most: float) -> None:
+        self.parts, self.most = dict(parts), most
+        self.copies = {name: copy.deepcopy(part) for name, part in self.parts.items()}
+        for part in self.parts.values():
+            part.train()
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The modules and their averages, by the names under which a checkpoint keeps them."""
+        return {**self.parts, **{f"average_{name}": part for name, part in self.copies.items()}}
+
+    def groups(self, slowly: Sequence[str], scale: float = 0.3) -> list[dict[str, Any]]:
+        """The parameters for an optimizer; those of the modules in `slowly` at `scale` times the learning rate."""
+        fast = [p for name, part in self.parts.items() if name not in slowly for p in part.parameters()]
+        slow = [p for name in slowly for p in self.parts[name].parameters()]
+        return [{"params": fast}, {"params": slow, "lr_scale": scale}]
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Move the averages after step `step`."""
+        decay = min(self.most, (1 + step) / (20 + step))
+        for name, part in self.parts.items():
+            torch._foreach_lerp_(list(self.copies[name].parameters()), list(part.parameters()), 1 - decay)
 
 
 class Run:
@@ -41,7 +115,7 @@ class Run:
         folder: Path,
         name: str,
         modules: dict[str, torch.nn.Module],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         steps: int,
         peak_lr: float,
         save_every: int = 200,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..config import LATENT_SCALE, SCHEDULE, TOKENS, new_text_encoder, new_unet
 from ..vocabulary import NONE
 from . import dataset
 from .autoencoder import to_tensor
-from .run import Run, warm_cosine
+from .run import Averages, Run, warm_cosine
 
 CAPTIONS = 6  # per image
 SCHEDULE_STEPS = 2400  # length of the first learning rate schedule
@@ -91,28 +90,16 @@ def train(
     unet.set_attn_processor(AttnProcessor())
     text.set_attn_implementation("eager")
     text.load_state_dict(torch.load(folder / "text.pt", weights_only=True)["modules"]["model"])
-    average, average_text = copy.deepcopy(unet), copy.deepcopy(text)
-    groups: list[dict[str, Any]] = [
-        {"params": list(unet.parameters())},
-        {"params": list(text.parameters()), "lr_scale": 0.3},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    modules = {"unet": unet, "text": text, "average_unet": average, "average_text": average_text}
-    run = Run(folder, "unet", modules, optimizer, steps, peak_lr, schedule=rate)
+    averages = Averages({"unet": unet, "text": text}, most=0.995)
+    optimizer = torch.optim.AdamW(averages.groups(["text"]), lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    run = Run(folder, "unet", averages.modules(), optimizer, steps, peak_lr, schedule=rate)
     table = alphas_cumprod()
     ids = caption_ids(folder / "captions.pt", tokenizer, len(latents))
     empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)
-    unet.train()
-    text.train()
     people = [dataset.scene(i).person for i in range(len(latents))]
     odds = np.array([1.0 if name == NONE else FINISH_ODDS.get(name, 2.0) for name in people])
     odds /= odds.sum()
     recent = 0.0
-
-    def followed() -> None:
-        decay = min(0.995, (1 + run.step) / (20 + run.step))
-        follow(average, unet, decay)
-        follow(average_text, text, decay)
 
     while run.step < steps:
         rng = np.random.default_rng((19, run.step))
@@ -136,7 +123,7 @@ def train(
         if run.step >= COARSE_FROM:
             error = error + coarse_error(predicted.float() - noise)
         loss = (error * (snr.clamp(max=5) / snr)).mean()
-        run.update(loss, after=followed)
+        run.update(loss, after=lambda: averages.follow(run.step))
         plain = (predicted.detach().float() - noise).square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:
@@ -155,9 +142,3 @@ def caption_ids(path: Path, tokenizer: Any, pictures: int, tokens: int = TOKENS)
     ids = torch.tensor(rows, dtype=torch.int16)
     torch.save(ids, path)
     return ids
-
-
-@torch.no_grad()
-def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """Move an exponential moving average of a model's weights."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -9,7 +9,6 @@ for the tokens.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from ..config import TOKENS
 from ..config_xl import PAD_2, TEXT, TEXT_2, new_text_encoders, new_unet
 from ..shapes import SIZE
 from . import text
-from .run import Run, warm_cosine
-from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error, follow
+from .run import Averages, Run, warm_cosine
+from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error
 
 TEXT_STEPS = 200
 COARSE_FROM = 900  # step from which the coarse error of `mini`'s training is added
@@ -152,41 +151,25 @@ class _Batches:
         return found
 
 
-class _Trained:
-    """The three parts of `mini-xl` with their moving averages, and the run that trains them."""
+def _plain(unet: Any, first: Any, second: Any) -> Averages:
+    """The parts of `mini-xl` for a training run.
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        parts: Mapping[str, Any],
-        steps: int,
-        peak_lr: float,
-        schedule: Callable[[int], float] | None = None,
-    ) -> None:
-        from diffusers.models.attention_processor import AttnProcessor
+    In bf16 on a CPU the fused attention's backward pass is several times slower than plain matrix products.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
 
-        self.parts = dict(parts)
-        # in bf16 on a CPU the fused kernel's backward pass is several times slower than plain matrix products
-        self.parts["unet"].set_attn_processor(AttnProcessor())
-        for encoder in (self.parts["first"], self.parts["second"]):
-            encoder.set_attn_implementation("eager")
-        self.averages = {f"average_{name}": copy.deepcopy(part) for name, part in self.parts.items()}
-        encoders = [*self.parts["first"].parameters(), *self.parts["second"].parameters()]
-        groups: list[dict[str, Any]] = [
-            {"params": list(self.parts["unet"].parameters())},
-            {"params": encoders, "lr_scale": 0.3},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
-        modules = {**self.parts, **self.averages}
-        self.run = Run(folder, name, modules, optimizer, steps, peak_lr, save_every=100, schedule=schedule)
-        for part in self.parts.values():
-            part.train()
+    unet.set_attn_processor(AttnProcessor())
+    for encoder in (first, second):
+        encoder.set_attn_implementation("eager")
+    return Averages({"unet": unet, "first": first, "second": second}, most=0.995)
 
-    def followed(self) -> None:
-        """Move the averages."""
-        for name, part in self.parts.items():
-            follow(self.averages[f"average_{name}"], part, min(0.995, (1 + self.run.step) / (20 + self.run.step)))
+
+def _run(
+    averages: Averages, folder: Path, stage: str, steps: int, peak_lr: float, schedule: Callable[[int], float] | None
+) -> Run:
+    groups = averages.groups(["first", "second"])
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    return Run(folder, stage, averages.modules(), optimizer, steps, peak_lr, save_every=100, schedule=schedule)
 
 
 def train(
@@ -216,9 +199,9 @@ def train(
     pretrained = torch.load(folder / "xl-text.pt", weights_only=True)["modules"]
     first.load_state_dict(pretrained["first"])
     second.load_state_dict(pretrained["second"])
-    parts = {"unet": unet, "first": first, "second": second}
-    trained = _Trained(folder, "xl-unet", parts, steps, PHASES[0][1], lambda step: phase(step)[0])
-    run, batches = trained.run, _Batches(folder, tokenizer, latents, batch)
+    averages = _plain(unet, first, second)
+    run = _run(averages, folder, "xl-unet", steps, PHASES[0][1], lambda step: phase(step)[0])
+    batches = _Batches(folder, tokenizer, latents, batch)
     recent = 0.0
     while run.step < steps:
         rows = batches.at(run.step, 29, phase(run.step)[1])
@@ -229,7 +212,7 @@ def train(
         error = difference.square().mean((1, 2, 3))
         if run.step >= COARSE_FROM:
             error = error + coarse_error(difference)
-        run.update((error * (snr.clamp(max=5) / snr)).mean(), after=trained.followed)
+        run.update((error * (snr.clamp(max=5) / snr)).mean(), after=lambda: averages.follow(run.step))
         plain = difference.detach().square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:
@@ -264,8 +247,9 @@ def distil(
     begun = torch.load(folder / "xl-unet.pt", weights_only=True)["modules"]
     for name, part in parts.items():
         part.load_state_dict(begun[f"average_{name}"])
-    trained = _Trained(folder, "xl-distil", parts, steps, peak_lr)
-    run, batches = trained.run, _Batches(folder, tokenizer, latents, batch)
+    averages = _plain(**parts)
+    run = _run(averages, folder, "xl-distil", steps, peak_lr, None)
+    batches = _Batches(folder, tokenizer, latents, batch)
     teacher, reader = mini
     recent = 0.0
     while run.step < steps:
@@ -277,7 +261,7 @@ def distil(
         error = difference.square().mean((1, 2, 3)) + coarse_error(difference)
         # what is to be seen is decided in noisy pictures, where it makes little difference to the noise
         weight = (batches.table[rows.times] / (1 - batches.table[rows.times])).reciprocal().clamp(0.3, 5)
-        run.update((weight * error).mean(), after=trained.followed)
+        run.update((weight * error).mean(), after=lambda: averages.follow(run.step))
         plain = difference.detach().square().mean().item()
         recent = 0.98 * recent + 0.02 * plain if recent else plain
         if run.step % 25 == 0:
