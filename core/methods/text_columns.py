@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import ModelError
-from ..models.text_encoders import ENCODE_ROWS, TextEncoder, encoded_batches, segments_of
+from ..models.text_encoders import ENCODE_ROWS, RememberedTokens, TextEncoder, encoded_batches, segments_of
 from ..models.text_entries import POOLED, TOKENS
 from ..models.text_states import TextStates
 from ..models.token_positions import end_position, phrase_span, tail_positions
-from ..progress import Progress
+from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import COMMON, CONTEXTS
 from ..prompts.pairs import mentions
 from ..request.concept import Concept, normalized_phrase, templates
@@ -173,6 +173,11 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
     }[concept.kind]
 
 
+def _aligning(progress: Progress | None, done: int, of: int) -> None:
+    """Report, and be cancelled, while prompts are tokenized, which takes seconds for hundreds of concepts."""
+    report_progress(progress, ProgressEvent(done, of, message="aligning the prompts"))
+
+
 def collect_columns(
     encoder: TextEncoder,
     request: ForgetRequest,
@@ -201,26 +206,31 @@ def collect_columns(
         TokenError: A prompt is cut off.
         ModelError: The pooled vectors are wanted, and the encoder gives none.
     """
+    parts = [(first, RememberedTokens(part)) for first, part in segments_of(encoder)]
+    kinds = dict.fromkeys(concept.kind for concept in request.concepts)
+    wordings = {kind: _templates(settings, kind, request) for kind in kinds}
     pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
-    for concept in request.concepts:
+    for number, concept in enumerate(request.concepts):
+        _aligning(progress, number, len(request.concepts))
         phrase = _guide_phrase(concept, settings)
-        for template in _templates(settings, concept.kind, request):
+        for template in wordings[concept.kind]:
             prompt = _fill(template, concept.name)
             guide = _fill(template, phrase) if phrase or settings.no_replacement == "dropped" else ""
-            for first, part in segments_of(encoder):
+            for first, part in parts:
                 at = _pairs(part, settings, (concept.name, prompt), (phrase, guide))
                 pairs += [(prompt, first + i, guide, first + j) for i, j in at]
     retain: dict[str, None] = {}
     for preserved_phrase in request.preserve:
-        for kind in dict.fromkeys(concept.kind for concept in request.concepts):
-            for template in _templates(settings, kind, request):
+        for templates_of_kind in wordings.values():
+            for template in templates_of_kind:
                 retain[_fill(template, preserved_phrase)] = None
     if settings.keep_common:
         retain |= dict.fromkeys(common_prompts(request, settings))
     retain |= dict.fromkeys(settings.preserve_prompts)
     retain.pop("", None)
-    for prompt in retain:
-        for _, part in segments_of(encoder):
+    for number, prompt in enumerate(retain):
+        _aligning(progress, number, len(retain))
+        for _, part in parts:
             end_position(part, prompt)  # raises if it is cut off
     # the retain set first, so that its states are one contiguous slice
     texts = list(dict.fromkeys(["", *retain] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
@@ -229,7 +239,6 @@ def collect_columns(
     states, lengths = found.hidden, found.known()
     preserved = states[: 1 + len(retain)].flatten(0, 1)
     if settings.columns == "last":
-        parts = segments_of(encoder)
         ends = [(i, first + end_position(part, text)) for i, text in enumerate(retain, 1) for first, part in parts]
         preserved = torch.cat([states[0, : lengths[0]], *(states[i, end - 1 : end] for i, end in ends)])
     elif found.lengths is not None:

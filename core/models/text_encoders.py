@@ -18,6 +18,7 @@ __all__ = [
     "CLIPText",
     "EncodedPrompts",
     "FluxText",
+    "RememberedTokens",
     "SDXLText",
     "TextEncoder",
     "check_words",
@@ -61,6 +62,36 @@ def segments_of(encoder: TextEncoder) -> Sequence[tuple[int, TextEncoder]]:
     """The parts of an encoded prompt: position of the first state, and the tokenizer; only one of most encoders."""
     found: Sequence[tuple[int, TextEncoder]] = getattr(encoder, "segments", None) or ((0, encoder),)
     return found
+
+
+class RememberedTokens:
+    """A text encoder that tokenizes each text once, for work that asks for the tokens of the same texts many times.
+
+    Args:
+        encoder: The text encoder, which everything else is asked of.
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+        self.max_length = encoder.max_length
+        self._prompts: dict[str, list[int]] = {}
+        self._phrases: dict[str, list[int]] = {}
+
+    def token_ids(self, prompt: str) -> list[int]:
+        if prompt not in self._prompts:
+            self._prompts[prompt] = list(self._encoder.token_ids(prompt))
+        return self._prompts[prompt]
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        if phrase not in self._phrases:
+            self._phrases[phrase] = list(self._encoder.phrase_ids(phrase))
+        return self._phrases[phrase]
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        return self._encoder.encode(prompts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
 
 
 def check_words(encoder: TextEncoder, phrases: Iterable[str]) -> None:

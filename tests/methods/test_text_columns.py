@@ -125,3 +125,29 @@ def test_a_tokenizer_whose_spaces_are_tokens_finds_the_phrase() -> None:
             return [*ids, 0] if phrase.endswith(" ") else ids
 
     assert phrase_span(Spaced(["<user>"], ["</user>"]), "red church", "a red church on a hill") == (2, 2)
+
+
+def test_no_text_is_tokenized_twice() -> None:
+    """With many concepts the tokenizer would take most of the time."""
+
+    class Counting(Worded):
+        asked: list[str]
+
+        def token_ids(self, prompt: str) -> list[int]:
+            self.asked.append(f"prompt {prompt}")
+            return super().token_ids(prompt)
+
+        def phrase_ids(self, phrase: str) -> list[int]:
+            self.asked.append(f"phrase {phrase}")
+            return super().phrase_ids(phrase)
+
+    encoder = Counting(["<s>"], ["</s>"])
+    encoder.asked = []
+    request = ForgetRequest(tuple(Concept(f"thing{n}", replacement="circle") for n in range(5)), preserve=("moon",))
+    columns = collect_columns(encoder, request, UCESettings())
+    assert len(set(encoder.asked)) == len(encoder.asked) > 50
+    # and what comes out does not change
+    plain = collect_columns(Worded(["<s>"], ["</s>"]), request, UCESettings())
+    assert all(
+        torch.equal(getattr(columns["tokens"], part), getattr(plain["tokens"], part)) for part in ("target", "guide")
+    )
