@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +120,4 @@ class ForgetConceptTechnique:
 def _read(request: str | os.PathLike[str] | Mapping[str, Any]) -> ForgetRequest:
     if isinstance(request, Mapping):
         return ForgetRequest.from_json(json.dumps(dict(request)))
-    try:
-        return ForgetRequest.from_json(Path(request).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"The request '{request}' cannot be read: {error}.") from error
+    return ForgetRequest.from_file(request)

@@ -129,7 +129,7 @@
             setTimeout(() => { button.disabled = false; }, 3 * INTERVAL);
             return;
         }
-        const card = event.target.closest && event.target.closest("#forget_concept_cards .fc-card");
+        const card = event.target.closest && event.target.closest("#forget_concept_cards button.fc-card");
         if (!card) return;
         write("forget_concept_pressed", card.dataset.name);
         setTimeout(() => press("forget_concept_press"), 50);

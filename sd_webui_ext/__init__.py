@@ -50,20 +50,20 @@ def register() -> type:
     """
     from .always_on import script_of
     from .plot_axes import add_axes
-    from .webui import api_auth, listen, serves_api
+    from .webui import allowed_origins, api_auth, listen, serves_api
 
     host = running()
 
     def tabs() -> list[tuple[Any, str, str]]:
         from . import tab
 
-        return [(tab.build(host), "Forget Concept", "forget_concept")]
+        return [(tab.build(host, allowed_origins()), "Forget Concept", "forget_concept")]
 
     def started(app: Any) -> None:
         if serves_api():
             from . import api
 
-            api.mount(app, host, api_auth())
+            api.mount(app, host, api_auth(), allowed_origins())
 
     def settings() -> Any:
         from ..core.service.options import SECTION, options

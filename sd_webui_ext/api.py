@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-import secrets
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
@@ -15,9 +16,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from fastapi.security import HTTPBasic
 
 from ..core.errors import ForgetConceptError, RequestError
+from ..core.files.json_text import parse_json
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods, plan_request
 from ..core.request.request import ForgetRequest, strength_warning
@@ -27,10 +29,12 @@ from ..core.service.evaluate_job import EvaluateJob
 from ..core.service.forget_job import ForgetJob
 from ..core.service.forms import settings_json
 from ..core.service.host_interface import Host
+from ..core.service.jobs import Job
 from ..core.service.patch_store import PatchStore, patch_store_of
 from ..core.service.preview import png, row
 from ..core.service.uploads import Uploads
 from ..core.version import VERSION
+from .guard import Credentials, foreign_host, foreign_origin
 from .models import (
     ActiveModel,
     ApplyBody,
@@ -45,6 +49,7 @@ from .models import (
     PatchModel,
     Problem,
     ThemeModel,
+    UnreadableModel,
     request_of,
 )
 
@@ -61,23 +66,24 @@ _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     for code, words in {
         400: "The request is invalid.",
         401: "User name or password do not match --api-auth.",
+        403: "The request comes from a page of another site, or was sent to an unknown host name.",
         404: "Nothing has this name.",
         409: "Another job is running.",
         413: "The body is too large.",
+        415: "The body is not JSON.",
         422: "The body does not match the schema.",
     }.items()
 }
 
 
 class _LimitedRequest(Request):
-    """A request that stops reading its body at the size limit."""
+    """A request that stops reading its body at the size limit, and parses it as JSON within bounds."""
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            path = self.url.path
-            limit = LARGE_BODY if path.endswith(PREFIX + _WITH_PICTURES) else SMALL_BODY
+            limit = self._limit
             length = self.headers.get("content-length", "")
-            if length.isdigit() and int(length) > limit:
+            if length.isdigit() and int(length[:12]) > limit:
                 raise HTTPException(413, _too_large(limit))
             parts, size = [], 0
             async for part in self.stream():
@@ -88,34 +94,90 @@ class _LimitedRequest(Request):
             self._body = b"".join(parts)
         return self._body
 
+    async def json(self) -> Any:
+        try:
+            return parse_json((await self.body()).decode("utf-8"), self._limit)
+        except ValueError as error:
+            why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise HTTPException(422, f"The body is not valid JSON: {why}.") from error
+
+    @property
+    def _limit(self) -> int:
+        return LARGE_BODY if self.url.path.endswith(PREFIX + _WITH_PICTURES) else SMALL_BODY
+
 
 def _too_large(limit: int) -> str:
     return f"The body is too large: this route accepts at most {limit // 2**10:,} kB."
 
 
+@dataclasses.dataclass(frozen=True)
+class _Guard:
+    """Looks at the headers of every request before its body is read, and at the messages of answers.
+
+    Args:
+        credentials: Who may send requests; ``None``: everybody.
+        known: Origins and host names beside those of the webui itself.
+        folders: Folders of this machine that no answer names.
+    """
+
+    credentials: Credentials | None
+    known: Callable[[], Collection[str]]
+    folders: Callable[[], Sequence[Path]]
+
+    def refusal(self, request: Request) -> Response | None:
+        """The answer to a request that is refused."""
+        headers, known = request.headers, self.known()
+        # a page with a foreign host name has no password to send
+        if self.credentials is None and (words := foreign_host(headers, known)) is not None:
+            return _problem(403, words)
+        changes = request.method not in ("GET", "HEAD", "OPTIONS")
+        if changes and (words := foreign_origin(headers, known)) is not None:
+            return _problem(403, words)
+        if self.credentials is not None and not self.credentials.fit(headers.get("authorization", "")):
+            answer = _problem(401, "User name or password are missing or wrong.")
+            answer.headers["WWW-Authenticate"] = 'Basic charset="UTF-8"'
+            return answer
+        kind = headers.get("content-type", "").partition(";")[0].strip().casefold()
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        if changes and (kind or has_body) and kind != "application/json":
+            return _problem(
+                415, f"The body must be JSON: send the header 'Content-Type: application/json', not '{kind[:80]}'."
+            )
+        return None
+
+    def shown(self, words: str) -> str:
+        """A message without where this machine keeps its files."""
+        for folder in self.folders():
+            for path in {str(folder), os.path.realpath(folder)} - {os.sep}:
+                words = words.replace(path + os.sep, "").replace(path, folder.name)
+        return words
+
+
 class _SentenceRoute(APIRoute):
-    """A route that answers errors in one sentence."""
+    """A route behind a guard, which answers errors in one sentence."""
+
+    guard: ClassVar[_Guard]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
+            if (refused := self.guard.refusal(request)) is not None:
+                return refused
             try:
                 return await handle(_LimitedRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 return _problem(422, _validation_message(error.errors()))
-            except BusyError as error:
-                return _problem(409, str(error))
-            except NotFoundError as error:
-                return _problem(404, str(error))
             except ForgetConceptError as error:
-                return _problem(400, str(error))
+                code = 409 if isinstance(error, BusyError) else 404 if isinstance(error, NotFoundError) else 400
+                return _problem(code, self.guard.shown(str(error)))
 
         return handler
 
 
 def _problem(code: int, words: str) -> JSONResponse:
-    return JSONResponse({"detail": words}, status_code=code)
+    # a message repeats what was given, which may hold half of a character
+    return JSONResponse({"detail": words.encode(errors="backslashreplace").decode()}, status_code=code)
 
 
 def _validation_message(errors: Sequence[Any]) -> str:
@@ -131,50 +193,39 @@ def _validation_message(errors: Sequence[Any]) -> str:
     return f"The field '{'.'.join(where)}' is invalid: {words}{more}."
 
 
-def _basic_auth(auth: str) -> Callable[..., None]:
-    """A FastAPI dependency for HTTP basic authentication against ``--api-auth``, ``user:password,user:password``."""
-    known = []
-    for entry in auth.split(","):
-        user, colon, password = entry.strip().partition(":")
-        if not colon or not user:
-            # do not repeat the entry: it contains a password
-            raise RequestError("--api-auth must have the form user:password, or several of them separated by commas.")
-        known.append((user.encode(), password.encode()))
-
-    def check(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's idiom
-        fits = False
-        for user, password in known:
-            # compare all of them in full, so that timing does not reveal a near match
-            same_user = secrets.compare_digest(given.username.encode(), user)
-            same_password = secrets.compare_digest(given.password.encode(), password)
-            fits |= same_user and same_password
-        if not fits:
-            raise HTTPException(401, "User name or password are wrong.", {"WWW-Authenticate": "Basic"})
-
-    return check
-
-
-def mount(app: FastAPI, host: Host, auth: str | None) -> None:
+def mount(app: FastAPI, host: Host, auth: str | None, origins: Collection[str] = ()) -> None:
     """Add the routes to a webui's application.
 
     Args:
+        app: The application.
+        host: The webui.
         auth: The webui's ``--api-auth``; ``None`` for no authentication.
+        origins: Origins of other sites whose pages may send requests.
 
     Raises:
         RequestError: If ``auth`` is malformed. No routes are added then.
     """
     # include_router would build every route a second time and delay the start of the webui
-    app.router.routes.extend(router_of(patch_store_of(host), auth).routes)
+    app.router.routes.extend(router_of(patch_store_of(host), auth, origins).routes)
 
 
-def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
-    """Build the router with all routes; ``auth`` as in :func:`mount`."""
-    guards = [] if auth is None else [Depends(_basic_auth(auth))]
+def router_of(store: PatchStore, auth: str | None = None, origins: Collection[str] = ()) -> APIRouter:
+    """Build the router with all routes; ``auth`` and ``origins`` as in :func:`mount`."""
+    guard = _Guard(
+        None if auth is None else Credentials(auth),
+        lambda: {*origins, *store.settings.hosts},
+        lambda: (store.host.lora_folder(), store.host.data_folder(), Path.home()),
+    )
+
+    def about(job: Job) -> dict[str, Any]:
+        return job.as_dict() | {"error": guard.shown(job.error)}
+
     router = APIRouter(
         prefix=PREFIX,
         tags=["Forget Concept"],
-        route_class=_SentenceRoute,
-        dependencies=guards,
+        route_class=type("_GuardedRoute", (_SentenceRoute,), {"guard": guard}),
+        # for the schema; the guard has looked already
+        dependencies=[] if auth is None else [Depends(HTTPBasic(auto_error=False))],
         responses=_ERROR_RESPONSES,
     )
 
@@ -213,7 +264,7 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
                 settings.pairs if body.pictures is None else body.pictures,
                 settings.steps,
             )
-            return store.forget(job, uploads.remove).as_dict()
+            return about(store.forget(job, uploads.remove))
         except BaseException:
             uploads.remove()
             raise
@@ -239,22 +290,22 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
             body.benchmark,
             body.clip_judge,
         )
-        return store.evaluate(job).as_dict()
+        return about(store.evaluate(job))
 
     @router.get("/jobs", response_model=list[JobModel], summary="List recent jobs")
     def jobs() -> Any:
         """The jobs that are still remembered, newest last."""
-        return [job.as_dict() for job in store.jobs.all()]
+        return [about(job) for job in store.jobs.all()]
 
     @router.get("/jobs/{job_id}", response_model=JobModel, summary="Get a job")
     def job(job_id: str) -> Any:
         """State, step and time left of a job; its result once it is done."""
-        return store.jobs.get(job_id).as_dict()
+        return about(store.jobs.get(job_id))
 
     @router.post("/jobs/{job_id}/cancel", response_model=JobModel, summary="Interrupt a job")
     def cancel(job_id: str) -> Any:
         """Stop a job at its next step, without saving anything. Does nothing to a finished job."""
-        return store.jobs.cancel(job_id).as_dict()
+        return about(store.jobs.cancel(job_id))
 
     @router.get(
         "/jobs/{job_id}/pictures/{number}",
@@ -278,6 +329,11 @@ def router_of(store: PatchStore, auth: str | None = None) -> APIRouter:
     def patches() -> Any:
         """The patches in the Lora folder that Forget Concept made, newest first."""
         return [entry.as_dict() for entry in store.library.entries()]
+
+    @router.get("/unreadable", response_model=list[UnreadableModel], summary="List the files that cannot be read")
+    def unreadable() -> Any:
+        """The files of the Lora folder that could be patches but cannot be read, each with the reason."""
+        return [{"file": place, "why": why} for place, why in store.library.unreadable()]
 
     @router.post("/patches/combine", response_model=PatchModel, status_code=201, summary="Combine patches")
     def combine(body: CombineBody) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "Problem",
     "SettingModel",
     "ThemeModel",
+    "UnreadableModel",
     "request_of",
 ]
 
@@ -186,6 +187,13 @@ class PatchModel(BaseModel):
     family: str
     base_model: str
     lora: str = Field(..., description="The tag that applies it in a prompt.")
+
+
+class UnreadableModel(BaseModel):
+    """A file of the Lora folder that cannot be read."""
+
+    file: str = Field(..., description="Path in the Lora folder.")
+    why: str = Field(..., description="The reason, in one sentence.")
 
 
 class PatchDetails(PatchModel):

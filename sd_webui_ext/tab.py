@@ -7,7 +7,7 @@ clicks a hidden button, so that updates use gradio's own connection, with its lo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import gradio as gr
@@ -17,6 +17,7 @@ from ..core.service import html
 from ..core.service.host_interface import Host
 from ..core.service.jobs import Job
 from ..core.service.patch_store import PatchStore, patch_store_of
+from .guard import foreign_origin
 from .tab_evaluate import EvaluatePart
 from .tab_forget import ForgetPart
 from .tab_patches import PatchesPart
@@ -27,8 +28,13 @@ _QUICK = {"queue": False, "show_progress": "hidden"}
 _KINDS = ("forget", "evaluate")
 
 
-def build(host: Host) -> gr.Blocks:
-    """Build the tab's blocks."""
+def build(host: Host, origins: Collection[str] = ()) -> gr.Blocks:
+    """Build the tab's blocks.
+
+    Args:
+        host: The webui.
+        origins: Origins of other sites whose pages may press its buttons.
+    """
     store = patch_store_of(host)
     with gr.Blocks(analytics_enabled=False) as blocks:
         with gr.Tabs(elem_id="forget_concept_tabs"):
@@ -69,7 +75,25 @@ def build(host: Host) -> gr.Blocks:
         # gradio treats fields that events fill in as read-only
         if getattr(block, "interactive", False) is None:
             block.interactive = True
+    # a list in gradio 3, a mapping in gradio 4
+    for event in blocks.fns.values() if isinstance(blocks.fns, Mapping) else blocks.fns:
+        if event.fn is not None:
+            event.fn = _for_own_pages(event.fn, lambda: {*origins, *store.settings.hosts})
     return blocks
+
+
+def _for_own_pages(handle: Callable[..., Any], known: Callable[[], Collection[str]]) -> Callable[..., Any]:
+    """The handler of an event, closed to pages of other sites: gradio itself takes their requests."""
+
+    # gradio puts the request in the place of a parameter of this type
+    def guarded(request: gr.Request, *values: Any) -> Any:
+        headers = dict(request.headers.items()) if request is not None and request.headers is not None else {}
+        refused = foreign_origin({str(name).casefold(): str(value) for name, value in headers.items()}, known())
+        if refused is not None:
+            raise gr.Error(refused)
+        return handle(*values)
+
+    return guarded
 
 
 class _JobHeartbeat:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError
+from ..core.files.reading import read_text
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods
 from ..core.request.concept import KINDS
@@ -359,13 +360,9 @@ class ForgetPart:
         keep = [gr.update() for _ in self.form]
         try:
             file = Path(getattr(given, "name", given))
-            if file.stat().st_size > _LONGEST_FILE:
-                raise ForgetConceptError("This file is too large for a request: choose a JSON file exported here.")
-            request = ForgetRequest.from_json(file.read_text(encoding="utf-8-sig"))
+            request = ForgetRequest.from_json(read_text(file, "The request file", longest=_LONGEST_FILE))
             form_values = self._form_of(Form.of(request, self.store.theme_folders), {})
-        except UnicodeDecodeError:
-            return [html.problem("This file is not text: choose a JSON file exported here."), *keep]
-        except (ForgetConceptError, OSError) as error:
+        except ForgetConceptError as error:
             return [html.problem(str(error)), *keep]
         words = "The form is filled in."
         if any(concept.images for concept in request.concepts):

@@ -149,7 +149,7 @@ class PatchesPart:
         else:
             in_model, active = self._now()
         try:
-            entries = self.store.library.entries()
+            entries, unreadable = self.store.library.entries(), self.store.library.unreadable()
         except ForgetConceptError as error:
             rest = len(self.live) - len(in_model) - 1
             return [*in_model, html.problem(str(error)), *[gr.update()] * rest]
@@ -158,7 +158,7 @@ class PatchesPart:
         entry = next((entry for entry in entries if entry.name == chosen), None)
         return [
             *in_model,
-            html.cards(entries, chosen, active),
+            html.cards(entries, chosen, active, unreadable),
             gr.update(choices=names, value=chosen),
             entry.tag if entry else "",
             self._details(chosen),

@@ -33,6 +33,7 @@ __all__ = [
     "V_REMEDY",
     "ExtraNetworkParams",
     "WebUI",
+    "allowed_origins",
     "api_auth",
     "listen",
     "lora_extension",
@@ -212,6 +213,12 @@ def serves_api() -> bool:
 def api_auth() -> str | None:
     """The value of ``--api-auth``: ``user:password``, or several separated by commas; ``None`` if unset."""
     return shared.cmd_opts.api_auth or None
+
+
+def allowed_origins() -> tuple[str, ...]:
+    """The sites whose pages may send requests, as ``--cors-allow-origins`` lists them."""
+    given = getattr(shared.cmd_opts, "cors_allow_origins", None) or ""
+    return tuple(origin.strip() for origin in given.split(",") if origin.strip())
 
 
 def listen(

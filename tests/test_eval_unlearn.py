@@ -70,7 +70,7 @@ def test_pictures_are_those_of_the_patched_model(expected, tmp_path):
         ({"patch": "p.safetensors", "method": "uce"}, "leave 'method' out"),
         ({"erase_concept": "star", "use_fp16": True}, "no option 'use_fp16'"),
         ({"erase_concept": "star", "dtype": "int8"}, "dtype 'int8'"),
-        ({"request": "nowhere.json"}, "'nowhere.json' cannot be read"),
+        ({"request": "nowhere.json"}, "There is no file 'nowhere.json'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments, words):

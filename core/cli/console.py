@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..files.names import printable
 from ..progress import Progress, ProgressEvent
 
 __all__ = ["Console"]
@@ -35,11 +36,11 @@ class Console:
     def say(self, text: str = "") -> None:
         """Print a line of the result; not with ``as_json``."""
         if not self.as_json:
-            self._out.print(text)
+            self._out.print(printable(text))
 
     def note(self, text: str) -> None:
         """Print a remark to standard error, with ``as_json`` too."""
-        self._err.print(text)
+        self._err.print(printable(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """Print a table; every column but the first is right-aligned."""
@@ -48,11 +49,16 @@ class Console:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=None if title is None else printable(title),
+            title_justify="left",
+            title_style="bold",
+        )
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(printable(column), justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         self._out.print(table, soft_wrap=False)
 
     def result(self, data: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..mini.files import NAMES as EMBEDDED
 from . import options
 from .console import Console
-from .files import check_writable, write_json, write_picture
+from .files import check_distinct, check_writable, write_json, write_picture
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation, Score
@@ -102,9 +102,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         bench = load_bench(args.bench or "checkpoints")
     for name in args.concept or ():
         find_concept(name) if bench is None else bench.find(name)
-    for file in (args.out, args.pictures, args.report):
+    written = {"--out": args.out, "--pictures": args.pictures, "--report": args.report}
+    for file in written.values():
         if file is not None:
             check_writable(file)
+    read = [options.split_strength(text)[0] for text in (*args.patch, *(args.earlier or ()))]
+    check_distinct(written, {f"'{path}'": path for path in read})
     if args.pictures is not None and args.pictures.suffix.lower() != ".png":
         raise RequestError(f"--pictures '{args.pictures}' is not a .png file: choose a name that ends in .png.")
     if args.report is not None and args.report.suffix.lower() not in (".html", ".htm"):

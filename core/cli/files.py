@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files.writing import check_folder, check_writable, make_folder, write_bytes, write_json
+from ..files.writing import check_distinct, check_folder, check_writable, make_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "check_distinct",
     "check_folder",
     "check_patch_file",
     "check_writable",

@@ -16,7 +16,7 @@ from ..request.concept import KINDS, Concept, normalized_phrase
 from ..request.request import ForgetRequest, strength_warning
 from . import options
 from .console import Console
-from .files import check_patch_file
+from .files import check_distinct, check_patch_file
 
 if TYPE_CHECKING:
     from ..patch.history import RequestRecord
@@ -125,6 +125,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = check_patch_file(args.out or Path(f"forget-{file_stem(ForgetRequest(all_concepts))}.safetensors"))
     if args.context_map is not None:
         check_patch_file(args.context_map)
+    check_distinct({"--out": out, "--context-map": args.context_map}, {"--request": args.request})
     if (warning := strength_warning(request.strength)) is not None:
         console.note(f"warning: {warning}")
     model = options.load_model(args, console)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PatchError, UnsupportedAdapterError
+from ..files.json_text import parse_json
 from . import options
 from .console import Console
 from .forget import concepts_text
@@ -150,7 +151,7 @@ def _value(text: str) -> Any:
     """A metadata entry, decoded if it is a JSON object or list."""
     if text[:1] in ("{", "["):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
+            return parse_json(text)
+        except ValueError:
             return text
     return text

@@ -172,7 +172,8 @@ def concept_latents(
     seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     read = [model.text_layer, list(model.latent_shape)]
     key = key_of("m-score", model.model_hash, prompts, seeds, DRAW_STEPS, model.guidance, read)
-    if workspace is not None and (found := workspace.load("pictures", key)) is not None:
+    shapes = {"latents": (count, *model.latent_shape)}
+    if workspace is not None and (found := workspace.load("pictures", key, shapes)) is not None:
         return found["latents"]
     latents = model.sample(prompts, seeds, DRAW_STEPS, model.guidance, progress=progress, sampler="dpm++").float().cpu()
     if workspace is not None:

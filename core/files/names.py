@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import ForgetConceptError, RequestError
 
-__all__ = ["check_unicode", "fresh_file", "is_unicode", "patch_name"]
+__all__ = ["check_unicode", "fresh_file", "is_unicode", "patch_name", "printable"]
 
-_FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[<>:"|?*]')
+# superscript digits count as digits to Windows
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.IGNORECASE)
+# what cannot be seen, or changes the order in which a name is read: controls, marks, separators, private characters
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Co", "Cn")
+# but scripts and emoji join their characters with two of them
+_JOINED = re.compile(r"(?<=[^\x00-\u024f])[\u200c\u200d](?=[^\x00-\u024f])")
+# what a terminal could take for a command, or cannot show
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _LONGEST = 120
 _OTHER_ENDINGS = ("ckpt", "pt", "pth", "bin", "pkl", "sft")
 
 
 def is_unicode(text: str) -> bool:
     """Whether ``text`` can be written as UTF-8: it has no surrogates, as bytes of another encoding leave them."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    """A text that a stranger may have written, for a terminal or a log: what cannot be seen is shown as its code.
+
+    Line breaks and tabs stay. Escape sequences could rewrite what stands on a terminal, and marks of direction change
+    the order in which it is read.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    hidden = {sign for sign in set(text) - {"\n", "\t"} if unicodedata.category(sign) in _HIDDEN}
+    return "".join(ascii(sign)[1:-1] if sign in hidden else sign for sign in text)
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -77,6 +101,10 @@ def patch_name(prefix: str, concepts: Sequence[str], root: str = "the LoRA folde
             raise RequestError(
                 f"'{part}' is not a valid file name on every system: leave out empty parts, a dot at the end and the "
                 'characters < > : " | ? *.'
+            )
+        if unseen := next((sign for sign in _JOINED.sub("", part) if unicodedata.category(sign) in _UNSEEN), None):
+            raise RequestError(
+                f"The name {part!a} has the character U+{ord(unseen):04X}, which cannot be seen: leave it out."
             )
         if len(part.encode()) > _LONGEST:
             raise RequestError(f"The name '{part[:40]}…' is too long: use at most {_LONGEST} bytes.")

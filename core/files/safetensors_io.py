@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import PatchError, listed
+from .json_text import LONGEST, parse_json
+from .reading import size_of_file
 from .writing import write_bytes
 
 __all__ = [
@@ -28,23 +31,23 @@ __all__ = [
 SUFFIX = ".safetensors"
 MODEL_SUFFIXES = (SUFFIX, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
-_HEADER_LIMIT = 100_000_000
+_LONGEST_HEADER = LONGEST
+# ten times those of the largest models; a hundred thousand kept a program busy for 12 seconds
+_MOST_TENSORS = 50_000
+_MOST_DIMENSIONS = 64  # torch's own bound
 _PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 
 
-def _header(path: str | os.PathLike[str]) -> dict[str, object]:
-    """The JSON header of a safetensors file; the errors name what is wrong with another file."""
-    file = Path(path)
+def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON header of a safetensors file, checked; the errors name what is wrong with another file."""
+    size = size_of_file(path, PatchError)
     try:
-        size = file.stat().st_size
-        if file.is_dir():
-            raise PatchError(f"'{path}' is a folder, not a safetensors file.")
-        with file.open("rb") as stream:
+        with Path(path).open("rb") as stream:
             start = stream.read(8)
             opening = stream.read(1)
             length = int.from_bytes(start, "little")
             # the two bytes that open a pickle are also those of some headers' length: the brace tells them apart
-            sound = len(start) == 8 and 2 <= length <= _HEADER_LIMIT and opening == b"{"
+            sound = len(start) == 8 and 2 <= length <= _LONGEST_HEADER and opening == b"{"
             if not sound and start.startswith(_PICKLES):
                 raise PatchError(
                     f"'{path}' is a pickle (.pt, .ckpt, .bin), not a safetensors file: pickles can run code and are "
@@ -61,28 +64,52 @@ def _header(path: str | os.PathLike[str]) -> dict[str, object]:
                 )
             stream.seek(8)
             raw = stream.read(length)
-    except FileNotFoundError:
-        raise PatchError(f"There is no file '{path}'.") from None
     except OSError as error:
         raise PatchError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     try:
-        header = json.loads(raw.decode("utf-8"))
-        if not isinstance(header, dict):
-            raise ValueError
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise PatchError(f"'{path}' is not a safetensors file: its header is invalid.") from None
-    if (needed := 8 + length + max(ends, default=0)) > size:
+        header = parse_json(raw.decode("utf-8"), _LONGEST_HEADER)
+        needed = 8 + length + _end(header)
+    except ValueError as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise PatchError(f"'{path}' is not a safetensors file: its header is invalid ({why}).") from None
+    if needed > size:
         raise PatchError(
             f"'{path}' is cut off: it should have {needed} bytes and has {size}. Download or copy it again."
         )
-    return header
+    return dict(header)
+
+
+def _end(header: Any) -> int:
+    """Where the last tensor ends, in bytes behind the header; raises :class:`ValueError` for a malformed header."""
+    if not isinstance(header, dict):
+        raise ValueError("it is not a JSON object")
+    if len(header) > _MOST_TENSORS:
+        raise ValueError(f"it has {len(header):,} tensors, and at most {_MOST_TENSORS:,} are read")
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
+                raise ValueError("its metadata are not texts by name")
+            continue
+        shown = name[:80]
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+            raise ValueError(f"the tensor {shown} has no dtype")
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"the tensor {shown} has no valid shape")
+        if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise ValueError(f"the tensor {shown} has no valid place in the file")
+        end = max(end, offsets[1])
+    return end
+
+
+def _counts(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a file, without its tensors. Raises as :func:`read_safetensors`."""
-    metadata = _header(path).get("__metadata__", {})
-    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+    return dict(_header(path).get("__metadata__", {}))
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
@@ -97,14 +124,13 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         PatchError: The file is missing, a pickle, cut off, not a safetensors file, or contains values that are not
             finite.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     metadata = read_metadata(path)
     try:
         tensors = load_file(str(path))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise PatchError(f"'{path}' is damaged: {error}.") from error
+    except Exception as error:  # of a dtype that this version of torch or safetensors does not know, any
+        raise PatchError(f"'{path}' is damaged, or of a newer kind: {str(error).rstrip('.')}.") from error
     check_finite(tensors, path)
     return tensors, metadata
 
@@ -176,4 +202,15 @@ def write_safetensors(
         check_ending(file)
     check_finite(tensors, path)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(file, save(plain, metadata=dict(metadata) if metadata else None), PatchError)
+    write_bytes(file, _in_order(save(plain, metadata=dict(metadata) if metadata else None)), PatchError)
+
+
+def _in_order(data: bytes) -> bytes:
+    """The bytes of a file with its metadata in alphabetical order: safetensors writes them in a random one."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))

@@ -4,24 +4,118 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ForgetConceptError
+from ..errors import ForgetConceptError, RequestError
 from .names import check_unicode
 
-__all__ = ["check_folder", "check_writable", "make_folder", "write_bytes", "write_folder", "write_json"]
+__all__ = [
+    "check_distinct",
+    "check_folder",
+    "check_writable",
+    "make_folder",
+    "remove_leftovers",
+    "write_bytes",
+    "write_folder",
+    "write_json",
+]
 
 # how much check_writable tries to write, in bytes
 _TRIED_BYTES = 2**20
 
 
+# temporary files: their names say which process of which computer writes them
+_PART = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part")
+_COMPUTER = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_OLD = 24 * 3600  # seconds after which one of an unknown process is left over
+
+
 def _why(error: OSError) -> str:
     return error.strerror or str(error)
+
+
+def _temporary(folder: Path) -> Path:
+    # short, because the target's name may already have the maximum length
+    return folder / f".{_COMPUTER}-{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+def _running(process: int) -> bool:
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files and folders of processes that were killed while they wrote to a folder."""
+    try:
+        found = [(path, match) for path in folder.iterdir() if (match := _PART.fullmatch(path.name)) is not None]
+        for path, match in found:
+            here = match[1] == _COMPUTER
+            if (here and not _running(int(match[2]))) or time.time() - path.lstat().st_mtime > _OLD:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+    except OSError:
+        return  # they harm nobody, and what is to be written says what is wrong with the folder
+
+
+def _target(path: Path, error: type[ForgetConceptError]) -> Path:
+    """The file to write for a path: where a link leads to. Refuses what is no regular file."""
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if place.is_dir():
+        raise error(f"'{path}' cannot be written: it is a folder; give the name of a file.")
+    if os.path.lexists(place) and not place.is_file():
+        raise error(f"'{path}' cannot be written: it is a device, a pipe or a broken link; give the name of a file.")
+    return place
+
+
+def check_distinct(written: Mapping[str, Path | None], read: Mapping[str, str | Path | None] | None = None) -> None:
+    """Check that nothing is written over another file of the same command; links are followed.
+
+    Args:
+        written: The files to write by what to call them, such as ``--out``; ``None``: not given.
+        read: The files to read.
+
+    Raises:
+        RequestError: Two of them are the same file.
+    """
+    known = {_real(path): name for name, path in (read or {}).items() if path is not None}
+    for name, path in written.items():
+        if path is not None and (other := known.setdefault(_real(path), name)) != name:
+            raise RequestError(f"{other} and {name} are the same file, '{path}': one of them would be lost.")
+
+
+def _real(path: str | Path) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
+def _keep(folder: Path) -> None:
+    """Let a renamed file survive a loss of power, where the system can."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        return  # some file systems cannot
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: Path) -> Path:
@@ -40,11 +134,11 @@ def check_writable(path: Path) -> Path:
     """
     check_unicode(str(path), "The name of the file")
     try:
-        if path.is_dir():
-            raise ForgetConceptError(f"'{path}' cannot be written: it is a folder; give the name of a file.")
-        if not path.parent.is_dir():
-            raise ForgetConceptError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
-        _try_writing(path.parent, path.name)
+        place = _target(path, ForgetConceptError)
+        if not place.parent.is_dir():
+            raise ForgetConceptError(f"'{path}' cannot be written: there is no folder '{place.parent}'.")
+        remove_leftovers(place.parent)
+        _try_writing(place.parent, place.name)
     except OSError as error:
         raise ForgetConceptError(f"'{path}' cannot be written: {_why(error)}.") from error
     return path
@@ -92,6 +186,7 @@ def check_folder(path: Path, name: str | None = None) -> Path:
         if not there.is_dir():
             raise ForgetConceptError(f"The folder '{path}' cannot be written to: '{there}' is a file.")
         path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         _try_writing(path, name)
     except OSError as error:
         raise ForgetConceptError(f"The folder '{path}' cannot be written to: {_why(error)}.") from error
@@ -132,12 +227,10 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
     """
     temporary: Path | None = None
     try:
-        if path.is_dir():
-            raise error(f"'{path}' cannot be written: it is a folder; give the name of a file.")
+        target = _target(path, error)
         handle: int | None = None
         while handle is None:
-            # a short random name, because the target's name may already have the maximum length
-            temporary = place = path.parent / f".{secrets.token_hex(8)}.part"
+            temporary = place = _temporary(target.parent)
             try:
                 # tempfile would create it with mode 0600; os.open applies the umask without reading it, which is only
                 # possible by changing it for every thread of the host
@@ -146,8 +239,11 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
                 temporary = None  # somebody else's file: do not delete it
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        os.replace(place, path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(place, target)
         temporary = None
+        _keep(target.parent)
     except OSError as reason:
         raise error(f"'{path}' cannot be written: {_why(reason)}.") from reason
     finally:
@@ -174,7 +270,7 @@ def write_folder(
     Raises:
         ForgetConceptError: The folder cannot be written; nothing is left behind then.
     """
-    temporary: Path | None = path.parent / f".{secrets.token_hex(8)}.part"
+    temporary: Path | None = _temporary(path.parent)
     try:
         assert temporary is not None
         temporary.mkdir()

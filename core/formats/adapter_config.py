@@ -6,7 +6,6 @@ diffusers' ``save_lora_weights`` and ``save_lora_adapter`` write peft's configur
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import PatchError
+from ..files.json_text import parse_json
 
-__all__ = ["KEY", "AdapterConfig"]
+__all__ = ["KEY", "AdapterConfig", "compiled_pattern"]
 
 KEY = "lora_adapter_metadata"
 
@@ -57,7 +57,7 @@ class AdapterConfig:
         if KEY not in metadata:
             return None
         try:
-            values = json.loads(metadata[KEY])
+            values = parse_json(metadata[KEY])
             if not isinstance(values, dict):
                 raise ValueError("it is not a JSON object")
             part = next((part for part in _PARTS if f"{part}lora_alpha" in values), None)
@@ -68,9 +68,9 @@ class AdapterConfig:
             }
             patterns = {str(key): _finite(value) for key, value in (given["alpha_pattern"] or {}).items()}
             for pattern in patterns:
-                _compiled(pattern)
+                compiled_pattern(pattern)
             return cls(_finite(given["lora_alpha"]), patterns, bool(given["use_rslora"]), bool(given["use_dora"]))
-        except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise PatchError(
                 f"The entry '{KEY}' in the metadata of '{source}', which holds the LoRA's alpha, cannot be read: "
                 f"{str(error).rstrip('.')}. Save the LoRA again with the program that made it."
@@ -83,12 +83,17 @@ class AdapterConfig:
             layer: The layer's name in diffusers' naming, such as ``….attn2.to_out.0``.
             rank: Rank of its factors.
         """
-        found = (alpha for pattern, alpha in self.alpha_pattern.items() if _compiled(pattern).match(layer))
+        found = (alpha for pattern, alpha in self.alpha_pattern.items() if compiled_pattern(pattern).match(layer))
         alpha = next(found, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern of layers' names in a peft configuration.
+
+    Raises:
+        ValueError: It could take forever to match, or is not a regular expression (:class:`re.error`).
+    """
     repetitions = sum(pattern.count(sign) for sign in "*+")
     if not _PATTERN.fullmatch(pattern) or _NESTED.search(pattern) or repetitions > _MOST_REPETITIONS:
         raise ValueError(f"the pattern '{pattern[:80]}' is not one of layers' names and wildcards")

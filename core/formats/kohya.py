@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import PatchError, UnsupportedAdapterError, listed
-from ..files.safetensors_io import read_safetensors, widened, write_safetensors
+from ..files.safetensors_io import check_finite, read_safetensors, widened, write_safetensors
 from ..models.model_survey import ModelSurvey
 from ..models.recording import RECORDED
 from ..models.unet import POOLED_KEY
@@ -149,7 +149,13 @@ def from_state(
         source: What error messages call it.
     """
     ldm_keys = {} if survey is None else {layer.ldm_key: key for key, layer in survey.layers.items()}
-    family = PatchMetadata.from_strings(metadata or {}).family if survey is None else survey.family
+    about = PatchMetadata.from_strings(metadata or {})
+    if about.format is not None:
+        raise PatchError(
+            f"'{source}' is a file of the format '{about.format[:80]}', not a LoRA: give the model that it is for, or "
+            "read it with the version that wrote it."
+        )
+    family = about.family if survey is None else survey.family
     _check_expressible(tensors, ldm_keys, family, source)
     config = AdapterConfig.from_metadata(metadata or {}, source)
     if config is not None and config.dora:
@@ -177,13 +183,26 @@ def from_state(
         down = downs[key]
         if up.ndim == 4 and down.ndim == 4:  # the LoRA of a 1×1 convolution
             up, down = up.flatten(1), down.flatten(1)
-        rank = max(down.shape[0], 1) if down.ndim else 1
+        if not up.numel() or not down.numel() or not down.ndim:
+            raise PatchError(
+                f"'{source}' is malformed: the factors of {key} have the shapes {list(up.shape)} and "
+                f"{list(down.shape)}. Make the LoRA again."
+            )
+        rank = down.shape[0]
         if key in alphas:
             scale = alphas[key] / rank
         else:
             scale = 1.0 if config is None else config.scale(_module_name(key, family), rank)
         factor = LowRank(up if scale == 1 else (up.double() * scale).to(up.dtype), down)
         factors[key] = _without_padding(factor)
+    if not any(factor.up.any() and factor.down.any() for factor in factors.values()):
+        raise PatchError(
+            f"'{source}' changes nothing: in every layer a factor or the alpha is zero. It was saved before it was "
+            "trained, or at strength 0; make it again."
+        )
+    check_finite(
+        {f"{key}.{part}": getattr(one, part) for key, one in factors.items() for part in ("up", "down")}, source
+    )
     # what the configuration said is in the factors now; diffusers refuses a file that has it beside alphas
     return Patch(factors, {name: text for name, text in (metadata or {}).items() if name != adapter_config.KEY})
 

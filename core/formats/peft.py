@@ -11,6 +11,7 @@ imported only in this file, and only when a function is called.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import warnings
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError, listed
-from ..files.safetensors_io import check_finite, read_metadata, write_safetensors
+from ..files.json_text import parse_json
+from ..files.reading import read_text
+from ..files.safetensors_io import read_safetensors, write_safetensors
 from ..files.writing import write_folder
 from ..models.model_survey import ModelSurvey
 from ..models.survey import survey
@@ -32,6 +35,7 @@ from ..patch.low_rank import LowRank
 from ..patch.outlets import attach_with, saves_as
 from ..patch.patch import Patch
 from . import kohya, naming
+from .adapter_config import compiled_pattern
 
 __all__ = ["attach", "is_adapter_folder", "load", "save"]
 
@@ -147,13 +151,14 @@ def load(path: str | os.PathLike[str], survey: ModelSurvey | None = None) -> Pat
         # peft would fall back to a pickle, or to a download of that name
         raise PatchError(f"'{path}' has no {_WEIGHTS}: only adapters saved as safetensors are read.")
     peft = _peft()
-    metadata = read_metadata(folder / _WEIGHTS)
+    tensors, metadata = read_safetensors(folder / _WEIGHTS)
     try:
+        parse_json(read_text(folder / _CONFIG, "The configuration", PatchError))
         config = peft.PeftConfig.from_pretrained(str(folder))
-        tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+    except PatchError:
+        raise
     except Exception as error:  # peft raises whatever its parts raise; told in one sentence, with the cause kept
         raise PatchError(f"The adapter '{path}' cannot be read: {error}") from error
-    check_finite(tensors, folder / _WEIGHTS)
     if not isinstance(config, peft.LoraConfig):
         raise PatchError(f"The adapter '{path}' is a {config.peft_type}: only LoRA adapters are read.")
     for setting, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False)):
@@ -166,19 +171,23 @@ def load(path: str | os.PathLike[str], survey: ModelSurvey | None = None) -> Pat
             continue
         inner = layer.removeprefix(_PREFIX)
         rank = down.shape[0]
-        alpha = float(_pattern(config.alpha_pattern, inner, config.lora_alpha))
+        alpha = _alpha(config, inner, str(path))
         # as kohya counts, alpha / rank is the scale
         scaled[layer + ".alpha"] = torch.tensor(alpha * (rank**0.5 if config.use_rslora else 1.0))
     metadata.pop("format", None)
     return kohya.from_state(scaled, metadata, survey, str(path))
 
 
-def _pattern(patterns: Mapping[str, float] | None, layer: str, usual: float) -> float:
-    """The value that peft takes for a layer: that of the first pattern that its path ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return usual
+def _alpha(config: Any, layer: str, source: str) -> float:
+    """The alpha that peft takes for a layer: that of the first pattern that its path ends with."""
+    try:
+        patterns = ((compiled_pattern(pattern), value) for pattern, value in (config.alpha_pattern or {}).items())
+        alpha = float(next((value for pattern, value in patterns if pattern.match(layer)), config.lora_alpha))
+        if not math.isfinite(alpha):
+            raise ValueError(f"{alpha} is not finite")
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+        raise PatchError(f"The alpha in the configuration of '{source}' cannot be read: {error}.") from error
+    return alpha
 
 
 # -- adapters on a UNet ------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.model_survey import PROJECTIONS
 from ..models.text_encoders import TextEncoder
-from ..progress import Progress
+from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import CONTEXTS
 from ..prompts.pairs import mentions
 from ..prompts.phrases import replace_phrase
@@ -257,7 +257,7 @@ class DUGE(TrainedMethod):
         objective = DugeObjective(batches, deltas, settings, memory, inputs)
         if settings.local:
             with deltas.attached():
-                objective.capture()
+                objective.capture(progress)
         return objective
 
 
@@ -311,13 +311,14 @@ class DugeObjective(BaseObjective):
 
     # -- site by site --------------------------------------------------------------------------------------------
 
-    def capture(self) -> None:
+    def capture(self, progress: Progress | None = None) -> None:
         """Fill the bank with inputs of every site, under the anchor prompts and under the prompts to preserve."""
         batches, s = self.batches, self.settings
         sides: tuple[tuple[str, Literal["base", "earlier"]], ...] = (("targets", "earlier"), ("retain", "base"))
         for side, variant in sides:
             captures: list[list[Tensor]] = []
             for start in range(0, s.bank, s.batch_size):
+                report_progress(progress, ProgressEvent(start, s.bank, message="recording what the layers read"))
                 count = min(s.batch_size, s.bank - start)
                 if side == "targets":
                     prompts = batches.next_targets(count)

@@ -173,9 +173,12 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
     }[concept.kind]
 
 
-def _aligning(progress: Progress | None, done: int, of: int) -> None:
-    """Report, and be cancelled, while prompts are tokenized, which takes seconds for hundreds of concepts."""
-    report_progress(progress, ProgressEvent(done, of, message="aligning the prompts"))
+def _aligning(progress: Progress | None, of: int) -> None:
+    """Report, and be cancelled, while prompts are tokenized, which takes seconds for hundreds of concepts.
+
+    The bar stays at its beginning: it counts the prompts that are encoded.
+    """
+    report_progress(progress, ProgressEvent(0, of, message="aligning the prompts"))
 
 
 def collect_columns(
@@ -210,8 +213,8 @@ def collect_columns(
     kinds = dict.fromkeys(concept.kind for concept in request.concepts)
     wordings = {kind: _templates(settings, kind, request) for kind in kinds}
     pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
-    for number, concept in enumerate(request.concepts):
-        _aligning(progress, number, len(request.concepts))
+    for concept in request.concepts:
+        _aligning(progress, len(request.concepts))
         phrase = _guide_phrase(concept, settings)
         for template in wordings[concept.kind]:
             prompt = _fill(template, concept.name)
@@ -228,8 +231,8 @@ def collect_columns(
         retain |= dict.fromkeys(common_prompts(request, settings))
     retain |= dict.fromkeys(settings.preserve_prompts)
     retain.pop("", None)
-    for number, prompt in enumerate(retain):
-        _aligning(progress, number, len(retain))
+    for prompt in retain:
+        _aligning(progress, len(retain))
         for _, part in parts:
             end_position(part, prompt)  # raises if it is cut off
     # the retain set first, so that its states are one contiguous slice

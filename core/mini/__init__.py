@@ -61,7 +61,7 @@ def _read(device: str, *parts: tuple[str, Path]) -> list[Any]:
 def _tokenizer(folder: Path, **changes: str) -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer", **changes)
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, **changes)
 
 
 def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, Any, Any, Any]:
@@ -134,7 +134,8 @@ def load_flow_modules(device: str = "cpu", folder: Path | None = None) -> tuple[
     (t5,) = _read(device, ("T5EncoderModel", own / "text_encoder_2"))
     from transformers import T5TokenizerFast
 
-    return transformer, clip, t5, _tokenizer(shared), T5TokenizerFast.from_pretrained(own / "tokenizer_2"), vae
+    second = T5TokenizerFast.from_pretrained(own / "tokenizer_2", local_files_only=True)
+    return transformer, clip, t5, _tokenizer(shared), second, vae
 
 
 def load(device: str = "cpu", folder: Path | None = None, name: str = "mini") -> LatentDiffusion:

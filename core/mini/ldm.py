@@ -8,7 +8,6 @@ same function. Reading needs only safetensors, because a host may lack diffusers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ForgetConceptError, ModelError
+from ..files.json_text import parse_json
+from ..files.reading import read_text
 from ..files.safetensors_io import read_safetensors, write_safetensors
 from ..patch.metadata import checkpoint_metadata
 from . import config
@@ -306,8 +307,8 @@ def read_part(folder: Path, part: str, missing: State | None = None) -> tuple[St
         )
     tensors, _ = read_safetensors(path)
     try:
-        shape = json.loads(described.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        shape = parse_json(read_text(described, "The configuration"))
+    except (ForgetConceptError, ValueError) as error:
         raise ModelError(f"'{described}' cannot be read: {error}.") from error
     return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, shape
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, RequestError, listed
+from ..errors import ModelError, RequestError
+from ..files.pictures import check_pixels, decoding
+from ..files.reading import size_of_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,10 +169,9 @@ def _files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
                 inside = [path for path in inside if path.is_file()]
                 if not inside:
                     raise RequestError(f"The folder '{given}' holds no pictures ({', '.join(SUFFIXES)}).")
-            elif given.exists():
-                inside = [given]
             else:
-                raise RequestError(f"The picture '{given}' does not exist.")
+                size_of_file(given, RequestError)
+                inside = [given]
             for path in inside:
                 found.setdefault(path.resolve(), path)
         except OSError as error:
@@ -191,24 +192,17 @@ def _pillow() -> Any:
 
 def _loaded(path: Path, size: tuple[int, int]) -> Tensor:
     pil = _pillow()
-    try:
-        with pil.Image.open(path, formats=_FORMATS) as image:
-            # MPO is a phone's JPEG with a preview behind the image itself
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise RequestError(f"The file '{path}' is animated: save one of its pictures as a file of its own.")
-            if image.mode not in _MODES:
-                raise RequestError(
-                    f"The picture '{path}' has the mode {image.mode}: save it as 8-bit RGB, RGBA, grey or palette."
-                )
-            picture = _fitted(_flat(pil, pil.ImageOps.exif_transpose(image)), path, size)
-    except pil.UnidentifiedImageError as error:
-        raise RequestError(f"The file '{path}' is not an image that can be read ({listed(SUFFIXES)}).") from error
-    except pil.Image.DecompressionBombError as error:
-        raise RequestError(f"The picture '{path}' is too large to be read safely: make it smaller.") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow raises these for truncated or corrupt files
-        raise RequestError(
-            f"The picture '{path}' cannot be read: {getattr(error, 'strerror', None) or error}."
-        ) from error
+    what = f"The file '{path}'"
+    with decoding(what), pil.Image.open(path, formats=_FORMATS) as image:
+        check_pixels(image, what)
+        # MPO is a phone's JPEG with a preview behind the image itself
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise RequestError(f"The file '{path}' is animated: save one of its pictures as a file of its own.")
+        if image.mode not in _MODES:
+            raise RequestError(
+                f"The picture '{path}' has the mode {image.mode}: save it as 8-bit RGB, RGBA, grey or palette."
+            )
+        picture = _fitted(_flat(pil, pil.ImageOps.exif_transpose(image)), path, size)
     return from_bytes(from_pil(picture))
 
 

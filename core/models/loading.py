@@ -6,7 +6,6 @@ files can run code and are refused, in folders too.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,7 +18,9 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError, PatchError
+from ..errors import ForgetConceptError, ModelError, PatchError
+from ..files.json_text import parse_json
+from ..files.reading import read_text
 from ..files.safetensors_io import SUFFIX, read_names
 from .autoencoders import DiffusersAutoencoder
 from .families.flux import FLUX
@@ -126,9 +127,9 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype, c
             raise ModelError(f"'{folder / name}' cannot be loaded: {_first_line(error)}") from error
 
     try:
-        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        settings = parse_json(read_text(folder / "scheduler" / "scheduler_config.json", "The noise schedule"))
         scheduler = DDIMScheduler.from_config(settings)
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+    except (ForgetConceptError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"The noise schedule of '{folder}' cannot be read: {_first_line(error)}") from error
     unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
     if (folder / "text_encoder_2").is_dir():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import PatchError
+from ..files.json_text import DIGITS, parse_json
 from ..models.families.registry import FAMILIES
 from ..request.request import ForgetRequest
 
@@ -54,20 +55,20 @@ def _text_of_json(value: Any) -> str:
 
 
 def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
 
 
 def _names(text: str) -> tuple[str, ...]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, list):
         raise ValueError("it is not a JSON list")
     return tuple(str(name) for name in value)
 
 
-def _finite(text: str) -> float:
+def _finite(text: str | float) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("it is not a finite number")
@@ -75,8 +76,8 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError("it is not a whole number")
+    if not text.isdecimal() or len(text) > DIGITS:
+        raise ValueError("it is not a whole number of a usual size")
     return int(text)
 
 
@@ -86,8 +87,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _parts(text: str) -> tuple[CombinedPart, ...]:
     return tuple(
-        CombinedPart(float(part["strength"]), {str(k): str(v) for k, v in dict(part["metadata"]).items()})
-        for part in json.loads(text)
+        CombinedPart(_finite(part["strength"]), {str(k): str(v) for k, v in dict(part["metadata"]).items()})
+        for part in parse_json(text)
     )
 
 
@@ -230,7 +231,7 @@ class PatchMetadata:
         return tuple(source for part in self.parts for source in part.about.sources()) or (PatchMetadata(),)
 
 
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 _TEXT: _Codec = (str, str)
 _JSON: _Codec = (_object, _text_of_json)
 _LIST: _Codec = (_words, ",".join)

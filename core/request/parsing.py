@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from ..errors import RequestError
+from ..files.json_text import parse_json
 from .concept import KINDS, Concept, unescaped
 from .request import ForgetRequest
 
@@ -118,8 +118,8 @@ def _parse_settings(text: str) -> dict[str, Any]:
     if not (text or "").strip():
         return {}
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise RequestError(f'The settings are not JSON like {{"rank": 8}}: {error}.') from error
     if not isinstance(value, dict):
         raise RequestError('The settings must be a JSON object like {"rank": 8}.')

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import PatchError, RequestError
+from ..files.json_text import parse_json
 from ..files.names import is_unicode
+from ..files.reading import read_text
 from .concept import KINDS, Concept, canonical_phrase, templates
 
 __all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "ForgetRequest", "check_patch_strength", "strength_warning"]
@@ -24,6 +27,10 @@ SCHEMA_VERSION = 1
 SCHEMA_PATH = Path(__file__).with_name("request.schema.json")
 MAX_STRENGTH = 10.0
 HIGH_STRENGTH = 1.5  # above it there is a warning
+# bounds that keep every request within what a machine can do: a tokenizer takes minutes for a text of 250,000 letters
+MAX_CONCEPTS = MAX_PRESERVED = MAX_ENTRIES = 10_000
+MAX_IMAGES = 1000  # of one concept
+MAX_LETTERS, MAX_PATH = 2000, 4096
 MAX_SEED = 2**64 - 1  # ComfyUI's widest seed; torch.Generator takes it too
 
 
@@ -171,10 +178,8 @@ class ForgetRequest:
             RequestError: The text is not JSON, or names the field that is wrong.
         """
         try:
-            data = json.loads(text, parse_constant=_refuse_constant)
-        except RecursionError as error:
-            raise RequestError("The request is not valid JSON: it is nested too deeply.") from error
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise RequestError(f"The request is not valid JSON: {error}.") from error
         _check_form(data)
         concepts = tuple(
@@ -196,12 +201,7 @@ class ForgetRequest:
         Raises:
             RequestError: Names the file and what is wrong.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"The request file '{path}' is not UTF-8 text.") from error
-        except OSError as error:
-            raise RequestError(f"The request file '{path}' cannot be read: {error.strerror or error}.") from error
+        text = read_text(path, "The request file", RequestError)
         try:
             request = cls.from_json(text)
         except RequestError as error:
@@ -217,10 +217,6 @@ class ForgetRequest:
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _refuse_constant(name: str) -> None:
-    raise RequestError(f"The request contains {name}, which is not a number.")
 
 
 # -- the form, exactly as in request.schema.json (a test compares the two) ----------------------------------------
@@ -258,78 +254,108 @@ def _problems(data: object) -> Iterator[str]:
     )
     for key in data:
         if key not in known:
-            yield f"The request has an unknown field '{key}': the fields are {', '.join(known)}."
+            yield f"The request has an unknown field '{key[:80]}': the fields are {', '.join(known)}."
     for key in ("schema",) if "theme" in data else ("schema", "concepts"):
         if key not in data:
             yield f"The request lacks the field '{key}'."
             return
     if not _is_integer(data["schema"]) or data["schema"] != SCHEMA_VERSION:
-        yield f"The request has schema {data['schema']!r}; this version reads schema {SCHEMA_VERSION}."
+        yield f"The request has schema {_shown(data['schema'])}; this version reads schema {SCHEMA_VERSION}."
     if "theme" not in data or data.get("concepts", []) != []:
         yield from _concept_problems(data["concepts"])
     if not _is_words(data.get("theme", "x")):
-        yield f"'theme' must be the name of a theme, not {data['theme']!r}."
-    if "theme_replacement" in data and not isinstance(data["theme_replacement"], str):
-        yield f"'theme_replacement' must be words, not {data['theme_replacement']!r}."
+        yield f"'theme' must be the name of a theme, not {_shown(data['theme'])}."
+    if "theme_replacement" in data and not _is_text(data["theme_replacement"]):
+        yield f"'theme_replacement' must be words, not {_shown(data['theme_replacement'])}."
     if "theme_replacement" in data and "theme" not in data:
         yield "'theme_replacement' is given without a 'theme': name the theme, or leave it out."
     preserve = data.get("preserve", [])
-    if not isinstance(preserve, list):
-        yield "'preserve' must be a list of words or short phrases."
+    if not isinstance(preserve, list) or len(preserve) > MAX_PRESERVED:
+        yield f"'preserve' must be a list of words or short phrases, at most {MAX_PRESERVED:,}."
     else:
         for phrase in preserve:
             if not _is_words(phrase):
-                yield f"The preserve list contains {phrase!r}: every entry must be words."
+                yield f"The preserve list contains {_shown(phrase)}: every entry must be words."
     for key in ("method", "preset"):
         if not _is_words(data.get(key, "x")):
-            yield f"'{key}' must be a name, not {data[key]!r}."
+            yield f"'{key}' must be a name, not {_shown(data[key])}."
     settings = data.get("settings", {})
     if not isinstance(settings, dict):
         yield "'settings' must be an object of names and values."
     else:
         for name, value in settings.items():
             values = value if isinstance(value, list) else [value]
-            if not all(_is_plain(item) for item in values):
-                yield f"The setting '{name}' must be a finite number, words, true, false, null or a list of these."
+            if len(values) > MAX_ENTRIES or not all(_is_plain(item) for item in values):
+                yield (
+                    f"The setting '{name[:80]}' must be a finite number, at most {MAX_LETTERS:,} letters, true, false, "
+                    f"null or a list of at most {MAX_ENTRIES:,} of these."
+                )
     strength = data.get("strength", 1.0)
     if not _is_number(strength) or not 0 < strength <= MAX_STRENGTH:
-        yield f"The strength must be a number above 0 and at most {MAX_STRENGTH:g}, not {strength!r}."
+        yield f"The strength must be a number above 0 and at most {MAX_STRENGTH:g}, not {_shown(strength)}."
     seed = data.get("seed", 0)
     if not _is_integer(seed) or not 0 <= seed <= MAX_SEED:
-        yield f"The seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}."
+        yield f"The seed must be a whole number from 0 to {MAX_SEED}, not {_shown(seed)}."
 
 
 def _concept_problems(concepts: object) -> Iterator[str]:
     if not isinstance(concepts, list) or not concepts:
         yield "Nothing to forget: give at least one concept."
         return
+    if len(concepts) > MAX_CONCEPTS:
+        yield f"There are {len(concepts):,} concepts, and at most {MAX_CONCEPTS:,} are forgotten at once."
     for concept in concepts:
         if not isinstance(concept, dict):
-            yield f"A concept must be an object with a 'name', not {concept!r}."
+            yield f"A concept must be an object with a 'name', not {_shown(concept)}."
             continue
         for key in concept:
             if key not in ("name", "kind", "replacement", "images"):
-                yield f"A concept has an unknown field '{key}': the fields are name, kind, replacement, images."
+                yield f"A concept has an unknown field '{key[:80]}': the fields are name, kind, replacement, images."
         name = concept.get("name")
         if not _is_words(name):
-            yield "A concept is empty: name what is to be forgotten."
+            long = isinstance(name, str) and len(name) > MAX_LETTERS
+            yield _TOO_LONG if long else "A concept is empty: name what is to be forgotten."
             continue
         if concept.get("kind", "object") not in KINDS:
-            yield f"The concept '{name}' has the unknown kind {concept['kind']!r}: choose one of {', '.join(KINDS)}."
+            shown = _shown(concept["kind"])
+            yield f"The concept '{name}' has the unknown kind {shown}: choose one of {', '.join(KINDS)}."
         replacement = concept.get("replacement")
-        if replacement is not None and not isinstance(replacement, str):
-            yield f"The replacement of '{name}' must be words, not {replacement!r}."
+        if replacement is not None and not _is_text(replacement):
+            yield f"The replacement of '{name}' must be words, not {_shown(replacement)}."
         images = concept.get("images", [])
-        if not isinstance(images, list) or not all(_is_words(path) for path in images):
-            yield f"The images of '{name}' must be a list of files and folders, not {images!r}."
+        paths = isinstance(images, list) and len(images) <= MAX_IMAGES and all(map(_is_path, images))
+        if not paths:
+            yield (
+                f"The images of '{name}' must be a list of at most {MAX_IMAGES:,} files and folders, not "
+                f"{_shown(images)}."
+            )
+
+
+_TOO_LONG = f"A concept has more than {MAX_LETTERS:,} letters: name it in the words that a prompt would use."
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + " …"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_LETTERS
 
 
 def _is_words(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and len(value) <= MAX_LETTERS and bool(value.strip())
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_PATH and bool(value.strip())
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):  # one beyond the largest float is finite, too, and no setting is so large
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_integer(value: object) -> bool:
@@ -338,4 +364,4 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (str, bool)) or _is_number(value)
+    return value is None or isinstance(value, bool) or _is_text(value) or _is_number(value)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import RequestError, listed
+from ..files.reading import read_text
 from .concept import Concept, canonical_phrase
 from .parsing import parse_concepts
 from .request import ForgetRequest
@@ -80,12 +81,7 @@ def load_theme(name: str, folders: Iterable[Path] | None = None) -> Theme:
     known = themes(folders)
     if (path := known.get(_key(name))) is None:
         raise RequestError(f"The theme '{name}' is not known: choose one of {listed(list(known), 30)}.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"The theme file '{path}' is not UTF-8 text.") from error
-    except OSError as error:
-        raise RequestError(f"The theme file '{path}' cannot be read: {error.strerror or error}.") from error
+    lines = read_text(path, "The theme file", RequestError).splitlines()
     comments = [line.lstrip("# \t").strip() for line in lines if line.startswith("#")]
     entries = "\n".join(line for line in lines if not line.startswith("#"))
     if not entries.strip():

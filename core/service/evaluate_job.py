@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ForgetConceptError, RequestError
-from ..files.names import fresh_file, patch_name
+from ..files.names import fresh_file, is_unicode, patch_name
 from ..files.workspace import Workspace
 from ..files.writing import check_folder, check_writable, make_folder
 from ..mini.recognition import embedded_name
@@ -47,7 +47,7 @@ class Reports:
         if not self.folder.is_dir():
             return []
         try:
-            found = [(file.stat().st_mtime, file.stem) for file in self.folder.glob("*.html")]
+            found = [(file.stat().st_mtime, file.stem) for file in self.folder.glob("*.html") if is_unicode(file.stem)]
         except OSError as error:
             raise ForgetConceptError(f"The reports cannot be read: {error.strerror or error}.") from error
         return [stem for _, stem in sorted(found, reverse=True)]

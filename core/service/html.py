@@ -13,7 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..errors import listed
+from ..errors import ForgetConceptError, listed
+from ..files.pictures import check_pixels, decoding
+from ..files.reading import size_of_file
 from ..models.images import to_pil
 from .applied import DroppedPatch
 from .host_interface import ActivePatch
@@ -122,10 +124,22 @@ def _data(image: Any) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def cards(entries: Sequence[Entry], chosen: str | None, active: Sequence[str]) -> str:
-    """The library: a button for each patch; the page's script selects the patch that is clicked."""
+def cards(
+    entries: Sequence[Entry], chosen: str | None, active: Sequence[str], unreadable: Sequence[tuple[str, str]] = ()
+) -> str:
+    """The library: a button for each patch, which the page's script selects when it is clicked.
+
+    A file that cannot be read has a grey card with the reason.
+    """
+    strange = "".join(
+        f'<div class="fc-card fc-unreadable"><strong>{escape(place)}</strong>'
+        f'<span class="fc-about">{escape(why)}</span></div>'
+        for place, why in unreadable[:MOST_CARDS]
+    )
+    if strange:
+        strange = f'<div class="fc-cards" role="group" aria-label="Files that cannot be read">{strange}</div>'
     if not entries:
-        return (
+        return strange + (
             '<div class="fc-empty">There are no patches yet: make one under <em>Forget</em>. Those that ComfyUI or the '
             "command line made appear here as soon as they lie in the Lora folder.</div>"
         )
@@ -142,19 +156,21 @@ def cards(entries: Sequence[Entry], chosen: str | None, active: Sequence[str]) -
         )
     more = len(entries) - MOST_CARDS
     tail = f'<div class="fc-empty">{more} older ones are in the list “Patch”.</div>' if more > 0 else ""
-    return f'<div class="fc-cards" role="group" aria-label="Patches">{"".join(found)}</div>{tail}'
+    return f'<div class="fc-cards" role="group" aria-label="Patches">{"".join(found)}</div>{tail}{strange}'
 
 
 @lru_cache(maxsize=256)
 def _thumbnail(path: Path, written: float) -> str:
     """A preview picture as a small data URL; empty for one that cannot be read."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        size_of_file(path)
+        with decoding(path.name), Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            check_pixels(image, path.name)
             image.thumbnail((2 * _CARD, _CARD))
             return _data(image)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+    except ForgetConceptError:
         return ""
 
 

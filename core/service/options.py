@@ -83,6 +83,13 @@ def options() -> tuple[Option, ...]:
             "Put patches back into a checkpoint by itself when it is loaded again",
             "switching the checkpoint takes patches out of the weights; off: the pages say so and offer to apply them",
         ),
+        Option(
+            _PREFIX + "hosts",
+            "text",
+            "",
+            "Host names under which others reach this webui",
+            "separated by commas; names of a local network, addresses and gradio.live need not be listed",
+        ),
         Option(_PREFIX + "remember", "switch", True, "Let the tab remember what was last asked for"),
     )
 
@@ -99,6 +106,7 @@ class Settings:
     steps: int
     reapply: bool
     remember: bool
+    hosts: tuple[str, ...]
 
     @property
     def folder(self) -> str:
@@ -123,4 +131,5 @@ class Settings:
             int(found["steps"]),
             bool(found["reapply"]),
             bool(found["remember"]),
+            tuple(name.strip().casefold() for name in str(found["hosts"] or "").split(",") if name.strip()),
         )

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import ForgetConceptError, RequestError
+from ..files.json_text import parse_json
+from ..files.reading import read_text
 from ..files.writing import make_folder, write_json
 from ..methods.registry import get, plan_request
 from ..request.concept import Concept
@@ -152,8 +154,8 @@ def remember(folder: Path, request: ForgetRequest, more: Mapping[str, Any]) -> N
 def recall(folder: Path, theme_folders: Sequence[Path] | None = None) -> tuple[Form, dict[str, Any]] | None:
     """The form and further fields that were saved; ``None`` where they are missing or no longer valid."""
     try:
-        kept = json.loads((folder / _LAST).read_text(encoding="utf-8"))
+        kept = parse_json(read_text(folder / _LAST, "The last form"))
         request = ForgetRequest.from_json(json.dumps(kept.pop("request")))
         return Form.of(request, theme_folders), kept
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ForgetConceptError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ForgetConceptError, PatchError, RequestError, listed
-from ..files.names import fresh_file, patch_name
+from ..files.names import fresh_file, is_unicode, patch_name
 from ..files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from ..files.writing import check_folder, make_folder, write_bytes, write_json
 from ..formats import kohya
@@ -104,7 +104,8 @@ class PatchLibrary:
 
     def __init__(self, folder: Callable[[], Path]) -> None:
         self._folder = folder
-        self._read: dict[Path, tuple[int, int, dict[str, str]]] = {}
+        # by file: its time and size, and its metadata or why they cannot be read
+        self._read: dict[Path, tuple[int, int, dict[str, str] | str]] = {}
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,15 @@ class PatchLibrary:
         root = self._folder()
         found = [entry for file in self._files() if (entry := self._entry(root, file)) is not None]
         return sorted(found, key=lambda entry: (-entry.written, entry.place))
+
+    def unreadable(self) -> list[tuple[str, str]]:
+        """The files of the LoRA folder that could be patches but cannot be read: the place of each, and why."""
+        root = self._folder()
+        return sorted(
+            (_shown(file.relative_to(root).as_posix()), why)
+            for file in self._files((".safetensors",))
+            if isinstance(why := self._metadata(file), str)
+        )
 
     def names(self) -> list[str]:
         """The names of :meth:`entries`."""
@@ -297,20 +307,39 @@ class PatchLibrary:
     def _stems(self) -> set[str]:
         return {file.stem.casefold() for file in self._files()}
 
+    def _metadata(self, file: Path) -> dict[str, str] | str:
+        """The metadata of a file, or why they cannot be read; empty for one that was deleted meanwhile."""
+        try:
+            stat = file.stat()
+        except OSError:
+            return {}
+        known = self._read.get(file)
+        if known is None or known[:2] != (stat.st_mtime_ns, stat.st_size):
+            found: dict[str, str] | str
+            try:
+                found = read_metadata(file)
+            except PatchError as error:
+                found = _shown(str(error).replace(str(file), file.name))
+            if not is_unicode(file.name):
+                found = "Its name is not valid Unicode, so that nothing can refer to it: rename it on the disk."
+            known = self._read[file] = (stat.st_mtime_ns, stat.st_size, found)
+        return known[2]
+
     def _entry(self, root: Path, file: Path) -> Entry | None:
-        if file.suffix.lower() != ".safetensors":
+        if file.suffix.lower() != ".safetensors" or not isinstance(metadata := self._metadata(file), dict):
             return None
         try:
             stat = file.stat()
-            known = self._read.get(file)
-            if known is None or known[:2] != (stat.st_mtime_ns, stat.st_size):
-                known = self._read[file] = (stat.st_mtime_ns, stat.st_size, read_metadata(file))
-        except (PatchError, OSError):  # another program's file, or one that was deleted meanwhile
+        except OSError:
             return None
-        metadata = known[2]
         # a context map is no LoRA: the webui cannot load it
         entry = Entry(file.stem, file, file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime, metadata)
         return None if entry.about.method is None or entry.about.format is not None else entry
+
+
+def _shown(text: str) -> str:
+    """A text with what is not Unicode in it escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _checked(name: str, concepts: Sequence[str]) -> tuple[str, ...]:

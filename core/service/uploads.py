@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import RequestError
+from ..files.pictures import check_pixels, decoding
 
 __all__ = ["MAX_BYTES", "MAX_IMAGES", "Uploads"]
 
 MAX_IMAGES = 100
 MAX_BYTES = 8 * 2**20
-MAX_PIXELS = 40_000_000
 _FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -57,7 +57,7 @@ class Uploads:
 
 
 def _picture(text: str, name: str) -> tuple[bytes, str]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     plain = _DATA_URL.sub("", text, count=1) if text.startswith("data:") else text
     if len(plain) > MAX_BYTES * 4 // 3 + 4:
@@ -66,11 +66,7 @@ def _picture(text: str, name: str) -> tuple[bytes, str]:
         data = base64.b64decode(plain, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{name} is not base64: {error}.") from error
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(_FORMATS)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise RequestError(f"{name} has {image.width} × {image.height} pixels, which is too large.")
-            image.load()
-            return data, _FORMATS[image.format or "PNG"]
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{name} is not a readable PNG, JPEG or WebP.") from error
+    with decoding(name), Image.open(io.BytesIO(data), formats=tuple(_FORMATS)) as image:
+        check_pixels(image, name)
+        image.load()
+        return data, _FORMATS[image.format or "PNG"]

@@ -196,7 +196,8 @@ class BatchSampler:
         if self.workspace is not None:
             encoding = [self.model.text_layer, list(self.model.latent_shape)]
             key = key_of(self.model.model_hash, texts, seeds, s.steps, s.guidance, encoding)
-            latents = (self.workspace.load("pictures", key) or {}).get("latents")
+            shapes = {"latents": (len(jobs), *self.model.latent_shape)}
+            latents = (self.workspace.load("pictures", key, shapes) or {}).get("latents")
         if latents is None:
             latents = self.model.sample(texts, seeds, s.steps, s.guidance, progress=progress, sampler="dpm++").float()
             if self.workspace is not None:
@@ -255,7 +256,14 @@ class BatchSampler:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a :meth:`state`."""
+        """Continue from a :meth:`state`.
+
+        Raises:
+            ValueError: It is that of other batches.
+        """
+        queues = [state["turn"].tolist(), state["kept_turn"].tolist()]
+        for queue, count in zip(queues, (len(self.targets), len(self.retain)), strict=True):
+            if any(type(index) is not int or not 0 <= index < count for index in queue):
+                raise ValueError("the order of its pictures is of other concepts")
         self.generator.set_state(state["generator"].cpu())
-        self._target_queue = state["turn"].tolist()
-        self._retain_queue = state["kept_turn"].tolist()
+        self._target_queue, self._retain_queue = queues

@@ -424,8 +424,8 @@ def fisher_information(
         )
     total = FisherSum(model, keys, settings)
     name = fisher_key(model, keys, prompts, settings, latents)
-    found = None if workspace is None else _load(workspace, name, model)
-    if found is not None and int(found.get(_COUNT, torch.tensor(0))) <= settings.samples:
+    found = None if workspace is None else _load(workspace, name, model, total)
+    if found is not None and int(found[_COUNT]) <= settings.samples:
         total.restore(found)
     elif found is not None:  # of more samples: ignored, because the result must not depend on what was cached
         workspace = None
@@ -455,8 +455,11 @@ def _guidance(model: LatentDiffusion, settings: FisherSettings) -> float:
     return model.guidance if settings.guidance is None else settings.guidance
 
 
-def _load(workspace: Workspace, name: str, model: LatentDiffusion) -> dict[str, Tensor] | None:
-    found = workspace.load(KIND, name)
+def _load(workspace: Workspace, name: str, model: LatentDiffusion, total: FisherSum) -> dict[str, Tensor] | None:
+    found = workspace.load(KIND, name, {name: tuple(tensor.shape) for name, tensor in total.state().items()})
+    if found is not None and int(found[_COUNT]) < 0:
+        workspace.discard(KIND, name, "it says that fewer than no samples were measured")
+        return None
     if found is not None and workspace.metadata(KIND, name).get("base_model") != model.model_hash:
         raise ModelError(
             f"The Fisher information in '{workspace.path(KIND, name)}' was measured on another model than "

@@ -160,7 +160,7 @@ def train(
     """
     optimiser = _optimiser(deltas.parameters(), settings)
     with frozen(model.unet), deltas.attached():
-        history = _restore(checkpoint, deltas, optimiser, objective)
+        history = _restore(checkpoint, deltas, optimiser, objective, settings)
         done = len(history)
         state = objective.state() if checkpoint else {}
         consistent = True  # whether parameters, optimizer and `state` belong to the same step
@@ -347,28 +347,80 @@ def _save(
 
 @torch.no_grad()
 def _restore(
-    checkpoint: Checkpoint | None, deltas: Trainable, optimiser: torch.optim.Optimizer, objective: Objective
+    checkpoint: Checkpoint | None,
+    deltas: Trainable,
+    optimiser: torch.optim.Optimizer,
+    objective: Objective,
+    settings: TrainingSettings,
 ) -> list[dict[str, float]]:
-    """Restore deltas, optimizer and objective from a checkpoint; returns the terms of the steps already made."""
+    """Restore deltas, optimizer and objective from a checkpoint; returns the terms of the steps already made.
+
+    A checkpoint that does not fit is deleted, with a warning, and the training begins anew.
+    """
     found = None if checkpoint is None else checkpoint.workspace.load("training", checkpoint.key)
-    if found is None:
+    if checkpoint is None or found is None:
         return []
-    for i, parameter in enumerate(deltas.parameters()):
-        parameter.copy_(found[f"parameter.{i}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in found.items():
-        if name.startswith("optimiser."):
-            _, number, field = name.split(".", 2)
-            state.setdefault(int(number), {})[field] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    objective.restore({name[len("objective.") :]: t for name, t in found.items() if name.startswith("objective.")})
-    history: list[dict[str, float]] = [{} for _ in range(int(found["done"]))]
+    parameters, drawn = deltas.parameters(), objective.state()
+    before = [parameter.detach().clone() for parameter in parameters]
+    fresh = optimiser.state_dict()
+    try:
+        history = _history(found, settings.steps)
+        state = _optimiser_state(found, parameters, settings, len(history))
+        values = [found[f"parameter.{i}"] for i in range(len(parameters))]
+        if sum(name.startswith("parameter.") for name in found) != len(values) or any(
+            value.shape != parameter.shape for value, parameter in zip(values, parameters, strict=True)
+        ):
+            raise ValueError("its parameters have other shapes")
+        resumed = {name: found[f"objective.{name}"] for name in drawn}
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+        optimiser.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+        objective.restore(resumed)
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError, OverflowError) as error:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+        optimiser.load_state_dict(fresh)
+        objective.restore(drawn)
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        checkpoint.workspace.discard("training", checkpoint.key, why)
+        return []
+    return history
+
+
+def _history(found: Mapping[str, Tensor], steps: int) -> list[dict[str, float]]:
+    """The terms of every step made; raises :class:`ValueError` and the like where they are malformed."""
+    done = int(found["done"])
+    if not 0 < done <= steps:
+        raise ValueError(f"it says that {done} of {steps} steps are made")
+    history: list[dict[str, float]] = [{} for _ in range(done)]
     columns = sorted((name.split(".", 2)[1:] for name in found if name.startswith("told.")), key=lambda c: int(c[0]))
     for number, name in columns:
         for terms, value in zip(history, found[f"told.{number}.{name}"].tolist(), strict=True):
             if not math.isnan(value):  # NaN marks a step without this term; losses of steps made are finite
                 terms[name] = value
     return history
+
+
+# what torch's optimizers keep of a parameter of any shape, beside what has the parameter's own
+_OPTIMISER_FIELDS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ()}
+
+
+def _optimiser_state(
+    found: Mapping[str, Tensor], parameters: Sequence[Tensor], settings: TrainingSettings, done: int
+) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    kept = {int(name.split(".")[1]) for name in found if name.startswith("optimiser.")}
+    fields = _OPTIMISER_FIELDS[settings.optimiser]
+    if bool(kept) != bool(fields):
+        raise ValueError("the optimizer's state is missing, or of another one")
+    # a parameter that no gradient reached has no state
+    for i in sorted(kept):
+        parameter = parameters[i]
+        state[i] = {name: found[f"optimiser.{i}.{name}"] for name in fields}
+        for name, value in state[i].items():
+            if value.shape != (() if name == "step" else parameter.shape) or (name == "step" and int(value) != done):
+                raise ValueError(f"the optimizer's {name} is of another training")
+    return state
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

@@ -237,7 +237,8 @@ def invert(
     if workspace is not None:
         encoder_key = key_of(dict(encoder.model.state_dict()), encoder.layer)
         key = key_of("inversion", model.model_hash, encoder_key, latents, asdict(settings), seed)
-        if (found := workspace.load("inversion", key)) is not None:
+        shapes = {"vectors": (settings.tokens, None)}
+        if (found := workspace.load("inversion", key, shapes)) is not None:
             return found["vectors"]
     generator = torch.Generator("cpu").manual_seed(seed)
     # tensors made in a host's inference mode could not take part in autograd

@@ -276,7 +276,7 @@ def test_files_are_put_together_and_a_concept_is_found_however_it_is_written(tmp
     assert len({bench.digest() for bench in (mine, both, EMBEDDED, CHECKPOINTS)}) == 4
     with pytest.raises(RequestError, match="no concept 'unicorn': choose one of red fox, Cubism"):
         mine.find("unicorn")
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="There is no file"):
         load_bench(tmp_path / "none.json")
     with pytest.raises(RequestError, match="no benchmark"):
         load_bench([])
@@ -455,7 +455,7 @@ def test_a_bad_list_is_refused_in_words(tmp_path, name, content, says_so):
     with pytest.raises(RequestError, match=re.escape(says_so)) as raised:
         read_prompts(path)
     assert name in str(raised.value)
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="There is no file"):
         read_prompts(tmp_path / "none.csv")
 
 

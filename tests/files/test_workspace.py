@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from forget_concept.core.errors import PatchError, RequestError
+from forget_concept.core.errors import RequestError
+from forget_concept.core.files.safetensors_io import write_safetensors
 from forget_concept.core.files.workspace import Workspace, key_of
 
 
@@ -47,7 +48,29 @@ def test_what_cannot_be_is_said(tmp_path):
     for kind, key in (("..", "/etc"), ("a", "../b"), ("a b", "c")):
         with pytest.raises(RequestError, match="cannot be the name"):
             work.path(kind, key)
-    work.save("kind", "key", {"x": torch.ones(3)})
-    work.path("kind", "key").write_bytes(b"short")
-    with pytest.raises(PatchError, match="kind/key"):
-        work.load("kind", "key")
+
+
+@pytest.mark.parametrize("damage", ["short", "bit", "cut", "checksum", "other", "missing"])
+def test_what_was_damaged_is_made_anew_with_a_word(tmp_path, caplog, damage):
+    work = Workspace(tmp_path)
+    path = work.save("kind", "key", {"x": torch.ones(3), "n": torch.tensor(2)}, about="a")
+    shapes = {"x": (3,), "n": ()}
+    assert work.load("kind", "key", shapes)["n"] == 2 and work.metadata("kind", "key") == {"about": "a"}
+    data = bytearray(path.read_bytes())
+    if damage == "short":
+        path.write_bytes(b"short")
+    elif damage == "bit":
+        data[-5] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-4])
+    elif damage == "checksum":
+        write_safetensors({"x": torch.ones(3), "n": torch.tensor(2)}, path)
+    elif damage == "other":
+        work.save("kind", "key", {"x": torch.ones(4), "n": torch.tensor(2)})
+    else:
+        work.save("kind", "key", {"x": torch.ones(3)})
+    with caplog.at_level("WARNING"):
+        assert work.load("kind", "key", shapes) is None
+    assert "made anew" in caplog.text and not path.exists() and work.metadata("kind", "key") == {}
+    assert work.load("kind", "key", shapes) is None

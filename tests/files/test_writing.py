@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from forget_concept.core.errors import ForgetConceptError, PatchError
+from forget_concept.core.errors import ForgetConceptError, PatchError, RequestError
 from forget_concept.core.files.safetensors_io import read_safetensors, write_safetensors
-from forget_concept.core.files.writing import check_folder, check_writable, write_bytes, write_json
+from forget_concept.core.files.writing import check_distinct, check_folder, check_writable, write_bytes, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -258,3 +258,91 @@ def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / ".aa.part").write_bytes(b"another's")
     write_bytes(tmp_path / "file", b"1")
     assert (tmp_path / ".aa.part").read_bytes() == b"another's" and (tmp_path / "file").read_bytes() == b"1"
+
+
+# -- what is there already --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_only_regular_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "broken.safetensors").symlink_to("/dev/null/x")
+    (tmp_path / "device.safetensors").symlink_to("/dev/null")
+    for name in ("pipe.safetensors", "device.safetensors"):
+        for write in (check_writable, *WRITERS.values()):
+            with pytest.raises(ForgetConceptError, match="device"):
+                write(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe.safetensors").stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows needs a right to make links")
+@each_writer
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, writer):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "file.safetensors", tmp_path / "link.safetensors"
+    target.write_bytes(b"before")
+    link.symlink_to(target)
+    check_writable(link)
+    WRITERS[writer](link)
+    assert link.is_symlink() and target.read_bytes() != b"before" and not target.is_symlink()
+    # one that leads to a file that is not there yet
+    other = tmp_path / "other.safetensors"
+    other.symlink_to(tmp_path / "real" / "new.safetensors")
+    WRITERS[writer](other)
+    assert other.is_symlink() and (tmp_path / "real" / "new.safetensors").is_file()
+
+
+def test_two_files_of_one_command_are_different_ones(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    check_distinct({"--out": a, "--report": b, "--pictures": None}, {"--patch": tmp_path / "c", "--request": None})
+    for written, read in (
+        ({"--out": a, "--report": tmp_path / "x" / ".." / "a"}, {}),
+        ({"--out": a}, {"--request": a}),
+    ):
+        with pytest.raises(RequestError, match=r"--out .*same file|same file") as caught:
+            check_distinct(written, read)
+        assert "--out" in str(caught.value)
+    check_distinct({"--out": a}, {"one": b, "other": b})
+    if os.name != "nt":
+        b.symlink_to(a)
+        with pytest.raises(RequestError, match="same file"):
+            check_distinct({"--out": a, "--context-map": b})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asking for a process would end it on Windows")
+def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
+    program = """
+import os, sys
+from pathlib import Path
+from forget_concept.core.files import writing
+writing.os.replace = lambda *_: os.kill(os.getpid(), 9)
+writing.write_bytes(Path(sys.argv[1]), b"x" * 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=False)
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    mine = tmp_path / left.name.replace(left.name.split("-")[1], str(os.getpid()))
+    mine.write_bytes(b"being written")
+    foreign = tmp_path / ".00000000-1-00000000.part"
+    foreign.write_bytes(b"of another computer")
+    check_writable(tmp_path / "file")
+    assert not left.exists() and mine.exists() and foreign.exists()
+    os.utime(foreign, (1, 1))
+    check_folder(tmp_path)
+    assert not foreign.exists() and mine.exists()
+
+
+def test_a_file_survives_a_loss_of_power(tmp_path, monkeypatch):
+    """Contents, then the name: each is on the disk before the next step."""
+    order = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle):
+        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), rename(*paths)))
+    write_bytes(tmp_path / "file", b"x")
+    assert order == (["file", "rename"] if os.name == "nt" else ["file", "rename", "folder"])

@@ -151,12 +151,12 @@ def damaged(path):
         ("small.png", lambda p: quarters(31, 200).save(p), "too small: 31 × 200"),
         ("cut.png", damaged, "cannot be read"),
         ("cut.jpg", damaged, "cannot be read"),
-        ("words.png", lambda p: p.write_text("these are words"), "not an image"),
-        ("nothing.png", lambda p: p.write_bytes(b""), "not an image"),
-        ("table.csv", lambda p: p.write_text("a,b"), "not an image"),
-        ("moving.gif", animation, "not an image"),
+        ("words.png", lambda p: p.write_text("these are words"), "another kind"),
+        ("nothing.png", lambda p: p.write_bytes(b""), "another kind"),
+        ("table.csv", lambda p: p.write_text("a,b"), "another kind"),
+        ("moving.gif", animation, "another kind"),
         ("empty", lambda p: p.mkdir(), "holds no pictures"),
-        ("missing.png", lambda p: None, "does not exist"),
+        ("missing.png", lambda p: None, "There is no file"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, name, make, words):

@@ -153,6 +153,9 @@ def test_the_progress_counts_prompts_and_can_be_cancelled_among_them(text):
     request = ForgetRequest((Concept("star", replacement="moon"),))
     events = []
     fit(model, request, progress=events.append)
+    before = [event for event in events if event.message == "aligning the prompts"]
+    assert before == events[: len(before)] and {event.step for event in before} == {0}
+    events = events[len(before) :]
     steps, total = [event.step for event in events], events[-1].total
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == total > 100
     assert {event.total for event in events} == {total}

@@ -86,7 +86,7 @@ def test_every_field_comes_back_from_its_text():
         ("settings", "{", "Expecting"),
         ("settings", "[1]", "not a JSON object"),
         ("concepts", '{"a": 1}', "not a JSON list"),
-        ("concepts", "[" * 100_000, "recursion"),
+        ("concepts", "[" * 100_000, "nested too deeply"),
         ("request", '{"schema": 1}', "lacks the field 'concepts'"),
         ("strength", "inf", "not a finite number"),
         ("strength", "much", "could not convert"),

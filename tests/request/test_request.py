@@ -94,7 +94,7 @@ plain = st.one_of(
     st.booleans(),
     st.integers(-3, 3),
     st.floats(),
-    st.sampled_from(["", " ", "star", "object", "1"]),
+    st.sampled_from(["", " ", "star", "object", "1", "x" * 2000, "x" * 2001, "x" * 4096, "x" * 4097]),
     st.just(1e308),
 )
 concept = st.one_of(
@@ -135,6 +135,34 @@ document = st.one_of(
 )
 
 
+@pytest.mark.parametrize(
+    ("field", "most"), [("concepts", 10_000), ("preserve", 10_000), ("images", 1000), ("x", 10_000)]
+)
+def test_lists_are_bounded_as_in_the_schema(field, most):
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is a development extra")
+    schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
+    for count in (most, most + 1):
+        words = [f"w{number}" for number in range(count)]
+        data = {"schema": 1, "concepts": [{"name": "star"}]}
+        if field == "concepts":
+            data["concepts"] = [{"name": word} for word in words]
+        elif field == "images":
+            data["concepts"][0]["images"] = words
+        elif field == "preserve":
+            data["preserve"] = words
+        else:
+            data["settings"] = {"x": words}
+        problems = list(_problems(data))
+        assert jsonschema.Draft202012Validator(schema).is_valid(data) == (not problems) == (count == most)
+        assert all(f"{most:,}" in problem and len(problem) < 400 for problem in problems)
+
+
+def test_numbers_that_no_float_holds_are_refused_in_words():
+    for change in ({"strength": 10**400}, {"seed": 10**400}, {"settings": {"rank": 10**400}}):
+        with pytest.raises(RequestError):
+            ForgetRequest((Concept("star"),), **change).to_json()
+
+
 @settings(max_examples=500, deadline=None)
 @given(document)
 def test_the_schema_and_the_check_in_python_accept_the_same(data):
@@ -167,7 +195,7 @@ def test_the_schema_is_one():
         ('{"schema": 1}', "lacks the field 'concepts'"),
         ('{"schema": 1, "concepts": [{"name": "a"}], "strenght": 1}', "unknown field 'strenght'"),
         ('{"schema": 1, "concepts": [{"name": "a"}], "strength": NaN}', "NaN"),
-        ('{"schema": 1, "concepts": [{"name": "a"}], "strength": 1e999}', "strength"),
+        ('{"schema": 1, "concepts": [{"name": "a"}], "strength": 1e999}', "1e999"),
         ('{"schema": 1, "concepts": ["a"]}', "object with a 'name'"),
         ("[" * 100000, "deeply|valid"),
     ],
@@ -179,7 +207,7 @@ def test_bad_json_is_refused_in_words(text, words):
 
 def test_files(tmp_path):
     path = tmp_path / "request.json"
-    with pytest.raises(RequestError, match=r"request\.json' cannot be read"):
+    with pytest.raises(RequestError, match=r"There is no file .*request\.json'"):
         ForgetRequest.from_file(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RequestError, match="UTF-8"):

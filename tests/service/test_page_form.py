@@ -160,7 +160,7 @@ def test_every_setting_has_words_and_a_default_that_it_may_have(tmp_path: Path) 
         assert option.kind != "choice" or option.default in option.choices
         assert option.kind != "whole" or option.low <= option.default <= option.high
     host = FakeWebui(None, tmp_path)  # type: ignore[arg-type]
-    assert Settings.of(host) == Settings("uce", "tuned", "forget", "float32", 4, 20, False, True)
+    assert Settings.of(host) == Settings("uce", "tuned", "forget", "float32", 4, 20, False, True, ())
     host.chosen["forget_concept_folder"] = " \\mine\\ "
     assert Settings.of(host).folder == "mine"
     for folder in ("../out", "a/../../b", "C:\\x"):

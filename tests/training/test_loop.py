@@ -408,6 +408,68 @@ def test_a_training_goes_on_where_it_was_cut_short(tmp_path, drawing, optimiser)
     assert checkpoint.workspace.load("training", "k") is None  # done: nothing to go on with
 
 
+def cancelled_after(step):
+    def cancel(event):
+        if event.step == step:
+            raise Cancelled
+
+    return cancel
+
+
+STRANGE = {
+    "done": lambda found: found | {"done": torch.tensor(10**9)},
+    "negative": lambda found: found | {"done": torch.tensor(-5)},
+    "none": lambda found: {name: value for name, value in found.items() if name != "done"},
+    "several": lambda found: found | {"done": torch.tensor([1, 2])},
+    "optimiser": lambda found: {n: v for n, v in found.items() if not n.startswith("optimiser.0.exp")},
+    "optimisers": lambda found: {n: v for n, v in found.items() if not n.startswith("optimiser.")},
+    "step": lambda found: found | {"optimiser.0.step": torch.tensor(7.0)},
+    "shape": lambda found: found | {"parameter.0": torch.zeros(1)},
+    "more": lambda found: found | {"parameter.99": torch.zeros(1)},
+    "named": lambda found: found | {"optimiser.x.step": torch.tensor(1.0)},
+    "generator": lambda found: found | {"objective.generator": torch.zeros(3, dtype=torch.uint8)},
+    "no-objective": lambda found: {n: v for n, v in found.items() if not n.startswith("objective.")},
+    "told": lambda found: found | {"told.0.fit": torch.zeros(1, dtype=torch.float64)},
+    "told-named": lambda found: found | {"told.x": torch.zeros(4)},
+}
+
+
+@pytest.mark.parametrize("change", STRANGE)
+def test_a_strange_checkpoint_is_left_out_and_the_training_begins_anew(tmp_path, caplog, change):
+    settings = TrainingSettings(6, 1e-2)
+    checkpoint = Checkpoint(Workspace(tmp_path), "k")
+
+    def run(progress=None, checkpoint=checkpoint):
+        model = tiny_model()
+        deltas, drawn = deltas_of(model), Drawing(model)
+        told = train(model, deltas, drawn, settings, progress, checkpoint=checkpoint)
+        return drawn.calls, told, [p.detach().clone() for p in deltas.parameters()]
+
+    _, told, whole = run(checkpoint=None)
+    with pytest.raises(Cancelled):
+        run(cancelled_after(4))
+    found = checkpoint.workspace.load("training", "k")
+    checkpoint.workspace.save("training", "k", STRANGE[change](found))
+    with caplog.at_level("WARNING"):
+        calls, again, parts = run()
+    assert calls == 6 and "made anew" in caplog.text
+    assert again == told and all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+
+
+def test_a_training_that_went_on_reports_what_a_whole_one_does(tmp_path):
+    settings = TrainingSettings(6, 1e-2)
+    checkpoint = Checkpoint(Workspace(tmp_path), "k")
+    for progress in (cancelled_after(2), cancelled_after(3), None):
+        model = tiny_model()
+        try:
+            again = train(model, deltas_of(model), Drawing(model), settings, progress, checkpoint=checkpoint)
+        except Cancelled:
+            continue
+    model = tiny_model()
+    whole = train(model, deltas_of(model), Drawing(model), settings)
+    assert repr(again) == repr(whole)
+
+
 def test_a_long_training_is_kept_on_the_way_too(model, tmp_path):
     checkpoint = Checkpoint(Workspace(tmp_path), "k", every=2)
     seen = []

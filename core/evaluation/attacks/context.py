@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ForgetConceptError, ModelError
 from ...files.workspace import Workspace, key_of
-from ...models.images import check_images, from_bytes
+from ...models.images import check_images, from_bytes, picture_size
 from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...patch.patch import Patch
@@ -180,7 +180,8 @@ def _generate_examples(
     s, prompts = sampling, target.prompts
     conditions = [s.steps, s.guidance, s.precision, s.sampler, model.device.type]
     key = key_of("examples", model.model_hash, judge.description, list(prompts), count, seed, conditions)
-    if workspace is not None and (known := workspace.load("attack", key)) is not None:
+    shapes = {"images": (None, 3, *picture_size(model))}
+    if workspace is not None and (known := workspace.load("attack", key, shapes)) is not None:
         return from_bytes(known["images"])
     found: list[Tensor] = []
     for turn in range(ROUNDS):

@@ -94,7 +94,8 @@ def discrete(context: AttackContext, progress: Progress | None = None) -> Search
         *("discrete", context.model.model_hash, context.text_key, context.latents, list(context.target.prompts)),
         *(asdict(budget), context.seed),
     )
-    known = None if context.workspace is None else context.workspace.load("attack", key)
+    shapes = {"ids": (None,), "losses": (None,), "spent": (2,)}
+    known = None if context.workspace is None else context.workspace.load("attack", key, shapes)
     if known is None:
         generator = torch.Generator("cpu").manual_seed(context.seed)
         with context.edited(), frozen(context.model.unet, encoder.model):

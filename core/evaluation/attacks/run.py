@@ -266,7 +266,7 @@ def _judge_pictures(
         conditions = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.description, *under]
         samples = [[picture.prompt, picture.seed] for picture in pictures]
         key = key_of("verdicts", model.model_hash, context.text_key, samples, conditions)
-        if (known := context.workspace.load("attack", key)) is not None:
+        if (known := context.workspace.load("attack", key, {"shown": (len(pictures),)})) is not None:
             return known["shown"].tolist()
     found: list[bool] = []
 

@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...errors import RequestError, listed
+from ...files.json_text import parse_json
+from ...files.reading import read_text
 from ...request.concept import KINDS, Concept, canonical_phrase
 
 __all__ = [
@@ -167,10 +169,8 @@ class ConceptBench:
             RequestError: If the text is invalid; the message names the concept and the field.
         """
         try:
-            data = json.loads(text, parse_constant=_refuse_constant)
-        except RecursionError as error:
-            raise RequestError("The benchmark is nested too deeply: use the format of bench.schema.json.") from error
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise RequestError(f"The benchmark is not valid JSON: {error}.") from error
         for problem in _problems(data):
             raise RequestError(problem)
@@ -198,12 +198,7 @@ class ConceptBench:
         Raises:
             RequestError: If the file cannot be read or is invalid; the message names it.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"The benchmark file '{path}' is not UTF-8 text.") from error
-        except OSError as error:
-            raise RequestError(f"The benchmark file '{path}' cannot be read: {error.strerror or error}.") from error
+        text = read_text(path, "The benchmark file", RequestError)
         try:
             return cls.from_json(text)
         except RequestError as error:
@@ -257,10 +252,6 @@ def find_names(prompt: str, names: Iterable[str]) -> list[str]:
 
 
 # -- the same rules as bench.schema.json (a test checks that they agree) ------------------------------------------
-
-
-def _refuse_constant(name: str) -> None:
-    raise RequestError(f"The benchmark contains {name}, which is not a number.")
 
 
 def _problems(data: object) -> Iterator[str]:

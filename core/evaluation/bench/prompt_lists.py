@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import RequestError, listed
+from ...files.reading import read_text
 
 __all__ = ["ListedPrompt", "read_prompts"]
 
@@ -49,12 +50,7 @@ def read_prompts(path: str | os.PathLike[str], column: str = "prompt") -> tuple[
     kind = place.suffix.lower()
     if kind not in (*_DELIMITERS, ".txt"):
         raise RequestError(f"The list of prompts '{path}' has an unsupported type: use .csv, .tsv or .txt.")
-    try:
-        text = place.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"The list of prompts '{path}' is not UTF-8 text.") from error
-    except OSError as error:
-        raise RequestError(f"The list of prompts '{path}' cannot be read: {error.strerror or error}.") from error
+    text = read_text(place, "The list of prompts", RequestError)
     if kind == ".txt":
         found = [ListedPrompt(line.strip()) for line in text.splitlines() if line.strip()]
     else:

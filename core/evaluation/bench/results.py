@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import RequestError
+from ...errors import ForgetConceptError, RequestError
+from ...files.json_text import parse_json
+from ...files.reading import read_text
 from ...files.writing import write_bytes
 from ..intervals import Score
 from .run import PARTS, BenchRow
@@ -95,14 +97,11 @@ class BenchResults:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def _read(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"The results in '{path}' cannot be read: {error}.") from error
+        text = read_text(path, "The file of results", RequestError)
         whole = text[: text.rfind("\n") + 1]
         try:
             rows = self._csv_rows(whole) if self._csv else self._json_rows(whole)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(
@@ -116,11 +115,11 @@ class BenchResults:
         lines = text.splitlines()
         if not lines:
             return []
-        head = json.loads(lines[0])
+        head = parse_json(lines[0])
         if head["schema"] != SCHEMA_VERSION:
             raise RequestError(f"'{self.path}' has schema {head['schema']!r}; this version reads {SCHEMA_VERSION}.")
         self._check(head["settings"])
-        return [_row(json.loads(line)) for line in lines[1:]]
+        return [_row(parse_json(line)) for line in lines[1:]]
 
     def _csv_rows(self, text: str) -> list[BenchRow]:
         if not text:
@@ -130,7 +129,7 @@ class BenchResults:
             raise ValueError("other columns")
         rows = []
         for cells in table:
-            self._check(json.loads(cells["settings"]))
+            self._check(parse_json(cells["settings"]))
             scores = {
                 part: {f: cells[part if f == "value" else f"{part}_{f}"] for f in _SCORE} if cells[part] else None
                 for part in PARTS
@@ -153,11 +152,11 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "The file of results")
         if path.suffix.lower() == ".csv":
-            return next((json.loads(row["settings"]) for row in csv.DictReader(io.StringIO(text, newline=""))), None)
-        return dict(json.loads(text.partition("\n")[0])["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return next((parse_json(row["settings"]) for row in csv.DictReader(io.StringIO(text, newline=""))), None)
+        return dict(parse_json(text.partition("\n")[0])["settings"])
+    except (ForgetConceptError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         return None  # BenchResults raises the detailed error
 
 
