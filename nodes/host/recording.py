@@ -33,6 +33,19 @@ def record_text_entries(patcher: Any, clip: Any) -> None:
         ModelError: Nothing reads the text states first, or the MODEL and the CLIP do not go together.
     """
     base = patcher.model
+    try:
+        _record(patcher, clip)
+    except (ForgetConceptError, management.InterruptProcessingException):
+        raise
+    except Exception as error:  # whatever a strange model raises, or one with another model's text encoder
+        raise ModelError(
+            f"This MODEL ({type(base).__name__}) has no cross-attention and is of no family that is known here, and it "
+            f"could not be run to see where it reads the text ({error}): connect the CLIP that belongs to it."
+        ) from error
+
+
+def _record(patcher: Any, clip: Any) -> None:
+    base = patcher.model
     frames = has_frames(base.latent_format)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, int(base.latent_format.latent_channels), _SIDE, _SIDE, generator=generator)
@@ -44,17 +57,7 @@ def record_text_entries(patcher: Any, clip: Any) -> None:
     def predict(states: TextStates) -> Tensor:
         return call.velocity(x, sigma, states, states.hidden.shape[1])
 
-    try:
-        recording.record(base.diffusion_model, predict, one, other)
-    except ForgetConceptError:
-        raise
-    except management.InterruptProcessingException:
-        raise
-    except Exception as error:  # whatever a strange model raises when the wrong text encoder is connected
-        raise ModelError(
-            f"This MODEL ({type(base).__name__}) is of no family that is known here, and it could not be run to see "
-            f"where it reads the text ({error}): connect the CLIP that belongs to it."
-        ) from error
+    recording.record(base.diffusion_model, predict, one, other)
 
 
 def _encoded(clip: Any, prompt: str) -> TextStates:
