@@ -53,7 +53,7 @@ def _running(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # none, or no number that a process can have
         return False
     except OSError:
         return True

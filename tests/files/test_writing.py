@@ -326,8 +326,10 @@ writing.write_bytes(Path(sys.argv[1]), b"x" * 1000)
     mine.write_bytes(b"being written")
     foreign = tmp_path / ".00000000-1-00000000.part"
     foreign.write_bytes(b"of another computer")
+    odd = tmp_path / left.name.replace(left.name.split("-")[1], "9" * 30)  # no number of a process
+    odd.write_bytes(b"")
     check_writable(tmp_path / "file")
-    assert not left.exists() and mine.exists() and foreign.exists()
+    assert not left.exists() and not odd.exists() and mine.exists() and foreign.exists()
     os.utime(foreign, (1, 1))
     check_folder(tmp_path)
     assert not foreign.exists() and mine.exists()
