@@ -20,6 +20,7 @@ from fastapi.security import HTTPBasic
 
 from ..core.errors import ForgetConceptError, RequestError
 from ..core.files.json_text import parse_json
+from ..core.files.names import printable
 from ..core.methods.base import Method
 from ..core.methods.registry import all_methods, plan_request
 from ..core.request.request import ForgetRequest, strength_warning
@@ -176,8 +177,8 @@ class _SentenceRoute(APIRoute):
 
 
 def _problem(code: int, words: str) -> JSONResponse:
-    # a message repeats what was given, which may hold half of a character
-    return JSONResponse({"detail": words.encode(errors="backslashreplace").decode()}, status_code=code)
+    # a message repeats its input, which may not be valid Unicode
+    return JSONResponse({"detail": printable(words)}, status_code=code)
 
 
 def _validation_message(errors: Sequence[Any]) -> str:

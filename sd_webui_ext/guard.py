@@ -34,9 +34,12 @@ def foreign_origin(headers: Mapping[str, str], known: Collection[str] = ()) -> s
     origin = headers.get("origin")
     if origin is None and site == "":
         return None  # not from a browser
-    place = urlsplit(origin or "")
+    try:
+        netloc = urlsplit(origin or "").netloc.casefold()
+    except ValueError:
+        netloc = ""
     own = {headers.get("host", "").casefold(), headers.get("x-forwarded-host", "").casefold()} - {""}
-    if place.netloc.casefold() in own or {origin, "*", _name(place.netloc)} & set(known):
+    if netloc in own or {origin, "*", _name(netloc)} & set(known):
         return None
     return (
         f"This request comes from a page of another site ({(origin or 'unknown')[:80]}): only the webui's own pages "

@@ -1,4 +1,4 @@
-"""Files and texts of a stranger, made by structure-aware mutation, against everything that reads them.
+"""Untrusted files and texts, made by structure-aware mutation, against everything that reads them.
 
 Run as a program for long runs: ``python tests/fuzz.py KIND --count N [--seed S]``; prints what was found. A finding is
 an exception that is not the project's own sentence, a read that takes more than two seconds, or a file that must be

@@ -15,7 +15,7 @@ from ..request.request import ForgetRequest
 from . import options
 from .console import Console
 from .evaluate import VARIANT_TITLES, concepts_of
-from .files import check_distinct, check_writable
+from .files import check_writable
 from .forget import setting
 
 if TYPE_CHECKING:
@@ -116,8 +116,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = choose(bench, args.concept, args.category)
     if args.out is not None:
         check_results(check_writable(args.out))
-        read = [options.split_strength(text)[0] for text in args.patch or ()]
-        check_distinct({"--out": args.out}, {f"'{path}'": path for path in read})
     options.warn_of_strengths(args.patch, console)
     processes = launched_processes(options.device_of(args))
     try:

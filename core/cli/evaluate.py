@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for file in written.values():
         if file is not None:
             check_writable(file)
-    read = [options.split_strength(text)[0] for text in (*args.patch, *(args.earlier or ()))]
+    read = [options.split_strength(text)[0] for text in (*args.patch, *(args.earlier or ()))] + list(args.bench or ())
     check_distinct(written, {f"'{path}'": path for path in read})
     if args.pictures is not None and args.pictures.suffix.lower() != ".png":
         raise RequestError(f"--pictures '{args.pictures}' is not a .png file: choose a name that ends in .png.")

@@ -125,7 +125,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = check_patch_file(args.out or Path(f"forget-{file_stem(ForgetRequest(all_concepts))}.safetensors"))
     if args.context_map is not None:
         check_patch_file(args.context_map)
-    check_distinct({"--out": out, "--context-map": args.context_map}, {"--request": args.request})
+    pictures = {f"'{path}'": path for concept in request.concepts for path in concept.images}
+    check_distinct({"--out": out, "--context-map": args.context_map}, {"--request": args.request, **pictures})
+    # a patch may be continued in place
+    check_distinct({"--context-map": args.context_map}, {"--onto": args.onto})
     if (warning := strength_warning(request.strength)) is not None:
         console.note(f"warning: {warning}")
     model = options.load_model(args, console)

@@ -98,7 +98,7 @@ _DISTILLED_STEPS = 8
 
 def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | None, batch: int = 32) -> None:
     """Add the options that :func:`sampling_of` reads, with these defaults; ``guidance`` ``None`` is the model's own."""
-    usual_steps = str(steps) if guidance is not None else f"{steps}; {_DISTILLED_STEPS} for mini-flow"
+    usual_steps = f"{steps}" if guidance is not None else f"{steps}; {_DISTILLED_STEPS} for a guidance-distilled model"
     parser.add_argument(
         "--steps",
         type=whole(1),
@@ -107,7 +107,7 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float | 
     )
     parser.set_defaults(usual_steps=steps)
     parser.add_argument("--sampler", choices=("dpm++", "ddim"), default="dpm++", help="sampler (default: dpm++)")
-    usual = "2.5 for mini and mini-xl, 1 for mini-flow, 7.5 for others" if guidance is None else f"{guidance:g}"
+    usual = "that of the model: 2.5 for mini, 7.5 for others" if guidance is None else f"{guidance:g}"
     parser.add_argument("--guidance", type=finite, default=guidance, help=f"guidance scale (default: {usual})")
     parser.add_argument("--batch", type=whole(1), default=batch, help=f"pictures per batch (default: {batch})")
     parser.add_argument(

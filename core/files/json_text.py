@@ -1,4 +1,4 @@
-"""JSON that a stranger wrote: parsed within bounds, so that no text can exhaust or confuse what reads it."""
+"""Parsing of untrusted JSON within bounds of length, depth and size."""
 
 from __future__ import annotations
 

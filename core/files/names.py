@@ -35,7 +35,7 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """A text that a stranger may have written, for a terminal or a log: what cannot be seen is shown as its code.
+    """An untrusted text for a terminal, a log or JSON: characters that cannot be seen are shown as their codes.
 
     Line breaks and tabs stay. Escape sequences could rewrite what stands on a terminal, and marks of direction change
     the order in which it is read.

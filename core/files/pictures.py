@@ -1,4 +1,4 @@
-"""Decoding pictures that a stranger made: bounded, and with a sentence for whatever a decoder raises."""
+"""Decoding of untrusted pictures within bounds; every error of the decoder becomes one sentence."""
 
 from __future__ import annotations
 

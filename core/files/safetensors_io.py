@@ -31,7 +31,6 @@ __all__ = [
 SUFFIX = ".safetensors"
 MODEL_SUFFIXES = (SUFFIX, ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
-_LONGEST_HEADER = LONGEST
 # ten times those of the largest models; a hundred thousand kept a program busy for 12 seconds
 _MOST_TENSORS = 50_000
 _MOST_DIMENSIONS = 64  # torch's own bound
@@ -47,7 +46,7 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
             opening = stream.read(1)
             length = int.from_bytes(start, "little")
             # the two bytes that open a pickle are also those of some headers' length: the brace tells them apart
-            sound = len(start) == 8 and 2 <= length <= _LONGEST_HEADER and opening == b"{"
+            sound = len(start) == 8 and 2 <= length <= LONGEST and opening == b"{"
             if not sound and start.startswith(_PICKLES):
                 raise PatchError(
                     f"'{path}' is a pickle (.pt, .ckpt, .bin), not a safetensors file: pickles can run code and are "
@@ -67,7 +66,7 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise PatchError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     try:
-        header = parse_json(raw.decode("utf-8"), _LONGEST_HEADER)
+        header = parse_json(raw.decode("utf-8"))
         needed = 8 + length + _end(header)
     except ValueError as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
@@ -95,15 +94,15 @@ def _end(header: Any) -> int:
         if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
             raise ValueError(f"the tensor {shown} has no dtype")
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:
+        if not _is_counts(shape) or len(shape) > _MOST_DIMENSIONS:
             raise ValueError(f"the tensor {shown} has no valid shape")
-        if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise ValueError(f"the tensor {shown} has no valid place in the file")
         end = max(end, offsets[1])
     return end
 
 
-def _counts(values: Any) -> TypeGuard[list[int]]:
+def _is_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 

@@ -105,8 +105,8 @@ def _real(path: str | Path) -> str:
     return os.path.normcase(os.path.realpath(path))
 
 
-def _keep(folder: Path) -> None:
-    """Let a renamed file survive a loss of power, where the system can."""
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's names to the disk, where the system can."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -243,7 +243,7 @@ def write_bytes(path: Path, data: bytes, error: type[ForgetConceptError] = Forge
             os.fsync(stream.fileno())
         os.replace(place, target)
         temporary = None
-        _keep(target.parent)
+        _sync_folder(target.parent)
     except OSError as reason:
         raise error(f"'{path}' cannot be written: {_why(reason)}.") from reason
     finally:

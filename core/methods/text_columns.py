@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import ModelError
-from ..models.text_encoders import ENCODE_ROWS, RememberedTokens, TextEncoder, encoded_batches, segments_of
+from ..models.text_encoders import ENCODE_ROWS, CachedTokenizer, TextEncoder, encoded_batches, segments_of
 from ..models.text_entries import POOLED, TOKENS
 from ..models.text_states import TextStates
 from ..models.token_positions import end_position, phrase_span, tail_positions
@@ -173,7 +173,7 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
     }[concept.kind]
 
 
-def _aligning(progress: Progress | None, of: int) -> None:
+def _report_alignment(progress: Progress | None, of: int) -> None:
     """Report, and be cancelled, while prompts are tokenized, which takes seconds for hundreds of concepts.
 
     The bar stays at its beginning: it counts the prompts that are encoded.
@@ -209,12 +209,12 @@ def collect_columns(
         TokenError: A prompt is cut off.
         ModelError: The pooled vectors are wanted, and the encoder gives none.
     """
-    parts = [(first, RememberedTokens(part)) for first, part in segments_of(encoder)]
+    parts = [(first, CachedTokenizer(part)) for first, part in segments_of(encoder)]
     kinds = dict.fromkeys(concept.kind for concept in request.concepts)
     wordings = {kind: _templates(settings, kind, request) for kind in kinds}
     pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
     for concept in request.concepts:
-        _aligning(progress, len(request.concepts))
+        _report_alignment(progress, len(request.concepts))
         phrase = _guide_phrase(concept, settings)
         for template in wordings[concept.kind]:
             prompt = _fill(template, concept.name)
@@ -232,7 +232,7 @@ def collect_columns(
     retain |= dict.fromkeys(settings.preserve_prompts)
     retain.pop("", None)
     for prompt in retain:
-        _aligning(progress, len(retain))
+        _report_alignment(progress, len(retain))
         for _, part in parts:
             end_position(part, prompt)  # raises if it is cut off
     # the retain set first, so that its states are one contiguous slice

@@ -16,9 +16,9 @@ from .text_states import TextStates
 __all__ = [
     "ENCODE_ROWS",
     "CLIPText",
+    "CachedTokenizer",
     "EncodedPrompts",
     "FluxText",
-    "RememberedTokens",
     "SDXLText",
     "TextEncoder",
     "check_words",
@@ -64,7 +64,7 @@ def segments_of(encoder: TextEncoder) -> Sequence[tuple[int, TextEncoder]]:
     return found
 
 
-class RememberedTokens:
+class CachedTokenizer:
     """A text encoder that tokenizes each text once, for work that asks for the tokens of the same texts many times.
 
     Args:

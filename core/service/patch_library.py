@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ForgetConceptError, PatchError, RequestError, listed
-from ..files.names import fresh_file, is_unicode, patch_name
+from ..files.names import fresh_file, is_unicode, patch_name, printable
 from ..files.safetensors_io import read_metadata, read_safetensors, write_safetensors
 from ..files.writing import check_folder, make_folder, write_bytes, write_json
 from ..formats import kohya
@@ -119,7 +119,7 @@ class PatchLibrary:
         """The files of the LoRA folder that could be patches but cannot be read: the place of each, and why."""
         root = self._folder()
         return sorted(
-            (_shown(file.relative_to(root).as_posix()), why)
+            (printable(file.relative_to(root).as_posix()), why)
             for file in self._files((".safetensors",))
             if isinstance(why := self._metadata(file), str)
         )
@@ -319,7 +319,7 @@ class PatchLibrary:
             try:
                 found = read_metadata(file)
             except PatchError as error:
-                found = _shown(str(error).replace(str(file), file.name))
+                found = printable(str(error).replace(str(file), file.name))
             if not is_unicode(file.name):
                 found = "Its name is not valid Unicode, so that nothing can refer to it: rename it on the disk."
             known = self._read[file] = (stat.st_mtime_ns, stat.st_size, found)
@@ -335,11 +335,6 @@ class PatchLibrary:
         # a context map is no LoRA: the webui cannot load it
         entry = Entry(file.stem, file, file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime, metadata)
         return None if entry.about.method is None or entry.about.format is not None else entry
-
-
-def _shown(text: str) -> str:
-    """A text with what is not Unicode in it escaped."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _checked(name: str, concepts: Sequence[str]) -> tuple[str, ...]:

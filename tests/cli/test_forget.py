@@ -284,3 +284,22 @@ def test_bytes_that_are_not_utf8_are_refused_before_a_model_is_loaded(run, monke
     monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert run("forget", *arguments) == 1
     assert "not valid Unicode" in run.err and "udce9" in run.err and run.left == set()
+
+
+def test_no_file_of_the_command_is_written_over(run, tiny):
+    request = Path("request.json")
+    request.write_text(ForgetRequest((Concept("star"),)).to_json(), encoding="utf-8")
+    Path("p.safetensors").symlink_to(request.resolve())
+    for files in (
+        ("--concept", "star", "--out", "a.safetensors", "--context-map", "./a.safetensors"),
+        ("--request", "request.json", "--out", "p.safetensors"),
+    ):
+        assert run("forget", *files) == 1
+        assert "the same file" in run.err
+    assert "star" in request.read_text(encoding="utf-8")
+    # a patch may be continued in place, and not be replaced by a map
+    Path("p.safetensors").unlink()
+    assert run("forget", "--concept", "star", "--out", "p.safetensors") == 0
+    again = ("forget", "--concept", "moon", "--onto", "p.safetensors", "--out")
+    assert run(*again, "b.safetensors", "--context-map", "p.safetensors") == 1 and "the same file" in run.err
+    assert run(*again, "p.safetensors") == 0 and load_patch("p.safetensors", tiny.survey).about.history is not None

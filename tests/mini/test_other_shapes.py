@@ -93,7 +93,7 @@ def flow_work(tmp_path_factory, latents):
         for stop in stops:
             reflow.draw_pairs(folder, model, PICTURES, count=BATCH + stop, steps=2)
         for stop in stops:
-            reflow.straighten(folder, model, clip, tokens, PICTURES, steps=stop, batch=BATCH)
+            reflow.train(folder, model, clip, tokens, PICTURES, steps=stop, batch=BATCH)
         folders.append(folder)
     return folders
 

@@ -55,6 +55,10 @@ def routes(http, **given):
 FOREIGN = [
     {"origin": "https://evil.example"},
     {"origin": "null"},
+    {"origin": ""},
+    {"origin": "http://["},
+    {"origin": "http://[::1"},
+    {"origin": "//"},
     {"origin": "http://127.0.0.1:8000"},  # another program on the same computer
     {"origin": "http://127.0.0.1"},
     {"origin": "http://127.0.0.1:7860.evil.example"},

@@ -84,7 +84,7 @@ def run_flow(stage: str, work: Path, target: Path | None, length: dict[str, int]
         reflow.draw_pairs(work, load(), len(pictures))
         return
     if stage == "flow-reflow":
-        reflow.straighten(work, load(), clip_tokens, tokens, len(pictures), **length)
+        reflow.train(work, load(), clip_tokens, tokens, len(pictures), **length)
         return
     latents = unet.encode(work / "latents.pt", autoencoder_module, pictures)
     if stage == "flow-teacher":

@@ -25,7 +25,7 @@ from ..config import GUIDANCE
 from ..config import TOKENS as CLIP_TOKENS
 from ..config_flow import TOKENS, new_text_encoders, new_transformer
 from . import dataset, text
-from .run import Averages, Joined, Optimizer, Run, warm_cosine
+from .run import Averages, CombinedOptimizer, Optimizer, Run, warm_cosine
 from .unet import CAPTIONS, alphas_cumprod, caption_ids, coarse_error
 
 TEXT_STEPS = 250
@@ -191,7 +191,7 @@ def muon(averages: Averages, peak_lr: float) -> Optimizer:
     chosen = set(map(id, matrices))
     _, encoders = averages.groups(_ENCODERS)
     rest = {"params": [p for _, p in named if id(p) not in chosen]}
-    return Joined(
+    return CombinedOptimizer(
         torch.optim.Muon(matrices, lr=peak_lr, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([rest, encoders], lr=peak_lr, betas=(0.9, 0.98), weight_decay=1e-2),
     )
@@ -269,8 +269,10 @@ def _guided_by_mini(mini: tuple[Any, Any], x: Tensor, sigma: Tensor, ids: Tensor
     plain = x / (share**2 + (1 - share) ** 2).sqrt()
     hidden = reader(torch.cat([ids, empty])).last_hidden_state
     hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(ids), -1, -1)])
-    told, untold = unet(torch.cat([plain, plain]), torch.cat([times, times]), hidden).sample.float().chunk(2)
-    noise = untold + GUIDANCE * (told - untold)
+    conditional, unconditional = (
+        unet(torch.cat([plain, plain]), torch.cat([times, times]), hidden).sample.float().chunk(2)
+    )
+    noise = unconditional + GUIDANCE * (conditional - unconditional)
     found: Tensor = (noise - x) / share
     return found
 

@@ -27,7 +27,7 @@ from .flow import DISTIL_STAGES, muon, text_states
 from .run import Averages, Run
 from .unet import CAPTIONS, coarse_error
 
-__all__ = ["LAST", "PAIRS", "draw_pairs", "straighten"]
+__all__ = ["LAST", "PAIRS", "draw_pairs", "train"]
 
 PAIRS = 8000
 STEPS, PEAK_LR = 1200, 1e-3
@@ -37,7 +37,7 @@ _CHUNK = 64
 _SEED = 53
 
 
-def _asked(index: int, pictures: int) -> tuple[int, int]:
+def _picture_and_caption(index: int, pictures: int) -> tuple[int, int]:
     """The picture and the caption that pair `index` is drawn for."""
     rng = np.random.default_rng((_SEED, index))
     return int(rng.integers(pictures)), int(rng.integers(CAPTIONS))
@@ -59,8 +59,8 @@ def draw_pairs(folder: Path, model: LatentDiffusion, pictures: int, count: int =
     drawn: Tensor = torch.load(path, weights_only=True) if path.exists() else torch.zeros(0, *model.latent_shape).half()
     while len(drawn) < count:
         indices = range(len(drawn), min(len(drawn) + _CHUNK, count))
-        asked = [_asked(index, pictures) for index in indices]
-        texts = [dataset.captions(dataset.scene(row), row, CAPTIONS)[which] for row, which in asked]
+        chosen = [_picture_and_caption(index, pictures) for index in indices]
+        texts = [dataset.captions(dataset.scene(row), row, CAPTIONS)[which] for row, which in chosen]
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.sample(texts, list(indices), steps, GUIDANCE)
         drawn = torch.cat([drawn, latents.half()])
@@ -70,7 +70,7 @@ def draw_pairs(folder: Path, model: LatentDiffusion, pictures: int, count: int =
         print(f"drew {len(drawn)} of {count} pairs", flush=True)
 
 
-def straighten(
+def train(
     folder: Path,
     model: LatentDiffusion,
     clip_tokenizer: Any,
@@ -94,11 +94,11 @@ def straighten(
     """
     torch.manual_seed(_SEED)
     clean = torch.load(folder / "flow-pairs.pt", weights_only=True)
-    asked = [_asked(index, pictures) for index in range(len(clean))]
-    texts = [dataset.captions(dataset.scene(row), row, CAPTIONS)[which] for row, which in asked]
-    told = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    clip_ids = clip_tokenizer(texts, max_length=CLIP_TOKENS, **told).input_ids
-    t5_ids = t5_tokenizer(texts, max_length=TOKENS, **told).input_ids
+    chosen = [_picture_and_caption(index, pictures) for index in range(len(clean))]
+    texts = [dataset.captions(dataset.scene(row), row, CAPTIONS)[which] for row, which in chosen]
+    padding = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    clip_ids = clip_tokenizer(texts, max_length=CLIP_TOKENS, **padding).input_ids
+    t5_ids = t5_tokenizer(texts, max_length=TOKENS, **padding).input_ids
     begun = torch.load(folder / f"{_BEFORE}.pt", weights_only=True)["modules"]
     clip, t5 = new_text_encoders(len(clip_tokenizer), len(t5_tokenizer))
     parts: dict[str, Any] = {"transformer": new_transformer(), "clip": clip, "t5": t5}

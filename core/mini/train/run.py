@@ -38,7 +38,7 @@ class Optimizer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Joined:
+class CombinedOptimizer:
     """Several optimizers, each of its own parameters, stepped as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ COUNTS = {"patch": 600, "request": 1500, "bench": 600, "picture": 200, "map": 40
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_no_file_of_a_stranger_is_read_wrongly(kind, tmp_path):
+def test_no_untrusted_file_is_read_wrongly(kind, tmp_path):
     found = [f"{number}: {problem}" for number, _, problem in findings(kind, COUNTS[kind], folder=tmp_path)]
     assert not found, "\n".join(found[:5])
 
