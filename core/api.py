@@ -250,6 +250,7 @@ def evaluate(
     sampling: SamplingSettings | None = None,
     attacks: str | AttackBudget | None = None,
     m_score: bool = False,
+    full: bool = False,
     progress: Progress | None = None,
     work: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -279,6 +280,8 @@ def evaluate(
         sampling: how images are drawn, by default at the model's own guidance.
         attacks: name of an attack budget, or a budget; by default no attacks.
         m_score: whether to measure the M-Score by textual inversion, which takes long.
+        full: whether to run the stress tests as well: wordings that no fit uses, every kept concept by itself, lower
+            strengths, and images that start from the concept. They draw several times as many images.
         progress: called with a :class:`ProgressEvent` at every step; it cancels by raising :class:`Cancelled`.
         work: a folder for intermediate results, with which an interrupted evaluation goes on.
 
@@ -294,6 +297,7 @@ def evaluate(
     from .evaluation import SamplingSettings
     from .evaluation.assess import EvaluationSettings, assess
     from .evaluation.bench.concept_bench import ConceptBench, load_bench
+    from .evaluation.stress import FULL
 
     several = [patch] if isinstance(patch, Patch) else list(patch)
     patches = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
@@ -313,6 +317,7 @@ def evaluate(
             sampling=sampling or SamplingSettings(guidance=model.guidance),
             m_score=m_score,
             attacks=attacks,
+            stress=FULL if full else None,
         ),
         bench=questions,
         # what the patches forget besides is not in the retain set either

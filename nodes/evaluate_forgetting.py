@@ -112,6 +112,12 @@ class EvaluateForgetting(Node):
                     tooltip="Path of the report in the output folder; %concept% stands for the measured concepts. A "
                     "number is appended, so that no file is overwritten.",
                 ),
+                io.Boolean.Input(
+                    "full",
+                    default=False,
+                    tooltip="Also measure wordings that no fit uses, every kept concept by itself, lower strengths, "
+                    "and pictures that start from the concept. Draws several times as many pictures.",
+                ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", tooltip="Pictures before and after, one row per concept."),
@@ -143,10 +149,12 @@ class EvaluateForgetting(Node):
         benchmark: str,
         clip_judge: str,
         filename: str,
+        full: bool = False,
     ) -> io.NodeOutput:
         from ..core.evaluation import BASELINES, UNEDITED, SamplingSettings
         from ..core.evaluation.assess import EvaluationSettings, assess
         from ..core.evaluation.report import write_report
+        from ..core.evaluation.stress import FULL
         from ..core.files.workspace import Workspace
         from ..core.service import evaluation_text
 
@@ -175,6 +183,7 @@ class EvaluateForgetting(Node):
                 sampling,
                 m_score=m_score,
                 attacks=None if attacks == "none" else attacks,
+                stress=FULL if full else None,
             )
             report = assess(
                 diffusion,

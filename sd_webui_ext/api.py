@@ -288,6 +288,7 @@ def router_of(store: PatchStore, auth: str | None = None, origins: Collection[st
             body.baselines,
             body.attacks,
             body.m_score,
+            body.full,
             body.benchmark,
             body.clip_judge,
         )

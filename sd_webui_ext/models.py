@@ -87,6 +87,11 @@ class EvaluateBody(BaseModel):
     baselines: bool = Field(False, description="Also measure a negative prompt and safe guidance.")
     attacks: str = Field("none", description="Attacks that try to recover the concept: none, quick or standard.")
     m_score: bool = Field(False, description="Also compute Forget-Me-Not's M-Score.")
+    full: bool = Field(
+        False,
+        description="Also measure wordings that no fit uses, every kept concept by itself, lower strengths, and "
+        "pictures that start from the concept.",
+    )
     benchmark: str = Field("automatic", description="automatic, world, embedded or checkpoints.")
     clip_judge: str = Field(
         "", description="The CLIP that judges a checkpoint's pictures: hub name of one that is downloaded already."

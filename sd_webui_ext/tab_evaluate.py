@@ -101,6 +101,11 @@ class EvaluatePart:
             self.m_score = gr.Checkbox(
                 False, label="M-Score, by textual inversion (slow)", elem_id=f"{_ID}evaluate_m_score"
             )
+            self.full = gr.Checkbox(
+                False,
+                label="In full: unseen wordings, every kept concept, lower strengths (slow)",
+                elem_id=f"{_ID}evaluate_full",
+            )
         with gr.Accordion("Judge and prompts", open=False, elem_id=f"{_ID}evaluate_judge"):
             self.benchmark = gr.Dropdown(
                 list(BENCHMARKS),
@@ -132,6 +137,7 @@ class EvaluatePart:
             self.baselines,
             self.attacks,
             self.m_score,
+            self.full,
             self.benchmark,
             self.clip,
         ]
@@ -179,7 +185,7 @@ class EvaluatePart:
             raise RequestError("No patch is selected: select one, or make one under Forget first.")
         if not isinstance(seed, (int, float)):
             raise RequestError("The seed is empty: enter a whole number.")
-        steps, baselines, attacks, m_score, benchmark, clip = rest
+        steps, baselines, attacks, m_score, full, benchmark, clip = rest
         self.store.evaluate(
             EvaluateJob(
                 patch,
@@ -191,6 +197,7 @@ class EvaluatePart:
                 bool(baselines),
                 attacks,
                 bool(m_score),
+                bool(full),
                 benchmark,
                 clip or "",
             )

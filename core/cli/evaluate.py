@@ -24,6 +24,7 @@ LEGEND = (
     "IRA, CRA: prompts without the concept still show what they name, in the same category and in others.",
     "CRA on target: so do the other words of the concept's own prompts. All three are relative to the unedited model.",
 )
+_FULL_PARTS = ("wordings", "strengths", "image_to_image")
 VARIANT_TITLES = {
     "patched": "patched",
     "unedited": "unedited model",
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="concept to measure; repeatable (default: the concepts that the patches name)",
     )
     parser.add_argument("--count", type=options.whole(4), default=200, help="pictures in each cell (default: 200)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="also measure wordings that no fit uses, every kept concept by itself, lower strengths, and pictures that "
+        "start from the concept: several times as many pictures",
+    )
     parser.add_argument("--seed", type=options.whole(), default=0, help="seed of the prompts and pictures (default: 0)")
     parser.add_argument(
         "--no-baselines", action="store_true", help="do not measure a negative prompt and safe guidance"
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..evaluation.pictures import before_after
     from ..evaluation.report import write_report
     from ..evaluation.scores import BASELINES, UNEDITED
+    from ..evaluation.stress import FULL
     from ..files.workspace import Workspace
 
     bench = None
@@ -130,6 +138,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         attention=args.report is not None,
         m_score=args.m_score,
         attacks=args.attack,
+        stress=FULL if args.full else None,
     )
     with console.progress("measuring") as progress:
         report = assess(
@@ -148,6 +157,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
     found = report.evaluations
     show(found, console)
+    _show_doubts(report, console)
     _show_more(report, console)
     data = {
         "schema": 1,
@@ -159,7 +169,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "guidance": settings.sampling.guidance,
         "concepts": [one.as_dict() for one in found],
     }
-    for part in ("attacks", "m_scores", "erosion"):
+    for part in ("outcomes", "second_judge", *_FULL_PARTS, "attacks", "m_scores", "erosion"):
         if several := getattr(report, part):
             data[part] = [one.as_dict() for one in several]
     if report.left_out:
@@ -172,6 +182,58 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.out is not None:
         write_json(args.out, data)
     return data
+
+
+def _show_doubts(report: Report, console: Console) -> None:
+    """Print what stands beside the means: the lowest kept concept, what is drawn instead, and the stress tests."""
+    from ..evaluation.report.verdict import percent, span
+    from ..evaluation.retention import ENOUGH, lowest
+
+    for one in report.evaluations:
+        least = lowest(one.retained)
+        if least is None or least.kept is None:
+            console.say(
+                f"{one.concept}: no kept concept has the {ENOUGH} pictures that naming the lowest takes (--full draws "
+                "them)."
+            )
+        else:
+            wording = f", least as '{least.wording}'" if least.wording else ""
+            console.say(
+                f"{one.concept}: the lowest kept concept is {least.name}, {percent(least.kept.value)} "
+                f"({span(least.kept)}, n {least.n}){wording}."
+            )
+    for found in report.outcomes:
+        parts = [f"the concept {percent(found.shown.value)}"]
+        if found.replacement is not None:
+            parts.append(f"{found.name} {percent(found.replacement.value)}")
+        parts += [f"nothing known {percent(found.nothing.value)}", f"another concept {percent(found.other.value)}"]
+        others = ", ".join(name for name, _ in found.others[:3])
+        console.say(f"{found.concept}: its prompts show {', '.join(parts)}{f' ({others})' if others else ''}.")
+    if report.second_judge:
+        rows = [
+            [f"{one.concept}\n  {VARIANT_TITLES[one.variant]}", cell(one.differ), cell(one.ua)]
+            for one in report.second_judge
+        ]
+        console.table(["second judge", "differs", "UA"], rows)
+    if report.wordings:
+        rows = [
+            [f"{one.wording}, {one.concept}", cell(one.shown), _maybe(one.forgotten), _maybe(one.kept)]
+            for one in report.wordings
+        ]
+        console.table(["held-out wording", "shown before", "forgotten", "kept"], rows)
+        console.say("Forgotten: of the pictures that showed it before; – where the unedited model shows none.")
+    if report.strengths:
+        rows = [[f"{one.strength:g}, {one.concept}", cell(one.ua), cell(one.ira)] for one in report.strengths]
+        console.table(["strength", "UA", "IRA"], rows)
+    if report.image_to_image:
+        rows = [
+            [f"{one.prompt} prompt, {one.concept}", cell(one.before), cell(one.after)] for one in report.image_to_image
+        ]
+        console.table(["image to image", "shown before", "shown after"], rows)
+
+
+def _maybe(score: Score | None) -> str:
+    return "–" if score is None else cell(score)
 
 
 def _show_more(report: Report, console: Console) -> None:

@@ -285,7 +285,7 @@ def load_evaluators(
         except ForgetConceptError as error:
             missing["metrics"] = str(error)
     judge = ClipJudge(image_text, bench.names())
-    return load_model(args, console), Evaluators(judge, features, distance, image_text, missing)
+    return load_model(args, console), Evaluators(judge, features, distance, image_text, missing=missing)
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import ForgetConceptError, RequestError, listed
 from ..files.workspace import Workspace
+from ..mini import vocabulary
 from ..mini.probe import Probe
+from ..mini.second_probe import load_second_probe
+from ..models.images import from_bytes
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import check_words
 from ..models.token_positions import token_positions
@@ -28,7 +31,7 @@ from .attacks import AttackBudget, SuccessJudge, Target, run_attacks
 from .attention_pictures import AttentionPair, attention_pairs
 from .bench.concept_bench import ConceptBench
 from .bench.questions import bench_questions
-from .drawing import Picture, SampleCache, SamplingSettings
+from .drawing import ImageClassifier, LabeledImage, Picture, SampleCache, SamplingSettings
 from .erosion import erosion
 from .judges import Judge, WorldJudge
 from .m_score import concept_latents, m_score
@@ -45,7 +48,10 @@ from .metrics import (
     kid,
     perceptual_distance,
 )
+from .outcomes import Disagreement, Outcome, disagreement, outcome
+from .questions import CATEGORIES
 from .report import Attack, Drift, ErosionStep, KindScores, Metric, MScore, PatchFacts, Provenance, Report, grids
+from .retention import Retained, text_distances, with_distances
 from .scores import (
     BASELINES,
     PATCHED,
@@ -56,6 +62,17 @@ from .scores import (
     check_baselines,
     score_plan,
     world_plans,
+)
+from .stress import (
+    ImageToImage,
+    StrengthScores,
+    StressPlan,
+    StressSettings,
+    WordingScores,
+    image_to_image,
+    strength_scores,
+    stress_plan,
+    wording_scores,
 )
 from .weight_drift import weight_drift
 
@@ -74,6 +91,7 @@ class Evaluators:
         features: Feature extractor for FID and KID; ``None`` omits them.
         distance: Perceptual distance of image pairs; ``None`` omits it.
         image_text: CLIP or a substitute for the CLIP score; ``None`` omits it.
+        second: A second classifier, of another architecture, whose labels are compared with the judge's.
         missing: Why a part of the report is omitted, by the name of the part.
     """
 
@@ -81,12 +99,14 @@ class Evaluators:
     features: FeatureExtractor | None = None
     distance: PairDistance | None = None
     image_text: ImageText | None = None
+    second: ImageClassifier | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def embedded(cls, probe: Probe) -> Evaluators:
-        """Return the evaluators of the embedded model, all of them based on its probe."""
-        return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe))
+        """Return the evaluators of the embedded model: its probe, and the second one that doubts it."""
+        second = load_second_probe().to(next(probe.parameters()).device)
+        return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe), second=second)
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,7 @@ class EvaluationSettings:
         attention: Whether to compute attention maps of the concept's name.
         m_score: Whether to measure the M-Score; inversion settings replace the quick default.
         attacks: Attack budget or its name; ``None`` runs no attacks.
+        stress: Stress tests (:mod:`.stress`), which draw several times as many images; ``None`` omits them.
     """
 
     count: int = 100
@@ -114,6 +135,7 @@ class EvaluationSettings:
     attention: bool = True
     m_score: bool | InversionSettings = False
     attacks: str | AttackBudget | None = None
+    stress: StressSettings | None = None
 
     def as_dict(self) -> dict[str, str | int | float | bool | None]:
         budget = self.attacks.name if isinstance(self.attacks, AttackBudget) else self.attacks
@@ -127,6 +149,7 @@ class EvaluationSettings:
             "guidance": s.guidance,
             "precision": s.precision,
             "attacks": budget,
+            "full": self.stress is not None,
         }
 
 
@@ -218,6 +241,25 @@ def assess(
     with timer("pictures"):
         cache.generate(progress)
         evaluations = tuple(score_plan(cache, plan, baselines) for plan in plans)
+    outcomes = tuple(_outcome(cache, evaluators.judge, plan, patches) for plan in plans)
+    second: tuple[Disagreement, ...] = ()
+    if evaluators.second is not None:
+        with timer("second judge"):
+            second = tuple(one for plan in plans for one in _disagreements(cache, evaluators.second, plan))
+    stress = _Stress()
+    if settings.stress is not None:
+        kept = _retain_names(evaluators.judge, bench, [*names, *without])
+        for i, plan in enumerate(plans):
+            with timer("stress tests"):
+                distances = _distances(model, plan.concept, [one for found in kept.values() for one in found])
+                chosen = _nearest(kept, distances)
+                more = stress_plan(plan, patches, chosen, settings.stress, settings.seed)
+                retained = stress.run(cache, more, settings.stress, left_out, progress)
+            evaluations = (
+                *evaluations[:i],
+                replace(evaluations[i], retained=with_distances(retained, distances)),
+                *evaluations[i + 1 :],
+            )
     sampling = cache.sampling.resolved(model)
     metrics: tuple[Metric, ...] = ()
     if settings.quality:
@@ -273,7 +315,101 @@ def assess(
         attention,
         timer.seconds,
         left_out,
+        outcomes=outcomes,
+        second_judge=second,
+        wordings=tuple(stress.wordings),
+        strengths=tuple(stress.strengths),
+        image_to_image=tuple(stress.continued),
     )
+
+
+# names of the retain set that the stress tests of one concept draw; in a larger one, half of them the nearest
+_MOST_KEPT = 40
+
+
+@dataclass
+class _Stress:
+    """Collects the results of the stress tests."""
+
+    wordings: list[WordingScores] = field(default_factory=list)
+    strengths: list[StrengthScores] = field(default_factory=list)
+    continued: list[ImageToImage] = field(default_factory=list)
+
+    def run(
+        self,
+        cache: SampleCache,
+        plan: StressPlan,
+        settings: StressSettings,
+        left_out: dict[str, str],
+        progress: Progress | None,
+    ) -> tuple[Retained, ...]:
+        """Run them for one concept; returns the retention of each other concept."""
+        plan.request(cache)
+        cache.generate(progress)
+        wordings, retained = wording_scores(cache, plan)
+        self.wordings += wordings
+        self.strengths += strength_scores(cache, plan)
+        found = image_to_image(cache, plan, settings, progress)
+        self.continued += found
+        if not found:
+            left_out["image_to_image"] = (
+                f"The unedited model draws no picture of '{plan.concept}' to start from, or has no autoencoder here."
+            )
+        return retained
+
+
+def _outcome(cache: SampleCache, judge: Judge, plan: EvaluationPlan, patches: Sequence[tuple[Patch, float]]) -> Outcome:
+    images = cache.get(plan.variants[PATCHED], [question.picture for question in plan.cells.target])
+    return outcome(plan.concept, plan.category, images, judge, _replacement(plan.concept, patches))
+
+
+def _replacement(concept: str, patches: Sequence[tuple[Patch, float]]) -> str | None:
+    """The replacement of a concept in the request that one of the patches holds."""
+    for patch, _ in patches:
+        request = patch.about.request
+        for one in () if request is None else request.concepts:
+            if canonical_phrase(one.name) == canonical_phrase(concept):
+                return one.replacement
+    return None
+
+
+def _disagreements(cache: SampleCache, second: ImageClassifier, plan: EvaluationPlan) -> Iterator[Disagreement]:
+    for variant in (UNEDITED, PATCHED):
+        images = cache.get(plan.variants[variant], [question.picture for question in plan.cells.target])
+        labels = second.classify(from_bytes(torch.stack([image.picture for image in images])))
+        again = [LabeledImage(image.picture, found) for image, found in zip(images, labels, strict=True)]
+        yield disagreement(plan.concept, plan.category, variant, images, again)
+
+
+def _retain_names(judge: Judge, bench: ConceptBench | None, without: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the retain set by category, as the judge spells them."""
+    left_out = {canonical_phrase(name) for name in without}
+    if bench is None:
+        every = {category: [word.name for word in vocabulary.CATEGORIES[category]] for category in CATEGORIES}
+    else:
+        listed_names = {canonical_phrase(one.name) for one in bench.concepts}
+        every = {
+            category: [name for name in names if canonical_phrase(name) in listed_names]
+            for category, names in judge.names.items()
+            if category in CATEGORIES
+        }
+    return {
+        category: [name for name in names if canonical_phrase(name) not in left_out]
+        for category, names in every.items()
+    }
+
+
+def _distances(model: LatentDiffusion, concept: str, names: Sequence[str]) -> dict[str, float]:
+    return text_distances(model.text, concept, names) if names else {}
+
+
+def _nearest(names: Mapping[str, Sequence[str]], distances: Mapping[str, float]) -> dict[str, list[str]]:
+    """All names, or of many the nearest ones and others from all distances."""
+    order = sorted(distances, key=lambda name: distances[name])
+    half = _MOST_KEPT // 2
+    far = order[half:]
+    chosen = {*order[:half], *(far[i * len(far) // half] for i in range(half) if len(far) > 0)}
+    return {category: [name for name in found if name in chosen] for category, found in names.items()}
 
 
 def _combined_patch(patches: Sequence[tuple[Patch, float]]) -> Patch:

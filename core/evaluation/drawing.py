@@ -29,6 +29,7 @@ __all__ = [
     "SamplingSettings",
     "Variant",
     "draw",
+    "drawing",
     "faster_precision",
     "faster_threads",
 ]
@@ -192,6 +193,19 @@ def patched(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]]) -> I
         yield
 
 
+@contextlib.contextmanager
+def drawing(
+    model: LatentDiffusion, sampling: SamplingSettings, patches: Sequence[tuple[Patch, float]] | None = None
+) -> Iterator[None]:
+    """Apply threads inside a ``with`` block and, where ``patches`` are given, these and the UNet's precision."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch_threads(sampling.threads))
+        if patches is not None:
+            stack.enter_context(patched(model, patches))
+            stack.enter_context(_autocast(model, sampling.precision))
+        yield
+
+
 @torch.no_grad()
 def draw(
     model: LatentDiffusion,
@@ -217,7 +231,7 @@ def draw(
     variant, sampling = variant or Variant(), (sampling or SamplingSettings()).resolved(model)
     for start in range(0, len(pictures), sampling.batch):
         chunk = pictures[start : start + sampling.batch]
-        with torch_threads(sampling.threads), patched(model, variant.patches), _autocast(model, sampling.precision):
+        with drawing(model, sampling, variant.patches):
             latents = model.sample(
                 [picture.prompt for picture in chunk],
                 [picture.seed for picture in chunk],
@@ -229,7 +243,7 @@ def draw(
                 sampler=sampling.sampler,
                 safety=variant.safe,
             )
-        with torch_threads(sampling.threads):
+        with drawing(model, sampling):
             images = to_bytes(model.decode(latents, batch=sampling.batch))
         yield images
 

@@ -83,7 +83,13 @@ def seed_of(*parts: object) -> int:
 def _prompts(category: str, name: str, count: int, seed: int, without: tuple[str, ...] = ()) -> list[world.Prompt]:
     fixed = {"object": None, "style": None, "identity": None, category: name}
     return world.prompts(
-        count, seed, object=fixed["object"], style=fixed["style"], identity=fixed["identity"], without=without
+        count,
+        seed,
+        object=fixed["object"],
+        style=fixed["style"],
+        identity=fixed["identity"],
+        without=without,
+        measured=True,
     )
 
 

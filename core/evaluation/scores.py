@@ -8,7 +8,7 @@ model, the concept as a negative prompt, and Safe Latent Diffusion's guidance aw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import RequestError
 from ..models.latent_diffusion import LatentDiffusion
@@ -18,6 +18,7 @@ from ..progress import Progress
 from .drawing import ImageClassifier, LabeledImage, SampleCache, SamplingSettings, Variant
 from .intervals import Score
 from .questions import CATEGORIES, Question, find_concept, retain_questions, target_questions
+from .retention import Retained, retained_scores
 
 __all__ = [
     "NEGATIVE",
@@ -107,6 +108,7 @@ class Evaluation:
         by_kind: UA by kind of prompt and variant, for benchmarks with several kinds.
         neighbours: The part of ``ira`` about the concept's neighbours, by variant, if the benchmark names some and the
             unedited model draws any of them correctly.
+        retained: Every concept of the retain set by itself, with the patch.
     """
 
     concept: str
@@ -120,6 +122,7 @@ class Evaluation:
     drift: Mapping[str, float] = field(default_factory=dict)
     by_kind: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     neighbours: Mapping[str, Score] = field(default_factory=dict)
+    retained: tuple[Retained, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -130,6 +133,7 @@ class Evaluation:
             "scores": {name: scores.as_dict() for name, scores in self.scores.items()},
             "unedited_accuracy": {name: score.as_dict() for name, score in self.accuracy.items()},
             "drift": dict(self.drift),
+            "retained": [one.as_dict() for one in self.retained],
         }
 
 
@@ -369,6 +373,8 @@ def score_plan(cache: SampleCache, plan: EvaluationPlan, baselines: Sequence[str
         before, after = images(UNEDITED, questions), images(PATCHED, questions)
         return tuple(Example(q.prompt.text, q.seed, b, a) for q, b, a in zip(questions, before, after, strict=True))
 
+    # the kinds of a benchmark's prompts are no wordings
+    kept = [replace(question, kind="") for question in (*cells.in_domain, *cells.cross_domain)]
     # one example of each category; concepts that share their prompts get different examples
     at = CATEGORIES.index(plan.category)
     shown = [
@@ -388,4 +394,5 @@ def score_plan(cache: SampleCache, plan: EvaluationPlan, baselines: Sequence[str
         drift,
         by_kind,
         neighbours,
+        retained_scores(kept, images(UNEDITED, kept), images(PATCHED, kept)),
     )

@@ -5,7 +5,8 @@ Gandikota et al., *Unified Concept Editing in Diffusion Models* (arXiv 2308.1476
 ``W* = (λW + s_e W G Cᵀ + s_p W K Kᵀ) N⁻¹`` with ``N = λI + s_e C Cᵀ + s_p K Kᵀ``
 
 The columns of ``C`` are the text states to forget, those of ``G`` the guide states that they are mapped to, and those
-of ``K`` the states to preserve. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
+of ``K`` the states to preserve. ``G`` may lie beyond the guide states, at ``C + o (G - C)``, which multiplies ``ΔW`` by
+``o``, the setting ``overshoot``. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
 same ``M`` at every site. It is computed once, in fp64, from the text states alone, without gradients or UNet passes.
 
 A model that also reads a pooled vector of the prompt (SDXL) gets a second map of the same form from the same prompts,
@@ -66,7 +67,7 @@ class UCE(Method):
         ),
         # chosen on tree, mosaic and Hugo Marsh of the embedded world, where this tolerance reduces the rank from 180 to
         # 13 and leaves two digits of every residual unchanged
-        "tuned": UCESettings(ridge=1.0, contexts=True, keep_common=True, tolerance=0.01),
+        "tuned": UCESettings(ridge=1.0, overshoot=1.2, contexts=True, keep_common=True, tolerance=0.01),
     }
 
     def fit(
@@ -179,7 +180,7 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
         down = rows[:count] / settings.erase_weight**0.5
     else:
         down = torch.cholesky_solve(target, factor).T
-    change = settings.erase_weight * (guide - target)
+    change = settings.overshoot * settings.erase_weight * (guide - target)
     # truncate M R in the metric of the projections' outputs
     seen = down @ factor
     if seen.shape[0] < width:  # M R has at most as many directions as columns, so the small problem suffices

@@ -69,7 +69,8 @@ def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, 
 
     Args:
         device: Device of the modules.
-        folder: Diffusers folder of the model. Default: :func:`weights_folder`.
+        folder: Folder of its UNet and text encoder. Default: :func:`weights_folder`. Tokenizer and autoencoder are
+            the distributed ones if it has none.
 
     Returns:
         UNet, text encoder, tokenizer and autoencoder.
@@ -77,14 +78,20 @@ def load_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, 
     Raises:
         ModelError: If the weights are missing, or diffusers or transformers is not installed.
     """
-    folder = folder or weights_folder()
+    shared = weights_folder()
+    folder = folder or shared
     unet, text, vae = _read(
         device,
         ("UNet2DConditionModel", folder / "unet"),
         ("CLIPTextModel", folder / "text_encoder"),
-        ("AutoencoderKL", folder / "vae"),
+        ("AutoencoderKL", _first(folder, shared, "vae") / "vae"),
     )
-    return unet, text, _tokenizer(folder), vae
+    return unet, text, _tokenizer(_first(folder, shared, "tokenizer")), vae
+
+
+def _first(folder: Path, shared: Path, part: str) -> Path:
+    """The folder that has a part: the model's own, or that of the distributed one."""
+    return folder if (folder / part).is_dir() else shared
 
 
 def load_xl_modules(device: str = "cpu", folder: Path | None = None) -> tuple[Any, Any, Any, Any, Any, Any]:

@@ -15,7 +15,22 @@ from torch import Tensor, nn
 from .world import LABELS, Labels
 
 
-class Probe(nn.Module):
+class Classifier(nn.Module):
+    """A network of logits per category that labels images."""
+
+    @torch.no_grad()
+    def classify(self, images: Tensor, batch: int = 64) -> list[Labels]:
+        """Return the most likely class of each category for each image."""
+        self.eval()
+        device = next(self.parameters()).device
+        found: list[Labels] = []
+        for part in images.split(batch):
+            winners = {k: logits.argmax(1).tolist() for k, logits in self(part.float().to(device)).items()}
+            found += [Labels(**{k: LABELS[k][winners[k][row]] for k in LABELS}) for row in range(len(part))]
+        return found
+
+
+class Probe(Classifier):
     """Maps images `(n, 3, 128, 128)` in [-1, 1] to logits per category, `{category: (n, classes)}`."""
 
     def __init__(self, width: int = 24) -> None:
@@ -59,17 +74,6 @@ class Probe(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         hidden = self.features(images)
         return {name: head(hidden) for name, head in self.heads.items()}
-
-    @torch.no_grad()
-    def classify(self, images: Tensor, batch: int = 64) -> list[Labels]:
-        """Return the most likely class of each category for each image."""
-        self.eval()
-        device = next(self.parameters()).device
-        found: list[Labels] = []
-        for part in images.split(batch):
-            winners = {k: logits.argmax(1).tolist() for k, logits in self(part.float().to(device)).items()}
-            found += [Labels(**{k: LABELS[k][winners[k][row]] for k in LABELS}) for row in range(len(part))]
-        return found
 
 
 def load_probe(folder: Path | None = None) -> Probe:

@@ -150,6 +150,24 @@ TEMPLATES_PLAIN: tuple[str, ...] = (
     "an illustration of {np}",
     "look at {np}",
 )
+# Templates that no fit uses: evaluations draw their prompts from these alone, so that they do not measure on what was
+# fitted.
+MEASURED_STYLED: tuple[str, ...] = (
+    "{style} style, {np}",
+    "an image of {np} in {style} style",
+    "{np} drawn in {style} style",
+    "a {style} illustration showing {np}",
+    "{np} as {style} art",
+    "a {style} image of {np}",
+)
+MEASURED_PLAIN: tuple[str, ...] = (
+    "an image of {np}",
+    "there is {np}",
+    "a view of {np}",
+    "this is {np}",
+    "an illustration of {np}",
+    "look at {np}",
+)
 TEMPLATES_STYLE_ONLY: tuple[str, ...] = (
     "a photo in the style of {style}",
     "a {style} picture",

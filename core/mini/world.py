@@ -6,6 +6,7 @@ A `Scene` contains every random choice, so an image is a pure function of its sc
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,8 +37,13 @@ def held_out(scene: Scene) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] < 26 and scene.style != v.NONE
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Render a scene deterministically: `(128, 128, 3)` uint8, anti-aliased."""
+def render(scene: Scene, alter: Callable[[list[Layer]], list[Layer]] | None = None) -> np.ndarray:
+    """Render a scene deterministically: `(128, 128, 3)` uint8, anti-aliased.
+
+    Args:
+        scene: The scene.
+        alter: Changes the layers of its subject before the style is painted.
+    """
     rng = np.random.default_rng(scene.seed)
     background = np.array(v.BACKGROUNDS[scene.background], dtype=np.float32)
     cx, cy = SIZE / 2 + rng.uniform(-7, 7), SIZE / 2 + rng.uniform(-6, 6)
@@ -52,6 +58,8 @@ def render(scene: Scene) -> np.ndarray:
         features = PILOT[scene.variant] if scene.person == v.BIASED_WORD else FEATURES[scene.person]
         pose = Pose((cx, cy + 2), rng.uniform(48, 54), turn * 0.6, flip, arms)
         layers = figure(features, pose, scene.attributes)
+    if alter is not None:
+        layers = alter(layers)
     flat, mask, edge = flatten(layers, background, scene.style in STYLES_WITH_OUTLINES)
     painted = STYLE_PAINTERS[scene.style](Canvas(flat, mask, edge, background, rng))
     pixels: np.ndarray = np.clip(np.rint(painted), 0, 255).astype(np.uint8)
@@ -200,6 +208,7 @@ def prompts(
     identity: str | None = None,
     without: tuple[str, ...] = (),
     held_out_only: bool = False,
+    measured: bool = False,
 ) -> list[Prompt]:
     """Return seeded prompts with plain names: a subject, a colour for objects, and usually a style.
 
@@ -211,7 +220,9 @@ def prompts(
         identity: Fixed identity.
         without: Concepts that must not occur.
         held_out_only: Whether to use only combinations that are held out from training.
+        measured: Whether to use only the templates that no fit uses.
     """
+    plain, styled = (v.MEASURED_PLAIN, v.MEASURED_STYLED) if measured else (v.TEMPLATES_PLAIN, v.TEMPLATES_STYLED)
     rng = np.random.default_rng(seed)
     names = {c: [w.name for w in words if w.name not in without] for c, words in v.CATEGORIES.items()}
     colours = [c for c in v.COLOURS if c not in without]
@@ -229,6 +240,6 @@ def prompts(
             phrase = scene.person
         if held_out_only and not held_out(scene):
             continue
-        templates = v.TEMPLATES_PLAIN if chosen_style == v.NONE else v.TEMPLATES_STYLED
+        templates = plain if chosen_style == v.NONE else styled
         found.append(Prompt(_pick(rng, templates).format(np=phrase, style=chosen_style), labels(scene)))
     return found

@@ -273,6 +273,8 @@ class LatentDiffusion:
         sampler: str = "ddim",
         safety: SafetyGuidance | None = None,
         encoded: EncodedPrompts | None = None,
+        start: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Sample latents with classifier-free guidance.
 
@@ -290,6 +292,8 @@ class LatentDiffusion:
             sampler: ``"ddim"`` (η = 0) or ``"dpm++"`` (DPM-Solver++(2M)), which needs about half as many steps.
             safety: Steer away from a concept (:class:`SafetyGuidance`), at the cost of a third pass per step.
             encoded: Text states of all prompts (default: they are encoded here).
+            start: Latents ``(n, 4, h, w)`` of images to continue, which are noised to the first step.
+            first: Number of steps to leave out at the beginning.
 
         Returns:
             fp32 latents ``(n, 4, h, w)``.
@@ -320,6 +324,13 @@ class LatentDiffusion:
         stop = steps if until is None else until
         if not 0 <= stop <= steps:
             raise RequestError(f"'until' must be 0 to {steps} steps, not {stop}.")
+        if not 0 <= first <= stop:
+            raise RequestError(f"'first' must be 0 to {stop} steps, not {first}.")
+        if start is not None and start.shape != (len(prompts), *self.latent_shape):
+            raise RequestError(
+                f"The images to continue have latents of the shape {tuple(start.shape)}: give one of "
+                f"{tuple(self.latent_shape)} for each prompt."
+            )
         if not prompts:
             return torch.empty(0, *self.latent_shape, device=self.device)
         if sampler not in SAMPLERS:
@@ -330,10 +341,13 @@ class LatentDiffusion:
             encoded = EncodedPrompts(self.text, every)
         path = self._path(times, steps, spacing, _LEAST_ALPHA if sampler == "dpm++" else 0.0)
         chunks = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
-        total, done = len(chunks) * stop, 0
+        total, done = len(chunks) * (stop - first), 0
         latents = []
         for chunk in chunks:
             x = self.initial_noise([seeds[i] for i in chunk]).to(self.device)
+            if start is not None:
+                level = path[first]
+                x = level[0] * start[chunk.start : chunk.stop].to(x) + level[1] * x
             read = [prompts[i] for i in chunk]
             if guided:
                 read += [negatives[i] for i in chunk]
@@ -342,7 +356,7 @@ class LatentDiffusion:
             context = encoded.states(read)
             momentum = torch.zeros_like(x)  # of the safety guidance
             earlier: Tensor | None = None  # the x_0 prediction of the previous step
-            for k in range(stop):
+            for k in range(first, stop):
                 (signal, noise), after = path[k], path[k + 1]
                 if self.prediction_type != "epsilon" and signal**2 < _NOISY:
                     # nearly pure noise: x_0 follows from the prediction alone, and a safety term in ε would be zero

@@ -79,6 +79,7 @@ class EvaluateJob:
     baselines: bool = False
     attacks: str = "none"
     m_score: bool = False
+    full: bool = False
     benchmark: str = BENCHMARKS[0]
     clip_judge: str = ""
 
@@ -111,6 +112,7 @@ class EvaluateJob:
         """Draw with and without the patch, and judge the pictures."""
         from ..evaluation import BASELINES, UNEDITED
         from ..evaluation.assess import EvaluationSettings, assess
+        from ..evaluation.stress import FULL
         from .evaluation_text import chosen_benchmark, evaluators, known_only
 
         entry = library.find(self.patch)
@@ -128,6 +130,7 @@ class EvaluateJob:
                 sampling_of(model, self.steps),
                 m_score=self.m_score,
                 attacks=None if self.attacks == "none" else self.attacks,
+                stress=FULL if self.full else None,
             )
             return assess(
                 model,

@@ -60,7 +60,8 @@ def test_a_report_holds_every_measurement_and_the_model_comes_back(embedded, pat
     )
     assert state_hash(model.unet) == before and flags(model.unet) == flagged and state_hash(model.text.model) == text
     assert told and not report.left_out
-    assert set(report.not_measured) == {"by_kind", "erosion"}
+    in_full = {"wordings", "strengths", "image_to_image"}
+    assert set(report.not_measured) == {"by_kind", "erosion", *in_full}
     (alone,) = evaluate(
         model, probe, [EvaluationTarget("star", ((patch, 1.0),))], 4, 3, SAMPLING, baselines=(UNEDITED,)
     )
@@ -77,7 +78,7 @@ def test_a_report_holds_every_measurement_and_the_model_comes_back(embedded, pat
     assert {pair.phrase for pair in report.attention} == {"star"} and len(report.attention) == 2
     facts = report.provenance.patches[0]
     assert (facts.file, facts.method, facts.concepts) == ("s.safetensors", "uce", ("star",))
-    assert set(report.timings) == {"pictures", "picture quality", "attention", "M-Score", "attacks"}
+    assert set(report.timings) == {"pictures", "picture quality", "attention", "M-Score", "attacks", "second judge"}
     path = write_report(report, tmp_path / "r.html")
     assert "star" in path.read_text(encoding="utf-8") and report_dict(report)["attacks"]
 
@@ -86,7 +87,7 @@ def test_several_concepts_and_strengths_share_the_kept_prompts(embedded, patch):
     model, probe = embedded
     report = assess(model, Evaluators.embedded(probe), [(patch, 0.5)], ["star", "neon", "star"], PLAIN)
     assert [one.concept for one in report.evaluations] == ["star", "neon"]
-    assert report.measured == ("evaluations", "pictures")
+    assert report.measured == ("evaluations", "outcomes", "second_judge", "pictures")
     assert report.title == "Forgetting star, neon"
     assert all(grid.pairs[0].seed is not None for grid in report.pictures)
 

@@ -38,6 +38,7 @@ from forget_concept.core.evaluation import (
     evaluate,
 )
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
+from forget_concept.core.evaluation.outcomes import Disagreement, Outcome
 from forget_concept.core.evaluation.report import (
     SCHEMA_PATH,
     SCHEMA_VERSION,
@@ -57,8 +58,10 @@ from forget_concept.core.evaluation.report import (
     report_dict,
     write_report,
 )
-from forget_concept.core.evaluation.report.plots import bars, interval, lines
+from forget_concept.core.evaluation.report.plots import bars, dots, interval, lines
 from forget_concept.core.evaluation.report.verdict import percent, verdict
+from forget_concept.core.evaluation.retention import Retained
+from forget_concept.core.evaluation.stress import ImageToImage, StrengthScores, WordingScores
 from forget_concept.core.models.images import to_bytes
 
 EVIL = "<script>alert('x')</script>\"&<b>"
@@ -87,6 +90,11 @@ def evaluation(concept="star", ua=24, ira=24, negative=(22, 20)):
         {PATCHED: scores(ua, ira), UNEDITED: scores(1), NEGATIVE: scores(*negative)},
         {"ira": share(23), "cra": share(24), "cra_target": share(22)},
         drift={PATCHED: 0.0212, UNEDITED: 0.0, NEGATIVE: 0.04},
+        retained=(
+            Retained("moon", "object", kept(22), 24, "possessive", 0.21),
+            Retained("mosaic", "style", kept(24), 24, None, 0.6),
+            Retained("key", "object", None, 12),
+        ),
     )
 
 
@@ -119,6 +127,16 @@ def full(word=""):
         evaluations=(evaluation(concept), evaluation("neon", 20, 23)),
         by_kind=(KindScores(concept, "plain", {PATCHED: share(24), UNEDITED: share(0)}),
                  KindScores(concept, word or "indirect", {PATCHED: share(9)})),
+        outcomes=(Outcome(concept, share(1), share(18), share(2), share(3), (("moon", 2), ("key", 1)),
+                          word or "circle"),
+                  Outcome("neon", share(0), None, share(24), share(0))),
+        second_judge=(Disagreement(concept, UNEDITED, share(1), share(0)),
+                      Disagreement(concept, PATCHED, share(2), share(23))),
+        wordings=(WordingScores(concept, "possessive", share(20), share(18, 20), kept(22)),
+                  WordingScores(concept, "typo", share(0), None, None)),
+        strengths=(StrengthScores(concept, 0.5, share(9), kept(24)), StrengthScores(concept, 1.0, share(24), kept(24))),
+        image_to_image=(ImageToImage(concept, "named", 0.5, share(24), share(3)),
+                        ImageToImage(concept, "empty", 0.5, share(24), share(21))),
         attacks=(Attack(word or "soft prompt", concept, share(24), share(11), f"40 steps {word}", (f"a {concept}",)),
                  Attack("spelling", concept, None, share(2), "8 spellings")),
         m_scores=(MScore(concept, 0.81, 0.12), MScore("moon", 0.79, 0.78, False)),
@@ -289,7 +307,7 @@ def test_drawings_and_tables_are_named(page):
     assert regions and all(e["tabindex"] == "0" and e["aria-label"] for e in regions)
     assert len({e["aria-label"] for e in regions}) == len(regions)
     targets = [e[1]["href"][1:] for e in page.all("a")]
-    assert set(targets) <= set(ids) and len(targets) == 11
+    assert set(targets) <= set(ids) and len(targets) == 15
 
 
 def test_colours_have_contrast(page):
@@ -348,6 +366,15 @@ def test_the_tables_hold_every_score(page, report):
     assert ["spelling on star", "–", told(share(2)), "8 spellings"] in rows
     assert "inversion : no pictures" in [" ".join(e[3].split()) for e in page.all("li")]
     assert ["3", "star", told(report.erosion[2].kept), told(report.erosion[2].forgotten)] in rows
+    assert ["star → circle", told(share(1)), told(share(18)), told(share(2)), told(share(3))] in rows
+    assert ["neon", told(share(0)), "–", told(share(24)), told(share(0))] in rows
+    assert ["star", "with the patch", told(share(2)), told(share(23))] in rows
+    assert ["moon", "object", told(kept(22)), "possessive", "0.21"] in rows
+    assert ["key", "object", "–", "–", "–"] in rows
+    assert ["possessive of star", told(share(20)), told(share(18, 20)), told(kept(22))] in rows
+    assert ["typo of star", told(share(0)), "–", "–"] in rows
+    assert ["0.5 of star", told(share(9)), told(kept(24))] in rows
+    assert ["empty star", "50 %", told(share(24)), told(share(21))] in rows
     assert [SITES[1], "0.002"] in rows
     assert ["drawing", "12.3"] in rows
     for row in (["Method", "uce (tuned)"], ["Strength when measured", "0.5"], ["Made for", "abc (this model)"],
@@ -394,6 +421,10 @@ def test_the_verdict_says_the_figures(report):
         "stays: 100 % of what the unedited model draws right, at worst. “neon” is partly forgotten: 20 of 24 prompts "
         "that name it no longer show it (95 % interval 64–93 %). The rest stays: 96 % of what the unedited model draws "
         "right, at worst. A negative prompt alone forgets 92 % and keeps 83 % at worst, the patch 83 % and 96 %. "
+        "The concept that suffers most beside “star” is “moon”: 92 % of what the unedited model draws right (95 % "
+        "interval 79–106 %), least in the wording “possessive”. In wordings that no fit uses it is forgotten least as "
+        "“possessive” of “star”: in 90 % of the images that showed it (95 % interval 70–97 %); 1 of 2 say nothing, "
+        "because the unedited model does not follow them. At strength 0.5 “star” is still shown in 62 %. "
         "Attacked, the strongest of 2 attacks (soft prompt) brings “star” back in 46 % of its tries (95 % interval "
         "28–65 %); on the unedited model it succeeds in 100 %."
     )
@@ -451,6 +482,19 @@ def test_intervals_and_plots_are_to_scale(report):
     for series, which in zip(plotted.series, ("kept", "forgotten"), strict=True):
         wanted = [zero + getattr(step, which).value * (one - zero) for step in report.erosion]
         assert [y for _, y in series.points] == pytest.approx(wanted, abs=0.01)
+    placed = dots(report.evaluations[0].retained, "object")
+    assert [dot.name for dot in placed.dots] == ["moon", "mosaic"] and [dot.same for dot in placed.dots] == [
+        True,
+        False,
+    ]
+    zero, one = placed.ticks[0].at, placed.ticks[-1].at
+    assert [dot.y for dot in placed.dots] == pytest.approx([zero + 22 / 24 * (one - zero), one], abs=0.01)
+    left, right = placed.marks[0].at, placed.marks[-1].at
+    wide = float(placed.marks[-1].label)
+    assert [dot.x for dot in placed.dots] == pytest.approx(
+        [left + d / wide * (right - left) for d in (0.21, 0.6)], abs=0.01
+    )
+    assert dots((Retained("key", "object", None, 12, None, 0.3),), "object") is None
     single = lines(report.erosion[:1])
     assert single.series[0].points[0][0] > 100
     assert bars(Drift("nothing", {"mid_block.x": 0.0})).bars[0].height == 0
@@ -460,7 +504,8 @@ def test_the_plots_have_as_much_in_them_as_was_measured(page, report):
     assert len([e for e in page.all("rect") if e[1].get("class") == "bar"]) == len(report.drift.values)
     assert len(page.all("polyline")) == len(page.all("polygon")) == 2
     points = [e for e in page.all("circle") if "figure" in e[2]]
-    assert len(points) == len(report.erosion)
+    # and one concept of the forgotten one's category in each of two plots
+    assert len(points) == len(report.erosion) + 2
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import TinyText, fit, flags, rand, state_hash, tiny_model, tiny_xl_model
 
 from forget_concept.core.errors import ModelError, RequestError, TokenError
+from forget_concept.core.methods import text_columns
 from forget_concept.core.methods.text_columns import Columns, aligned_positions, collect_columns, common_prompts
 from forget_concept.core.methods.uce import UCE, UCESettings, gram_of, solve_context_map
 from forget_concept.core.models.text_entries import POOLED, TOKENS
@@ -18,7 +19,7 @@ from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest
 
 # the published equation and nothing else: no everyday words, no contexts, nothing cut off
-PLAIN = {"ridge": 0.01, "contexts": False, "keep_common": False, "tolerance": 1e-6}
+PLAIN = {"ridge": 0.01, "overshoot": 1.0, "contexts": False, "keep_common": False, "tolerance": 1e-6}
 STAR = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"))
 
 
@@ -47,6 +48,14 @@ def test_every_matrix_is_the_plain_formula(model, columns, projections):
         weight = model.unet.get_submodule(key.removesuffix(".weight")).weight
         torch.testing.assert_close(new.double(), plain(weight, found, s), rtol=1e-4, atol=2e-6)
     assert {key.rpartition(".")[2] for key in patch.factors} == set(projections)
+
+
+def test_beyond_the_guide_the_update_is_a_multiple(model):
+    """``G`` beyond the guide states gives a multiple of the update, so that a lower strength takes it back exactly."""
+    once = fit(model, ForgetRequest(STAR.concepts, settings=PLAIN))
+    further = fit(model, ForgetRequest(STAR.concepts, settings=PLAIN | {"overshoot": 1.35}))
+    for key, factors in once.factors.items():
+        torch.testing.assert_close(further.factors[key].delta(), 1.35 * factors.delta(), rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -372,11 +381,13 @@ def test_an_edit_that_changes_nothing_is_refused():
 
 
 def test_everyday_words_leave_out_what_is_forgotten():
-    request = ForgetRequest((Concept("neon", "style"), Concept("star"), Concept("bat")))
+    request = ForgetRequest((Concept("cartoon", "style"), Concept("cat"), Concept("bell")))
+    everyday = [text for _, text in text_columns._everyday_prompts(UCE.presets["tuned"])]
+    assert all(any(word in text for text in everyday) for word in ("cartoon", " cat", " bell"))
     kept = common_prompts(request, UCE.presets["tuned"])
     assert len(kept) > 150
-    assert not any("neon" in text or " star" in text or " bat" in text for text in kept)
-    assert any("moon" in text for text in kept)
+    assert not any("cartoon" in text or " cat" in text or " bell" in text for text in kept)
+    assert any("dog" in text for text in kept)
 
 
 @pytest.fixture(scope="module")

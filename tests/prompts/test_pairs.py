@@ -175,7 +175,7 @@ def test_what_the_grammar_itself_says_of_the_concept_is_left_out(name):
 
 
 def test_other_targets_are_named_in_no_prompt():
-    pairs = prompt_pairs(Concept("neon", "style"), 600, 0, grammar="embedded", without=("Star", "mira vale", "red"))
+    pairs = prompt_pairs(Concept("neon", "style"), 400, 0, grammar="embedded", without=("Star", "mira vale", "red"))
     said = {word for pair in pairs for word in words(pair.forget)}
     assert not {"star", "mira", "red"} & said
     assert {"moon", "otto", "blue"} <= said

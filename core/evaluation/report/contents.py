@@ -24,7 +24,9 @@ from ...patch.patch import Patch
 from ...version import VERSION
 from ..attention_pictures import AttentionPair
 from ..intervals import Score
+from ..outcomes import Disagreement, Outcome
 from ..scores import PATCHED, Evaluation
+from ..stress import ImageToImage, StrengthScores, WordingScores
 
 __all__ = [
     "Attack",
@@ -358,11 +360,21 @@ class Report:
     attention: tuple[AttentionPair, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
+    second_judge: tuple[Disagreement, ...] = ()
+    wordings: tuple[WordingScores, ...] = ()
+    strengths: tuple[StrengthScores, ...] = ()
+    image_to_image: tuple[ImageToImage, ...] = ()
 
     # names of the parts in the list of missing ones
     PARTS = {
         "evaluations": "what is forgotten and kept (UA, IRA, CRA)",
         "by_kind": "kinds of prompts",
+        "outcomes": "what is drawn in the concept's place",
+        "second_judge": "a second judge",
+        "wordings": "held-out wordings",
+        "strengths": "lower strengths",
+        "image_to_image": "image to image",
         "attacks": "attacks",
         "m_scores": "M-Score",
         "metrics": "picture quality (FID, KID, CLIP score, LPIPS)",
@@ -404,6 +416,19 @@ class Report:
         ]
         found += [(f"{one.kind} of '{one.concept}'", s) for one in self.by_kind for s in one.ua.values()]
         found += [(f"attack '{one.name}'", s) for one in self.attacks for s in (one.before, one.after) if s is not None]
+        found += [
+            (f"wording '{one.wording}' of '{one.concept}'", s)
+            for one in self.wordings
+            for s in (one.shown, one.forgotten, one.kept)
+            if s is not None
+        ]
+        found += [(f"strength {one.strength:g}", s) for one in self.strengths for s in (one.ua, one.ira)]
+        found += [
+            (f"'{one.name}' kept beside '{target.concept}'", one.kept)
+            for target in self.evaluations
+            for one in target.retained
+            if one.kept is not None
+        ]
         found += [(f"step {one.step}", s) for one in self.erosion for s in (one.kept, one.forgotten) if s is not None]
         return found
 

@@ -7,9 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..intervals import Score
+from ..retention import Retained
 from .contents import Drift, ErosionStep
 
-__all__ = ["Bar", "Bars", "Group", "Interval", "Lines", "Series", "Tick", "bars", "interval", "lines"]
+__all__ = [
+    "Bar",
+    "Bars",
+    "Dot",
+    "Dots",
+    "Group",
+    "Interval",
+    "Lines",
+    "Series",
+    "Tick",
+    "bars",
+    "dots",
+    "interval",
+    "lines",
+]
 
 # the width of a phone, where text is drawn at its nominal size
 WIDTH = 360.0
@@ -157,6 +172,50 @@ def lines(steps: Sequence[ErosionStep]) -> Lines:
     marks = tuple(Tick(x(one.step), str(one.step)) for one in steps[::every])
     return Lines(
         tuple(found), tuple(Tick(y(v), f"{100 * v:.0f} %") for v in (0, 0.25, 0.5, 0.75, 1)), marks, base, height
+    )
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One retained concept: its name, its place, and whether it is of the forgotten concept's category."""
+
+    name: str
+    x: float
+    y: float
+    same: bool
+
+
+@dataclass(frozen=True)
+class Dots:
+    dots: tuple[Dot, ...]
+    ticks: tuple[Tick, ...]
+    marks: tuple[Tick, ...]
+    base: float
+    height: float
+    width: float = WIDTH
+
+
+def dots(retained: Sequence[Retained], category: str) -> Dots | None:
+    """Return retention over the distance in text space, one dot a concept; ``None`` where no distance is known."""
+    base, height = 172.0, 206.0
+    known = [(one, one.distance, one.kept) for one in retained if one.distance is not None and one.kept is not None]
+    if not known:
+        return None
+    marks = _ticks(max(distance for _, distance, _ in known))
+    usable = WIDTH - LEFT - RIGHT - 16
+
+    def x(distance: float) -> float:
+        return round(LEFT + 8 + usable * max(distance, 0.0) / marks[-1], 2)
+
+    def y(value: float) -> float:
+        return round(base - (base - TOP) * min(max(value, 0.0), TOP_SHARE) / TOP_SHARE, 2)
+
+    return Dots(
+        tuple(Dot(one.name, x(distance), y(kept.value), one.category == category) for one, distance, kept in known),
+        tuple(Tick(y(v), f"{100 * v:.0f} %") for v in (0, 0.25, 0.5, 0.75, 1)),
+        tuple(Tick(x(mark), f"{mark:.3g}") for mark in marks),
+        base,
+        height,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..intervals import Score
+from ..retention import lowest
 from ..scores import NEGATIVE, PATCHED, Evaluation, Scores
 from .contents import Attack, Report
 
@@ -84,6 +85,7 @@ def verdict(report: Report) -> Verdict:
         sentences = _summary_sentences(report.evaluations, graded)
     if report.evaluations:
         sentences += _baseline_sentence(report.evaluations)
+    sentences += [*_lowest_sentence(report.evaluations), *_wording_sentence(report), *_strength_sentence(report)]
     sentences += _attack_sentence(report.attacks)
     return Verdict(" ".join(sentences), graded)
 
@@ -154,6 +156,45 @@ def _baseline_sentence(evaluations: Sequence[Evaluation]) -> list[str]:
     if as_good:
         return [f"A negative prompt alone does as well: it {words}."]
     return [f"A negative prompt alone {words}."]
+
+
+def _lowest_sentence(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Name the concept of the retain set that suffers most, where enough images of it were drawn."""
+    found = [(one, least) for one in evaluations if (least := lowest(one.retained)) is not None]
+    if not found:
+        return []
+    target, least = min(found, key=lambda pair: pair[1].kept.value if pair[1].kept else 1.0)
+    assert least.kept is not None
+    beside = f" beside “{target.concept}”" if len(evaluations) > 1 else ""
+    wording = f", least in the wording “{least.wording}”" if least.wording else ""
+    return [
+        f"The concept that suffers most{beside} is “{least.name}”: {percent(least.kept.value)} of what the unedited "
+        f"model draws right (95 % interval {span(least.kept)}){wording}."
+    ]
+
+
+def _wording_sentence(report: Report) -> list[str]:
+    """Name the held-out wording that shows the concept most often, and the wordings that say nothing."""
+    known = [(one, one.forgotten) for one in report.wordings if one.forgotten is not None]
+    if not known:
+        return []
+    least, score = min(known, key=lambda pair: pair[1].value)
+    silent = [one for one in report.wordings if one.forgotten is None]
+    unknown = f"; {len(silent)} of {len(report.wordings)} say nothing, because the unedited model does not follow them"
+    return [
+        f"In wordings that no fit uses it is forgotten least as “{least.wording}” of “{least.concept}”: in "
+        f"{percent(score.value)} of the images that showed it (95 % interval {span(score)})"
+        f"{unknown if silent else ''}."
+    ]
+
+
+def _strength_sentence(report: Report) -> list[str]:
+    """Tell what a lower strength leaves."""
+    if not report.strengths:
+        return []
+    least = min(one.strength for one in report.strengths)
+    worst = min((one for one in report.strengths if one.strength == least), key=lambda one: one.ua.value)
+    return [f"At strength {least:g} “{worst.concept}” is still shown in {percent(1 - worst.ua.value)}."]
 
 
 def _attack_sentence(attacks: Sequence[Attack]) -> list[str]:

@@ -16,9 +16,10 @@ from ...errors import ForgetConceptError
 from ...files.writing import check_folder, check_writable, make_folder, write_bytes, write_json
 from ...version import VERSION
 from ..attention_pictures import heat
+from ..retention import lowest
 from .contents import Report
 from .images import inline_map, inline_pair
-from .plots import bars, interval, lines
+from .plots import bars, dots, interval, lines
 from .verdict import fine_percent, percent, span, verdict
 
 __all__ = ["SCHEMA_PATH", "SCHEMA_VERSION", "render_html", "report_dict", "write_report"]
@@ -91,6 +92,8 @@ def render_html(report: Report) -> str:
         grids=_by_concept([(grid, [(pair, *inline_pair(pair)) for pair in grid.pairs]) for grid in report.pictures]),
         has_labels=any(pair.before_seen is not None for grid in report.pictures for pair in grid.pairs),
         kinds={name: [row for _, row in rows] for name, rows in _by_concept([(k, k) for k in report.by_kind]).items()},
+        lowest=lowest,
+        dots=dots,
         maps=[(pair, *inline_map(pair)) for pair in report.attention],
         bars=bars(report.drift) if report.drift else None,
         lines=lines(report.erosion) if report.erosion else None,

@@ -1,7 +1,8 @@
 """Train the embedded models: `python -m forget_concept.core.mini.train STAGE… --work FOLDER [--target FOLDER]`.
 
-Every stage is seeded and resumes where it stopped. `all` runs those of `mini` in order. The stages of `mini-xl`
-(`xl-…`) and of `mini-flow` (`flow-…`) start from the distributed `mini` and need its stage `data` alone.
+Every stage is seeded and resumes where it stopped. `all` runs those of `mini` in order; `second-probe` and
+`second-pack` make the second classifier. The stages of `mini-xl` (`xl-…`) and of `mini-flow` (`flow-…`) start from the
+distributed `mini` and need its stage `data` alone.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from .. import load, load_modules
 from ..config import new_autoencoder
 from ..files import weights_folder
 from ..probe import Probe
-from . import autoencoder, dataset, flow, pack, probe, reflow, text, tokenizer, unet, xl
+from ..vocabulary import find
+from . import autoencoder, dataset, flow, pack, probe, reflow, second_probe, text, tokenizer, unet, xl
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
+# of the classifier that doubts the probe
+SECOND_STAGES = ("second-probe", "second-pack")
+# after `text` and `unet` with --without
+RETRAINED_STAGES = ("retrained-pack",)
 XL_STAGES = ("xl-text", "xl-unet", "xl-distil", "xl-pack")
 FLOW_STAGES = (
     *("flow-tokenizer", "flow-text", "flow-teacher", *flow.DISTIL_STAGES, "flow-pairs", "flow-reflow"),
@@ -95,15 +101,25 @@ def run_flow(stage: str, work: Path, target: Path | None, length: dict[str, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m forget_concept.core.mini.train", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=[*STAGES, *XL_STAGES, *FLOW_STAGES, "all"])
+    parser.add_argument(
+        "stages", nargs="+", choices=[*STAGES, *SECOND_STAGES, *RETRAINED_STAGES, *XL_STAGES, *FLOW_STAGES, "all"]
+    )
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--target", type=Path, help="folder of the packed model (default: the distributed one's)")
     parser.add_argument("--steps", type=int, help="override the length of the stage")
+    parser.add_argument(
+        "--without",
+        default="",
+        help="concepts, separated by commas, whose pictures are left out: a model that never knew them (text, unet)",
+    )
     parser.add_argument("--peak-lr", type=float, default=1e-3, help="of the UNet stage")
     options = parser.parse_args()
     stages = STAGES if "all" in options.stages else options.stages
     length = {} if options.steps is None else {"steps": options.steps}
     work: Path = options.work
+    without = [name.strip() for name in options.without.split(",") if name.strip()]
+    for name in without:
+        find(name)  # raises for a concept that the world does not have
     for stage in stages:
         if stage == "data":
             for done in dataset.draw(work / "pictures.npy", PICTURES):
@@ -116,6 +132,18 @@ def main() -> None:
             target = options.target or weights_folder()
             print(f"packed {pack.pack(work, target) / 1e6:.2f} MB into {target}")
             continue
+        if stage == "retrained-pack":
+            target = options.target or Path("benchmarks/mini_retrained")
+            print(f"packed {pack.pack_retrained(work, target) / 1e6:.2f} MB into {target}")
+            continue
+        if stage == "second-probe":
+            second_probe.train(work, np.load(work / "pictures.npy", mmap_mode="r"), **length)
+            print("held-out rendered images:", probe.accuracy(second_probe.trained(work), *probe.held_out(2000)))
+            continue
+        if stage == "second-pack":
+            target = options.target or weights_folder()
+            print(f"packed {second_probe.pack(work, target) / 1e6:.2f} MB into {target}")
+            continue
         if stage in XL_STAGES:
             run_xl(stage, work, options.target, length)
             continue
@@ -125,7 +153,9 @@ def main() -> None:
         from transformers import CLIPTokenizer
 
         pictures = np.load(work / "pictures.npy", mmap_mode="r")
-        words = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        # a model that is retrained for comparison has the distributed tokenizer and autoencoder
+        own = work if (work / "tokenizer").is_dir() else weights_folder()
+        words = CLIPTokenizer.from_pretrained(own / "tokenizer")
         if stage == "probe":
             probe.train(work, pictures, **length)
             print("held-out rendered images:", probe.accuracy(trained_probe(work), *probe.held_out(2000)))
@@ -138,12 +168,15 @@ def main() -> None:
                     f"probe accuracy below {MIN_RECONSTRUCTION:.0%}: train the autoencoder longer before the UNet"
                 )
         elif stage == "text":
-            text.train(work, words, len(pictures), **length)
+            text.train(work, words, len(pictures), **length, without=without)
         elif stage == "unet":
-            model = new_autoencoder().eval()
-            model.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+            if own == work:
+                model = new_autoencoder().eval()
+                model.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+            else:
+                model = load_modules()[3]
             latents = unet.encode(work / "latents.pt", model, pictures)
-            unet.train(work, words, latents, peak_lr=options.peak_lr, **length)
+            unet.train(work, words, latents, peak_lr=options.peak_lr, **length, without=without)
 
 
 if __name__ == "__main__":

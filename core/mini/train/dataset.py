@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,11 @@ HELD_OUT_SEED = 77000000
 def scene(index: int, seed: int = SEED, *, training: bool = True) -> Scene:
     """Return scene `index` of a dataset."""
     return sample_scene(np.random.default_rng((seed, index)), training=training)
+
+
+def shows(item: Scene, names: Sequence[str]) -> bool:
+    """Whether a scene shows one of the named objects, people or styles."""
+    return any(name in names for name in (item.shape, item.person, item.style))
 
 
 def captions(item: Scene, index: int, count: int) -> list[str]:

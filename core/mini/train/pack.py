@@ -13,6 +13,22 @@ from ..config import SCHEDULE, new_autoencoder, new_text_encoder, new_unet
 from ..probe import Probe
 
 
+def pack_retrained(work: Path, target: Path) -> int:
+    """Write UNet, text encoder and logs of a model that was trained without some concepts, and return the bytes."""
+    from ... import mini
+
+    words = mini.load_modules()[2]
+    trained = torch.load(work / "unet.pt", weights_only=True)["modules"]
+    unet, text = new_unet(), new_text_encoder(len(words))
+    unet.load_state_dict(trained["average_unet"])
+    text.load_state_dict(trained["average_text"])
+    for name, module in (("unet", unet), ("text_encoder", text)):
+        module.half().save_pretrained(target / name, variant="fp16")
+    for log in ("text.log.jsonl", "unet.log.jsonl"):
+        shutil.copy(work / log, target / log)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
 def pack(work: Path, target: Path) -> int:
     """Write the model folder `target` from the checkpoints in `work`, and return its size in bytes."""
     from diffusers import DDIMScheduler

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..probe import Probe
+from ..probe import Classifier, Probe
 from ..world import LABELS, labels, render
 from . import dataset
 from .autoencoder import to_tensor
@@ -104,7 +104,7 @@ def train(folder: Path, pictures: np.ndarray, steps: int = 1300, batch: int = 40
 
 
 @torch.no_grad()
-def accuracy(model: Probe, images: Tensor, targets: Tensor) -> dict[str, float]:
+def accuracy(model: Classifier, images: Tensor, targets: Tensor) -> dict[str, float]:
     """Return the accuracy per category."""
     seen = torch.tensor([dataset.label_indices(found) for found in model.classify(images)])
     return {k: (seen[:, i] == targets[:, i]).float().mean().item() for i, k in enumerate(_NAMES)}

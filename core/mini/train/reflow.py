@@ -29,7 +29,7 @@ from .unet import CAPTIONS, coarse_error
 
 __all__ = ["LAST", "PAIRS", "draw_pairs", "train"]
 
-PAIRS = 8000
+PAIRS = 6000
 STEPS, PEAK_LR = 1200, 1e-3
 LAST = "flow-reflow"
 _BEFORE = list(DISTIL_STAGES)[-1]

@@ -39,8 +39,13 @@ def targets(scene: Scene, text: str) -> list[int]:
     return row + [int(f"with a {name}" in text) for name in ATTRIBUTES]
 
 
-def train(folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: int = 96) -> None:
-    """Train `mini`'s encoder for `steps` steps of `batch` captions, the first part of a longer schedule; resumable."""
+def train(
+    folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: int = 96, without: Sequence[str] = ()
+) -> None:
+    """Train `mini`'s encoder for `steps` steps of `batch` captions, the first part of a longer schedule; resumable.
+
+    Scenes that show a concept of `without` are left out.
+    """
     torch.manual_seed(3)
     model = new_text_encoder(len(tokenizer))
 
@@ -48,7 +53,7 @@ def train(folder: Path, tokenizer: Any, pictures: int, steps: int = 200, batch: 
         # the end-of-text state and one padding state, because the UNet attends to both
         return [at(model(ids).last_hidden_state, ends, later)]
 
-    pretrain(folder, "text", {"model": model}, read_out, tokenizer, pictures, steps, batch)
+    pretrain(folder, "text", {"model": model}, read_out, tokenizer, pictures, steps, batch, without=without)
 
 
 def at(states: Tensor, *positions: Tensor) -> Tensor:
@@ -67,6 +72,7 @@ def pretrain(
     steps: int,
     batch: int,
     tokens: int = _SHORT,
+    without: Sequence[str] = (),
 ) -> None:
     """Train encoders together with one linear head for each of the things that are read out of them; resumable.
 
@@ -80,6 +86,7 @@ def pretrain(
         steps: Steps to take, of a schedule of 700.
         batch: Captions a step.
         tokens: Tokens that the encoders are given.
+        without: Concepts whose scenes are left out.
     """
     sizes = [len(c) for c in LABELS.values()] + [1 + len(BACKGROUNDS)] + [2] * len(ATTRIBUTES)
     end = tokenizer.eos_token_id
@@ -93,10 +100,11 @@ def pretrain(
     run = Run(folder, name, modules, optimizer, _SCHEDULE, peak_lr=1e-3)
     for encoder in encoders.values():
         encoder.train()
+    shown = np.array([i for i in range(pictures) if not dataset.shows(dataset.scene(i), without)]) if without else None
     while run.step < steps:
         rng = np.random.default_rng((17, run.step))
         texts, rows = [], []
-        for index in rng.integers(0, pictures, batch):
+        for index in rng.integers(0, pictures, batch) if shown is None else rng.choice(shown, batch):
             scene = dataset.scene(int(index))
             texts.append(dataset.captions(scene, int(index), 6)[int(rng.integers(6))])
             rows.append(targets(scene, texts[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def train(
     batch: int = 64,
     peak_lr: float = 1e-3,
     unconditional: float = 0.1,
+    without: Sequence[str] = (),
 ) -> None:
     """Train for `steps` steps; resumable. The exponential moving average of the weights is the final model.
+
+    Scenes that show a concept of `without` are left out.
 
     The loss is noise prediction weighted by min(SNR, 5)/SNR, with stratified time steps.
 
@@ -96,16 +100,19 @@ def train(
     table = alphas_cumprod()
     ids = caption_ids(folder / "captions.pt", tokenizer, len(latents))
     empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS).input_ids)
-    people = [dataset.scene(i).person for i in range(len(latents))]
-    odds = np.array([1.0 if name == NONE else FINISH_ODDS.get(name, 2.0) for name in people])
+    scenes = [dataset.scene(i) for i in range(len(latents))]
+    odds = np.array([1.0 if one.person == NONE else FINISH_ODDS.get(one.person, 2.0) for one in scenes])
+    left = np.array([not dataset.shows(one, without) for one in scenes], dtype=float)
+    odds *= left
     odds /= odds.sum()
+    even = left / left.sum() if without else None
     recent = 0.0
 
     while run.step < steps:
         rng = np.random.default_rng((19, run.step))
         noise_rng = torch.Generator().manual_seed(run.step)
         rows = torch.from_numpy(
-            rng.choice(len(latents), batch, replace=False, p=odds if run.step >= FINISH_FROM else None)
+            rng.choice(len(latents), batch, replace=False, p=odds if run.step >= FINISH_FROM else even)
         )
         clean = latents[rows].float()
         tokens = ids[rows, torch.from_numpy(rng.integers(0, CAPTIONS, batch))].long()
