@@ -26,7 +26,7 @@ __all__ = ["fit"]
 MIN_IMAGES = 3
 
 
-def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs) -> Inputs:
+def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs, progress: Progress | None) -> Inputs:
     """The inputs with the images of the request loaded, and all images checked."""
     size = picture_size(model)
     names = {normalized_phrase(concept.name): concept.name for concept in request.concepts}
@@ -34,7 +34,7 @@ def _with_images(model: LatentDiffusion, request: ForgetRequest, inputs: Inputs)
     if len(given) < len(inputs.images):
         raise RequestError("The pictures of one concept are given under two spellings of its name: use one of them.")
     images = {
-        concept.name: load_images(concept.images, size)
+        concept.name: load_images(concept.images, size, progress)
         for concept in request.concepts
         if concept.images and concept.name not in given
     } | given
@@ -78,7 +78,7 @@ def fit(
     for concept in request.concepts:
         for phrase in (concept.name, concept.replacement or ""):
             end_position(model.text, phrase)  # raises if the phrase alone is too long for the text encoder
-    inputs = _with_images(model, request, inputs or Inputs())
+    inputs = _with_images(model, request, inputs or Inputs(), progress)
     if inputs.images and not method.takes_images:
         raise RequestError(
             f"The method '{method.id}' works from words alone, and images of '{next(iter(inputs.images))}' were given: "

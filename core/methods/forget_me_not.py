@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..models.autoencoders import encode_images
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.model_survey import PROJECTIONS
 from ..models.text_encoders import TextEncoder
@@ -309,7 +310,7 @@ class ForgetMeNot(TrainedMethod):
             prompts[RETAIN_POOL] = [batches.retain[i] for i in order]
         batches.draw(prompts, settings.n_images, progress)
         if settings.latents == "images":
-            batches.encode(name, inputs.images[name])
+            batches.encode(name, inputs.images[name], progress)
         return None
 
     def objective(
@@ -343,8 +344,7 @@ def _learn_vectors(
             f"Images of '{name}' were given, but there is no autoencoder to encode them with: load the model with its "
             "VAE, or set 'concept_source' to 'name'."
         )
-    images = inputs.images[name]
-    latents = torch.cat([model.vae.encode(images[i : i + 16]) for i in range(0, len(images), 16)])
+    latents = encode_images(model.vae, inputs.images[name], progress)
     inversion = InversionSettings(
         settings.tokens,
         settings.inversion_steps,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..models.autoencoders import encode_images
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.model_survey import PROJECTIONS
 from ..models.text_encoders import TextEncoder
@@ -259,9 +260,9 @@ class SelectiveAmnesia(TrainedMethod):
                 surrogates = {target.text: [target.replacement_text or ""] for target in targets}
                 batches.draw(surrogates, -(-settings.n_images // len(targets)), progress)
             elif settings.surrogate == "images":
-                batches.encode(name, inputs.images[name])
+                batches.encode(name, inputs.images[name], progress)
             else:
-                batches.pools[name] = _uniform_noise(model, settings.n_images, generator)
+                batches.pools[name] = _uniform_noise(model, settings.n_images, generator, progress)
         if batches.retain:
             order = torch.randperm(len(batches.retain) - 1, generator=generator).tolist()
             shuffled, common = [batches.retain[1 + i] for i in order], set(fisher_prompts())
@@ -347,14 +348,16 @@ class SelectiveAmnesiaObjective(BaseObjective):
         return self.predicted(batch.x, batch.times, texts), batch.noise
 
 
-def _uniform_noise(model: LatentDiffusion, count: int, generator: torch.Generator) -> Tensor:
+def _uniform_noise(
+    model: LatentDiffusion, count: int, generator: torch.Generator, progress: Progress | None = None
+) -> Tensor:
     """Latents of images of uniform noise; without an autoencoder, uniform latents of variance 1."""
     if model.vae is None:
         uniform = torch.rand(count, *model.latent_shape, generator=generator)
         return ((2 * uniform - 1) * 3**0.5).to(model.device)
     height, width = (8 * side for side in model.latent_shape[1:])
     uniform = torch.rand(count, 3, height, width, generator=generator)
-    return torch.cat([model.vae.encode(2 * part - 1) for part in uniform.split(16)]).float().to(model.device)
+    return encode_images(model.vae, 2 * uniform - 1, progress).to(model.device)
 
 
 def _contains(text: str, phrase: str) -> bool:

@@ -242,7 +242,14 @@ class TrainedMethod(Method):
         """
         return []
 
-    def batches(self, model: LatentDiffusion, request: ForgetRequest, settings: Any, inputs: Inputs) -> BatchSampler:
+    def batches(
+        self,
+        model: LatentDiffusion,
+        request: ForgetRequest,
+        settings: Any,
+        inputs: Inputs,
+        progress: Progress | None = None,
+    ) -> BatchSampler:
         """The batch sampler of a request, seeded by it; its pools are still empty."""
         targets, retain = self.prompts(model.text, request, settings)
         earlier = [] if inputs.earlier is None else list(read_history(inputs.earlier.metadata).concepts)
@@ -264,6 +271,7 @@ class TrainedMethod(Method):
                 for template in settings.prompt_templates(concept.kind)
             ],
             self.other_prompts(targets, settings),
+            progress,
         )
 
     def fit(
@@ -293,7 +301,7 @@ class TrainedMethod(Method):
         self._check_model(model, settings)
         # tensors made in a host's inference mode could not take part in autograd
         with frozen(model.unet):
-            batches = self.batches(model, request, settings, inputs)
+            batches = self.batches(model, request, settings, inputs, progress)
             self.fill_pools(batches, settings, inputs, progress)
             keys, null_space = self.keys(model, settings), dict(self.null_space(model, batches, settings) or {})
             if self.trains_pooled(settings):
@@ -350,7 +358,7 @@ class TrainedMethod(Method):
         batches.draw(prompts, settings.n_images, progress)
         if settings.latents == "images":
             for name in dict.fromkeys(prompt.concept for prompt in batches.targets):
-                batches.encode(name, inputs.images[name])
+                batches.encode(name, inputs.images[name], progress)
 
 
 def _beside_pooled(survey: ModelSurvey) -> dict[str, Tensor]:

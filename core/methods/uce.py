@@ -15,7 +15,7 @@ one column a prompt, at the layer that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -95,11 +95,15 @@ class UCE(Method):
         streams = [stream for stream in norms if stream == TOKENS or settings.pooled]
         columns = collect_columns(model.text, plan.request, settings, encoded, streams)
         columns = {stream: those.through(norms[stream]) for stream, those in columns.items()}
-        report_progress(progress, ProgressEvent(total - _AFTER_ENCODING, total, message="solving"))
-        maps = {
-            stream: solve_context_map(those, settings, _output_gram(model, stream, settings.projections))
-            for stream, those in columns.items()
-        }
+
+        def solving() -> None:
+            report_progress(progress, ProgressEvent(total - _AFTER_ENCODING, total, message="solving"))
+
+        maps = {}
+        for stream, those in columns.items():
+            solving()
+            outputs = _output_gram(model, stream, settings.projections)
+            maps[stream] = solve_context_map(those, settings, outputs, solving)
         report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))
         notes = [model.survey.caution] if model.survey.caution else []
         if set(norms) - set(maps):
@@ -113,7 +117,17 @@ class UCE(Method):
 # -- the solve ----------------------------------------------------------------------------------------------------
 
 
-def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+def _unseen() -> None:
+    """Nobody looks on."""
+
+
+def gram_of(
+    parts: Iterable[Tensor],
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+    look: Callable[[], None] = _unseen,
+) -> Tensor:
     """``Σ XᵀX`` over some matrices ``X``.
 
     Args:
@@ -121,6 +135,7 @@ def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: to
         width: Their width.
         device: Device of the computation and the result.
         dtype: Dtype of the computation, which converts a few thousand rows at a time to save memory.
+        look: Called now and then; may raise :class:`Cancelled`.
 
     Returns:
         ``(width, width)``, fp64.
@@ -130,6 +145,7 @@ def gram_of(parts: Iterable[Tensor], width: int, device: torch.device, dtype: to
         for rows in part.split(4096):
             rows = rows.to(device, dtype)
             total.addmm_(rows.T, rows)
+            look()
     return total.double()
 
 
@@ -140,7 +156,9 @@ def _output_gram(model: LatentDiffusion, stream: str, projections: tuple[str, ..
     return gram_of((entry.weight for entry in entries), entries[0].width, device, torch.float32)
 
 
-def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor | None = None) -> LowRank:
+def solve_context_map(
+    columns: Columns, settings: UCESettings, outputs: Tensor | None = None, look: Callable[[], None] = _unseen
+) -> LowRank:
     """Solve ``M = s_e (G − C) Cᵀ N⁻¹`` as low-rank factors.
 
     ``λ`` is ``settings.ridge`` times the mean square of a value in ``C``, so that one setting fits every text encoder.
@@ -154,6 +172,8 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
         columns: The text states.
         settings: The method's settings.
         outputs: ``Lᵀ L = Σ WᵀW`` over all projections, ``(d, d)``; ``None``: the identity.
+        look: Called between the parts of the solve, which take seconds for hundreds of concepts; may raise
+            :class:`Cancelled`.
 
     Returns:
         The factors, fp32, of the numerical rank under ``settings.tolerance``, at most ``settings.rank``.
@@ -166,12 +186,13 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
     """
     device = columns.target.device
     target, guide = columns.target.double(), columns.guide.double()
+    look()
     width, count = target.shape
     preserved = columns.preserved.T if settings.preserve_weight else columns.preserved.T[:0]
     eye = torch.eye(width, dtype=torch.float64, device=device)
     ridge = settings.ridge * (float(target.square().mean()) or 1.0)
-    known = settings.erase_weight * gram_of([target.T], width, device)
-    normal = ridge * eye + known + settings.preserve_weight * gram_of([preserved], width, device)
+    known = settings.erase_weight * gram_of([target.T], width, device, look=look)
+    normal = ridge * eye + known + settings.preserve_weight * gram_of([preserved], width, device, look=look)
     factor = _cholesky(normal)
     if count + len(preserved) < width:
         scaled = torch.cat([settings.erase_weight**0.5 * target.T, settings.preserve_weight**0.5 * preserved.double()])
@@ -180,16 +201,21 @@ def solve_context_map(columns: Columns, settings: UCESettings, outputs: Tensor |
         down = rows[:count] / settings.erase_weight**0.5
     else:
         down = torch.cholesky_solve(target, factor).T
+    look()
     change = settings.overshoot * settings.erase_weight * (guide - target)
+    look()
     # truncate M R in the metric of the projections' outputs
     seen = down @ factor
+    look()
     if seen.shape[0] < width:  # M R has at most as many directions as columns, so the small problem suffices
         side, corner = torch.linalg.qr(seen.T)
         moved = change @ corner.T
     else:
         side, moved = eye, change @ seen
+    look()
     gram = eye if outputs is None else outputs.to(device, torch.float64)
     values, vectors = torch.linalg.eigh(moved.T @ gram @ moved)
+    look()
     size = values.clamp(min=0).sqrt().flip(0)
     # the Gram matrix squares singular values, so those below the square root of fp64's precision are rounding
     keep = int((size > size[0] * max(settings.tolerance, 1e-8)).sum()) if size[0] > 0 else 1

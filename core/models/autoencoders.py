@@ -7,7 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Autoencoder", "DiffusersAutoencoder"]
+from ..progress import Progress, ProgressEvent, report_progress
+
+__all__ = ["Autoencoder", "DiffusersAutoencoder", "encode_images"]
+
+_BATCH = 16
 
 
 class Autoencoder(Protocol):
@@ -16,6 +20,24 @@ class Autoencoder(Protocol):
     def encode(self, images: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+
+def encode_images(vae: Autoencoder, images: Tensor, progress: Progress | None = None) -> Tensor:
+    """Encode images in batches.
+
+    Args:
+        vae: The autoencoder.
+        images: ``(n, 3, H, W)`` in [-1, 1].
+        progress: Called with the number of images that are done; may raise :class:`Cancelled`.
+
+    Returns:
+        Their latents, ``(n, 4, h, w)``, fp32.
+    """
+    latents = []
+    for start in range(0, len(images), _BATCH):
+        report_progress(progress, ProgressEvent(start, len(images), message="encoding the pictures"))
+        latents.append(vae.encode(images[start : start + _BATCH]).float())
+    return torch.cat(latents)
 
 
 class DiffusersAutoencoder:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ModelError, RequestError
 from ..files.pictures import check_pixels, decoding
 from ..files.reading import size_of_file
+from ..progress import Progress, ProgressEvent, report_progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +67,9 @@ def from_pil(image: Image) -> Tensor:
     return torch.from_numpy(numpy.array(image.convert("RGB"))).movedim(-1, 0)
 
 
-def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) -> Tensor:
+def load_images(
+    paths: Iterable[str | os.PathLike[str]], size: tuple[int, int], progress: Progress | None = None
+) -> Tensor:
     """Load images from files and folders.
 
     The EXIF orientation is applied, transparency is composited over white, and images are cropped about the centre to
@@ -76,6 +79,7 @@ def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) 
         paths: Image files, and folders of which every image is taken (by its suffix, in order of names, without hidden
             files and sub-folders). A file that is named twice is read once.
         size: ``(H, W)`` in pixels.
+        progress: Called with the number of images that are read; may raise :class:`Cancelled`.
 
     Returns:
         fp32 ``(n, 3, H, W)`` in [-1, 1].
@@ -87,7 +91,11 @@ def load_images(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int]) 
     """
     files = _files(paths)
     _pillow()
-    return torch.stack([_loaded(file, size) for file in files])
+    images = []
+    for done, file in enumerate(files):
+        report_progress(progress, ProgressEvent(done, len(files), message="reading the pictures"))
+        images.append(_loaded(file, size))
+    return torch.stack(images)
 
 
 def check_images(images: Tensor, n_min: int, size: tuple[int, int], name: str = "the concept") -> None:

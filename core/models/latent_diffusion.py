@@ -336,12 +336,17 @@ class LatentDiffusion:
         if sampler not in SAMPLERS:
             raise RequestError(f"The sampler '{sampler}' is not known: choose one of {', '.join(SAMPLERS)}.")
         guided = guidance != 1.0 or safety is not None
-        if encoded is None:
-            every = prompts + (negatives if guided else []) + ([safety.concept] if safety else [])
-            encoded = EncodedPrompts(self.text, every)
         path = self._path(times, steps, spacing, _LEAST_ALPHA if sampler == "dpm++" else 0.0)
         chunks = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
         total, done = len(chunks) * (stop - first), 0
+        if encoded is None:
+            every = prompts + (negatives if guided else []) + ([safety.concept] if safety else [])
+
+            def encoding(event: ProgressEvent) -> None:
+                # the bar counts sampling steps
+                report_progress(progress, ProgressEvent(0, total, message=event.message))
+
+            encoded = EncodedPrompts(self.text, every, progress=encoding)
         latents = []
         for chunk in chunks:
             x = self.initial_noise([seeds[i] for i in chunk]).to(self.device)

@@ -180,17 +180,24 @@ class EncodedPrompts:
     What a resumed training reads is then bit-identical to what it read before, whenever a prompt is first needed.
     """
 
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        prompts: Sequence[str],
+        device: torch.device | str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Encode the prompts.
 
         Args:
             encoder: The text encoder.
             prompts: The prompts, in any number; repeated ones are encoded once, and the empty one always is.
             device: Where the states are kept (``None``: where the encoder returns them).
+            progress: Called with the number of prompts that are done; may raise :class:`Cancelled`.
         """
         every = list(dict.fromkeys([*prompts, ""]))
         self._row = {prompt: i for i, prompt in enumerate(every)}
-        self._states = encode_prompts(encoder, every).to(device)
+        self._states = encode_prompts(encoder, every, progress).to(device)
 
     def states(self, prompts: Sequence[str]) -> TextStates:
         """The states of some of the prompts, in the given order; a prompt may come twice.

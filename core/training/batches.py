@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..files.workspace import Workspace, key_of
+from ..models.autoencoders import encode_images
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import EncodedPrompts, TextEncoder
 from ..models.text_states import TextStates
@@ -108,6 +109,7 @@ class BatchSampler:
         workspace: Folder where generated latents are cached.
         earlier: Prompts of concepts that earlier requests of a sequence forgot.
         others: Further prompts that the objective reads.
+        progress: Called with the number of encoded prompts; may raise :class:`Cancelled`.
 
     Raises:
         RequestError: A prompt is both to be forgotten and to be preserved, or there is no prompt.
@@ -124,6 +126,7 @@ class BatchSampler:
         workspace: Workspace | None = None,
         earlier: Sequence[str] = (),
         others: Sequence[str] = (),
+        progress: Progress | None = None,
     ) -> None:
         if clash := sorted({t.text for t in targets} & set(retain)):
             raise RequestError(
@@ -139,7 +142,7 @@ class BatchSampler:
         prompts = [*(t.text for t in targets), *replacements, *self.retain, *self.earlier, *others]
         if not prompts:
             raise RequestError("There is no prompt to train on: give at least one prompt to forget or to preserve.")
-        self._encoded = EncodedPrompts(model.text, prompts, model.device)
+        self._encoded = EncodedPrompts(model.text, prompts, model.device, progress)
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
@@ -206,12 +209,13 @@ class BatchSampler:
         for name in prompts:
             self.pools[name] = latents[[i for i, (other, _) in enumerate(jobs) if other == name]]
 
-    def encode(self, name: str, images: Tensor) -> None:
+    def encode(self, name: str, images: Tensor, progress: Progress | None = None) -> None:
         """Fill a pool with the user's reference images.
 
         Args:
             name: Name of the pool.
             images: ``(n, 3, H, W)`` in [-1, 1].
+            progress: Called with the number of encoded images; may raise :class:`Cancelled`.
 
         Raises:
             RequestError: The model was loaded without an autoencoder, or the images have another size than it works on.
@@ -221,14 +225,14 @@ class BatchSampler:
                 f"Images of '{name}' were given, but there is no autoencoder to encode them with: load the model with "
                 "its VAE, or leave the images out."
             )
-        latents = torch.cat([self.model.vae.encode(images[i : i + 16]) for i in range(0, len(images), 16)])
+        latents = encode_images(self.model.vae, images, progress)
         if tuple(latents.shape[1:]) != self.model.latent_shape:
             height, width = (8 * side for side in self.model.latent_shape[1:])
             raise RequestError(
                 f"The images of '{name}' are {images.shape[3]}×{images.shape[2]}; this model works on "
                 f"{width}×{height}: resize them."
             )
-        self.pools[name] = latents.float().to(self.model.device)
+        self.pools[name] = latents.to(self.model.device)
 
     def noised(self, names: Sequence[str]) -> Noised:
         """One row per name: a random latent of that pool, noised to a random time step."""

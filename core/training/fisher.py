@@ -54,6 +54,7 @@ KIND = "fisher"
 _COUNT = "samples"
 _CHUNK = 8  # images generated at a time; always whole chunks, so that resuming generates the same ones
 _SAVE_EVERY = 32
+_MESSAGE = "measuring Fisher information"
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,14 @@ class FisherSum:
             }
         self._scale = 1.0
 
-    def add(self, latent: Tensor, states: TextStates) -> None:
+    def add(self, latent: Tensor, states: TextStates, progress: Progress | None = None) -> None:
         """Add one sample; ``passes`` counts the time steps that were evaluated.
 
         Args:
             latent: A clean latent, ``(1, 4, h, w)``.
             states: The text states of its prompt, one row.
+            progress: Called before every pass, of which the exact estimator makes many; may raise :class:`Cancelled`,
+                and the sample is then not added.
 
         Raises:
             ModelError: A gradient is not finite, or a projection is not used exactly once per pass.
@@ -200,6 +203,7 @@ class FisherSum:
             latent, hidden, pooled = latent.clone(), states.hidden.clone(), states.pooled
             states = TextStates(hidden, None if pooled is None else pooled.clone())
             for start in range(0, len(rows), size):
+                report_progress(progress, ProgressEvent(self.count, self.settings.samples, message=_MESSAGE))
                 chunk = rows[start : start + size]
                 for key, (x, g) in self._gradients(latent, states, chunk).items():
                     totals[key] += _product(x, g)
@@ -440,12 +444,10 @@ def fisher_information(
 
     try:
         for latent, states in _samples(model, prompts, settings, latents, total.count, progress):
-            total.add(latent, states)
+            total.add(latent, states, progress)
             if total.count % _SAVE_EVERY == 0:
                 save()
-            report_progress(
-                progress, ProgressEvent(total.count, settings.samples, message="measuring Fisher information")
-            )
+            report_progress(progress, ProgressEvent(total.count, settings.samples, message=_MESSAGE))
     finally:  # also when cancelled
         save()
     return total.result()
@@ -479,7 +481,8 @@ def _samples(
     """The samples from number ``start`` on, generated in whole chunks."""
     if start == settings.samples:
         return
-    encoded = EncodedPrompts(model.text, prompts)  # all prompts, wherever the measurement is resumed
+    # all prompts, wherever the measurement is resumed
+    encoded = EncodedPrompts(model.text, prompts, progress=progress)
     for first in range(start - start % _CHUNK, settings.samples, _CHUNK):
         rows = range(first, first + _CHUNK)
         texts = [prompts[n % len(prompts)] for n in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -164,9 +165,13 @@ def train(
         done = len(history)
         state = objective.state() if checkpoint else {}
         consistent = True  # whether parameters, optimizer and `state` belong to the same step
+        value: float | None = None
         try:
+            report_progress(progress, ProgressEvent(done, settings.steps, message=message))
             for step in range(done + 1, settings.steps + 1):
-                value, terms, update = _gradients(deltas, objective, optimiser, settings, step)
+                last = ProgressEvent(step - 1, settings.steps, value, message=message)
+                look = partial(report_progress, progress, last)
+                value, terms, update = _gradients(deltas, objective, optimiser, settings, step, look)
                 consistent = False
                 update()
                 del update  # it holds a reference to the loss's graph
@@ -205,8 +210,11 @@ def _gradients(
     optimiser: torch.optim.Optimizer,
     settings: TrainingSettings,
     step: int,
+    look: Callable[[], None],
 ) -> tuple[float, dict[str, float], Callable[[], None]]:
     """Compute the gradients of a step.
+
+    ``look`` is called between the forward and the backward pass, each of which may take a second; it may cancel.
 
     Returns:
         The loss, its unweighted terms, and the function that makes the update; only that function changes parameters
@@ -216,6 +224,7 @@ def _gradients(
     optimiser.zero_grad(set_to_none=True)
     drawn = objective.state() if settings.gradient == "restricted_step" else None
     terms = objective(step)
+    look()
     loss = torch.stack([term.weighted for term in terms.values()]).sum()
     value = float(loss.detach())
     if not math.isfinite(value):

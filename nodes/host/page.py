@@ -63,8 +63,8 @@ class ConceptPreview:
         self._prompt, self._seed, self._every = prompt, seed, every
 
     def due(self, event: ProgressEvent) -> bool:
-        """Whether to generate a picture at this step; only training steps have a loss."""
-        return self._every > 0 and event.loss is not None and (event.step == 1 or event.step % self._every == 0)
+        """Whether to generate a picture at this step; only training steps that are made have terms of a loss."""
+        return self._every > 0 and bool(event.terms) and (event.step == 1 or event.step % self._every == 0)
 
     def picture(self) -> tuple[str, Any, int] | None:
         """A picture in the host's preview format; ``None`` without a VAE and without latent-to-RGB factors."""

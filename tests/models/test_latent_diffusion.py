@@ -137,7 +137,9 @@ def test_until_stops_on_the_way(model):
 def test_progress_and_cancel(model):
     events = []
     model.sample(PROMPTS, [1, 2, 3, 4], steps=3, batch=2, progress=events.append)
-    assert [e.step for e in events] == [1, 2, 3, 4, 5, 6] and {e.total for e in events} == {6}
+    encoding = [e for e in events if e.message == "encoding the prompts"]
+    assert encoding == events[: len(encoding)] and {e.step for e in encoding} == {0}
+    assert [e.step for e in events[len(encoding) :]] == [1, 2, 3, 4, 5, 6] and {e.total for e in events} == {6}
 
     def stop(event):
         raise Cancelled

@@ -161,7 +161,7 @@ def test_a_whole_method_goes_on_where_it_was_cut_short(tmp_path):
         fit(tiny_model(), request, cancel, inputs)
     events = []
     patch = fit(tiny_model(), request, events.append, inputs)
-    assert [e.step for e in events] == [3, 4]
+    assert [e.step for e in events if e.terms] == [3, 4]
     assert all(torch.equal(f.up, whole.factors[k].up) for k, f in patch.factors.items())
 
 

@@ -302,3 +302,27 @@ def test_too_few_pictures_and_no_prompts_are_refused():
         )
     with pytest.raises(RequestError, match="at least one prompt"):
         fisher_information(model, some_keys(model), [], FisherSettings(samples=4))
+
+
+def test_a_sample_that_was_cancelled_in_the_middle_is_not_added():
+    """The exact estimator makes hundreds of passes for a sample, and each can be cancelled."""
+    model = tiny_model()
+    settings = FisherSettings("exact", samples=2, times=8, batch=2)
+    latent, states = rand(1, *model.latent_shape), model.text.encode(["a star"])
+    total, wanted = FisherSum(model, some_keys(model), settings), FisherSum(model, some_keys(model), settings)
+    wanted.add(latent, states)
+    looks = 0
+
+    def cancel(event):
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise Cancelled
+
+    before, before_flags = state_hash(model.unet), flags(model.unet)
+    with pytest.raises(Cancelled):
+        total.add(latent, states, cancel)
+    assert (state_hash(model.unet), flags(model.unet)) == (before, before_flags)
+    assert total.count == 0
+    total.add(latent, states)
+    assert_same(total.result().values, wanted.result().values, rtol=0, atol=0)

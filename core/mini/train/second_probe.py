@@ -96,7 +96,7 @@ def train(folder: Path, pictures: np.ndarray, steps: int = STEPS, batch: int = 4
     """Train for `steps` steps, one image in four with a destroyed subject; resumable."""
     torch.manual_seed(_SEED)
     # depthwise convolutions take half the time in this layout
-    model = SecondProbe().to(memory_format=torch.channels_last)
+    model = SecondProbe().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stubs
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=5e-2)
     run = Run(folder, NAME, {"model": model}, optimizer, steps, peak_lr=PEAK_LR)
     every = torch.from_numpy(dataset.label_table(len(pictures)))
