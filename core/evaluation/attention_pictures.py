@@ -125,7 +125,8 @@ def attention_maps(
             collector = _Collector(model, recorder, places[part], sampling.guidance != 1.0, implementation)
 
             def record(event: ProgressEvent, start: int = start, collector: _Collector = collector) -> None:
-                collector.take()
+                if event.step:  # the prompts are encoded before the first step
+                    collector.take()
                 at = start * sampling.steps + event.step * collector.count
                 message = f"recording the attention of {len(pictures)} images"
                 report_progress(progress, ProgressEvent(at, len(pictures) * sampling.steps, message=message))

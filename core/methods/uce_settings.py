@@ -35,16 +35,6 @@ class UCESettings:
         minimum=0.0001,
         maximum=1000,
     )
-    # a LoRA is linear in its strength, and people apply one at less than 1; regularization also stops short
-    overshoot: float = setting(
-        1.0,
-        "How far each text state is moved, as a multiple of the way to what it is mapped to. Above 1 the concept is "
-        "gone at a strength below 1 too.",
-        minimum=0.1,
-        maximum=3,
-        step=0.05,
-        advanced=True,
-    )
     contexts: bool = setting(
         False,
         "Also use the concept in everyday contexts, next to colours, styles and backgrounds.",
@@ -103,6 +93,16 @@ class UCESettings:
 
     pooled: bool = setting(
         True, "Also edit what the model reads from the whole prompt's vector, if it reads one (SDXL).", advanced=True
+    )
+    # a LoRA is linear in its strength, and people apply one at less than 1; regularization also stops short
+    overshoot: float = setting(
+        1.0,
+        "How far each text state is moved, as a multiple of the way to what it is mapped to. Above 1 the concept is "
+        "gone at a strength below 1 too.",
+        minimum=0.1,
+        maximum=3,
+        step=0.05,
+        advanced=True,
     )
 
     def __post_init__(self) -> None:

@@ -110,6 +110,8 @@ _PARTS = {
     "cra_target": "kept beside it",
 }
 
+_PROMPTS = {"named": "prompts that name it", "empty": "the empty prompt"}
+
 
 def evaluation_summary(report: Report, file: Path) -> str:
     """The verdict, the figures behind it, what was left out and why, and where the whole report is."""
@@ -120,6 +122,21 @@ def evaluation_summary(report: Report, file: Path) -> str:
             figures = [(label, getattr(scores, part)) for part, label in _PARTS.items()]
             line = "; ".join(f"{label} {percent(s.value)} ({span(s)}, n {s.n})" for label, s in figures)
             lines.append(f"  {VARIANTS[variant]}: {line}")
+    for found in report.outcomes:
+        shown = [("the concept", found.shown), (found.name, found.replacement), ("nothing known", found.nothing)]
+        shown.append(("another concept", found.other))
+        parts = ", ".join(f"{name} {percent(score.value)}" for name, score in shown if score is not None)
+        lines.append(f"prompts of {found.concept} show: {parts}")
+    lines += [
+        f"{again.concept}, {VARIANTS[again.variant]}: a second judge differs on {percent(again.differ.value)} and "
+        f"finds it forgotten in {percent(again.ua.value)}"
+        for again in report.second_judge
+    ]
+    lines += [
+        f"pictures of {one.concept}, noised and drawn again with {_PROMPTS[one.prompt]}, show it in "
+        f"{percent(one.before.value)} before, {percent(one.after.value)} after (n {one.after.n})"
+        for one in report.image_to_image
+    ]
     for attack in report.attacks:
         before = "" if attack.before is None else f"{percent(attack.before.value)} before, "
         lines.append(

@@ -68,6 +68,8 @@ def plainly(model, picture, sampling):
 
     def step(event):
         nonlocal passes
+        if not event.step:  # the prompts are encoded before the first step
+            return
         passes += 1
         for site in model.survey:
             q, k = kept[site.name, "to_q"], kept[site.name, "to_k"]

@@ -9,7 +9,7 @@ from tiny import fit, state_hash
 
 from forget_concept.core import mini
 from forget_concept.core.errors import RequestError
-from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SampleCache, SamplingSettings
+from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SampleCache, SamplingSettings, Variant
 from forget_concept.core.evaluation.assess import EvaluationSettings, Evaluators, _nearest, assess
 from forget_concept.core.evaluation.judges import WorldJudge
 from forget_concept.core.evaluation.outcomes import disagreement, outcome
@@ -22,7 +22,7 @@ from forget_concept.core.evaluation.stress import (
     stress_plan,
     wording_scores,
 )
-from forget_concept.core.evaluation.wordings import WORDINGS
+from forget_concept.core.evaluation.wordings import WORDINGS, wording_questions
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.request.concept import Concept
@@ -175,6 +175,27 @@ def test_a_full_report_has_every_part_and_the_model_comes_back(embedded, patch):
         model, judges, [(patch, 1.0)], ["star"], EvaluationSettings(4, 0, (UNEDITED,), SAMPLING, False, False, False)
     )
     assert not brief.wordings and not brief.strengths and brief.outcomes and brief.evaluations[0].retained
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("replacement", "strength"), [(None, 1.0), ("Mira Vale", 0.7)])
+def test_a_person_is_gone_in_wordings_that_no_fit_uses(embedded, replacement, strength):
+    """Without a replacement, and at an ordinary strength of a LoRA: both let a person through before."""
+    model, probe = embedded
+    found = fit(model, ForgetRequest((Concept("Ivy Stone", "identity", replacement),)))
+    names = {category: [w.name for w in words if w.name != "Ivy Stone"] for category, words in CATEGORIES.items()}
+    asked = wording_questions("Ivy Stone", "identity", 12, 0, names)
+    cache = SampleCache(model, probe, SamplingSettings(precision="float32"))
+    variants = Variant(), Variant(((found, strength),))
+    for variant in variants:
+        cache.request(variant, [question.picture for question in asked])
+    cache.generate()
+    before, after = (
+        sum(q.is_correct(one) for q, one in zip(asked, cache.get(v, [q.picture for q in asked]), strict=True))
+        for v in variants
+    )
+    assert before > 60
+    assert after <= 5
 
 
 @pytest.mark.long

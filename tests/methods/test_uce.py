@@ -19,7 +19,14 @@ from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest
 
 # the published equation and nothing else: no everyday words, no contexts, nothing cut off
-PLAIN = {"ridge": 0.01, "overshoot": 1.0, "contexts": False, "keep_common": False, "tolerance": 1e-6}
+PLAIN = {
+    "preserve_weight": 1.0,
+    "ridge": 0.01,
+    "overshoot": 1.0,
+    "contexts": False,
+    "keep_common": False,
+    "tolerance": 1e-6,
+}
 STAR = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"))
 
 
@@ -417,7 +424,11 @@ def test_a_bare_request_moves_the_concept_and_not_the_rest(mini, name, kind, ins
     tuned, plain = fit(mini, request), fit(mini, ForgetRequest(request.concepts, settings=PLAIN))
     distance = float((wanted - target).square().mean())
     assert float((target + target @ moved(tuned) - wanted).square().mean()) < 0.5 * distance
-    assert float((kept @ moved(tuned)).square().mean()) < 0.05 * distance
+    # people apply a LoRA at less than its full strength
+    weaker = target + 0.7 * target @ moved(tuned) - wanted
+    assert float(weaker.square().mean()) < 0.5 * distance
+    # the world's words are not among the everyday ones
+    assert float((kept @ moved(tuned)).square().mean()) < 0.12 * distance
     # the same without them: the defect this is there for
     assert float((kept @ moved(plain)).square().mean()) > 0.2 * distance
     assert tuned.rank < 40 < plain.rank

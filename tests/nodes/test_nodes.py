@@ -24,8 +24,10 @@ from forget_concept.core.evaluation import (
     load_bench,
 )
 from forget_concept.core.evaluation.attention_pictures import AttentionMap, AttentionPair
+from forget_concept.core.evaluation.outcomes import Disagreement, Outcome
 from forget_concept.core.evaluation.report import Attack, Metric, MScore, Provenance, Report
 from forget_concept.core.evaluation.report.verdict import verdict
+from forget_concept.core.evaluation.stress import ImageToImage
 from forget_concept.core.formats.lora_state import LoraState, patch_of, state_of
 from forget_concept.core.methods.registry import plan_request
 from forget_concept.core.methods.sequence import History
@@ -179,6 +181,9 @@ def measured() -> Report:
         m_scores=(MScore("star", 0.5, 0.25),),
         metrics=(Metric("KID", {PATCHED: 0.0625}, 32, "lower"),),
         left_out={"drift": "nobody asked"},
+        outcomes=(Outcome("star", score(0.125), score(0.5), score(0.25), score(0.125), (("moon", 2),), "circle"),),
+        second_judge=(Disagreement("star", PATCHED, score(0.0625), score(0.875)),),
+        image_to_image=(ImageToImage("star", "empty", 0.5, score(1.0), score(0.75)),),
     )
 
 
@@ -189,6 +194,9 @@ def test_an_evaluation_in_words_has_every_figure() -> None:
         "star (object), with 95 % intervals",
         "  with the patch: forgotten 88 % (44–94 %, n 16); kept of its kind 75 % (38–88 %, n 16); kept of other kinds "
         "100 % (50–100 %, n 16); kept beside it 50 % (25–75 %, n 16)",
+        "prompts of star show: the concept 12 %, circle 50 %, nothing known 25 %, another concept 12 %",
+        "star, with the patch: a second judge differs on 6 % and finds it forgotten in 88 %",
+        "pictures of star, noised and drawn again with the empty prompt, show it in 100 % before, 75 % after (n 16)",
         "attack discrete on star: shown again in 25 % before, 12 % after (6–56 %, n 16)",
         "M-Score of star: 0.500 before, 0.250 after",
         "KID: 0.0625 with the patch",
