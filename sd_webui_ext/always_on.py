@@ -5,7 +5,6 @@ The infotext also names the patches in the model's weights, since a picture depe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,26 +14,16 @@ import gradio as gr
 from ..core.errors import ForgetConceptError, listed
 from ..core.request.request import MAX_STRENGTH, strength_warning
 from ..core.service.patch_store import patch_store_of
+from .infotext import read_infotext, write_infotext
 from .webui import ExtraNetworkParams, WebUI, refresh_button, scripts
 
-__all__ = ["FIELD", "MISSING", "NAMES", "STRENGTH", "read_infotext", "script_of", "write_infotext"]
+__all__ = ["FIELD", "MISSING", "NAMES", "STRENGTH", "script_of"]
 
 FIELD = "Forget Concept"
 MISSING = "Forget Concept missing"
 # attributes of a processing object that take the place of the script's arguments: those of an X/Y/Z plot
 NAMES, STRENGTH = "forget_concept_names", "forget_concept_strength"
 _IN_MODEL = "_forget_concept_in_model"
-_ENTRY = re.compile(r"\s*(?P<name>[^:]+):(?P<weight>[-+.\deE]+):(?P<hash>[0-9a-f]*)\s*(?:,|$)")
-
-
-def write_infotext(entries: Sequence[tuple[str, float, str]]) -> str:
-    """Format name, weight and hash of each patch for the infotext: ``name:weight:hash, …``."""
-    return ", ".join(f"{name}:{weight:g}:{digest}" for name, weight, digest in entries)
-
-
-def read_infotext(text: str) -> list[tuple[str, float, str]]:
-    """Parse the output of :func:`write_infotext`; malformed entries are skipped."""
-    return [(match["name"], float(match["weight"]), match["hash"]) for match in _ENTRY.finditer(text)]
 
 
 def script_of(host: WebUI) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import ForgetConceptError, RequestError
+from ..core.files.reading import read_text
 from ..core.request.parsing import split_list
 from ..core.service import html
 from ..core.service.evaluate_job import ATTACKS, BENCHMARKS, FEWEST, EvaluateJob
@@ -171,7 +172,7 @@ class EvaluatePart:
             return ["", gr.update(value=None, visible=False)]
         try:
             files = [self.store.reports.find(name, end) for end in (".html", ".json")]
-            text = files[0].read_text(encoding="utf-8")
+            text = read_text(files[0], "The report")
             copies = [shutil.copy(file, self._copies.name) for file in files]
         except (ForgetConceptError, OSError) as error:
             return [html.problem(str(error)), gr.update(value=None, visible=False)]

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import random
 import struct
@@ -27,7 +28,7 @@ from typing import Any
 
 from forget_concept.core.errors import ForgetConceptError
 
-SLOW = 2.0  # seconds
+SLOW = 2.0  # seconds of processor time
 SITE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 FLAT = "lora_unet_" + SITE.replace(".", "_")
 
@@ -476,6 +477,213 @@ def read_results(path: Path) -> None:
     BenchResults(path, RESULTS["settings"])
 
 
+def results_table_case(rng: random.Random) -> Case:
+    """A table of a benchmark's results, begun by an earlier run."""
+    import csv
+
+    from forget_concept.core.evaluation.bench.results import _COLUMNS
+
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(_COLUMNS if rng.random() < 0.9 else [rng.choice(HOSTILE_TEXTS[3:]) for _ in range(3)])
+    refuse = False
+    for _ in range(rng.randrange(1, 4)):
+        cells = ["star" if name in ("concept", "category", "variant") else "1" for name in _COLUMNS]
+        cells[-1] = json.dumps(RESULTS["settings"]) if rng.random() < 0.8 else as_text(RESULTS, rng).decode("latin1")
+        if rng.random() < 0.5:
+            odd = rng.choice(("nan", "inf", "1e999", "-1", "x" * 200_000, *HOSTILE_TEXTS[2:]))
+            cells[rng.randrange(len(cells))] = odd
+            refuse |= odd in ("nan", "inf", "1e999") and any(odd == cell for cell in cells[3:])
+        writer.writerow(cells)
+    data = table.getvalue().encode("utf-8", "replace")
+    if rng.random() < 0.2:
+        return Case(damaged(data, rng), False, "results in a table")
+    return Case(data, refuse, "a number that is not finite" if refuse else "results in a table")
+
+
+def read_results_table(path: Path) -> None:
+    from forget_concept.core.evaluation.bench.results import BenchResults, read_settings
+
+    read_settings(path)
+    for row in BenchResults(path, RESULTS["settings"]).rows:
+        for number in (row.drift, *(x for s in row.scores.values() if s for x in (s.value, s.low, s.high))):
+            assert math.isfinite(number)
+
+
+# -- what a work folder remembers of expensive measurements -------------------------------------------------------
+
+
+def _kept(tensors: dict[str, Any], rng: random.Random, **metadata: str) -> bytes:
+    """A file of a work folder, mostly with the checksum of what is in it."""
+    from safetensors.torch import save
+
+    from forget_concept.core.files.workspace import key_of
+
+    checksum = key_of(tensors) if rng.random() < 0.8 else rng.choice(("", "0", "\x1b"))
+    data = save(tensors, {**metadata, "checksum": checksum})
+    return damaged(data, rng) if rng.random() < 0.3 else data
+
+
+@functools.cache
+def _measured() -> Any:
+    """A tiny model with the settings and the projections that its Fisher information is measured on."""
+    from tiny import tiny_model
+
+    from forget_concept.core.training.fisher import FisherSettings
+
+    model = tiny_model(block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), **_ONE_BLOCK)
+    return model, FisherSettings("halves", samples=2, times=4, draws=1), [model.survey.sites[0].key("to_k")]
+
+
+_ONE_BLOCK = {"up_block_types": ("CrossAttnUpBlock2D",), "layers_per_block": 1}
+
+
+def fisher_case(rng: random.Random) -> Case:
+    """Fisher information as a work folder keeps it."""
+    import torch
+
+    model, _, (key,) = _measured()
+    shape = list(model.survey.linear(key).weight.shape)
+    if rng.random() < 0.3:
+        shape[rng.randrange(2)] += rng.choice((-1, 1, 7))
+    dtype = rng.choice((torch.float32, torch.float32, torch.float16, torch.int64, torch.float64, torch.bool))
+    values = torch.rand(shape) - rng.choice((0.0, 0.0, 0.5, 2.0))
+    count = torch.tensor(rng.choice((0, 1, 1, 2, 3, -1, 2**62, 0.5, True)))
+    tensors = {key: values.to(dtype), "samples": count if rng.random() < 0.9 else count.expand(3).clone()}
+    if rng.random() < 0.1:
+        tensors[rng.choice(("x", key + "2"))] = tensors.pop(rng.choice(list(tensors)))
+    base = model.model_hash if rng.random() < 0.8 else rng.choice(HOSTILE_TEXTS[3:])
+    return Case(_kept(tensors, rng, base_model=base), False, "Fisher information")
+
+
+def read_fisher(path: Path) -> None:
+    import torch
+
+    from forget_concept.core.files.workspace import Workspace
+    from forget_concept.core.training import fisher
+
+    model, settings, keys = _measured()
+    work = Workspace(path.parent / "work")
+    place = work.path("fisher", "x")
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(path.read_bytes())
+    total = fisher.FisherSum(model, keys, settings)
+    if (found := fisher._load(work, "x", model, total)) is None:
+        assert not place.exists()
+        return
+    total.restore(found)
+    assert 0 <= total.count < 2**62 + 1
+    values = total.result().values[keys[0]]
+    assert values.dtype == torch.float32 and bool(torch.isfinite(values).all()) and float(values.min()) >= 0
+
+
+class _FewWords:
+    """The vocabulary of a discrete attack."""
+
+    words = {3: "star", 7: "tree"}
+
+    def prefixed(self, ids: list[int]) -> list[str]:
+        return [" ".join(self.words[index] for index in ids)]
+
+
+def attack_case(rng: random.Random) -> Case:
+    """The words that a discrete attack found, as a work folder keeps them."""
+    import torch
+
+    ids = [rng.choice((3, 7, 3, 7, 3, 7, 0, -1, 2**40, 0.5)) for _ in range(rng.randrange(1, 5))]
+    tensors = {
+        "ids": torch.tensor(ids),
+        "losses": torch.rand(rng.randrange(3), dtype=torch.float64),
+        "spent": torch.tensor([rng.choice((0, 5, -3, 0.5)), 4]),
+    }
+    if rng.random() < 0.2:
+        name = rng.choice(list(tensors))
+        tensors[name] = rng.choice((torch.zeros(2, 2), torch.tensor(True), torch.zeros(0), torch.zeros(2).cfloat()))
+    return Case(_kept(tensors, rng), False, "discrete attack")
+
+
+def read_attack(path: Path) -> None:
+    from forget_concept.core.evaluation.attacks import discrete
+    from forget_concept.core.files.workspace import Workspace
+
+    work, words = Workspace(path.parent / "work"), _FewWords()
+    place = work.path("attack", "x")
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(path.read_bytes())
+    found = discrete._found(work, "x", words)  # type: ignore[arg-type]
+    assert (found is None) != place.exists()
+    if found is not None:
+        words.prefixed(found["ids"].tolist())
+        assert min(found["spent"].tolist()) >= 0 and all(map(math.isfinite, found["losses"].tolist()))
+
+
+# -- what pictures, pages and lists say ---------------------------------------------------------------------------
+
+
+def infotext_case(rng: random.Random) -> Case:
+    """The entry of the extension in a picture's generation parameters."""
+    weights = ("1", "0.5", "-1", "e", "--", "1e999", "nan", "1" * 5000, ".", "")
+    names, digests = ("star", "a, b", "x" * 3000, "\u202e", "é", ""), ("", "0af", "Z")
+    entries = [":".join(map(rng.choice, (names, weights, digests))) for _ in range(rng.randrange(6))]
+    text = rng.choice((", ", ",", ":", " ")).join(entries)
+    if rng.random() < 0.1:
+        text = rng.choice((" ", "a", ":", "a:", "1:", ":1", ",", "\n")) * rng.choice((3, 300_000))
+    return Case(damaged(text.encode(), rng) if rng.random() < 0.3 else text.encode(), False, "infotext")
+
+
+def read_an_infotext(path: Path) -> None:
+    from forget_concept.sd_webui_ext.infotext import read_infotext, write_infotext
+
+    found = read_infotext(path.read_bytes().decode("utf-8", "replace"))
+    assert all(math.isfinite(weight) and name for name, weight, _ in found)
+    write_infotext(found)
+
+
+def form_case(rng: random.Random) -> Case:
+    """The last form of a page."""
+    return Case(as_text(mutated({"request": REQUEST, "name": "x", "open": True}, rng), rng), False, "form")
+
+
+def read_form(path: Path) -> None:
+    from forget_concept.core.service import page_form
+
+    (path.parent / page_form._LAST).write_bytes(path.read_bytes())
+    page_form.recall(path.parent, [])
+
+
+def prompts_case(rng: random.Random) -> Case:
+    """A list of prompts as a table."""
+    rows = [["prompt", "sd_seed", "sd_guidance_scale"], ["a star", "3", "7.5"], ["a tree", "", ""]]
+    for _ in range(rng.randrange(3)):
+        row = rng.choice(rows)
+        row[rng.randrange(3)] = rng.choice(
+            (*HOSTILE_TEXTS, "nan", "1e400", "-1", "1e30", "0.5", '"', '"a', "a,b", "x\ny", "y" * 140_000)
+        )
+    data = "\n".join(",".join(row) for row in rows).encode("utf-8", "replace")
+    return Case(damaged(data, rng) if rng.random() < 0.3 else data, False, "list of prompts")
+
+
+def read_prompt_list(path: Path) -> None:
+    from forget_concept.core.evaluation.bench.prompt_lists import read_prompts
+
+    for one in read_prompts(path):
+        assert one.text.strip() and (one.seed is None or one.seed >= 0)
+        assert one.guidance is None or math.isfinite(one.guidance)
+
+
+def theme_case(rng: random.Random) -> Case:
+    """A file of a theme."""
+    line = ("# about", "star => circle", "style: wash", "a => b => c", "=>", ": x", "star", "x" * 3000, *HOSTILE_TEXTS)
+    data = "\n".join(rng.choice(line) for _ in range(rng.randrange(1, 8))).encode("utf-8", "replace")
+    return Case(damaged(data, rng) if rng.random() < 0.3 else data, False, "theme")
+
+
+def read_theme(path: Path) -> None:
+    from forget_concept.core.request.themes import load_theme
+
+    load_theme(path.stem, [path.parent])
+
+
 KINDS: dict[str, tuple[Callable[[random.Random], Case], Callable[[Path], None], str]] = {
     "patch": (patch_case, read_patch, "x.safetensors"),
     "request": (request_case, read_request, "x.json"),
@@ -484,6 +692,13 @@ KINDS: dict[str, tuple[Callable[[random.Random], Case], Callable[[Path], None], 
     "map": (map_case, read_map, "x.safetensors"),
     "work": (work_case, read_work, "x.safetensors"),
     "results": (results_case, read_results, "x.jsonl"),
+    "results table": (results_table_case, read_results_table, "x.csv"),
+    "fisher": (fisher_case, read_fisher, "x.safetensors"),
+    "attack": (attack_case, read_attack, "x.safetensors"),
+    "infotext": (infotext_case, read_an_infotext, "x.txt"),
+    "form": (form_case, read_form, "x.json"),
+    "prompts": (prompts_case, read_prompt_list, "x.csv"),
+    "theme": (theme_case, read_theme, "fuzzed.txt"),
 }
 
 
@@ -496,7 +711,7 @@ def findings(kind: str, count: int, seed: int = 0, folder: Path | None = None) -
             case = make(random.Random(f"{kind} {seed} {number}"))
             path.write_bytes(case.data)
             os.utime(path, (number + 1, number + 1))
-            began, problem = time.perf_counter(), ""
+            began, problem = time.process_time(), ""
             try:
                 read(path)
                 if case.refuse:
@@ -506,7 +721,7 @@ def findings(kind: str, count: int, seed: int = 0, folder: Path | None = None) -
                     problem = f"has no sentence: {error!r}"
             except Exception:
                 problem = traceback.format_exc()
-            if (took := time.perf_counter() - began) > SLOW:
+            if (took := time.process_time() - began) > SLOW:
                 problem += f" took {took:.1f} s"
             if problem and number >= 0:
                 yield number, case, problem

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from fuzz import KINDS, findings
 
-COUNTS = {"patch": 600, "request": 1500, "bench": 600, "picture": 200, "map": 400, "work": 400, "results": 600}
+COUNTS = {
+    "patch": 600,
+    "request": 1500,
+    "bench": 600,
+    "picture": 200,
+    "map": 400,
+    "work": 400,
+    "results": 600,
+    "results table": 300,
+    "fisher": 200,
+    "attack": 300,
+    "infotext": 600,
+    "form": 600,
+    "prompts": 300,
+    "theme": 300,
+}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -21,6 +39,30 @@ def test_no_untrusted_file_is_read_wrongly(kind, tmp_path):
 def test_nor_is_any_of_many(kind, tmp_path):
     found = [f"{number}: {problem}" for number, _, problem in findings(kind, 50 * COUNTS[kind], 1, tmp_path)]
     assert not found, "\n".join(found[:5])
+
+
+SCRIPT = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import fuzz
+make, read, name = fuzz.KINDS["theme"]
+def greedy(path):
+    if {greedy} and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        bytearray(900 * 2**20)
+    read(path)
+fuzz.KINDS["theme"] = (make, greedy, name)
+sys.argv = ["fuzz", "theme", "--count", "5", "--memory", str(500 * 2**20)]
+sys.exit(fuzz.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the bound of the memory is Linux's")
+@pytest.mark.parametrize("reader", ["modest", "greedy"])
+def test_a_read_that_takes_500_mb_is_a_finding(reader):
+    """The bound is that of ``--memory``, in a process of its own."""
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), greedy=reader == "greedy")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "MemoryError" in done.stdout) == ((1, True) if reader == "greedy" else (0, False))
 
 
 def test_a_finding_is_one(tmp_path, monkeypatch):

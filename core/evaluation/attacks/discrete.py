@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ForgetConceptError
-from ...files.workspace import key_of
+from ...files.workspace import Workspace, key_of
 from ...models.latent_diffusion import LatentDiffusion
 from ...models.text_encoders import CLIPText
 from ...models.token_positions import end_position
@@ -94,8 +94,7 @@ def discrete(context: AttackContext, progress: Progress | None = None) -> Search
         *("discrete", context.model.model_hash, context.text_key, context.latents, list(context.target.prompts)),
         *(asdict(budget), context.seed),
     )
-    shapes = {"ids": (None,), "losses": (None,), "spent": (2,)}
-    known = None if context.workspace is None else context.workspace.load("attack", key, shapes)
+    known = None if context.workspace is None else _found(context.workspace, key, prefixes)
     if known is None:
         generator = torch.Generator("cpu").manual_seed(context.seed)
         with context.edited(), frozen(context.model.unet, encoder.model):
@@ -112,6 +111,21 @@ def discrete(context: AttackContext, progress: Progress | None = None) -> Search
     steps, passes = known["spent"].tolist()
     prompts = prefixes.prefixed(known["ids"].tolist())
     return SearchResult(tuple(prompts), context.model, steps, passes, tuple(known["losses"].tolist()))
+
+
+def _found(workspace: Workspace, key: str, prefixes: Prefixes) -> dict[str, Tensor] | None:
+    """The result of an earlier search; one of other words than the vocabulary's is deleted, with a warning."""
+    found = workspace.load("attack", key, {"ids": (None,), "losses": (None,), "spent": (2,)})
+    if found is None:
+        return None
+    if any(type(index) is not int or index not in prefixes.words for index in found["ids"].tolist()):
+        workspace.discard("attack", key, "its words are not in the text encoder's vocabulary")
+        return None
+    counts = found["spent"].tolist()
+    if not found["losses"].is_floating_point() or any(type(count) is not int or count < 0 for count in counts):
+        workspace.discard("attack", key, "it has losses or counts that cannot be")
+        return None
+    return found
 
 
 class _Search:

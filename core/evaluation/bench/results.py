@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ def _row(data: Mapping[str, Any]) -> BenchRow:
     scores = {
         part: None
         if score is None
-        else Score(float(score["value"]), float(score["low"]), float(score["high"]), int(score["n"]))
+        else Score(_finite(score["value"]), _finite(score["low"]), _finite(score["high"]), int(score["n"]))
         for part, score in data["scores"].items()
     }
     return BenchRow(
@@ -184,8 +185,15 @@ def _row(data: Mapping[str, Any]) -> BenchRow:
         int(data["n_target"]),
         int(data["n_kept"]),
         scores,
-        float(data["drift"]),
+        _finite(data["drift"]),
     )
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number")
+    return number
 
 
 def mean_scores(rows: Sequence[BenchRow]) -> dict[str, float | None]:
