@@ -105,7 +105,8 @@ class Evaluators:
     @classmethod
     def embedded(cls, probe: Probe) -> Evaluators:
         """Return the evaluators of the embedded model: its probe, and the second one that doubts it."""
-        second = load_second_probe().to(next(probe.parameters()).device)
+        # a stand-in for the probe judges pictures that the second one cannot read
+        second = load_second_probe().to(next(probe.parameters()).device) if isinstance(probe, Probe) else None
         return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe), second=second)
 
 

@@ -68,9 +68,8 @@ class UCE(Method):
         # chosen on tree, mosaic and Hugo Marsh of the embedded world, where this tolerance reduces the rank from 180 to
         # 13 and leaves two digits of every residual unchanged
         "tuned": UCESettings(
-            preserve_weight=3.0,
             ridge=1.0,
-            overshoot=1.35,
+            overshoot=1.1,
             contexts=True,
             keep_common=True,
             tolerance=0.01,

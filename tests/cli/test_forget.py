@@ -257,7 +257,7 @@ def test_an_interrupted_training_goes_on_from_its_work_folder(run, tiny, monkeyp
     gradients, made = training._gradients, []
 
     def interrupted(*args):
-        made.append(args[-1])
+        made.append(args[4])  # the step
         if made == [1, 2]:
             raise KeyboardInterrupt
         return gradients(*args)

@@ -275,7 +275,7 @@ def test_what_a_target_reads_as(model):
     }
     objective, _, material = built(model, asked(contexts=True))
     said = {prompt.text: anchor_prompt(prompt, objective.settings) for prompt in material.targets}
-    assert said["a purple star in the style of watercolour"] == "a purple circle in the style of watercolour"
+    assert said["a purple star in the style of impressionism"] == "a purple circle in the style of impressionism"
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -324,11 +324,11 @@ def test_prompts_to_keep_that_name_what_was_forgotten_earlier_are_left_out(model
 
 
 def test_contexts_that_name_another_target_are_left_out(model):
-    request = asked(Concept("tree"), Concept("mosaic", "style"), preserve=("moon", "comic"), contexts=True)
+    request = asked(Concept("tree"), Concept("cartoon", "style"), preserve=("moon", "comic"), contexts=True)
     _, _, material = built(model, request)
     said = [target.text for target in material.targets] + material.retain
-    assert "a red tree" in said and "mosaic style" in said and "a pink moon, sketch style" in said
-    assert not any("mosaic" in text and ("tree" in text or "moon" in text) for text in said)
+    assert "a red tree" in said and "cartoon style" in said and "a pink moon, charcoal style" in said
+    assert not any("cartoon" in text and ("tree" in text or "moon" in text) for text in said)
     assert not any("tree" in text for text in material.retain)
 
 

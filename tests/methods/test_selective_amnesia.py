@@ -236,11 +236,11 @@ def test_everyday_words_fill_what_the_preserve_list_leaves():
 def test_everyday_words_are_kept_but_never_the_concept():
     model = tiny_model()
     settings = SelectiveAmnesiaSettings(keep_common=True)
-    concepts = (Concept("star", replacement="arrow"), Concept("oil painting", "style"))
+    concepts = (Concept("candle", replacement="bell"), Concept("oil painting", "style"))
     _, kept = SelectiveAmnesia().prompts(model.text, ForgetRequest(concepts), settings)
     assert len(kept) > 80 and kept[0] == "" and len(set(kept)) == len(kept)
-    assert not any("star" in text or "oil painting" in text for text in kept)
-    assert any("arrow" in text for text in kept)
+    assert not any("candle" in text or "oil painting" in text for text in kept)
+    assert any("bell" in text for text in kept)
 
 
 def test_noise_is_uniform_with_and_without_an_autoencoder():
@@ -357,7 +357,7 @@ def test_default_fisher_prompts_are_everyday_words_of_every_kind():
     prompts = fisher_prompts()
     assert prompts[0] == "" and len(set(prompts)) == len(prompts) > 90
     head = prompts[:12]
-    for word in ("heart", "striped", "a man"):
+    for word in ("sun", "oil painting", "a man"):
         assert any(word in text for text in head), head
 
 

@@ -428,7 +428,7 @@ def test_a_bare_request_moves_the_concept_and_not_the_rest(mini, name, kind, ins
     weaker = target + 0.7 * target @ moved(tuned) - wanted
     assert float(weaker.square().mean()) < 0.5 * distance
     # the world's words are not among the everyday ones
-    assert float((kept @ moved(tuned)).square().mean()) < 0.12 * distance
+    assert float((kept @ moved(tuned)).square().mean()) < 0.14 * distance
     # the same without them: the defect this is there for
     assert float((kept @ moved(plain)).square().mean()) > 0.2 * distance
     assert tuned.rank < 40 < plain.rank
