@@ -1,4 +1,4 @@
-"""What a doubter would measure of the default method on the embedded model: `python benchmarks/stress.py`.
+"""Stress tests of the default method on the embedded model: `python benchmarks/stress.py`.
 
 Each concept is forgotten by `uce` with its preset `tuned`, with a replacement and without one, and without a preserve
 list: what is kept, is kept by the preset's everyday words, none of which the world has. A row of `stress.csv` is one

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
     found = report.evaluations
     show(found, console)
-    _show_doubts(report, console)
+    _show_details(report, console)
     _show_more(report, console)
     data = {
         "schema": 1,
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return data
 
 
-def _show_doubts(report: Report, console: Console) -> None:
+def _show_details(report: Report, console: Console) -> None:
     """Print what stands beside the means: the lowest kept concept, what is drawn instead, and the stress tests."""
     from ..evaluation.report.verdict import percent, span
     from ..evaluation.retention import ENOUGH, lowest

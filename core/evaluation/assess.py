@@ -48,10 +48,10 @@ from .metrics import (
     kid,
     perceptual_distance,
 )
-from .outcomes import Disagreement, Outcome, disagreement, outcome
+from .outcomes import Disagreement, Outcome, disagreement, outcome, replacement_in
 from .questions import CATEGORIES
 from .report import Attack, Drift, ErosionStep, KindScores, Metric, MScore, PatchFacts, Provenance, Report, grids
-from .retention import Retained, text_distances, with_distances
+from .retention import text_distances
 from .scores import (
     BASELINES,
     PATCHED,
@@ -63,17 +63,7 @@ from .scores import (
     score_plan,
     world_plans,
 )
-from .stress import (
-    ImageToImage,
-    StrengthScores,
-    StressPlan,
-    StressSettings,
-    WordingScores,
-    image_to_image,
-    strength_scores,
-    stress_plan,
-    wording_scores,
-)
+from .stress import StressScores, StressSettings, nearest_names, stress_plan, stress_scores
 from .weight_drift import weight_drift
 
 __all__ = ["EvaluationSettings", "Evaluators", "assess"]
@@ -104,7 +94,7 @@ class Evaluators:
 
     @classmethod
     def embedded(cls, probe: Probe) -> Evaluators:
-        """Return the evaluators of the embedded model: its probe, and the second one that doubts it."""
+        """Return the evaluators of the embedded model: its probe and the second one."""
         # a stand-in for the probe judges pictures that the second one cannot read
         second = load_second_probe().to(next(probe.parameters()).device) if isinstance(probe, Probe) else None
         return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe), second=second)
@@ -247,20 +237,25 @@ def assess(
     if evaluators.second is not None:
         with timer("second judge"):
             second = tuple(one for plan in plans for one in _disagreements(cache, evaluators.second, plan))
-    stress = _Stress()
+    stress: list[StressScores] = []
     if settings.stress is not None:
         kept = _retain_names(evaluators.judge, bench, [*names, *without])
-        for i, plan in enumerate(plans):
-            with timer("stress tests"):
-                distances = _distances(model, plan.concept, [one for found in kept.values() for one in found])
-                chosen = _nearest(kept, distances)
-                more = stress_plan(plan, patches, chosen, settings.stress, settings.seed)
-                retained = stress.run(cache, more, settings.stress, left_out, progress)
-            evaluations = (
-                *evaluations[:i],
-                replace(evaluations[i], retained=with_distances(retained, distances)),
-                *evaluations[i + 1 :],
-            )
+        with timer("stress tests"):
+            for plan in plans:
+                distances = text_distances(
+                    model.text, plan.concept, [name for found in kept.values() for name in found]
+                )
+                near = nearest_names(kept, distances)
+                tests = stress_plan(plan, patches, near, settings.stress, settings.seed)
+                stress.append(stress_scores(cache, tests, settings.stress, distances, progress))
+                if not stress[-1].image_to_image:
+                    left_out["image_to_image"] = (
+                        f"The unedited model draws no picture of '{plan.concept}' to start from, or has no autoencoder "
+                        "here."
+                    )
+        evaluations = tuple(
+            replace(one, retained=found.retained) for one, found in zip(evaluations, stress, strict=True)
+        )
     sampling = cache.sampling.resolved(model)
     metrics: tuple[Metric, ...] = ()
     if settings.quality:
@@ -318,60 +313,15 @@ def assess(
         left_out,
         outcomes=outcomes,
         second_judge=second,
-        wordings=tuple(stress.wordings),
-        strengths=tuple(stress.strengths),
-        image_to_image=tuple(stress.continued),
+        wordings=tuple(one for found in stress for one in found.wordings),
+        strengths=tuple(one for found in stress for one in found.strengths),
+        image_to_image=tuple(one for found in stress for one in found.image_to_image),
     )
-
-
-# names of the retain set that the stress tests of one concept draw; in a larger one, half of them the nearest
-_MOST_KEPT = 40
-
-
-@dataclass
-class _Stress:
-    """Collects the results of the stress tests."""
-
-    wordings: list[WordingScores] = field(default_factory=list)
-    strengths: list[StrengthScores] = field(default_factory=list)
-    continued: list[ImageToImage] = field(default_factory=list)
-
-    def run(
-        self,
-        cache: SampleCache,
-        plan: StressPlan,
-        settings: StressSettings,
-        left_out: dict[str, str],
-        progress: Progress | None,
-    ) -> tuple[Retained, ...]:
-        """Run them for one concept; returns the retention of each other concept."""
-        plan.request(cache)
-        cache.generate(progress)
-        wordings, retained = wording_scores(cache, plan)
-        self.wordings += wordings
-        self.strengths += strength_scores(cache, plan)
-        found = image_to_image(cache, plan, settings, progress)
-        self.continued += found
-        if not found:
-            left_out["image_to_image"] = (
-                f"The unedited model draws no picture of '{plan.concept}' to start from, or has no autoencoder here."
-            )
-        return retained
 
 
 def _outcome(cache: SampleCache, judge: Judge, plan: EvaluationPlan, patches: Sequence[tuple[Patch, float]]) -> Outcome:
     images = cache.get(plan.variants[PATCHED], [question.picture for question in plan.cells.target])
-    return outcome(plan.concept, plan.category, images, judge, _replacement(plan.concept, patches))
-
-
-def _replacement(concept: str, patches: Sequence[tuple[Patch, float]]) -> str | None:
-    """The replacement of a concept in the request that one of the patches holds."""
-    for patch, _ in patches:
-        request = patch.about.request
-        for one in () if request is None else request.concepts:
-            if canonical_phrase(one.name) == canonical_phrase(concept):
-                return one.replacement
-    return None
+    return outcome(plan.concept, plan.category, images, judge, replacement_in(plan.concept, patches))
 
 
 def _disagreements(cache: SampleCache, second: ImageClassifier, plan: EvaluationPlan) -> Iterator[Disagreement]:
@@ -398,19 +348,6 @@ def _retain_names(judge: Judge, bench: ConceptBench | None, without: Sequence[st
         category: [name for name in names if canonical_phrase(name) not in left_out]
         for category, names in every.items()
     }
-
-
-def _distances(model: LatentDiffusion, concept: str, names: Sequence[str]) -> dict[str, float]:
-    return text_distances(model.text, concept, names) if names else {}
-
-
-def _nearest(names: Mapping[str, Sequence[str]], distances: Mapping[str, float]) -> dict[str, list[str]]:
-    """All names, or of many the nearest ones and others from all distances."""
-    order = sorted(distances, key=lambda name: distances[name])
-    half = _MOST_KEPT // 2
-    far = order[half:]
-    chosen = {*order[:half], *(far[i * len(far) // half] for i in range(half) if len(far) > 0)}
-    return {category: [name for name in found if name in chosen] for category, found in names.items()}
 
 
 def _combined_patch(patches: Sequence[tuple[Patch, float]]) -> Patch:

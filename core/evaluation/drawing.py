@@ -29,7 +29,6 @@ __all__ = [
     "SamplingSettings",
     "Variant",
     "draw",
-    "drawing",
     "faster_precision",
     "faster_threads",
 ]
@@ -193,19 +192,6 @@ def patched(model: LatentDiffusion, patches: Sequence[tuple[Patch, float]]) -> I
         yield
 
 
-@contextlib.contextmanager
-def drawing(
-    model: LatentDiffusion, sampling: SamplingSettings, patches: Sequence[tuple[Patch, float]] | None = None
-) -> Iterator[None]:
-    """Apply threads inside a ``with`` block and, where ``patches`` are given, these and the UNet's precision."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch_threads(sampling.threads))
-        if patches is not None:
-            stack.enter_context(patched(model, patches))
-            stack.enter_context(_autocast(model, sampling.precision))
-        yield
-
-
 @torch.no_grad()
 def draw(
     model: LatentDiffusion,
@@ -213,6 +199,8 @@ def draw(
     variant: Variant | None = None,
     sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
+    continued: Tensor | None = None,
+    first: int = 0,
 ) -> Iterator[Tensor]:
     """Sample images batch by batch.
 
@@ -224,6 +212,8 @@ def draw(
         variant: Patches, negative prompt and safety guidance. Default: the unedited model.
         sampling: Sampling settings. Default: :class:`SamplingSettings`.
         progress: Receives the sampling steps of each batch, counted from 0.
+        continued: Latents ``(n, 4, h, w)`` of images to continue, one a picture, which are noised to the first step.
+        first: Number of steps to leave out at the beginning.
 
     Yields:
         Images ``(n, 3, H, W)``, uint8, on the CPU.
@@ -231,7 +221,7 @@ def draw(
     variant, sampling = variant or Variant(), (sampling or SamplingSettings()).resolved(model)
     for start in range(0, len(pictures), sampling.batch):
         chunk = pictures[start : start + sampling.batch]
-        with drawing(model, sampling, variant.patches):
+        with torch_threads(sampling.threads), patched(model, variant.patches), _autocast(model, sampling.precision):
             latents = model.sample(
                 [picture.prompt for picture in chunk],
                 [picture.seed for picture in chunk],
@@ -242,8 +232,10 @@ def draw(
                 progress=progress,
                 sampler=sampling.sampler,
                 safety=variant.safe,
+                start=None if continued is None else continued[start : start + sampling.batch],
+                first=first,
             )
-        with drawing(model, sampling):
+        with torch_threads(sampling.threads):
             images = to_bytes(model.decode(latents, batch=sampling.batch))
         yield images
 

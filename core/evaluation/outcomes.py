@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..mini.vocabulary import NONE
+from ..patch.patch import Patch
 from ..request.concept import canonical_phrase
 from .drawing import LabeledImage
 from .intervals import Score
 from .judges import Judge
 
-__all__ = ["Disagreement", "Outcome", "disagreement", "outcome"]
+__all__ = ["Disagreement", "Outcome", "disagreement", "outcome", "replacement_in"]
 
 # a subject that is gone can leave the other kind of subject
 _SUBJECTS = ("object", "identity")
@@ -77,6 +78,16 @@ def outcome(
         tuple(others.most_common()),
         wanted,
     )
+
+
+def replacement_in(concept: str, patches: Sequence[tuple[Patch, float]]) -> str | None:
+    """The replacement of a concept in the request that one of the patches holds; ``None`` if there is none."""
+    for patch, _ in patches:
+        request = patch.about.request
+        for one in () if request is None else request.concepts:
+            if canonical_phrase(one.name) == canonical_phrase(concept):
+                return one.replacement
+    return None
 
 
 def _seen(image: LabeledImage, category: str) -> str:

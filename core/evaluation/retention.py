@@ -14,7 +14,7 @@ from .drawing import LabeledImage
 from .intervals import Score
 from .questions import Question
 
-__all__ = ["ENOUGH", "Retained", "lowest", "retained_scores", "text_distances"]
+__all__ = ["ENOUGH", "Retained", "lowest", "retained_scores", "text_distances", "with_distances"]
 
 # pictures of one concept below which its share says too little to name it as the lowest
 ENOUGH = 24
@@ -53,10 +53,7 @@ class Retained:
 
 
 def retained_scores(
-    questions: Sequence[Question],
-    before: Sequence[LabeledImage],
-    after: Sequence[LabeledImage],
-    distances: Mapping[str, float] | None = None,
+    questions: Sequence[Question], before: Sequence[LabeledImage], after: Sequence[LabeledImage]
 ) -> tuple[Retained, ...]:
     """Score each concept of the retain set, in the order of their first questions.
 
@@ -64,7 +61,6 @@ def retained_scores(
         questions: Questions of the retain set.
         before: Images of the unedited model, one a question.
         after: Images of the patched model.
-        distances: Distances of names to the forgotten concept.
     """
     found: dict[tuple[str, str], list[tuple[str, bool, bool]]] = {}
     for question, was, now in zip(questions, before, after, strict=True):
@@ -77,7 +73,6 @@ def retained_scores(
             _ratio(rows),
             len(rows),
             _lowest_wording(rows),
-            None if distances is None else distances.get(name),
         )
         for (name, category), rows in found.items()
     )
@@ -116,13 +111,13 @@ def text_distances(encoder: TextEncoder, name: str, others: Sequence[str]) -> di
         others: The names to compare it with.
     """
     every = list(dict.fromkeys([name, *others]))
-    _, first = segments_of(encoder)[0]
+    offset, first = segments_of(encoder)[0]
     states = encode_prompts(encoder, every).hidden.float().cpu()
-    ends = [sum(phrase_span(first, one, one)) - 1 for one in every]
+    ends = [offset + sum(phrase_span(first, one, one)) - 1 for one in every]
     rows = {one: states[i, end] for i, (one, end) in enumerate(zip(every, ends, strict=True))}
     return {one: 1 - float(cosine_similarity(rows[name], rows[one], dim=0)) for one in others}
 
 
 def with_distances(retained: Sequence[Retained], distances: Mapping[str, float]) -> tuple[Retained, ...]:
-    """The same scores with the distance of each name."""
+    """Add the distance of each name; ``None`` where it is not known."""
     return tuple(replace(one, distance=distances.get(one.name)) for one in retained)

@@ -1,23 +1,24 @@
 """Stress tests of a patch: held-out wordings, lower strengths, and images that start from the concept.
 
-UA on the templates of a fit is the easiest question. These ask what a doubter would: whether other wordings bring the
-concept back, what a strength below 1 leaves of it, and whether a picture of it can be continued.
+UA on the templates of a fit is the easiest question. These tests measure whether other wordings bring the concept back,
+what a strength below 1 leaves of it, and whether a picture of it can be continued.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..models.images import from_bytes, to_bytes
+from ..models.autoencoders import encode_images
+from ..models.images import from_bytes
 from ..patch.patch import Patch
 from ..progress import Progress
-from .drawing import LabeledImage, Picture, SampleCache, Variant, drawing
+from .drawing import LabeledImage, Picture, SampleCache, Variant, draw
 from .intervals import Score
 from .questions import Question
-from .retention import Retained, retained_scores
+from .retention import Retained, retained_scores, with_distances
 from .scores import PATCHED, UNEDITED, EvaluationPlan
 from .wordings import WORDINGS, wording_questions
 
@@ -27,15 +28,20 @@ __all__ = [
     "ImageToImage",
     "StrengthScores",
     "StressPlan",
+    "StressScores",
     "StressSettings",
     "WordingScores",
     "image_to_image",
+    "nearest_names",
     "strength_scores",
     "stress_plan",
+    "stress_scores",
     "wording_scores",
 ]
 
 STRENGTHS = (0.5, 0.7)
+# names of the retain set that the tests of one concept draw; of more, half are the nearest ones
+_MOST_KEPT = 40
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,57 @@ def stress_plan(
     return StressPlan(plan.concept, plan.category, plan, target, kept, weaker)
 
 
+@dataclass(frozen=True)
+class StressScores:
+    """All results for one concept; ``retained`` are the concepts of the retain set over all wordings."""
+
+    wordings: tuple[WordingScores, ...]
+    strengths: tuple[StrengthScores, ...]
+    image_to_image: tuple[ImageToImage, ...]
+    retained: tuple[Retained, ...]
+
+
+def nearest_names(names: Mapping[str, Sequence[str]], distances: Mapping[str, float]) -> dict[str, list[str]]:
+    """Return all names, or of many the nearest ones and others from all distances.
+
+    Args:
+        names: The retain set by category.
+        distances: Distances of these names to the forgotten concept.
+    """
+    order = sorted(distances, key=lambda name: distances[name])
+    half = _MOST_KEPT // 2
+    far = order[half:]
+    chosen = {*order[:half], *(far[i * len(far) // half] for i in range(half) if far)}
+    return {category: [name for name in found if name in chosen] for category, found in names.items()}
+
+
+def stress_scores(
+    cache: SampleCache,
+    stress: StressPlan,
+    settings: StressSettings,
+    distances: Mapping[str, float],
+    progress: Progress | None = None,
+) -> StressScores:
+    """Draw what is missing of a plan, and score it.
+
+    Args:
+        cache: The images.
+        stress: The plan.
+        settings: How much to draw.
+        distances: Distances of the retain set's names to the concept.
+        progress: Receives progress.
+    """
+    stress.request(cache)
+    cache.generate(progress)
+    wordings, retained = wording_scores(cache, stress)
+    return StressScores(
+        wordings,
+        strength_scores(cache, stress),
+        image_to_image(cache, stress, settings, progress),
+        with_distances(retained, distances),
+    )
+
+
 def wording_scores(cache: SampleCache, stress: StressPlan) -> tuple[tuple[WordingScores, ...], tuple[Retained, ...]]:
     """Score the held-out wordings, and every concept of the retain set over all of them."""
     before, after = (stress.plan.variants[variant] for variant in (UNEDITED, PATCHED))
@@ -212,7 +269,10 @@ def wording_scores(cache: SampleCache, stress: StressPlan) -> tuple[tuple[Wordin
 
 
 def strength_scores(cache: SampleCache, stress: StressPlan) -> tuple[StrengthScores, ...]:
-    """Score the concept's own prompts and those of its category at every strength, the given one included."""
+    """Score the concept's own prompts and those of its category at every strength, the given one included.
+
+    The images of the lower strengths are discarded afterwards.
+    """
     cells = stress.plan.cells
 
     def correct(variant: Variant, questions: Sequence[Question]) -> list[bool]:
@@ -220,7 +280,7 @@ def strength_scores(cache: SampleCache, stress: StressPlan) -> tuple[StrengthSco
         return [question.is_correct(image) for question, image in zip(questions, found, strict=True)]
 
     base = correct(stress.plan.variants[UNEDITED], cells.in_domain)
-    return tuple(
+    found = tuple(
         StrengthScores(
             stress.concept,
             factor,
@@ -229,6 +289,9 @@ def strength_scores(cache: SampleCache, stress: StressPlan) -> tuple[StrengthSco
         )
         for factor, variant in {**stress.weaker, 1.0: stress.plan.variants[PATCHED]}.items()
     )
+    for weaker in stress.weaker.values():
+        cache.discard(weaker)
+    return found
 
 
 @torch.no_grad()
@@ -255,13 +318,12 @@ def image_to_image(
     shows = [(q, image) for q, image in zip(target, seen, strict=True) if q.is_correct(image)][: settings.continued]
     if not shows or model.vae is None:
         return ()
-    with drawing(model, cache.sampling):
-        start = model.vae.encode(from_bytes(torch.stack([image.picture for _, image in shows])))
+    latents = encode_images(model.vae, from_bytes(torch.stack([image.picture for _, image in shows])), progress)
+    first = round((1 - settings.noise) * cache.sampling.steps)
 
     def share(variant: Variant, prompts: Sequence[str]) -> Score:
-        first = round((1 - settings.noise) * cache.sampling.steps)
         pictures = [Picture(prompt, question.seed + 1) for prompt, (question, _) in zip(prompts, shows, strict=True)]
-        found = _continued(cache, variant, pictures, start, first, progress)
+        found = draw(model, pictures, variant, cache.sampling, progress, latents, first)
         labels = [one for images in found for one in cache.probe.classify(from_bytes(images))]
         return Score.share([getattr(one, stress.category) == stress.concept for one in labels])
 
@@ -271,31 +333,3 @@ def image_to_image(
         ImageToImage(stress.concept, name, settings.noise, share(before, texts), share(after, texts))
         for name, texts in prompts.items()
     )
-
-
-def _continued(
-    cache: SampleCache,
-    variant: Variant,
-    pictures: Sequence[Picture],
-    start: torch.Tensor,
-    first: int,
-    progress: Progress | None,
-) -> Iterator[torch.Tensor]:
-    """Images ``(n, 3, H, W)``, uint8, that are drawn from noised latents, batch by batch."""
-    model, sampling = cache.model, cache.sampling
-    for at in range(0, len(pictures), sampling.batch):
-        chunk = pictures[at : at + sampling.batch]
-        with drawing(model, sampling, variant.patches):
-            latents = model.sample(
-                [picture.prompt for picture in chunk],
-                [picture.seed for picture in chunk],
-                steps=sampling.steps,
-                guidance=sampling.guidance,
-                batch=sampling.batch,
-                progress=progress,
-                sampler=sampling.sampler,
-                start=start[at : at + sampling.batch],
-                first=first,
-            )
-        with drawing(model, sampling):
-            yield to_bytes(model.decode(latents, batch=sampling.batch))

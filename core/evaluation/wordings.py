@@ -12,14 +12,13 @@ import numpy as np
 
 from ..mini.vocabulary import article
 from ..mini.world import Labels, Prompt
-from ..request.concept import canonical_phrase
+from ..request.concept import canonical_phrase, normalized_phrase
 from .questions import Question, seed_of
 
-__all__ = ["FIELDS", "WORDINGS", "plural", "typo", "wording_questions"]
+__all__ = ["WORDINGS", "plural", "typo", "wording_questions"]
 
 # {name}: the concept; {a}: with its article, objects half of the time with a colour; {names}: plural; {typo}: two
 # letters swapped; {other}: another concept of its category; {subject}: an object, which a style is put on
-FIELDS = ("name", "a", "names", "typo", "a_typo", "other", "a_other", "subject", "subjects")
 COLOURS = ("red", "yellow", "green", "blue", "purple")
 
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -96,8 +95,12 @@ def typo(name: str) -> str:
     return " ".join(words)
 
 
+def _has_article(phrase: str) -> bool:
+    return canonical_phrase(phrase) != normalized_phrase(phrase)
+
+
 def _with_article(phrase: str) -> str:
-    return phrase if canonical_phrase(phrase) != phrase.casefold() else f"{article(phrase)} {phrase}"
+    return phrase if _has_article(phrase) else f"{article(phrase)} {phrase}"
 
 
 def wording_questions(
@@ -126,12 +129,15 @@ def wording_questions(
             draws = np.random.default_rng(seed_of("wording", wording, name, seed, i))
             other = str(draws.choice(beside[category])) if beside[category] else "house"
             thing = str(draws.choice(beside["object"])) if beside["object"] else "house"
-            colour = f"{draws.choice(COLOURS)} " if i // len(templates[category]) % 2 else ""
-            wrong = typo(name)
+            coloured = i // len(templates[category]) % 2 and not _has_article(name)
+            colour = f"{draws.choice(COLOURS)} " if coloured else ""
+            # "my neighbour's Eiffel Tower", but "who is the Joker?"
+            bare = name.partition(" ")[2] if category == "object" and _has_article(name) else name
+            wrong = typo(bare)
             text = template.format(
-                name=name,
+                name=bare,
                 a=_with_article(f"{colour}{name}"),
-                names=plural(name),
+                names=plural(bare),
                 typo=wrong,
                 a_typo=_with_article(wrong),
                 other=other,

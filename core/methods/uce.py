@@ -124,7 +124,7 @@ class UCE(Method):
 
 
 def _unseen() -> None:
-    """Nobody looks on."""
+    """No progress is reported."""
 
 
 def gram_of(

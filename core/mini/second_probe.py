@@ -1,4 +1,4 @@
-"""A second classifier of the embedded world, of another architecture, seed and training, to doubt the first one with.
+"""A second classifier of the embedded world, of another architecture, seed and training, to check the first one with.
 
 The probe sees an image through strided convolutions and a flattened map; this one has depthwise convolutions in
 residual blocks and averages over the image (after ConvNeXt, Liu et al. 2022, arXiv 2201.03545). It is also trained on

@@ -10,7 +10,7 @@ from tiny import fit, state_hash
 from forget_concept.core import mini
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SampleCache, SamplingSettings, Variant
-from forget_concept.core.evaluation.assess import EvaluationSettings, Evaluators, _nearest, assess
+from forget_concept.core.evaluation.assess import EvaluationSettings, Evaluators, assess
 from forget_concept.core.evaluation.judges import WorldJudge
 from forget_concept.core.evaluation.outcomes import disagreement, outcome
 from forget_concept.core.evaluation.retention import Retained, lowest, retained_scores, text_distances
@@ -18,6 +18,7 @@ from forget_concept.core.evaluation.scores import world_plans
 from forget_concept.core.evaluation.stress import (
     StressSettings,
     image_to_image,
+    nearest_names,
     strength_scores,
     stress_plan,
     wording_scores,
@@ -114,9 +115,9 @@ def test_what_is_drawn_in_its_place():
 def test_many_names_are_those_near_and_some_of_every_distance():
     names = {"object": [f"thing {i}" for i in range(200)]}
     distances = {f"thing {i}": i / 200 for i in range(200)}
-    found = _nearest(names, distances)["object"]
+    found = nearest_names(names, distances)["object"]
     assert len(found) == 40 and found[:20] == names["object"][:20] and max(distances[n] for n in found) > 0.9
-    assert _nearest({"object": ["a", "b"]}, {"a": 0.1, "b": 0.2}) == {"object": ["a", "b"]}
+    assert nearest_names({"object": ["a", "b"]}, {"a": 0.1, "b": 0.2}) == {"object": ["a", "b"]}
 
 
 # -- on the embedded model ----------------------------------------------------------------------------------------

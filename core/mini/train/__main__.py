@@ -21,7 +21,7 @@ from ..vocabulary import find
 from . import autoencoder, dataset, flow, pack, probe, reflow, second_probe, text, tokenizer, unet, xl
 
 STAGES = ("data", "tokenizer", "probe", "autoencoder", "text", "unet", "pack")
-# of the classifier that doubts the probe
+# of the second classifier
 SECOND_STAGES = ("second-probe", "second-pack")
 # after `text` and `unet` with --without
 RETRAINED_STAGES = ("retrained-pack",)

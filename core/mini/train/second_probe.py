@@ -84,12 +84,16 @@ def blob(layers: list[Layer], rng: np.random.Generator) -> list[Layer]:
 WAYS: tuple[Callable[[list[Layer], np.random.Generator], list[Layer]], ...] = (half, broken, blob)
 
 
-def broken_picture(index: int, seed: int = _SEED) -> tuple[np.ndarray, Labels]:
-    """Render a scene whose subject is half, broken or a blob; its labels name the style and the colour alone."""
+def broken_picture(index: int, seed: int = _SEED) -> np.ndarray:
+    """Render a scene whose subject is half, broken or a blob."""
     rng = np.random.default_rng((seed, index))
     scene = dataset.scene(index, seed)
-    picture = render(scene, lambda layers: WAYS[index % len(WAYS)](layers, rng) if layers else layers)
-    return picture, replace(labels(scene), object=NONE, identity=NONE)
+    return render(scene, lambda layers: WAYS[index % len(WAYS)](layers, rng) if layers else layers)
+
+
+def broken_labels(index: int, seed: int = _SEED) -> Labels:
+    """The labels of :func:`broken_picture`: the style and the colour, and no subject."""
+    return replace(labels(dataset.scene(index, seed)), object=NONE, identity=NONE)
 
 
 def train(folder: Path, pictures: np.ndarray, steps: int = STEPS, batch: int = 48) -> None:
@@ -102,7 +106,7 @@ def train(folder: Path, pictures: np.ndarray, steps: int = STEPS, batch: int = 4
     every = torch.from_numpy(dataset.label_table(len(pictures)))
     path = folder / "broken.npy"
     if not path.exists():
-        np.save(path, np.stack([broken_picture(index)[0] for index in range(BROKEN)]))
+        np.save(path, np.stack([broken_picture(index) for index in range(BROKEN)]))
     ruins = np.load(path, mmap_mode="r")
     ruined = torch.tensor([dataset.label_indices(broken_labels(index)) for index in range(BROKEN)])
     # the colour of a piece is not asked for
@@ -127,11 +131,6 @@ def train(folder: Path, pictures: np.ndarray, steps: int = STEPS, batch: int = 4
         run.update(torch.stack(parts).sum())
         if run.step % 100 == 0:
             run.log(**{k: part.item() for k, part in zip(_NAMES, parts, strict=True)})
-
-
-def broken_labels(index: int, seed: int = _SEED) -> Labels:
-    """The labels of :func:`broken_picture`, without its picture."""
-    return replace(labels(dataset.scene(index, seed)), object=NONE, identity=NONE)
 
 
 def trained(folder: Path) -> SecondProbe:
