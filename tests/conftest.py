@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
-pytest_plugins = ["console"]
+pytest_plugins = ["collecting", "console"]
 
 HOST_FOLDERS = ("comfyui", "webui")
 

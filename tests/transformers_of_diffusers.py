@@ -36,7 +36,11 @@ class Small:
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return getattr(diffusers, self.name)(**self.changes).eval()
+            model = getattr(diffusers, self.name)(**self.changes).eval()
+            for name, value in model.named_parameters():
+                if name.endswith("pad_token"):  # diffusers leaves them uninitialized
+                    nn.init.normal_(value)
+        return model
 
     def full(self) -> nn.Module:
         """The published shape, on the meta device."""

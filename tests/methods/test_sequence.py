@@ -60,6 +60,20 @@ def same(one: Patch, other: Patch) -> bool:
     )
 
 
+def as_stored(one: Patch, read: Patch, dtype: torch.dtype) -> bool:
+    """The same change as after a file of this dtype, which scales whole layers by powers of two.
+
+    In half precision a value can become subnormal then, with steps of 2⁻²⁴, and is scaled back with its error.
+    """
+    steps = {torch.float32: 0.0, torch.float16: 2.0**-24 * 64}[dtype]
+    one = one.to(dtype).to(torch.float32)
+    return one.factors.keys() == read.factors.keys() and all(
+        torch.allclose(f.up, read.factors[k].up, rtol=0, atol=steps)
+        and torch.allclose(f.down, read.factors[k].down, rtol=0, atol=steps)
+        for k, f in one.factors.items()
+    )
+
+
 def through_a_file(found, tmp_path, dtype=torch.float32):
     kohya.save(found.patch, tmp_path / "p.safetensors", dtype=dtype)
     return History.from_patch(kohya.load(tmp_path / "p.safetensors"))
@@ -213,14 +227,14 @@ def test_a_file_can_be_read_back_and_continued(model, tmp_path, dtype):
     assert again.requests == found.requests and again.records == found.records
     assert len(again.parts) == 3
     for part, read in zip(found.parts, again.parts, strict=True):
-        assert same(part.patch.to(dtype), read.patch) and part.records == read.records
+        assert as_stored(part.patch, read.patch, dtype) and part.records == read.records
         assert {k: v for k, v in part.patch.metadata.items() if k.endswith((".trained", ".projections"))} == {
             k: v for k, v in read.patch.metadata.items() if k.endswith((".trained", ".projections"))
         }
     ranks = {rank for part in found.parts for rank in {f.rank for f in part.patch.factors.values()}}
     assert len(ranks) > 3  # a LoRA of rank 40 is narrower where the layer is
     assert same(again.without("star").patch, again.patch) is False
-    assert same(again.without("star").without("boat").patch, history(model, WASH).patch.to(dtype))
+    assert as_stored(history(model, WASH).patch, again.without("star").without("boat").patch, dtype)
     if dtype == torch.float32:
         assert same(again.forget(model, plan_request(KEY)).patch, found.forget(model, plan_request(KEY)).patch)
         last = trained("fish")
