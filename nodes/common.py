@@ -283,10 +283,15 @@ def patch_outputs(what: str = "The patch") -> list[Any]:
     ]
 
 
-def field_input(field: FormField) -> Any:
-    """The input of a form's field."""
+def field_input(field: FormField, optional: bool = False) -> Any:
+    """The input of a form's field.
+
+    Args:
+        field: The field.
+        optional: Whether a graph may lack it, which an older version saved.
+    """
     info = field.info
-    common = {"default": field.default, "tooltip": field.help}
+    common = {"default": field.default, "tooltip": field.help, "optional": optional}
     if field.kind == "switch":
         return io.Boolean.Input(field.name, **common)
     if field.kind == "choice":

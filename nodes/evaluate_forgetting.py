@@ -114,6 +114,7 @@ class EvaluateForgetting(Node):
                 ),
                 io.Boolean.Input(
                     "full",
+                    optional=True,  # a graph of version 0.1 does not have it
                     default=False,
                     tooltip="Also measure wordings that no fit uses, every kept concept by itself, lower strengths, "
                     "and pictures that start from the concept. Draws several times as many pictures.",

@@ -17,7 +17,7 @@ __all__ = ["settings_nodes"]
 
 
 def _input(field: FormField, main: bool) -> Any:
-    made = field_input(field)
+    made = field_input(field, optional=True)
     if not main:  # shown by "Show Advanced" in the node's menu
         made.extra_dict["advanced"] = True
     return made
@@ -51,7 +51,9 @@ class _SettingsNode(Node):
 
     @classmethod
     def execute(cls, preset: str, **given: Any) -> io.NodeOutput:
-        settings = settings_of(cls.METHOD, preset, given)
+        # a graph of an older version lacks later settings
+        values = {**presets(cls.METHOD).get(preset, {}), **given}
+        settings = settings_of(cls.METHOD, preset, values)
         # reject a wrong value at the node that holds it, not at the one that forgets
         resolve_settings(cls.METHOD, settings.preset, settings.values)
         return reported(cls.hidden.unique_id, settings_summary(settings, cls.METHOD), settings)

@@ -32,12 +32,11 @@ from ..core.models.latent_diffusion import hash_of_unet
 from ..core.models.model_survey import ModelSurvey
 from ..core.models.prediction_marks import check_prediction
 from ..core.models.text_states import TextStates
-from ..core.models.unet import survey_unet
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from ..core.service.live_weights import LiveWeights
 from .prompts import WebText
-from .webui import V_REMEDY, WebUI, lora_extension, usual_size_and_guidance
+from .webui import V_REMEDY, WebUI, lora_extension, surveyed, usual_size_and_guidance
 
 __all__ = ["A1111"]
 
@@ -79,7 +78,7 @@ class A1111(WebUI):
                     f"The loaded model ({type(model).__name__}) has no supported diffusion model: load a Stable "
                     "Diffusion 1, 2 or XL checkpoint."
                 )
-            found = survey_unet(unet)
+            found = surveyed(unet)
             made = _Resident(next(self._keys), found, LiveWeights(found, _restore_original, _original_weight))
             known = self._residents.setdefault(model, made)  # another thread may have been first
         return known

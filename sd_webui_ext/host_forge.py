@@ -32,11 +32,10 @@ from ..core.models.latent_diffusion import hash_of_unet
 from ..core.models.model_survey import ModelSurvey
 from ..core.models.prediction_marks import check_prediction
 from ..core.models.text_states import TextStates
-from ..core.models.unet import survey_unet
 from ..core.patch.patch import Patch
 from ..core.service.host_interface import ActivePatch, LoadedModel
 from .prompts import WebText
-from .webui import V_REMEDY, WebUI, usual_size_and_guidance
+from .webui import V_REMEDY, WebUI, surveyed, usual_size_and_guidance
 
 __all__ = ["Forge"]
 
@@ -93,7 +92,7 @@ class Forge(WebUI):
                     "This version of Forge applies patches in an unsupported way: make the patch in ComfyUI or with "
                     "the command line, and use it here as a LoRA, with <lora:name:1>."
                 )
-            made = _Resident(next(self._numbers), survey_unet(own.model.diffusion_model), own, own)
+            made = _Resident(next(self._numbers), surveyed(own.model.diffusion_model), own, own)
             known = self._residents.setdefault(model, made)  # another thread may have been first
         return known
 

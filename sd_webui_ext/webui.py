@@ -18,12 +18,15 @@ import gradio as gr
 from modules import call_queue, paths, script_callbacks, scripts, shared, util
 from modules.extra_networks import ExtraNetworkParams
 from modules.ui_common import create_refresh_button as refresh_button
+from torch import nn
 
-from ..core.errors import Cancelled, ModelError, RequestError
+from ..core.errors import Cancelled, ModelError, RequestError, UnknownFamilyError
 from ..core.mini.config import GUIDANCE, UNET
 from ..core.mini.recognition import embedded_name
+from ..core.models.architectures import architecture_of
 from ..core.models.host_weights import usual_latent_side
 from ..core.models.model_survey import ModelSurvey
+from ..core.models.unet import UNetSurvey, survey_unet
 from ..core.patch.metadata import own_entries
 from ..core.patch.patch import Patch
 from ..core.progress import Progress, ProgressEvent
@@ -41,6 +44,7 @@ __all__ = [
     "refresh_button",
     "scripts",
     "serves_api",
+    "surveyed",
     "usual_size_and_guidance",
 ]
 
@@ -196,6 +200,19 @@ class WebUI:
 
 # the embedded models' states are narrower than any other text encoder's
 _SMALLEST_TEXT = 512
+
+
+def surveyed(model: nn.Module) -> UNetSurvey:
+    """The survey of a checkpoint's UNet; a diffusion transformer is refused by the name of its family."""
+    try:
+        return survey_unet(model)
+    except UnknownFamilyError:
+        if (name := architecture_of(model)) is None:
+            raise
+        raise ModelError(
+            f"This is a {name} model, and in the webui only Stable Diffusion 1, 2 and XL can be edited: load a "
+            "checkpoint of one of these."
+        ) from None
 
 
 def usual_size_and_guidance(found: ModelSurvey, model_hash: str, prediction: str) -> tuple[int, float]:

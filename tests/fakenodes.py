@@ -15,7 +15,7 @@ import pytest
 import forget_concept
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 
-NAMES = ("common", "forget_concept", "forget_in_sequence", "forget_by_request")
+NAMES = ("common", "forget_concept", "forget_in_sequence", "forget_by_request", "settings_nodes")
 
 
 def loaded_nodes(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:

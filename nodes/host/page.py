@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from server import PromptServer
 
+from ...core.errors import ForgetConceptError
 from ...core.models.images import to_bytes, to_pil
 from ...core.models.latent_diffusion import LatentDiffusion
 from ...core.progress import Progress, ProgressEvent
@@ -67,15 +68,23 @@ class ConceptPreview:
         return self._every > 0 and bool(event.terms) and (event.step == 1 or event.step % self._every == 0)
 
     def picture(self) -> tuple[str, Any, int] | None:
-        """A picture in the host's preview format; ``None`` without a VAE and without latent-to-RGB factors."""
+        """A picture in the host's preview format.
+
+        Returns:
+            ``None`` without a VAE and without latent-to-RGB factors, and where the model draws no finite picture.
+        """
 
         def stop(event: ProgressEvent) -> None:
             management.throw_exception_if_processing_interrupted()
 
         model = self._diffusion
-        latents = model.sample(
-            [self._prompt], [self._seed], self._STEPS, model.guidance, progress=stop, sampler="dpm++"
-        )
+        try:
+            latents = model.sample(
+                [self._prompt], [self._seed], self._STEPS, model.guidance, progress=stop, sampler="dpm++"
+            )
+        except ForgetConceptError:
+            # a training that diverges draws nothing finite; its loop reports that, and names the learning rate
+            return None
         if model.vae is not None:
             pixels = model.decode(latents)[0].movedim(0, -1)
         else:

@@ -115,3 +115,30 @@ def test_reading_the_nodes_leaves_no_host_behind() -> None:
     assert not {name for name in set(sys.modules) - before if name.startswith("comfy") or ".nodes." in name}
     with pytest.raises(ImportError):
         import forget_concept.nodes.settings_nodes  # noqa: F401
+
+
+# what graphs in API format of every version have: an input that is added later must be optional
+REQUIRED = {
+    "ForgetConcept": "model clip concept kind replacement preserve method preset strength seed",
+    "ForgetConceptApplyPatch": "model lora strength",
+    "ForgetConceptAttentionMap": "model clip vae prompt phrase seed steps guidance",
+    "ForgetConceptByRequest": "model clip request",
+    "ForgetConceptCombinePatches": "lora_a strength_a strength_b strength_c strength_d max_rank",
+    "ForgetConceptEvaluate": "model clip vae lora strength concept count seed steps baselines attacks m_score "
+    "benchmark clip_judge filename",
+    "ForgetConceptFisherInformation": "model clip preset",
+    "ForgetConceptInSequence": "model clip concept kind replacement preserve method preset strength seed",
+    "ForgetConceptInspectPatch": "lora",
+    "ForgetConceptLoadEmbeddedModel": "",
+    "ForgetConceptLoadPatch": "file",
+    "ForgetConceptReferenceImages": "images concept",
+    "ForgetConceptSavePatch": "lora filename precision",
+    "ForgetConceptTakeBack": "model clip lora which",
+}
+
+
+def test_no_node_requires_more_than_saved_graphs_have() -> None:
+    settings = {node_id(method): "preset" for method in all_methods().values()}
+    for name, node in declared_nodes().items():
+        required = {socket.id for socket in node.inputs if not socket.optional}
+        assert required == set({**REQUIRED, **settings}[name].split()), name

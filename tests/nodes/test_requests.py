@@ -91,3 +91,12 @@ def test_a_theme_is_forgotten(nodes: SimpleNamespace, tmp_path: Path, node: str)
 def concepts(lora: Any) -> list[tuple[str, str | None]]:
     """Names and replacements of the concepts that a patch records."""
     return [(one.name, one.replacement) for one in read_history(lora.metadata).concepts]
+
+
+def test_a_settings_node_of_an_older_graph_takes_what_it_lacks_from_the_preset(nodes: SimpleNamespace) -> None:
+    """A graph in API format holds the inputs that existed when it was saved."""
+    for node in nodes.settings_nodes.settings_nodes():
+        method = node.METHOD
+        for preset in method.presets:
+            (settings,) = node.execute(preset)
+            assert (settings.method, settings.preset, dict(settings.values)) == (method.id, preset, {})

@@ -402,7 +402,8 @@ def test_txt2img_and_img2img_say_what_is_in_the_model_and_what_it_lost(tab: Tab)
 
 
 def test_a_page_at_rest_asks_for_nothing(tab: Tab) -> None:
-    tab.page.wait_for_timeout(2000)
+    tab.open()  # anew: for 40 s after a change of the checkpoint's menu, as in the test before, it looks again
+    tab.page.wait_for_timeout(5000)
     asked: list[str] = []
 
     def note(request: Any) -> None:

@@ -303,7 +303,7 @@ def model(arguments):
 def spoil(arguments):
     """Changes weights behind everybody's back: of all layers with a patch, or of the first one."""
     with torch.inference_mode():
-        sites = core("models.unet").survey(unet()).sites
+        sites = core("models.unet").survey_unet(unet()).sites
         for site in sites[: arguments.get("sites", len(sites))]:
             for which in ("to_k", "to_v"):
                 site.projection(which).weight.add_(0.01)
