@@ -516,6 +516,7 @@ def _run_attacks(
         concept_judge,
         settings.attacks,
         settings.seed,
+        beyond_text=settings.stress is not None,
         sampling=sampling,
         workspace=workspace,
         progress=progress,

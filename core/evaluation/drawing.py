@@ -16,6 +16,7 @@ from ..mini.world import Labels
 from ..models.images import from_bytes, to_bytes
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.safe_guidance import SafetyGuidance
+from ..models.sampling_start import ExtraNoise, Start
 from ..models.text_encoders import encode_prompts
 from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
@@ -101,16 +102,20 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A variant of the model: ``patches`` (each with its strength), a negative prompt, and safety guidance."""
+    """A variant of the model: ``patches`` (each with its strength), a negative prompt, and safety guidance.
+
+    ``model`` is another model that is compared with it.
+    """
 
     patches: tuple[tuple[Patch, float], ...] = ()
     negative: str = ""
     safe: SafetyGuidance | None = None
+    model: LatentDiffusion | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Key that is equal for variants that sample the same images; patches are compared by identity."""
-        return (self.negative, self.safe, *((id(patch), strength) for patch, strength in self.patches))
+        return (self.negative, self.safe, id(self.model), *((id(patch), strength) for patch, strength in self.patches))
 
 
 @dataclass(frozen=True)
@@ -199,8 +204,8 @@ def draw(
     variant: Variant | None = None,
     sampling: SamplingSettings | None = None,
     progress: Progress | None = None,
-    continued: Tensor | None = None,
-    first: int = 0,
+    start: Start | None = None,
+    noise: ExtraNoise | None = None,
 ) -> Iterator[Tensor]:
     """Sample images batch by batch.
 
@@ -209,35 +214,54 @@ def draw(
     Args:
         model: The model to sample from.
         pictures: Prompts and seeds.
-        variant: Patches, negative prompt and safety guidance. Default: the unedited model.
+        variant: Patches, negative prompt and safety guidance, or another model. Default: the unedited model.
         sampling: Sampling settings. Default: :class:`SamplingSettings`.
         progress: Receives the sampling steps of each batch, counted from 0.
-        continued: Latents ``(n, 4, h, w)`` of images to continue, one a picture, which are noised to the first step.
-        first: Number of steps to leave out at the beginning.
+        start: Latents to start from, one a picture (default: noise).
+        noise: Noise that the sampler ``"ddim"`` adds.
 
     Yields:
         Images ``(n, 3, H, W)``, uint8, on the CPU.
     """
     variant, sampling = variant or Variant(), (sampling or SamplingSettings()).resolved(model)
-    for start in range(0, len(pictures), sampling.batch):
-        chunk = pictures[start : start + sampling.batch]
-        with torch_threads(sampling.threads), patched(model, variant.patches), _autocast(model, sampling.precision):
-            latents = model.sample(
-                [picture.prompt for picture in chunk],
-                [picture.seed for picture in chunk],
-                steps=sampling.steps,
-                guidance=sampling.guidance,
-                negative=variant.negative,
-                batch=sampling.batch,
-                progress=progress,
-                sampler=sampling.sampler,
-                safety=variant.safe,
-                start=None if continued is None else continued[start : start + sampling.batch],
-                first=first,
-            )
+    model = variant.model or model
+    for at in range(0, len(pictures), sampling.batch):
+        chunk = pictures[at : at + sampling.batch]
+        own = None if start is None else start.rows(at, at + len(chunk))
+        latents = draw_latents(model, chunk, variant, sampling, progress, own, noise)
         with torch_threads(sampling.threads):
             images = to_bytes(model.decode(latents, batch=sampling.batch))
         yield images
+
+
+@torch.no_grad()
+def draw_latents(
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    variant: Variant,
+    sampling: SamplingSettings,
+    progress: Progress | None = None,
+    start: Start | None = None,
+    noise: ExtraNoise | None = None,
+    until: int | None = None,
+) -> Tensor:
+    """Sample latents ``(n, 4, h, w)``, those of finished images or those after ``until`` steps; as :func:`draw`."""
+    sampling = sampling.resolved(model)
+    with torch_threads(sampling.threads), patched(model, variant.patches), _autocast(model, sampling.precision):
+        return model.sample(
+            [picture.prompt for picture in pictures],
+            [picture.seed for picture in pictures],
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            negative=variant.negative,
+            until=until,
+            batch=sampling.batch,
+            progress=progress,
+            sampler=sampling.sampler,
+            safety=variant.safe,
+            start=start,
+            noise=noise,
+        )
 
 
 class SampleCache:

@@ -13,6 +13,7 @@ import torch
 
 from ..models.autoencoders import encode_images
 from ..models.images import from_bytes
+from ..models.sampling_start import Start
 from ..patch.patch import Patch
 from ..progress import Progress
 from .drawing import LabeledImage, Picture, SampleCache, Variant, draw
@@ -323,7 +324,7 @@ def image_to_image(
 
     def share(variant: Variant, prompts: Sequence[str]) -> Score:
         pictures = [Picture(prompt, question.seed + 1) for prompt, (question, _) in zip(prompts, shows, strict=True)]
-        found = draw(model, pictures, variant, cache.sampling, progress, latents, first)
+        found = draw(model, pictures, variant, cache.sampling, progress, Start(latents, first))
         labels = [one for images in found for one in cache.probe.classify(from_bytes(images))]
         return Score.share([getattr(one, stress.category) == stress.concept for one in labels])
 

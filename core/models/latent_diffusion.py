@@ -18,6 +18,7 @@ from .autoencoders import Autoencoder
 from .finite import check_weights
 from .model_survey import PROJECTIONS, ModelSurvey
 from .safe_guidance import SafetyGuidance, safety_term
+from .sampling_start import ExtraNoise, Start
 from .schedules import _log_snr, flow_sigmas, shifted
 from .survey import survey
 from .text_encoders import EncodedPrompts, TextEncoder
@@ -254,9 +255,11 @@ class LatentDiffusion:
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         """Return fp32 noise ``(n, 4, h, w)``, one seed per row; drawn on the CPU, so equal on every device."""
-        return torch.stack(
-            [torch.randn(self.latent_shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-        )
+        return self._noise_from([torch.Generator("cpu").manual_seed(seed) for seed in seeds])
+
+    def _noise_from(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """The next noise of each of these CPU generators, ``(n, 4, h, w)``."""
+        return torch.stack([torch.randn(self.latent_shape, generator=one) for one in generators])
 
     @torch.no_grad()
     def sample(
@@ -273,8 +276,8 @@ class LatentDiffusion:
         sampler: str = "ddim",
         safety: SafetyGuidance | None = None,
         encoded: EncodedPrompts | None = None,
-        start: Tensor | None = None,
-        first: int = 0,
+        start: Start | None = None,
+        noise: ExtraNoise | None = None,
     ) -> Tensor:
         """Sample latents with classifier-free guidance.
 
@@ -292,8 +295,8 @@ class LatentDiffusion:
             sampler: ``"ddim"`` (η = 0) or ``"dpm++"`` (DPM-Solver++(2M)), which needs about half as many steps.
             safety: Steer away from a concept (:class:`SafetyGuidance`), at the cost of a third pass per step.
             encoded: Text states of all prompts (default: they are encoded here).
-            start: Latents ``(n, 4, h, w)`` of images to continue, which are noised to the first step.
-            first: Number of steps to leave out at the beginning.
+            start: Latents to start from (default: noise).
+            noise: Noise that is added after each step but the last; for ``"ddim"``, and not for a flow model.
 
         Returns:
             fp32 latents ``(n, 4, h, w)``.
@@ -324,19 +327,22 @@ class LatentDiffusion:
         stop = steps if until is None else until
         if not 0 <= stop <= steps:
             raise RequestError(f"'until' must be 0 to {steps} steps, not {stop}.")
+        first = 0 if start is None else start.first
         if not 0 <= first <= stop:
             raise RequestError(f"'first' must be 0 to {stop} steps, not {first}.")
-        if start is not None and start.shape != (len(prompts), *self.latent_shape):
+        if start is not None and start.latents.shape != (len(prompts), *self.latent_shape):
             raise RequestError(
-                f"The images to continue have latents of the shape {tuple(start.shape)}: give one of "
+                f"The images to continue have latents of the shape {tuple(start.latents.shape)}: give one of "
                 f"{tuple(self.latent_shape)} for each prompt."
             )
+        if noise is not None and (sampler != "ddim" or self.prediction_type == "flow"):
+            raise RequestError("Noise can be added to the steps of the sampler 'ddim' only, and not of a flow model's.")
         if not prompts:
             return torch.empty(0, *self.latent_shape, device=self.device)
         if sampler not in SAMPLERS:
             raise RequestError(f"The sampler '{sampler}' is not known: choose one of {', '.join(SAMPLERS)}.")
         guided = guidance != 1.0 or safety is not None
-        path = self._path(times, steps, spacing, _LEAST_ALPHA if sampler == "dpm++" else 0.0)
+        path = self.noise_levels(times, steps, spacing, _LEAST_ALPHA if sampler == "dpm++" else 0.0)
         chunks = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
         total, done = len(chunks) * (stop - first), 0
         if encoded is None:
@@ -349,10 +355,12 @@ class LatentDiffusion:
             encoded = EncodedPrompts(self.text, every, progress=encoding)
         latents = []
         for chunk in chunks:
-            x = self.initial_noise([seeds[i] for i in chunk]).to(self.device)
-            if start is not None:
-                level = path[first]
-                x = level[0] * start[chunk.start : chunk.stop].to(x) + level[1] * x
+            draws = [torch.Generator("cpu").manual_seed(seeds[i]) for i in chunk]
+            pure = x = self._noise_from(draws).to(self.device)
+            own = None if start is None else start.rows(chunk.start, chunk.stop)
+            if own is not None:
+                clean = own.latents.to(x)
+                x = path[first][0] * clean + path[first][1] * pure if own.noised else clean
             read = [prompts[i] for i in chunk]
             if guided:
                 read += [negatives[i] for i in chunk]
@@ -362,28 +370,35 @@ class LatentDiffusion:
             momentum = torch.zeros_like(x)  # of the safety guidance
             earlier: Tensor | None = None  # the x_0 prediction of the previous step
             for k in range(first, stop):
-                (signal, noise), after = path[k], path[k + 1]
+                (signal, level), after = path[k], path[k + 1]
                 if self.prediction_type != "epsilon" and signal**2 < _NOISY:
                     # nearly pure noise: x_0 follows from the prediction alone, and a safety term in ε would be zero
                     v = self._guided(x, times[k], context, guidance if guided else None, self._predict)
-                    x0 = (x if self.prediction_type == "flow" else signal * x) - noise * v
+                    x0 = (x if self.prediction_type == "flow" else signal * x) - level * v
                 else:
                     if safety is None:
                         eps = self._guided(x, times[k], context, guidance if guided else None)
                     else:
                         used = k >= safety.settings.first_step(steps)
                         eps, momentum = self._safely_guided(x, times[k], context, guidance, safety, momentum, used)
-                    x0 = (x - noise * eps) / signal
+                    x0 = (x - level * eps) / signal
                 ahead = x0
                 # the first and the last step are of first order: the extrapolation is unreliable at the end
                 if sampler == "dpm++" and earlier is not None and k < steps - 1:
-                    width = _log_snr(*after) - _log_snr(signal, noise)
-                    before = _log_snr(signal, noise) - _log_snr(*path[k - 1])
+                    width = _log_snr(*after) - _log_snr(signal, level)
+                    before = _log_snr(signal, level) - _log_snr(*path[k - 1])
                     ahead = x0 + (x0 - earlier) * (width / (2 * before))
                 earlier = x0
                 # with x_0 instead of the extrapolation this is DDIM's step
-                share = after[1] / noise
+                share = after[1] / level
+                if noise is not None and k < stop - 1:
+                    fresh = noise.deviation((signal, level), after)
+                    share = (after[1] ** 2 - fresh**2) ** 0.5 / level
                 x = share * x + (after[0] - share * signal) * ahead
+                if noise is not None and k < stop - 1:
+                    x = x + fresh * noise.variance**0.5 * self._noise_from(draws).to(x)
+                if own is not None and own.mask is not None:
+                    x = torch.where(own.mask.to(x) > 0, x, after[0] * clean + after[1] * pure)
                 done += 1
                 report_progress(progress, ProgressEvent(done, total, message=f"sampling {len(prompts)} images"))
             if not bool(torch.isfinite(x).all()):
@@ -395,7 +410,7 @@ class LatentDiffusion:
             latents.append(x)
         return torch.cat(latents)
 
-    def _path(self, times: Sequence[int], steps: int, spacing: str, least: float) -> list[tuple[float, float]]:
+    def noise_levels(self, times: Sequence[int], steps: int, spacing: str, least: float) -> list[tuple[float, float]]:
         """Signal and noise at every visited step and at the end; ``least`` bounds the share of signal from below."""
         if self.prediction_type == "flow":
             # the second-order sampler needs a finite signal-to-noise ratio

@@ -434,6 +434,15 @@ def test_the_verdict_says_the_figures(report):
     ]
 
 
+def test_an_attack_that_brings_the_concept_along_is_no_return(report):
+    brought = Attack("completion", "star", share(24), share(24), "one try")
+    found = verdict(replace(report, attacks=(brought,)))
+    assert found.concepts[0].returns is None
+    assert "Whether it comes back with other words was not tested." in found.text
+    known = verdict(replace(report, attacks=(*report.attacks, brought)))
+    assert known.text == verdict(report).text and known.concepts == verdict(report).concepts
+
+
 @given(st.integers(0, 24), st.integers(0, 24), st.integers(0, 24), st.integers(0, 24))
 def test_the_grades_are_their_rules(ua, ira, negative, again):
     one = evaluation("star", ua, ira, (negative, 20))

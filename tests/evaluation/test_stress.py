@@ -26,6 +26,7 @@ from forget_concept.core.evaluation.stress import (
 from forget_concept.core.evaluation.wordings import WORDINGS, wording_questions
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.mini.world import Labels
+from forget_concept.core.models.sampling_start import Start
 from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 
@@ -136,14 +137,15 @@ def patch(embedded):
 def test_a_picture_that_is_continued_starts_from_its_latents(embedded):
     model, _ = embedded
     start = model.sample(["a red star"], [3], steps=4, guidance=1.0)
-    whole = model.sample(["a red star"], [3], steps=4, guidance=1.0, start=start, first=4)
-    level = model._path(model.timesteps(4, model.spacing), 4, model.spacing, 0.0)[4]
+    whole = model.sample(["a red star"], [3], steps=4, guidance=1.0, start=Start(start, 4))
+    level = model.noise_levels(model.timesteps(4, model.spacing), 4, model.spacing, 0.0)[4]
     noise = model.initial_noise([3])
     assert torch.allclose(whole, level[0] * start + level[1] * noise, atol=1e-6)
-    most = model.sample(["a red star"], [3], steps=4, guidance=1.0, start=start, first=3)
-    least = model.sample(["a blue moon"], [3], steps=4, guidance=1.0, start=start, first=1)
+    most = model.sample(["a red star"], [3], steps=4, guidance=1.0, start=Start(start, 3))
+    least = model.sample(["a blue moon"], [3], steps=4, guidance=1.0, start=Start(start, 1))
     assert (most - start).square().mean() < (least - start).square().mean()
-    for wrong in ({"first": 5}, {"first": -1}, {"first": 3, "until": 2}, {"start": start[:, :2]}):
+    wrongs = ({"start": Start(start, 5)}, {"start": Start(start, -1)}, {"start": Start(start, 3), "until": 2})
+    for wrong in (*wrongs, {"start": Start(start[:, :2])}):
         with pytest.raises(RequestError):
             model.sample(["a red star"], [3], steps=4, **wrong)
 

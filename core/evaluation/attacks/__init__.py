@@ -6,11 +6,12 @@ from .budget import BUDGETS, AttackBudget, AttackCost, attack_budget
 from .context import AttackContext, SearchResult
 from .judge import ProbeJudge, SuccessJudge
 from .result import AttackReport, AttackResult, PromptSuccess
-from .run import ATTACKS, WHITE_BOX, run_attacks
+from .run import ATTACKS, BEYOND_TEXT, WHITE_BOX, run_attacks
 from .target import Target
 
 __all__ = [
     "ATTACKS",
+    "BEYOND_TEXT",
     "BUDGETS",
     "WHITE_BOX",
     "AttackBudget",

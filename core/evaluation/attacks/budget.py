@@ -28,6 +28,7 @@ class AttackBudget:
         candidates: Candidates per round of the discrete search.
         likely: Number of best tokens per position from which candidates are drawn.
         rows: Noised images on which the discrete search evaluates the loss.
+        noises: Amounts of noise of the noise probe, each of which draws every image once.
 
     Raises:
         RequestError: If a value is not above 0.
@@ -47,6 +48,7 @@ class AttackBudget:
     candidates: int
     likely: int
     rows: int
+    noises: int = 4
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
@@ -59,7 +61,7 @@ class AttackBudget:
 
 BUDGETS: dict[str, AttackBudget] = {
     "quick": AttackBudget("quick", 16, 1, 4, 8, 4, 80, 4, 0.1, 4, 8, 12, 32, 8),
-    "standard": AttackBudget("standard", 48, 2, 4, 16, 4, 400, 4, 0.1, 4, 40, 24, 64, 12),
+    "standard": AttackBudget("standard", 48, 2, 4, 16, 4, 400, 4, 0.1, 4, 40, 24, 64, 12, 24),
 }
 
 

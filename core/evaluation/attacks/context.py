@@ -15,6 +15,7 @@ from ...errors import ForgetConceptError, ModelError
 from ...files.workspace import Workspace, key_of
 from ...models.images import check_images, from_bytes, picture_size
 from ...models.latent_diffusion import LatentDiffusion
+from ...models.sampling_start import ExtraNoise, Start
 from ...models.text_encoders import CLIPText
 from ...patch.patch import Patch
 from ...progress import Progress
@@ -53,6 +54,10 @@ class SearchResult:
         gradient_steps: Gradient steps of the search.
         unet_passes: Images that passed forward through the UNet.
         losses: Losses of the accepted candidates from the start on, if the search records them.
+        start: What sampling starts from, if not from noise: image ``i`` from row ``i``, modulo their number.
+        noises: Noise to add while sampling. An image is drawn once with each, and shows the concept if one of them
+            does.
+        sampling: Sampling settings, if not those of the context.
     """
 
     prompts: tuple[str, ...]
@@ -60,6 +65,9 @@ class SearchResult:
     gradient_steps: int = 0
     unet_passes: int = 0
     losses: tuple[float, ...] = ()
+    start: Start | None = None
+    noises: tuple[ExtraNoise | None, ...] = (None,)
+    sampling: SamplingSettings | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,7 @@ class AttackContext:
         sampling: Sampling settings.
         seed: Seed of the attack.
         workspace: Caches results.
+        base: The model before it forgot, if it is not ``model`` without the patches.
     """
 
     model: LatentDiffusion
@@ -87,6 +96,7 @@ class AttackContext:
     sampling: SamplingSettings
     seed: int
     workspace: Workspace | None = None
+    base: LatentDiffusion | None = None
 
     @contextmanager
     def edited(self) -> Iterator[None]:

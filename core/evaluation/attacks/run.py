@@ -21,17 +21,21 @@ from ..drawing import Picture, SamplingSettings, Variant, draw
 from ..intervals import Score
 from ..questions import seed_of
 from .budget import AttackBudget, AttackCost, attack_budget
+from .completion import completion
 from .context import AttackContext, SearchResult, example_latents, with_hash_of
 from .discrete import discrete
 from .homoglyphs import homoglyphs, other_spellings
+from .inpainting import inpainting
 from .inversion_recall import inversion_recall
 from .judge import SuccessJudge
+from .latent_inversion import STEPS_FACTOR, latent_inversion
+from .noise_probe import noise_probe
 from .rephrased import rephrased
 from .result import AttackReport, AttackResult, PromptSuccess
 from .soft_prompt import soft_prompt
 from .target import Target
 
-__all__ = ["ATTACKS", "WHITE_BOX", "Search", "run_attacks"]
+__all__ = ["ATTACKS", "BEYOND_TEXT", "WHITE_BOX", "Search", "run_attacks"]
 
 Search = Callable[[AttackContext, Progress | None], SearchResult]
 ATTACKS: dict[str, Search] = {
@@ -43,6 +47,15 @@ ATTACKS: dict[str, Search] = {
 }
 # those that need the model's gradients and pictures of the concept
 WHITE_BOX = ("discrete", "soft_prompt", "inversion_recall")
+# on request: they do not search for a prompt, but begin with images of the concept, or change the sampler
+BEYOND_TEXT: dict[str, Search] = {
+    "completion": completion,
+    "inpainting": inpainting,
+    "latent_inversion": latent_inversion,
+    "noise_probe": noise_probe,
+}
+_SEARCHES = {**ATTACKS, **BEYOND_TEXT}
+_NEED_IMAGES = (*WHITE_BOX, "inpainting", "latent_inversion")
 
 
 def run_attacks(
@@ -54,8 +67,10 @@ def run_attacks(
     seed: int = 0,
     *,
     attacks: Sequence[str] | None = None,
+    beyond_text: bool = False,
     images: Tensor | None = None,
     before: bool = True,
+    base: LatentDiffusion | None = None,
     sampling: SamplingSettings | None = None,
     workspace: Workspace | None = None,
     progress: Progress | None = None,
@@ -72,11 +87,14 @@ def run_attacks(
         judge: Decides whether an image shows the concept.
         budget: Budget or its name.
         seed: Seed of searches and images.
-        attacks: Names from :data:`ATTACKS`. Default: all that the model supports; the report gives the reason for each
-            attack that is left out.
+        attacks: Names from :data:`ATTACKS` and :data:`BEYOND_TEXT`. Default: all of :data:`ATTACKS` that the model
+            supports; the report gives the reason for each attack that is left out.
+        beyond_text: Whether the default includes all of :data:`BEYOND_TEXT` too.
         images: The attacker's images of the concept ``(m, 3, H, W)`` in [-1, 1]. Default: sampled from the unedited
             model.
         before: Whether to attack the unedited model as well.
+        base: The model before it forgot, if it is not ``model`` without the patches: it draws the images of the concept
+            and the first steps of a completion.
         sampling: Sampling settings. Default: :class:`SamplingSettings`.
         workspace: Caches results, so that an interrupted run resumes.
         progress: Receives progress.
@@ -92,9 +110,9 @@ def run_attacks(
     variant = edited if isinstance(edited, Variant) else Variant(tuple(edited))
     for patch, _ in variant.patches:
         patch.check_fits(model.survey)
-    chosen, left_out = _select_attacks(model, target, attacks)
+    chosen, left_out = _select_attacks(model, target, attacks, beyond_text)
     sampling = (sampling or SamplingSettings()).resolved(model)
-    if any(name in WHITE_BOX for name in chosen):
+    if any(name in _NEED_IMAGES for name in chosen):
         examples, cost = budget.examples, 2 * sampling.steps * budget.examples
     else:
         examples, cost = 0, 0
@@ -107,15 +125,17 @@ def run_attacks(
     latents = torch.empty(0, *model.latent_shape)
     if examples:
         with parts.part(cost, f"sampling images of {target.concept.name}") as inner:
-            latents = example_latents(model, target, judge, budget.examples, sampling, seed, workspace, inner, images)
-    plain = AttackContext(model, Variant(), target, judge, latents, budget, sampling, seed, workspace)
+            latents = example_latents(
+                base or model, target, judge, budget.examples, sampling, seed, workspace, inner, images
+            )
+    plain = AttackContext(model, Variant(), target, judge, latents, budget, sampling, seed, workspace, base)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in chosen}
     for on, which in sides:
         context = replace(plain, model=with_hash_of(model, on.patches), variant=on)
         for name in chosen:
-            searching = _search_cost(name, budget)
+            searching = _search_cost(name, budget, sampling)
             with parts.part(searching, f"{_display_name(name)} on {which}: searching") as inner:
-                found = ATTACKS[name](context, inner)
+                found = _SEARCHES[name](context, inner)
             drawing = _cost(name, budget, sampling, counts[name]) - searching
             with parts.part(drawing, f"{_display_name(name)} on {which}: drawing") as inner:
                 outcomes[name].append(_measure_prompts(context, found, inner))
@@ -132,17 +152,22 @@ def _display_name(name: str) -> str:
 
 
 def _select_attacks(
-    model: LatentDiffusion, target: Target, attacks: Sequence[str] | None
+    model: LatentDiffusion, target: Target, attacks: Sequence[str] | None, beyond_text: bool
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    wanted = tuple(ATTACKS) if attacks is None else tuple(dict.fromkeys(attacks))
+    default = tuple(_SEARCHES if beyond_text else ATTACKS)
+    wanted = default if attacks is None else tuple(dict.fromkeys(attacks))
     if not wanted:
-        raise RequestError(f"There is no attack to run: choose from {', '.join(ATTACKS)}.")
+        raise RequestError(f"There is no attack to run: choose from {', '.join(_SEARCHES)}.")
     why: dict[str, str] = {}
     for name in wanted:
-        if name not in ATTACKS:
-            raise RequestError(f"The attack '{name}' is not known: choose from {', '.join(ATTACKS)}.")
+        if name not in _SEARCHES:
+            raise RequestError(f"The attack '{name}' is not known: choose from {', '.join(_SEARCHES)}.")
         if name in WHITE_BOX and not isinstance(model.text, CLIPText):
             why[name] = f"it needs gradients through the text encoder, and {type(model.text).__name__} has none"
+            if attacks is not None:
+                raise ModelError(f"The attack '{name}' cannot run on '{model.name}': {why[name]}.")
+        if name == "noise_probe" and model.prediction_type == "flow":
+            why[name] = "a flow model's sampler adds no noise"
             if attacks is not None:
                 raise ModelError(f"The attack '{name}' cannot run on '{model.name}': {why[name]}.")
         if name == "rephrased" and not target.paraphrases:
@@ -170,7 +195,11 @@ def _prompts_of(name: str, model: LatentDiffusion, target: Target) -> int:
     return len(target.prompts)
 
 
-def _search_cost(name: str, budget: AttackBudget) -> int:
+def _search_cost(name: str, budget: AttackBudget, sampling: SamplingSettings) -> int:
+    if name == "latent_inversion":
+        return STEPS_FACTOR * sampling.steps * budget.examples
+    if name == "completion":
+        return 2 * sampling.steps * budget.pictures // 5
     # a backward pass costs about twice a forward pass
     if name == "discrete":
         return budget.rounds * budget.rows * (3 + budget.candidates)
@@ -179,7 +208,9 @@ def _search_cost(name: str, budget: AttackBudget) -> int:
 
 def _cost(name: str, budget: AttackBudget, sampling: SamplingSettings, prompts: int) -> int:
     chosen = prompts * budget.trials if prompts > budget.strongest else 0
-    return _search_cost(name, budget) + 2 * sampling.steps * (chosen + budget.pictures)
+    times = STEPS_FACTOR if name in ("latent_inversion", "noise_probe") else 1
+    times *= budget.noises if name == "noise_probe" else 1
+    return _search_cost(name, budget, sampling) + 2 * sampling.steps * times * (chosen + budget.pictures)
 
 
 class _ProgressParts:
@@ -226,7 +257,7 @@ def _measure_prompts(context: AttackContext, found: SearchResult, progress: Prog
             for i in range(budget.trials)
         ]
     total = len(first) + budget.pictures
-    shown = _judge_pictures(context, found.model, first, progress, 0, total)
+    shown = _judge_pictures(context, found, first, progress, 0, total)
     hits = dict.fromkeys(prompts, 0)
     for picture, hit in zip(first, shown, strict=True):
         hits[picture.prompt] += hit
@@ -234,7 +265,7 @@ def _measure_prompts(context: AttackContext, found: SearchResult, progress: Prog
     second = [
         Picture(best[i % len(best)], seed_of("attack", "measure", context.seed, i)) for i in range(budget.pictures)
     ]
-    shown = _judge_pictures(context, found.model, second, progress, len(first), total)
+    shown = _judge_pictures(context, found, second, progress, len(first), total)
     each = [
         PromptSuccess(
             prompt,
@@ -244,39 +275,49 @@ def _measure_prompts(context: AttackContext, found: SearchResult, progress: Prog
         for prompt in best
     ]
     each.sort(key=lambda one: -one.shown / max(one.pictures, 1))
-    spent = AttackCost(found.gradient_steps, found.unet_passes, len(prompts), total)
+    spent = AttackCost(found.gradient_steps, found.unet_passes, len(prompts), total * len(found.noises))
     return _Outcome(Score.share(shown), spent, tuple(each), found.losses)
 
 
 def _judge_pictures(
     context: AttackContext,
-    model: LatentDiffusion,
+    search: SearchResult,
     pictures: Sequence[Picture],
     progress: Progress,
     start: int,
     total: int,
 ) -> list[bool]:
-    """Return whether each image shows the concept; verdicts are cached in the workspace."""
+    """Return whether each image shows the concept, with any of the search's noises; verdicts are cached."""
     if not pictures:
         return []
-    s, key = context.sampling, ""
+    model, s, key = search.model, search.sampling or context.sampling, ""
+    begin = None
+    if search.start is not None:
+        latents = search.start.latents
+        begin = replace(search.start, latents=latents[torch.arange(len(pictures)) % len(latents)])
     if context.workspace is not None:
         safe = context.variant.safe
         under = [context.variant.negative, None if safe is None else asdict(safe)]
         conditions = [s.steps, s.guidance, s.precision, s.sampler, model.device.type, context.judge.description, *under]
         samples = [[picture.prompt, picture.seed] for picture in pictures]
-        key = key_of("verdicts", model.model_hash, context.text_key, samples, conditions)
+        beyond = [] if begin is None else [begin.latents, begin.first, begin.noised, begin.mask]
+        beyond += [[one.eta, one.variance] for one in search.noises if one is not None]
+        key = key_of("verdicts", model.model_hash, context.text_key, samples, conditions, *beyond)
         if (known := context.workspace.load("attack", key, {"shown": (len(pictures),)})) is not None:
             return known["shown"].tolist()
-    found: list[bool] = []
+    found: list[list[bool]] = []
 
     def inner(event: ProgressEvent) -> None:
-        size = min(s.batch, len(pictures) - len(found))
-        at = (start + len(found)) * event.total + size * event.step
-        report_progress(progress, ProgressEvent(at, total * event.total))
+        size = min(s.batch, len(pictures) - len(found[-1]))
+        at = (len(found) - 1) * len(pictures) + len(found[-1])
+        done = start + (at + size * event.step / max(event.total, 1)) / len(search.noises)
+        report_progress(progress, ProgressEvent(round(100 * done), 100 * total))
 
-    for images in draw(model, pictures, context.variant, s, inner):
-        found += map(bool, context.judge.shows(from_bytes(images)))
+    for noise in search.noises:
+        found.append([])
+        for images in draw(model, pictures, context.variant, s, inner, begin, noise):
+            found[-1] += map(bool, context.judge.shows(from_bytes(images)))
+    shown = [any(tries) for tries in zip(*found, strict=True)]
     if context.workspace is not None:
-        context.workspace.save("attack", key, {"shown": torch.tensor(found)})
-    return found
+        context.workspace.save("attack", key, {"shown": torch.tensor(shown)})
+    return shown

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..attacks import BEYOND_TEXT
 from ..intervals import Score
 from ..retention import lowest
 from ..scores import NEGATIVE, PATCHED, Evaluation, Scores
@@ -74,7 +75,9 @@ class Verdict:
 def verdict(report: Report) -> Verdict:
     """Summarize a report by the rules in ``docs/report.md``."""
     attacks: dict[str, list[Attack]] = {}
-    for attack in report.attacks:
+    # an attack that begins with an image of the concept brings it along
+    by_prompt = [attack for attack in report.attacks if attack.name not in BEYOND_TEXT]
+    for attack in by_prompt:
         attacks.setdefault(attack.concept, []).append(attack)
     graded = tuple(_grade(one, attacks.get(one.concept, ())) for one in report.evaluations)
     if not graded:
@@ -86,7 +89,7 @@ def verdict(report: Report) -> Verdict:
     if report.evaluations:
         sentences += _baseline_sentence(report.evaluations)
     sentences += [*_lowest_sentence(report.evaluations), *_wording_sentence(report), *_strength_sentence(report)]
-    sentences += _attack_sentence(report.attacks)
+    sentences += _attack_sentence(by_prompt)
     return Verdict(" ".join(sentences), graded)
 
 
