@@ -7,10 +7,13 @@ the retain set name none of the nine concepts. Rows are appended as runs finish,
 
 Each request has a replacement and preserves the other concepts of its category. Some presets accept no replacement or
 no retain set: this is tried first, rejected options are left out, and the summary notes it. A preset that needs
-reference images gets eight rendered pictures of the concept. `none` is the unedited model, `negative_prompt` the
-unedited model with the concept as its negative prompt, `safe_guidance` the unedited model with Safe Latent Diffusion's
-guidance away from the concept (its published medium configuration). A row is attacked (`core/evaluation/attacks/`)
-after it is measured; an existing row that was not attacked yet is fitted again for it.
+reference images gets eight rendered pictures of the concept. A preset `tuned` has a second row without a replacement.
+`none` is the unedited model, `negative_prompt` the unedited model with the concept as its negative prompt,
+`safe_guidance` the unedited model with Safe Latent Diffusion's guidance away from the concept (its published medium
+configuration), and `retrained` a model that was trained on the same pictures and captions without the first concept of
+every category (`mini_retrained/`): it never knew them, and what an attack draws with it is not remembered. A row is
+attacked (`core/evaluation/attacks/`) after it is measured, except where UA is below 0.9, because there is nothing to
+recover; an existing row that was not attacked yet, or has no held-out wordings, is fitted again for it.
 
 - `ua`, `ira`, `cra`: unlearning accuracy, in-domain and cross-domain retain accuracy (`core/evaluation/scores.py`);
 - `drift`: root-mean-square difference of pixels in [0, 1] between the edited and the unedited model's picture for the
@@ -21,6 +24,17 @@ after it is measured; an existing row that was not attacked yet is fitted again 
 - `peak_bytes`: on CUDA the maximum of torch's allocated memory during the fit, including the model; on a CPU the growth
   of the process' resident set, without the model; empty where neither can be measured;
 - `patch_bytes`: size of all factors in fp32;
+- `shown_wordings`: share of the `n_wordings` pictures of held-out wordings (`core/evaluation/wordings.py`) that show
+  the concept; `shown_unedited`: of the unedited model's; `kept_wordings`: retain accuracy in them, over all others;
+- `lowest`, `lowest_kept`, `lowest_wording`: the concept that is kept least over all wordings, its share (of 8 pictures
+  or fewer that the unedited model draws right), and the wording in which least of it is kept;
+- `ua_0.5`, `ira_0.5`, `ua_0.7`, `ira_0.7`: at a lower strength of the patch;
+- `drawn_replacement`, `drawn_nothing`, `drawn_other`: what the concept's own prompts show instead of it;
+- `image_named`, `image_empty`: pictures of the concept, noised half way and drawn again with its prompts or an empty
+  one, that still show it (n 24);
+- `ua_second`: UA by a second classifier of another architecture; `differ_second`: where the two differ;
+- `kid_retrained`: kernel distance (KID, the probe's features) of the concept's own prompts' pictures from those of
+  `retrained`;
 - `attack_...`: share of pictures in which an attack recovers the concept; `attack_success` is the highest of them,
   `attack_budget` the budget of each (`core/evaluation/attacks/budget.py`).
 """
@@ -33,6 +47,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +55,7 @@ import numpy as np
 import torch
 from harness import Cost, RunProgress, SharedSampleCache, Table, costing, device_name
 from methods_summary import first_of_each_kind, write_summary
+from stress_cells import CELLS, KEPT_CELLS, SETTINGS, filled, stress_cells
 
 from forget_concept.core import mini
 from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
@@ -51,14 +67,17 @@ from forget_concept.core.evaluation import (
     EvaluationTarget,
     SamplingSettings,
     Variant,
-    evaluate,
 )
 from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge, Target, run_attacks
+from forget_concept.core.evaluation.judges import WorldJudge
+from forget_concept.core.evaluation.scores import EvaluationPlan, score_plan, world_plans
+from forget_concept.core.evaluation.stress import StressSettings
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit
 from forget_concept.core.methods.registry import all_methods, get, plan_request
 from forget_concept.core.mini import world
+from forget_concept.core.mini.second_probe import load_second_probe
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.safe_guidance import SafetyGuidance
@@ -68,8 +87,12 @@ from forget_concept.core.request.concept import Concept
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.request.settings import resolve_settings
 
-NOTHING, BASELINES = "none", ("none", NEGATIVE, SAFE)
+NOTHING, RETRAINED = "none", "retrained"
+BASELINES = (NOTHING, NEGATIVE, SAFE, RETRAINED)
+RETRAINED_MODEL = Path(__file__).with_name("mini_retrained")
 PRESETS = ("published", "tuned")
+# below this UA there is nothing to recover
+FORGOTTEN = 0.9
 # screening uses the first of each category
 CONCEPTS = (
     Concept("star", "object", "circle"),
@@ -84,10 +107,11 @@ CONCEPTS = (
 )
 SCREENING = CONCEPTS[:3]
 ATTACKED = ("attack_budget", "attack_success", *(f"attack_{name}" for name in ATTACKS))
-KEY = ["model", "method", "preset", "gradient", "category", "concept", "seed", "n"]
+KEY = ["model", "method", "preset", "gradient", "category", "concept", "replacement", "seed", "n"]
 COLUMNS = [
-    *("model", "method", "preset", "gradient", "category", "concept", "seed", "ua", "ira", "cra", "n", "drift"),
-    *("seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
+    *("model", "method", "preset", "gradient", "category", "concept", "replacement", "seed", "ua", "ira", "cra", "n"),
+    *("drift", "seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
+    *CELLS,
     *ATTACKED,
 ]
 COUNT, SEEDS = 100, (0, 1, 2)
@@ -105,6 +129,7 @@ class Run:
     gradient: str
     concept: Concept
     seed: int
+    replaced: bool = True
 
     @property
     def forgets(self) -> bool:
@@ -118,12 +143,14 @@ class Run:
             "gradient": self.gradient,
             "category": self.concept.kind,
             "concept": self.concept.name,
+            "replacement": (self.concept.replacement or "") if self.forgets and self.replaced else "",
             "seed": self.seed,
             "n": count,
         }
 
     def __str__(self) -> str:
-        words = (self.method, self.preset, self.gradient, self.concept.name, f"seed {self.seed}")
+        without = "" if self.replaced else "without a replacement"
+        words = (self.method, self.preset, self.gradient, self.concept.name, without, f"seed {self.seed}")
         return " ".join(word for word in words if word)
 
 
@@ -147,7 +174,14 @@ def planned(
         for preset in presets:
             own = getattr(resolve_settings(get(method), preset, {}), "gradient", "")
             kinds += [(method, preset, rule) for rule in ((gradients or [own]) if own else [""])]
-    return [Run(*kind, concept, seed) for seed in seeds for kind in kinds for concept in concepts]
+    return [
+        Run(*kind, concept, seed, replaced)
+        for seed in seeds
+        for kind in kinds
+        for replaced in ((True, False) if kind[1] == "tuned" else (True,))
+        for concept in concepts
+        if kind[0] != RETRAINED or concept in SCREENING
+    ]
 
 
 # -- requests -----------------------------------------------------------------------------------------------------
@@ -177,6 +211,8 @@ def fullest_request(model: LatentDiffusion, run: Run, preserve: Sequence[str] | 
     first: RequestError | None = None
     for images in (False, True) if get(run.method).takes_images else (False,):
         for replaced, preserved in ((True, True), (False, True), (True, False), (False, False)):
+            if replaced and not run.replaced:
+                continue
             found = _request_with(run, replaced, preserved, images, preserve)
             try:
                 fit(model, plan_request(found.request), _stop, found.inputs)
@@ -205,7 +241,8 @@ def _request_with(
         seed=run.seed,
     )
     inputs = Inputs(images={concept.name: pictures_of(concept, IMAGES, run.seed)} if images else {})
-    without = [words for kept, words in ((replaced, "a replacement"), (preserved, "a preserve list")) if not kept]
+    parts = ((replaced or not run.replaced, "a replacement"), (preserved, "a preserve list"))
+    without = [words for kept, words in parts if not kept]
     note = f"without {' and '.join(without)}" if without else ""
     return FullestRequest(request, inputs, "; ".join(filter(None, (note, f"with {IMAGES} pictures" if images else ""))))
 
@@ -241,11 +278,12 @@ class Fitted:
     variant: str
     patches: tuple[tuple[Patch, float], ...]
     cost: Cost
+    model: LatentDiffusion | None = None
 
-    def variant_to_attack(self, concept: str) -> Variant:
-        """The variant of the model to attack."""
+    def variant_of(self, concept: str) -> Variant:
+        """The variant of the model to measure."""
         safe = SafetyGuidance(concept) if self.variant == SAFE else None
-        return Variant(self.patches, concept if self.variant == NEGATIVE else "", safe)
+        return Variant(self.patches, concept if self.variant == NEGATIVE else "", safe, self.model)
 
 
 def fitted(model: LatentDiffusion, run: Run, progress: Progress | None) -> Fitted:
@@ -254,6 +292,8 @@ def fitted(model: LatentDiffusion, run: Run, progress: Progress | None) -> Fitte
     Raises:
         ForgetConceptError: If the method rejects the request, or fails.
     """
+    if run.method == RETRAINED:
+        return Fitted(RETRAINED, (), Cost(), retrained_model(str(model.device)))
     if not run.forgets:
         return Fitted(run.method if run.method in (NEGATIVE, SAFE) else PATCHED, (), Cost())
     wanted = fullest_request(model, run)
@@ -262,42 +302,76 @@ def fitted(model: LatentDiffusion, run: Run, progress: Progress | None) -> Fitte
     return Fitted(PATCHED, ((patch, 1.0),), cost)
 
 
+@cache
+def retrained_model(device: str) -> LatentDiffusion:
+    """The model that never knew the concepts of :data:`SCREENING`."""
+    return mini.load(device, RETRAINED_MODEL)
+
+
+def plan_of(run: Run, made: Fitted, count: int) -> EvaluationPlan:
+    """The questions about a run's concept, and its variant as :data:`PATCHED`."""
+    without = [concept.name for concept in CONCEPTS]
+    (plan,) = world_plans([EvaluationTarget(run.concept.name, ())], count, run.seed, without=without, baselines=())
+    return dataclasses.replace(plan, variants={UNEDITED: Variant(), PATCHED: made.variant_of(run.concept.name)})
+
+
 def measured(
     model: LatentDiffusion,
-    probe: Any,
     run: Run,
     made: Fitted,
-    count: int,
+    plan: EvaluationPlan,
     cache: SharedSampleCache,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Measure a run; returns its row, without attacks."""
-    variant, cost = made.variant, made.cost
-    (found,) = evaluate(
-        model,
-        probe,
-        [EvaluationTarget(run.concept.name, made.patches)],
-        count,
-        run.seed,
-        without=[concept.name for concept in CONCEPTS],
-        baselines=(UNEDITED,) if variant == PATCHED else (UNEDITED, variant),
-        progress=progress,
-        cache=cache,
-    )
-    cache.release()
-    scores = found.scores[variant]
-    return run.key(model.name, count) | {
+    """Measure a run; returns its row, without held-out wordings and attacks."""
+    cost = made.cost
+    plan.request(cache)
+    cache.generate(progress)
+    found = score_plan(cache, plan, (UNEDITED,))
+    scores = found.scores[PATCHED]
+    return run.key(model.name, len(plan.cells.target)) | {
         "ua": scores.ua.value,
         "ira": scores.ira.value,
         "cra": scores.cra.value,
-        "drift": found.drift[variant],
+        "drift": found.drift[PATCHED],
         "seconds": cost.seconds,
         "forward_passes": cost.forward,
         "backward_passes": cost.backward,
         "peak_bytes": cost.peak,
         "patch_bytes": made.patches[0][0].nbytes if made.patches else 0,
+        **dict.fromkeys(CELLS),
         **dict.fromkeys(ATTACKED),
     }
+
+
+def stressed(
+    model: LatentDiffusion,
+    probe: Any,
+    run: Run,
+    made: Fitted,
+    plan: EvaluationPlan,
+    cache: SharedSampleCache,
+    settings: StressSettings,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Measure a run's cells of :data:`CELLS`."""
+    plan.request(cache)
+    cache.generate(progress)
+    with_model = RETRAINED_MODEL.is_dir() and run.concept in SCREENING and run.key("", 0)["replacement"] == ""
+    concept = run.concept if run.replaced and run.forgets else dataclasses.replace(run.concept, replacement=None)
+    cells = stress_cells(
+        cache,
+        plan,
+        made.patches,
+        concept,
+        WorldJudge(probe),
+        load_second_probe(),
+        Variant(model=retrained_model(str(model.device))) if with_model else None,
+        settings,
+        progress,
+    )
+    # it lacks two of the concepts that the others keep
+    return cells | (dict.fromkeys(KEPT_CELLS) if run.method == RETRAINED else {})
 
 
 def attacked(
@@ -312,14 +386,16 @@ def attacked(
 ) -> dict[str, Any]:
     """Attack a run; returns the row's attack cells, empty for attacks that this model does not support."""
     name = run.concept.name
+    variant = made.variant_of(name)
     found = run_attacks(
-        model,
-        made.variant_to_attack(name),
+        made.model or model,
+        dataclasses.replace(variant, model=None),
         Target.embedded(name),
         ProbeJudge(probe, name),
         budget,
         run.seed,
         before=False,
+        base=model,
         sampling=sampling,
         workspace=workspace,
         progress=progress,
@@ -403,6 +479,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attack", choices=(*BUDGETS, "none"), default="quick", help="budget of the attacks (default: quick)"
     )
+    p.add_argument(
+        "--no-stress", action="store_true", help="leave out held-out wordings, lower strengths and a second classifier"
+    )
     p.add_argument("--work", type=Path, help="folder to cache pictures of the unedited model and of the attacks")
     p.add_argument("--dry-run", action="store_true", help="print what would run, and an estimate of the time")
     return p
@@ -428,6 +507,15 @@ def main(argv: Sequence[str] | None = None, load: Any = embedded) -> int:
         return 2
 
 
+def left_to_do(table: Table, key: dict[str, Any], attacks: bool, stress: bool) -> tuple[bool, bool, bool]:
+    """Whether a row is to be measured, its cells of :data:`CELLS` are, and it is to be attacked."""
+    if not table.has(key):
+        return True, stress, attacks
+    row = table.row(key)
+    known = key["method"] in BASELINES or float(row["ua"]) >= FORGOTTEN
+    return False, stress and not filled(row), attacks and known and not row["attack_budget"]
+
+
 def _main(options: argparse.Namespace, load: Any) -> int:
     methods = options.method or [*BASELINES, *all_methods()]
     concepts = CONCEPTS if options.full else SCREENING
@@ -439,27 +527,35 @@ def _main(options: argparse.Namespace, load: Any) -> int:
     model, probe, by = load(options.device)
     keys = {run: run.key(model.name, options.count) for run in runs}
     attacks = options.attack != "none"
-    todo = [run for run in runs if not table.has(keys[run]) or (attacks and not table.row(keys[run])["attack_budget"])]
+    todo = [run for run in runs if any(left_to_do(table, keys[run], attacks, not options.no_stress))]
     sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
     if options.dry_run:
         print(dry_run_text(todo, table, model, sampling, options.count))
         return 0
     workspace = Workspace(options.work) if options.work else None
     failed = 0
-    cache: dict[int, SharedSampleCache] = {}
+    caches: dict[int, SharedSampleCache] = {}
     with RunProgress(len(todo)) as run_progress:
         for run in todo:
-            if run.seed not in cache:  # runs of other seeds share no pictures
-                cache = {run.seed: SharedSampleCache(model, probe, sampling, workspace, by)}
+            if run.seed not in caches:  # runs of other seeds share no pictures
+                caches = {run.seed: SharedSampleCache(model, probe, sampling, workspace, by)}
             run_progress.name = str(run)
             try:
                 made = fitted(model, run, run_progress)
+                plan = plan_of(run, made, options.count)
                 if not table.has(keys[run]):
-                    row = measured(model, probe, run, made, options.count, cache[run.seed], run_progress)
+                    row = measured(model, run, made, plan, caches[run.seed], run_progress)
                     table.append(row)
                     scores = " ".join(f"{name.upper()} {row[name]:.3f}" for name in ("ua", "ira", "cra", "drift"))
                     run_progress.say(f"{run}: {scores} in {row['seconds']:.1f} s")
-                if attacks:
+                _, stress, attack = left_to_do(table, keys[run], attacks, not options.no_stress)
+                if stress:
+                    settings = dataclasses.replace(SETTINGS, target=min(SETTINGS.target, options.count))
+                    cells = stressed(model, probe, run, made, plan, caches[run.seed], settings, run_progress)
+                    table.fill(keys[run], cells)
+                    run_progress.say(f"{run}: shown in {cells['shown_wordings']:.2f} of other wordings")
+                caches[run.seed].release()
+                if attack:
                     cells = attacked(model, probe, run, made, options.attack, sampling, workspace, run_progress)
                     table.fill(keys[run], cells)
                     run_progress.say(f"{run}: recovered in {cells['attack_success']:.2f} of the pictures")

@@ -12,8 +12,8 @@ from forget_concept.core.mini.vocabulary import CATEGORIES
 # method, preset, gradient rule
 Kind = tuple[str, str, str]
 HEADER = (
-    *("method", "preset", "gradient", "n", "UA", "IRA", "CRA", "drift"),
-    *("seconds", "forward", "backward", "peak", "patch", "recovered"),
+    *("method", "preset", "gradient", "replaced", "n", "UA", "IRA", "CRA", "other wordings", "kept there"),
+    *("UA at 0.7", "KID", "recovered", "drift", "seconds", "forward", "backward", "peak", "patch"),
 )
 BY_WORDS, BY_VECTORS = ("rephrased", "homoglyphs", "discrete"), ("soft_prompt", "inversion_recall")
 
@@ -38,6 +38,9 @@ def summary(
         "",
         "Means over concepts and seeds with 95 % intervals, in percent: Wilson's over all pictures (ratios above 100 %",
         "count as 100), widened to Student's over the runs if there are several. `n`: runs × pictures in a cell.",
+        "Other wordings: pictures of held-out wordings that show the concept, over the unedited model's. Kept there:",
+        "retain accuracy in these wordings, over all others. UA at 0.7: at this strength of the patch. KID: distance",
+        "of the concept's own prompts' pictures from those of a model that never knew it.",
         "Recovered: share of pictures that show the concept again under an attack with words (the strongest of",
         "rephrasing, other spellings and a gradient search) / with learned embeddings; measured on few pictures.",
     ]
@@ -51,18 +54,22 @@ def summary(
             f"## {category.capitalize()}: {names}",
             "",
             f"| {' | '.join(HEADER)} |",
-            f"| --- | --- | --- | {' | '.join(['---:'] * (len(HEADER) - 3))} |",
+            f"| {' | '.join(['---'] * 4 + ['---:'] * (len(HEADER) - 4))} |",
         ]
         groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
         for row in here:
-            groups.setdefault((row["method"], row["preset"], row["gradient"], row["n"]), []).append(row)
-        for (method, preset, gradient, n), several in sorted(
+            replaced = "" if row["method"] in baselines else "yes" if row["replacement"] else "no"
+            groups.setdefault((row["method"], row["preset"], row["gradient"], replaced, row["n"]), []).append(row)
+        for (method, preset, gradient, replaced, n), several in sorted(
             groups.items(), key=lambda item: _order(item[0], baselines)
         ):
             cells = [f"{method}{' *' if notes.get((method, preset, gradient)) else ''}", preset, gradient]
+            cells.append(replaced)
             cells.append(f"{len(several)} × {n}")
             for score in ("ua", "ira", "cra"):
                 cells.append("{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in _interval(several, score, int(n)))))
+            cells += _stressed(several)
+            cells.append(_recovered(several))
             cells.append(f"{_mean(several, 'drift'):.3f}")
             cells.append(f"{_mean(several, 'seconds'):.2f}" if method not in baselines else "")
             for name in ("forward_passes", "backward_passes"):
@@ -70,7 +77,6 @@ def summary(
             for name in ("peak_bytes", "patch_bytes"):
                 known = method not in baselines and all(row[name] for row in several)
                 cells.append(_bytes(_mean(several, name)) if known else "")
-            cells.append(_recovered(several))
             lines.append(f"| {' | '.join(cells)} |")
     footnotes = [
         f"`{' '.join(filter(None, kind))}`: {note}." for kind, note in sorted(notes.items()) if note and _in(kind, rows)
@@ -98,6 +104,24 @@ def _interval(rows: Sequence[Mapping[str, str]], score: str, n: int) -> tuple[fl
 
 def _mean(rows: Sequence[Mapping[str, str]], name: str) -> float:
     return sum(float(row[name]) for row in rows) / len(rows)
+
+
+def _stressed(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Other wordings, what is kept in them, UA at 0.7 and the KID; of several runs the mean."""
+    wordings = [
+        min(float(row["shown_wordings"]) / float(row["shown_unedited"]), 1.0)
+        for row in rows
+        if row["shown_wordings"] and float(row["shown_unedited"] or 0)
+    ]
+    kept, weaker, kid = (
+        [float(row[name]) for row in rows if row[name]] for name in ("kept_wordings", "ua_0.7", "kid_retrained")
+    )
+    return [
+        f"{100 * sum(wordings) / len(wordings):.1f}" if wordings else "",
+        f"{100 * sum(kept) / len(kept):.1f}" if kept else "",
+        f"{100 * sum(weaker) / len(weaker):.1f}" if weaker else "",
+        f"{sum(kid) / len(kid):.2g}" if kid else "",
+    ]
 
 
 def _recovered(rows: Sequence[Mapping[str, str]]) -> str:

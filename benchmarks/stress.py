@@ -116,6 +116,7 @@ def main() -> None:
                     cache.request(one, [question.picture for question in asked])
                 cache.generate()
                 seen = second.classify(from_bytes(torch.stack([image.picture for image in images(variant, target)])))
+                row |= {name: None for name in COLUMNS if name not in row}
                 row |= {
                     "shown_unedited": _share(target, images(unedited, target)),
                     "shown": _share(target, images(variant, target)),

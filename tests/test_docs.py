@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from forget_concept.core.cli import COMMANDS, build_parser
+from forget_concept.core.evaluation.intervals import wilson
 from forget_concept.core.methods.registry import get
 from forget_concept.core.request.request import ForgetRequest
 from forget_concept.core.version import VERSION
@@ -234,9 +235,53 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("page", [README, DOCS / "benchmarks.md"], ids=lambda page: page.name)
-def test_the_results_are_those_of_the_benchmark(page):
-    text, patched = text_of(page), [row for row in rows("forgetting.csv") if row["variant"] == "patched"]
+def share(value: str, n: str | int) -> str:
+    """A share with its 95 % interval, as the tables give it."""
+    low, high = wilson(round(float(value) * int(n)), int(n))
+    return f"{float(value):.2f} ({low:.2f} – {high:.2f})"
+
+
+def line_of_results(row: dict[str, str]) -> str:
+    """A line of the README's table of results."""
+    cells = [f"{row['concept']} ({row['category']})", row["replacement"] or "none"]
+    cells += [share(row["ua"], row["n"]), share(row["shown_wordings"], row["n_wordings"])]
+    cells += [f"{float(row[name]):.2f}" for name in ("ira", "cra", "kept_wordings", "ua_0.7")]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_readmes_results_are_those_of_the_benchmark():
+    """With a replacement and without one, in other wordings and at a lower strength."""
+    text = text_of(README)
+    found = [row for row in rows("methods.csv") if (row["method"], row["preset"]) == ("uce", "tuned")]
+    assert len(found) == 6 and {row["n"] for row in found} == {"100"}
+    for row in found:
+        assert line_of_results(row) in text
+
+
+def line_beyond_text(probe: str, found: list[dict[str, str]]) -> str:
+    """A line of the table of probes beyond the prompt: the four models, each with the three concepts."""
+    cells = []
+    for method, replaced in (("unedited", False), ("retrained", False), ("uce", True), ("uce", False)):
+        mine = [
+            r for r in found if r["method"] == method and bool(r["replacement"]) == replaced and r["probe"] == probe
+        ]
+        cells.append(" / ".join(f"{float(row['shown']):.2f}" for row in mine) or "–")
+    return f"| {probe} | {' | '.join(cells)} |"
+
+
+def test_the_table_beyond_the_prompt_is_that_of_the_benchmark():
+    text, found = text_of(DOCS / "benchmarks.md"), rows("beyond_text.csv")
+    probes = list(dict.fromkeys(row["probe"] for row in found))
+    assert {"completion", "inpainting", "latent_inversion", "noise_probe", "several", "fine-tuned"} <= set(probes)
+    for probe in probes:
+        assert line_beyond_text(probe, found) in text
+
+
+def test_the_results_are_those_of_the_benchmark():
+    text, patched = (
+        text_of(DOCS / "benchmarks.md"),
+        [row for row in rows("forgetting.csv") if row["variant"] == "patched"],
+    )
     assert len(patched) == 6
     for row in patched:
         assert (row["method"], row["preset"], row["n"]) == ("uce", "tuned", "200")
@@ -250,18 +295,24 @@ def test_the_results_are_those_of_the_benchmark(page):
 
 def test_the_table_of_methods_is_that_of_the_benchmark():
     text = text_of(DOCS / "benchmarks.md")
-    titles = {"negative_prompt": "negative prompt", "safe_guidance": "Safe Latent Diffusion"}
+    titles = {"negative_prompt": "negative prompt", "safe_guidance": "Safe Latent Diffusion", "retrained": "retrained"}
     by_method: dict[str, list[dict[str, str]]] = {}
     for row in rows("methods.csv"):
         if row["method"] != "none":
             title = titles.get(row["method"], f"`{row['method']}` {row['preset']}")
+            if row["preset"] == "tuned" and not row["replacement"]:
+                title += ", no replacement"
             by_method.setdefault(title, []).append(row)
     for title, found in by_method.items():
         assert [row["concept"] for row in found] == ["star", "neon", "Lena Frost"]
-        columns = [[float(row[part]) for row in found] for part in ("ua", "ira", "cra", "drift")]
+        columns: list[list[float | None]] = [
+            [float(row[part]) for row in found] for part in ("ua", "ira", "cra", "drift")
+        ]
         for attacks in (("rephrased", "homoglyphs", "discrete"), ("soft_prompt", "inversion_recall")):
-            columns.append([max(float(row[f"attack_{name}"] or 0) for name in attacks) for row in found])
-        cells = [" / ".join(f"{value:.2f}" for value in column) for column in columns]
+            # a row whose UA is low is not attacked
+            shares = [[float(row[f"attack_{name}"]) for name in attacks if row[f"attack_{name}"]] for row in found]
+            columns.append([max(each) if each else None for each in shares])
+        cells = [" / ".join("–" if value is None else f"{value:.2f}" for value in column) for column in columns]
         assert f"| {' | '.join([title, *cells])} |" in text
 
 
@@ -269,7 +320,9 @@ def test_the_table_of_attacks_agrees_with_the_benchmark():
     """Its first and last columns: the unedited model, and the patch that preserves the whole category."""
     text = text_of(DOCS / "benchmarks.md")
     found = {
-        row["method"]: row for row in rows("methods.csv") if row["concept"] == "star" and row["preset"] != "published"
+        row["method"]: row
+        for row in rows("methods.csv")
+        if row["concept"] == "star" and row["preset"] != "published" and (row["replacement"] or not row["preset"])
     }
     for name, title in (
         ("rephrased", "rephrased"),

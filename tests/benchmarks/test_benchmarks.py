@@ -267,7 +267,8 @@ def command(tmp_path, capsys):
 
     def run(*args: str):
         model = DrawnOnTiny()
-        args = ("--precision", "float32", *args)
+        args = ("--precision", "float32", *(() if "--stress" in args else ("--no-stress",)), *args)
+        args = tuple(one for one in args if one != "--stress")
         status = bench.main(
             [*("--out", str(tmp_path / "out.csv")), *f"--count 4 --steps {QUICK.steps} --batch 4".split(), *args],
             load=lambda device: (model, DrawnProbe(), ""),
@@ -289,8 +290,9 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
     assert model.drawn.calls
     rows = rows_of(tmp_path)
     assert list(rows[0]) == [
-        *("model", "method", "preset", "gradient", "category", "concept", "seed", "ua", "ira", "cra", "n", "drift"),
-        *("seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
+        *("model", "method", "preset", "gradient", "category", "concept", "replacement", "seed", "ua", "ira", "cra"),
+        *("n", "drift", "seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
+        *bench.CELLS,
         *("attack_budget", "attack_success", "attack_rephrased", "attack_homoglyphs"),
         *("attack_discrete", "attack_soft_prompt", "attack_inversion_recall"),
     ]
@@ -298,8 +300,10 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
         ("none", "", ""),
         ("negative_prompt", "", ""),
         ("uce", "tuned", ""),
+        ("uce", "tuned", ""),
     ]
-    none, negative, uce = rows
+    assert [row["replacement"] for row in rows] == ["", "", "circle", ""]
+    none, negative, uce, _ = rows
     assert (none["ua"], none["ira"], none["cra"], none["drift"], none["seconds"]) == ("0", "1", "1", "0", "0")
     assert (negative["ua"], negative["ira"], negative["cra"]) == ("1", "1", "1")
     assert (uce["model"], uce["category"], uce["concept"], uce["seed"], uce["n"]) == (
@@ -322,7 +326,7 @@ def test_a_second_call_runs_nothing_and_a_wider_one_only_what_is_new(command, tm
 
     command(*wanted, "--concept", "star", "--concept", "fish")
     assert (tmp_path / "out.csv").read_text().startswith(text)
-    assert [row["concept"] for row in rows_of(tmp_path)] == ["star"] * 3 + ["fish"] * 3
+    assert [row["concept"] for row in rows_of(tmp_path)] == ["star"] * 4 + ["fish"] * 4
 
 
 def test_a_row_measured_without_attacks_is_attacked_later_and_keeps_its_figures(command, tmp_path, monkeypatch):
@@ -364,7 +368,7 @@ def test_what_a_preset_refuses_is_left_out_and_the_summary_says_so(command, tmp_
     assert int(row["backward_passes"]) > 0
     text = (tmp_path / "out.md").read_text(encoding="utf-8")
     assert "- `forget_me_not published sum`: without a replacement and a preserve list." in text
-    assert "| forget_me_not * | published | sum | 1 × 4 | 0.0 (0.0–49.0) |" in text
+    assert "| forget_me_not * | published | sum | yes | 1 × 4 | 0.0 (0.0–49.0) |" in text
     assert harness.device_name(torch.device("cpu")) in text
 
 
@@ -384,8 +388,8 @@ def test_a_dry_run_lists_what_is_left_to_do_with_an_estimate_and_writes_nothing(
     assert status == 0
     assert not (tmp_path / "out.csv").exists()
     assert said.out.splitlines()[:2] == ["none star seed 0: nothing to fit", "uce tuned star seed 0: about 0 s to fit"]
-    # 4 of the target and 3 pools of 4 by the unedited model, 3 cells of 4 by the patched one
-    assert "2 runs: about 0 min to fit, and 28 pictures to measure" in said.out
+    # 4 of the target and 3 pools of 4 by the unedited model, 3 cells of 4 by each of the two patched ones
+    assert "3 runs: about 0 min to fit, and 40 pictures to measure" in said.out
     command(*wanted)
     _, _, said = command(*wanted, "--dry-run")
     assert said.out.startswith("0 runs:")
@@ -394,18 +398,48 @@ def test_a_dry_run_lists_what_is_left_to_do_with_an_estimate_and_writes_nothing(
 def test_the_plans_are_the_protocols():
     every = ["none", "negative_prompt", "uce", "forget_me_not"]
     runs = bench.planned(every, bench.PRESETS, [], bench.SCREENING, [0])
-    # two baselines and two methods of two presets, for each of three concepts
-    assert len(runs) == (2 + 2 * 2) * 3
+    # two baselines and two methods of two presets, one of which also without a replacement, for each of three concepts
+    assert len(runs) == (2 + 2 * 3) * 3
     assert [concept.kind for concept in bench.SCREENING] == ["object", "style", "identity"]
-    assert len(bench.planned(every, bench.PRESETS, [], bench.CONCEPTS, bench.SEEDS)) == (2 + 2 * 2) * 9 * 3
+    assert len(bench.planned(every, bench.PRESETS, [], bench.CONCEPTS, bench.SEEDS)) == (2 + 2 * 3) * 9 * 3
     rules = ["sum", "restricted"]
     both = bench.planned(["forget_me_not", "uce"], ["tuned"], rules, bench.SCREENING[:1], [0])
     # a rule is for what is trained
-    assert [(run.method, run.gradient) for run in both] == [
+    assert [(run.method, run.gradient) for run in both if run.replaced] == [
         ("forget_me_not", "sum"),
         ("forget_me_not", "restricted"),
         ("uce", ""),
     ]
+    # the model that never knew was trained without three concepts
+    never = bench.planned(["retrained"], bench.PRESETS, [], bench.CONCEPTS, [0])
+    assert [run.concept for run in never] == list(bench.SCREENING)
+
+
+def test_the_cells_of_a_doubter_are_filled_and_an_older_row_gets_them_later(command, tmp_path):
+    wanted = ["--method", "none", "--method", "uce", "--preset", "tuned", "--concept", "fish", "--attack", "none"]
+    command(*wanted)
+    assert {row["shown_wordings"] for row in rows_of(tmp_path)} == {""}
+    status, _, _ = command(*wanted, "--stress")
+    assert status == 0
+    none, replaced, dropped = rows_of(tmp_path)
+    for row in (none, replaced, dropped):
+        # what these pictures show is what their prompts name, whatever the patch
+        assert float(row["shown_unedited"]) == float(row["shown_wordings"])
+        assert int(row["n_wordings"]) == 4 * 8 and float(row["kept_wordings"]) == 1
+        assert float(row["lowest_kept"]) == 1 and row["lowest"] != "fish"
+        assert row["kid_retrained"] == ""
+        shares = [float(row[f"drawn_{what}"] or 0) for what in ("replacement", "nothing", "other")]
+        assert sum(shares) == pytest.approx(float(row["ua"]))
+    assert none["ua_0.7"] == "" and float(replaced["ua_0.7"]) == float(dropped["ua_0.5"]) == 0
+    assert dropped["drawn_replacement"] == ""
+    _, model, _ = command(*wanted, "--stress")
+    assert model.drawn.calls == []
+
+
+def test_what_does_not_forget_is_not_attacked(command, tmp_path):
+    command("--method", "uce", "--preset", "published", "--concept", "fish")
+    (row,) = rows_of(tmp_path)
+    assert (row["ua"], row["attack_budget"]) == ("0", "")
 
 
 def test_none_of_the_reported_concepts_chose_the_settings():
