@@ -72,6 +72,7 @@ from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge,
 from forget_concept.core.evaluation.judges import WorldJudge
 from forget_concept.core.evaluation.scores import EvaluationPlan, score_plan, world_plans
 from forget_concept.core.evaluation.stress import StressSettings
+from forget_concept.core.evaluation.wordings import WORDINGS
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit
@@ -407,11 +408,21 @@ def attacked(
 # -- the estimate -------------------------------------------------------------------------------------------------
 
 
-def pictures_to_draw(runs: Sequence[Run], count: int) -> int:
-    """Number of pictures to measure: three cells per run, and the unedited model's, which all runs of a seed share."""
+def pictures_to_draw(runs: Sequence[Run], count: int, stress: bool = False) -> int:
+    """Number of pictures to measure: three cells per run, and the unedited model's, which all runs of a seed share.
+
+    With ``stress`` those of :data:`CELLS` too, of runs that are measured whole.
+    """
     shared = {(run.seed, run.concept.name) for run in runs}
     plain = len(shared) * count + len({seed for seed, _ in shared}) * 3 * count
-    return plain + sum(3 * count for run in runs if run.method != NOTHING)
+    whole = plain + sum(3 * count for run in runs if run.method != NOTHING)
+    if not stress:
+        return whole
+    others = sum(map(len, CATEGORIES.values())) - 1
+    wordings = len(WORDINGS) * (min(SETTINGS.target, count) + SETTINGS.kept * others)
+    weaker = sum(2 * count * len(SETTINGS.strengths) for run in runs if run.forgets)
+    edited = sum(run.method != NOTHING for run in runs)
+    return whole + (len(shared) + edited) * (wordings + 2 * SETTINGS.continued) + weaker
 
 
 def fit_passes(run: Run) -> int:
@@ -437,7 +448,7 @@ def seconds_per_pass(model: LatentDiffusion, sampling: SamplingSettings) -> floa
 
 
 def dry_run_text(
-    runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: SamplingSettings, count: int
+    runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: SamplingSettings, count: int, stress: bool
 ) -> str:
     """Describe the runs, one line each, and estimate the total time on this machine, without attacks."""
     one = seconds_per_pass(model, sampling)
@@ -450,7 +461,7 @@ def dry_run_text(
         fitting = sum(before) / len(before) if before else fit_passes(run) * one
         total += fitting
         lines.append(f"{run}: about {fitting:.0f} s to fit" if run.forgets else f"{run}: nothing to fit")
-    drawn = pictures_to_draw([run for run in runs if not table.has(run.key(model.name, count))], count)
+    drawn = pictures_to_draw([run for run in runs if not table.has(run.key(model.name, count))], count, stress)
     drawing = drawn * 2 * sampling.steps * one
     lines.append(
         f"{len(runs)} runs: about {total / 60:.0f} min to fit, and {drawn} pictures to measure, about "
@@ -530,7 +541,7 @@ def _main(options: argparse.Namespace, load: Any) -> int:
     todo = [run for run in runs if any(left_to_do(table, keys[run], attacks, not options.no_stress))]
     sampling = SamplingSettings(options.steps, batch=options.batch, precision=options.precision)
     if options.dry_run:
-        print(dry_run_text(todo, table, model, sampling, options.count))
+        print(dry_run_text(todo, table, model, sampling, options.count, not options.no_stress))
         return 0
     workspace = Workspace(options.work) if options.work else None
     failed = 0

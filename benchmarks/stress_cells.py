@@ -1,4 +1,4 @@
-"""The cells of a row of `methods.py` that a doubter would ask for; `CELLS` are their columns."""
+"""The stress tests of a row of `methods.py`: other wordings, lower strengths, a second classifier."""
 
 from __future__ import annotations
 

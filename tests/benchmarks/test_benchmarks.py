@@ -390,6 +390,10 @@ def test_a_dry_run_lists_what_is_left_to_do_with_an_estimate_and_writes_nothing(
     assert said.out.splitlines()[:2] == ["none star seed 0: nothing to fit", "uce tuned star seed 0: about 0 s to fit"]
     # 4 of the target and 3 pools of 4 by the unedited model, 3 cells of 4 by each of the two patched ones
     assert "3 runs: about 0 min to fit, and 40 pictures to measure" in said.out
+    # in each of 8 wordings 4 of the target and 1 of each of the 33 others, 48 continued ones, by the unedited model and
+    # by each patched one, and 2 cells of 4 at 2 lower strengths by each patched one
+    _, _, said = command(*wanted, "--dry-run", "--stress")
+    assert f"and {40 + 3 * (8 * (4 + 33) + 48) + 2 * 2 * 2 * 4} pictures to measure" in said.out
     command(*wanted)
     _, _, said = command(*wanted, "--dry-run")
     assert said.out.startswith("0 runs:")
@@ -415,7 +419,7 @@ def test_the_plans_are_the_protocols():
     assert [run.concept for run in never] == list(bench.SCREENING)
 
 
-def test_the_cells_of_a_doubter_are_filled_and_an_older_row_gets_them_later(command, tmp_path):
+def test_the_stress_tests_are_run_and_an_older_row_gets_them_later(command, tmp_path):
     wanted = ["--method", "none", "--method", "uce", "--preset", "tuned", "--concept", "fish", "--attack", "none"]
     command(*wanted)
     assert {row["shown_wordings"] for row in rows_of(tmp_path)} == {""}

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 from tiny import fit, flags, random_patch, state_hash, tiny_model
 
-from forget_concept.core import mini
 from forget_concept.core.errors import PatchError, RequestError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SamplingSettings, evaluate
 from forget_concept.core.evaluation import assess as assess_module
@@ -31,11 +30,6 @@ EVERYTHING = EvaluationSettings(
     4, 3, (UNEDITED,), SAMPLING, m_score=InversionSettings(tokens=2, steps=2), attacks=BRIEF
 )
 PLAIN = replace(EVERYTHING, quality=False, drift=False, attention=False, m_score=False, attacks=None)
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return mini.load(), mini.load_probe()
 
 
 @pytest.fixture(scope="module")

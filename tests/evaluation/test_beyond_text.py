@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import fit, state_hash
 
-from forget_concept.core import mini
 from forget_concept.core.errors import ModelError, RequestError
 from forget_concept.core.evaluation import SamplingSettings, Variant
 from forget_concept.core.evaluation.attacks import (
@@ -44,11 +43,6 @@ class Gaussian(LatentDiffusion):
 def gaussian(embedded):
     model, _ = embedded
     return Gaussian(model.unet, model.text, sd_alphas_cumprod(), latent_shape=(4, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return mini.load(), mini.load_probe()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import torch
 from drawn import DrawnModel, DrawnPatch, DrawnProbe, forgets
 from tiny import fit, state_hash
 
-from forget_concept.core import mini
 from forget_concept.core.errors import RequestError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, EvaluationTarget, SampleCache, SamplingSettings, Variant
 from forget_concept.core.evaluation.assess import EvaluationSettings, Evaluators, assess
@@ -122,11 +121,6 @@ def test_many_names_are_those_near_and_some_of_every_distance():
 
 
 # -- on the embedded model ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return mini.load(), mini.load_probe()
 
 
 @pytest.fixture(scope="module")
