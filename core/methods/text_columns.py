@@ -18,11 +18,23 @@ from ..models.token_positions import end_position, phrase_span, tail_positions
 from ..progress import Progress, ProgressEvent, report_progress
 from ..prompts.everyday import COMMON, CONTEXTS
 from ..prompts.pairs import mentions
-from ..request.concept import Concept, normalized_phrase, templates
+from ..request.concept import Concept, canonical_phrase, normalized_phrase, templates
 from ..request.request import ForgetRequest
 from .uce_settings import UCESettings
 
-__all__ = ["Columns", "aligned_positions", "collect_columns", "common_prompts"]
+__all__ = [
+    "CANDIDATES",
+    "MEAN_OF",
+    "Columns",
+    "aligned_positions",
+    "collect_columns",
+    "common_prompts",
+    "mean_candidates",
+    "mean_phrases",
+]
+
+# phrases in the mean that a concept without a replacement is mapped to, and those that they are chosen from
+MEAN_OF, CANDIDATES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,13 @@ class Columns:
         target: ``C``, the states to forget, ``(d, n)``.
         guide: ``G``, what each of them is mapped to, ``(d, n)``.
         preserved: ``K``, the states to preserve, ``(d, m)``.
+        overshoot: Overshoot of each target, ``(n,)``; ``None``: that of the settings for all of them.
     """
 
     target: Tensor
     guide: Tensor
     preserved: Tensor
+    overshoot: Tensor | None = None
 
     def through(self, norm: nn.Module | None) -> Columns:
         """What a layer reads of the states behind a norm; ``None``: the states themselves."""
@@ -45,7 +59,18 @@ class Columns:
             return self
         device = next((p.device for p in norm.parameters()), self.target.device)
         with torch.no_grad():
-            return Columns(*(norm(part.T.to(device)).to(part).T for part in (self.target, self.guide, self.preserved)))
+            parts = [norm(part.T.to(device)).to(part).T for part in (self.target, self.guide, self.preserved)]
+        return Columns(parts[0], parts[1], parts[2], self.overshoot)
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    """Edited positions of a prompt; each has a position in every guide prompt, and is mapped to their mean."""
+
+    prompt: str
+    positions: tuple[int, ...]
+    guides: tuple[tuple[str, tuple[int, ...]], ...]
+    overshoot: float
 
 
 def aligned_positions(
@@ -141,8 +166,7 @@ def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
     targets = [normalized_phrase(concept.name) for concept in request.concepts]
     found = []
     for word, prompt in _everyday_prompts(settings):
-        plain = normalized_phrase(word)
-        if any(plain in target or target in plain for target in targets):
+        if _overlaps(word, targets):
             continue
         # a context may mention a concept to forget, such as neon next to a red star
         if not any(target in normalized_phrase(prompt) for target in targets):
@@ -171,6 +195,68 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
         "style": settings.neutral_style,
         "identity": settings.neutral_identity,
     }[concept.kind]
+
+
+def mean_candidates(kind: str, request: ForgetRequest) -> tuple[str, ...]:
+    """At most 16 phrases that concepts of this kind may be mapped to; none if all of them are forgotten.
+
+    They are the preserved phrases, except everyday words of another kind, because a style has no place in prompts about
+    objects. Where they are fewer than :data:`MEAN_OF`, everyday words of the kind join them. Both are taken at equal
+    distances from their lists.
+    """
+    targets = [normalized_phrase(concept.name) for concept in request.concepts]
+    other_kinds = {canonical_phrase(word) for other, words in COMMON.items() if other != kind for word in words}
+    preserved = [phrase for phrase in request.preserve if canonical_phrase(phrase) not in other_kinds]
+    everyday = [word for word in COMMON[kind] if not _overlaps(word, targets) and word not in preserved]
+    found = _spread(preserved, CANDIDATES)
+    return (*found, *(_spread(everyday, CANDIDATES - len(found)) if len(found) < MEAN_OF else ()))
+
+
+def mean_phrases(
+    encoder: TextEncoder, request: ForgetRequest, settings: UCESettings, progress: Progress | None = None
+) -> dict[str, tuple[str, ...]]:
+    """The phrases whose mean each concept without a replacement is mapped to, by its name.
+
+    The mean of everything of a kind leaves the choice to the model, whose favourite may be the concept. So it is that
+    of the few candidates whose text states, in the first template of the kind, are farthest from the concept's.
+
+    Args:
+        encoder: The text encoder.
+        request: The request.
+        settings: The method's settings.
+        progress: Called while the prompts are encoded.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    if settings.no_replacement != "mean":
+        return found
+    alone = [concept for concept in request.concepts if not _guide_phrase(concept, settings)]
+    for kind in dict.fromkeys(concept.kind for concept in alone):
+        names = [concept.name for concept in alone if concept.kind == kind]
+        candidates = mean_candidates(kind, request)
+        if not candidates:
+            continue
+        prompts = [_fill(templates(kind)[0], phrase) for phrase in (*names, *candidates)]
+        texts = list(dict.fromkeys(prompts))
+        means = _encode(encoder, texts, (), lambda event: _report_alignment(progress, len(request.concepts))).mean()
+        row = {text: i for i, text in enumerate(texts)}
+        states = means[[row[prompt] for prompt in prompts]].double()
+        distances = torch.cdist(states[: len(names)], states[len(names) :])
+        for name, order in zip(names, distances.argsort(dim=1, descending=True, stable=True).tolist(), strict=True):
+            found[name] = tuple(candidates[i] for i in order[:MEAN_OF])
+    return found
+
+
+def _overlaps(word: str, targets: Sequence[str]) -> bool:
+    """Whether a word contains the normalized name of a concept to forget, or occurs in one."""
+    plain = normalized_phrase(word)
+    return any(plain in target or target in plain for target in targets)
+
+
+def _spread(phrases: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of the phrases, at equal distances."""
+    if len(phrases) <= count:
+        return list(phrases)
+    return [phrases[i * len(phrases) // count] for i in range(count)]
 
 
 def _report_alignment(progress: Progress | None, of: int) -> None:
@@ -212,16 +298,21 @@ def collect_columns(
     parts = [(first, CachedTokenizer(part)) for first, part in segments_of(encoder)]
     kinds = dict.fromkeys(concept.kind for concept in request.concepts)
     wordings = {kind: _templates(settings, kind, request) for kind in kinds}
-    pairs: list[tuple[str, int, str, int]] = []  # target prompt, position, guide prompt, position
+    means = mean_phrases(encoder, request, settings, progress)
+    aligned: list[_Aligned] = []
     for concept in request.concepts:
         _report_alignment(progress, len(request.concepts))
-        phrase = _guide_phrase(concept, settings)
+        phrases = means.get(concept.name, (_guide_phrase(concept, settings),))
+        overshoot = settings.overshoot_mean if concept.name in means else settings.overshoot
         for template in wordings[concept.kind]:
             prompt = _fill(template, concept.name)
-            guide = _fill(template, phrase) if phrase or settings.no_replacement == "dropped" else ""
             for first, part in parts:
-                at = _pairs(part, settings, (concept.name, prompt), (phrase, guide))
-                pairs += [(prompt, first + i, guide, first + j) for i, j in at]
+                guides = []
+                for phrase in phrases:
+                    guide = "" if not phrase and settings.no_replacement == "empty" else _fill(template, phrase)
+                    at = _pairs(part, settings, (concept.name, prompt), (phrase, guide))
+                    guides.append((guide, tuple(first + j for _, j in at)))
+                aligned.append(_Aligned(prompt, tuple(first + i for i, _ in at), tuple(guides), overshoot))
     retain: dict[str, None] = {}
     for preserved_phrase in request.preserve:
         for templates_of_kind in wordings.values():
@@ -236,7 +327,9 @@ def collect_columns(
         for _, part in parts:
             end_position(part, prompt)  # raises if it is cut off
     # the retain set first, so that its states are one contiguous slice
-    texts = list(dict.fromkeys(["", *retain] + [p for p, _, _, _ in pairs] + [g for _, _, g, _ in pairs]))
+    prompts = dict.fromkeys((one.prompt, tuple(guide for guide, _ in one.guides), one.overshoot) for one in aligned)
+    about = [text for prompt, guides, _ in prompts for text in (prompt, *guides)]
+    texts = list(dict.fromkeys(["", *retain, *about]))
     everyday = [prompt for _, prompt in _everyday_prompts(settings)] if settings.keep_common else []
     found, row = _encode(encoder, texts, everyday, progress), {text: i for i, text in enumerate(texts)}
     states, lengths = found.hidden, found.known()
@@ -248,12 +341,12 @@ def collect_columns(
         preserved = torch.cat([states[i, : lengths[i]] for i in range(1 + len(retain))])
     columns = {
         TOKENS: Columns(
-            target=states[[row[p] for p, _, _, _ in pairs], [i for _, i, _, _ in pairs]].T,
-            guide=states[[row[g] for _, _, g, _ in pairs], [j for _, _, _, j in pairs]].T,
+            target=torch.cat([states[row[one.prompt], list(one.positions)] for one in aligned]).T,
+            guide=torch.cat(_guide_states(aligned, states, row)).T,
             preserved=preserved.T,
+            overshoot=torch.tensor([one.overshoot for one in aligned for _ in one.positions]),
         )
     }
-    prompts = dict.fromkeys((prompt, guide) for prompt, _, guide, _ in pairs)
     for stream in streams:
         if stream == TOKENS:
             continue
@@ -264,11 +357,21 @@ def collect_columns(
                 "load the model with all of its text encoders, or set 'pooled' to no."
             )
         columns[stream] = Columns(
-            target=vectors[[row[prompt] for prompt, _ in prompts]].T,
-            guide=vectors[[row[guide] for _, guide in prompts]].T,
+            target=vectors[[row[prompt] for prompt, _, _ in prompts]].T,
+            guide=torch.stack([vectors[[row[guide] for guide in guides]].mean(0) for _, guides, _ in prompts]).T,
             preserved=vectors[: 1 + len(retain)].T,
+            overshoot=torch.tensor([overshoot for _, _, overshoot in prompts]),
         )
     return columns
+
+
+def _guide_states(aligned: Sequence[_Aligned], states: Tensor, row: dict[str, int]) -> list[Tensor]:
+    """The guide states of each, ``(positions, d)``. Concepts of one kind share them where their names are as long."""
+    found: dict[tuple[tuple[str, tuple[int, ...]], ...], Tensor] = {}
+    for guides in dict.fromkeys(one.guides for one in aligned):
+        each = [states[row[guide], list(positions)] for guide, positions in guides]
+        found[guides] = each[0] if len(each) == 1 else torch.stack(each).mean(0)
+    return [found[one.guides] for one in aligned]
 
 
 def _encode(

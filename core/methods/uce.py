@@ -5,8 +5,8 @@ Gandikota et al., *Unified Concept Editing in Diffusion Models* (arXiv 2308.1476
 ``W* = (λW + s_e W G Cᵀ + s_p W K Kᵀ) N⁻¹`` with ``N = λI + s_e C Cᵀ + s_p K Kᵀ``
 
 The columns of ``C`` are the text states to forget, those of ``G`` the guide states that they are mapped to, and those
-of ``K`` the states to preserve. ``G`` may lie beyond the guide states, at ``C + o (G - C)``, which multiplies ``ΔW`` by
-``o``, the setting ``overshoot``. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
+of ``K`` the states to preserve. A target may be mapped beyond its guide state, to ``C + o (G - C)``, where ``o`` is the
+setting ``overshoot``. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
 same ``M`` at every site. It is computed once, in fp64, from the text states alone, without gradients or UNet passes.
 
 A model that also reads a pooled vector of the prompt (SDXL) gets a second map of the same form from the same prompts,
@@ -73,6 +73,7 @@ class UCE(Method):
             contexts=True,
             keep_common=True,
             tolerance=0.01,
+            no_replacement="mean",
         ),
     }
 
@@ -208,7 +209,8 @@ def solve_context_map(
     else:
         down = torch.cholesky_solve(target, factor).T
     look()
-    change = settings.overshoot * settings.erase_weight * (guide - target)
+    overshoot = settings.overshoot if columns.overshoot is None else columns.overshoot.to(target)
+    change = settings.erase_weight * overshoot * (guide - target)
     look()
     # truncate M R in the metric of the projections' outputs
     seen = down @ factor

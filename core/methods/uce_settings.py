@@ -66,10 +66,11 @@ class UCESettings:
         group="prompts",
     )
     preserve_prompts: tuple[str, ...] = setting((), "Whole prompts to preserve, one per line.", group="prompts")
-    no_replacement: Literal["dropped", "empty"] = setting(
+    no_replacement: Literal["dropped", "empty", "mean"] = setting(
         "dropped",
         "What a concept without a replacement is mapped to. dropped: the same prompt without it. empty: the empty "
-        "prompt.",
+        "prompt. mean: the mean of the same prompt with the four preserved phrases, or everyday words of its kind, "
+        "that are farthest from it.",
         group="prompts",
     )
     neutral_object: str = setting(
@@ -99,6 +100,16 @@ class UCESettings:
         1.0,
         "How far each text state is moved, as a multiple of the way to what it is mapped to. Above 1 the concept is "
         "gone at a strength below 1 too.",
+        minimum=0.1,
+        maximum=3,
+        step=0.05,
+        advanced=True,
+    )
+
+    # a mean of several phrases is still near the concept, and farther on is still one of them
+    overshoot_mean: float = setting(
+        1.8,
+        "The overshoot of concepts that are mapped to a mean, because they have no replacement.",
         minimum=0.1,
         maximum=3,
         step=0.05,

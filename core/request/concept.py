@@ -67,8 +67,8 @@ def check_templates(given: Sequence[str] | None) -> None:
 def default_replacement(kind: str) -> str:
     """The replacement of a concept that names none: the empty string, for every kind.
 
-    There is no neutral word that suits every model's vocabulary. Methods drop the concept from the prompt instead, or
-    use the empty prompt.
+    There is no neutral word that suits every model's vocabulary. Methods drop the concept from the prompt instead, use
+    the empty prompt, or a mean of other phrases.
 
     Raises:
         RequestError: The kind is unknown.

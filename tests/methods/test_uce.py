@@ -12,9 +12,19 @@ from tiny import TinyText, fit, flags, rand, state_hash, tiny_model, tiny_xl_mod
 
 from forget_concept.core.errors import ModelError, RequestError, TokenError
 from forget_concept.core.methods import text_columns
-from forget_concept.core.methods.text_columns import Columns, aligned_positions, collect_columns, common_prompts
+from forget_concept.core.methods.text_columns import (
+    CANDIDATES,
+    MEAN_OF,
+    Columns,
+    aligned_positions,
+    collect_columns,
+    common_prompts,
+    mean_candidates,
+    mean_phrases,
+)
 from forget_concept.core.methods.uce import UCE, UCESettings, gram_of, solve_context_map
 from forget_concept.core.models.text_entries import POOLED, TOKENS
+from forget_concept.core.prompts.everyday import COMMON
 from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest
 
@@ -26,13 +36,15 @@ PLAIN = {
     "contexts": False,
     "keep_common": False,
     "tolerance": 1e-6,
+    "no_replacement": "dropped",
 }
 STAR = ForgetRequest((Concept("star", replacement="circle"),), preserve=("square", "tree"))
 
 
 def plain(weight, columns, s):
-    """Equation 7 as written, for one matrix, inverted in fp64."""
+    """Equation 7 as written, for one matrix, inverted in fp64, with the guide states beyond theirs by the overshoot."""
     w, c, g, k = (t.double() for t in (weight, columns.target, columns.guide, columns.preserved))
+    g = c + (1.0 if columns.overshoot is None else columns.overshoot.double()) * (g - c)
     ridge = s.ridge * c.square().mean()
     normal = ridge * torch.eye(len(c)).double() + s.erase_weight * c @ c.T + s.preserve_weight * k @ k.T
     right = ridge * w + s.erase_weight * w @ g @ c.T + s.preserve_weight * w @ k @ k.T
@@ -41,14 +53,17 @@ def plain(weight, columns, s):
 
 @pytest.mark.parametrize("columns", ["tail", "last"])
 @pytest.mark.parametrize("projections", [("to_k", "to_v"), ("to_v",)])
-def test_every_matrix_is_the_plain_formula(model, columns, projections):
+@pytest.mark.parametrize("no_replacement", ["dropped", "mean"])
+def test_every_matrix_is_the_plain_formula(model, columns, projections, no_replacement):
+    changed = {"columns": columns, "projections": projections, "erase_weight": 2.0, "preserve_weight": 0.5}
+    changed |= {"no_replacement": no_replacement, "overshoot": 1.2}
     request = ForgetRequest(
         (Concept("star", replacement="circle"), Concept("watercolour", "style")),
         preserve=("square", "tree"),
-        settings=PLAIN | {"columns": columns, "projections": projections, "erase_weight": 2.0, "preserve_weight": 0.5},
+        settings=PLAIN | changed,
     )
     patch = fit(model, request)
-    s = UCESettings(columns=columns, projections=projections, erase_weight=2.0, preserve_weight=0.5)
+    s = UCESettings(**changed)
     found = collect_columns(model.text, request, s)[TOKENS]
     assert len(patch) == len(model.survey) * len(projections)
     for key, new in patch.merged_state(model.unet).items():
@@ -326,6 +341,69 @@ def test_guides_without_a_replacement():
     word = collect_columns(text, request, UCESettings(templates=("{}",), neutral_object="thing"))[TOKENS]
     thing = text.encode(["thing"]).hidden[0]
     torch.testing.assert_close(word.guide[:, pieces(text, "star") - 1], thing[pieces(text, "thing")])
+
+
+PRESERVED = tuple(f"word{letter}" for letter in "abcdefghijklmnop")
+
+
+@pytest.mark.parametrize("columns", ["tail", "last"])
+def test_a_mean_is_that_of_a_patch_for_each_of_its_phrases(model, columns):
+    """The closed form is linear in its guide states."""
+    changed = PLAIN | {"columns": columns, "overshoot": 1.5, "overshoot_mean": 1.5, "tolerance": 0}
+    request = ForgetRequest((Concept("star"),), PRESERVED, settings=changed | {"no_replacement": "mean"})
+    found = fit(model, request)
+    phrases = mean_phrases(model.text, request, UCESettings(no_replacement="mean"))["star"]
+    assert len(set(phrases)) == MEAN_OF and set(phrases) < set(PRESERVED)
+    each = [fit(model, ForgetRequest((Concept("star", replacement=p),), PRESERVED, settings=changed)) for p in phrases]
+    for key, factors in found.factors.items():
+        mean = torch.stack([one.factors[key].delta() for one in each]).mean(0)
+        torch.testing.assert_close(factors.delta(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_is_of_the_phrases_that_are_farthest_from_the_concept():
+    text = TinyText()
+    request = ForgetRequest((Concept("star"), Concept("tree"), Concept("charcoal", "style", "oil painting")), PRESERVED)
+    found = mean_phrases(text, request, UCESettings(no_replacement="mean"))
+    assert set(found) == {"star", "tree"}  # the third has a replacement
+    template = templates("object")[0]
+    for name, phrases in found.items():
+        own = text.encode([template.format(name)]).hidden[0].mean(0)
+        far = {p: float((text.encode([template.format(p)]).hidden[0].mean(0) - own).norm()) for p in PRESERVED}
+        assert list(phrases) == sorted(far, key=lambda p: -far[p])[:MEAN_OF]
+    assert mean_phrases(text, request, UCESettings(no_replacement="mean", neutral_object="thing")) == {}
+    assert mean_phrases(text, request, UCESettings()) == {}
+
+
+def test_the_candidates_of_a_mean_are_preserved_phrases_of_the_kind_and_everyday_words():
+    star = Concept("star")
+    assert mean_candidates("object", ForgetRequest((star,), PRESERVED)) == PRESERVED
+    many = mean_candidates("object", ForgetRequest((star,), tuple(f"{p} {q}" for p in PRESERVED for q in "xyz")))
+    assert len(set(many)) == CANDIDATES and {phrase.split()[0] for phrase in many} == set(PRESERVED)
+    # a style and a person have no place in prompts about objects
+    few = mean_candidates("object", ForgetRequest((star,), ("tree", "Charcoal", "a farmer", "the moon")))
+    assert few[:2] == ("tree", "the moon") and len(few) == CANDIDATES and set(few[2:]) <= set(COMMON["object"])
+    assert mean_candidates("object", ForgetRequest((star,), ("tree", *PRESERVED[:3]))) == ("tree", *PRESERVED[:3])
+    # nor has what is to be forgotten, alone or in a longer name
+    for names in (("sun",), ("red sun", "sunny street")):
+        found = mean_candidates("object", ForgetRequest(tuple(Concept(name) for name in names)))
+        assert len(found) == CANDIDATES and "sun" not in found
+
+
+def test_without_any_phrase_for_a_mean_the_concept_is_dropped():
+    text = TinyText()
+    request = ForgetRequest(tuple(Concept(word, "style") for word in COMMON["style"]))
+    found = [collect_columns(text, request, UCESettings(no_replacement=n))[TOKENS].guide for n in ("mean", "dropped")]
+    assert torch.equal(*found)
+
+
+def test_the_overshoot_of_a_mean_is_its_own():
+    text = TinyText()
+    request = ForgetRequest((Concept("star"), Concept("tree", replacement="moon")))
+    s = UCESettings(templates=("{}",), no_replacement="mean", overshoot=1.1, overshoot_mean=1.7)
+    found = collect_columns(text, request, s)[TOKENS]
+    edited = 77 - pieces(text, "star")
+    assert found.overshoot[:edited].unique().tolist() == pytest.approx([1.7])
+    assert found.overshoot[edited:].unique().tolist() == pytest.approx([1.1])
 
 
 def test_the_published_preset_takes_the_last_token_of_the_bare_word():
