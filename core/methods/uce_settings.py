@@ -106,7 +106,7 @@ class UCESettings:
         advanced=True,
     )
 
-    # a mean of several phrases is still near the concept, and farther on is still one of them
+    # regularization stops short of the mean, and pictures near it can still show the concept; chosen on Hugo Marsh
     overshoot_mean: float = setting(
         1.8,
         "The overshoot of concepts that are mapped to a mean, because they have no replacement.",
