@@ -37,8 +37,9 @@ from typing import Any
 
 import torch
 from harness import Table
-from methods import RETRAINED_MODEL, SCREENING
+from methods import RETRAINED_MODEL
 from rich.console import Console
+from runs import SCREENING
 
 from forget_concept.core import mini
 from forget_concept.core.evaluation import Picture, SamplingSettings, Score, Variant

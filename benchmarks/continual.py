@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import RunProgress, SharedSampleCache, Table, costing
-from methods import Run, embedded, fullest_request
+from methods import embedded
+from runs import Run, fullest_request
 
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, EvaluationTarget, SamplingSettings, evaluate

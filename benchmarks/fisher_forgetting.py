@@ -13,7 +13,8 @@ import dataclasses
 from pathlib import Path
 
 from harness import RunProgress, SharedSampleCache, Table, costing
-from methods import CONCEPTS, Fitted, Run, embedded, fullest_request, measured
+from methods import Fitted, embedded, measured
+from runs import CONCEPTS, Run, fullest_request
 
 from forget_concept.core.evaluation import PATCHED, SamplingSettings
 from forget_concept.core.files.workspace import Workspace

@@ -72,7 +72,7 @@ class Table:
         self._there = {self._key(row) for row in self.rows}
 
     def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in self.key)
+        return tuple(_cell(row[name]) for name in self.key)
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether the table has a row with the key of ``row``."""

@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 from harness import RunProgress, Table, costing
-from methods import embedded, pictures_of
+from methods import embedded
+from runs import pictures_of
 
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import ImageClassifier, SampleCache, SamplingSettings, Variant, target_questions

@@ -51,14 +51,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from estimate import dry_run_text
 from harness import Cost, RunProgress, SharedSampleCache, Table, costing, device_name
 from methods_summary import first_of_each_kind, write_summary
+from runs import (
+    BASELINES,
+    CONCEPTS,
+    KEY,
+    PRESETS,
+    RETRAINED,
+    SCREENING,
+    Run,
+    fullest_request,
+    planned,
+)
 from stress_cells import CELLS, KEPT_CELLS, SETTINGS, filled, stress_cells
 
 from forget_concept.core import mini
-from forget_concept.core.errors import Cancelled, ForgetConceptError, RequestError
+from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import (
     NEGATIVE,
     PATCHED,
@@ -72,43 +83,19 @@ from forget_concept.core.evaluation.attacks import ATTACKS, BUDGETS, ProbeJudge,
 from forget_concept.core.evaluation.judges import WorldJudge
 from forget_concept.core.evaluation.scores import EvaluationPlan, score_plan, world_plans
 from forget_concept.core.evaluation.stress import StressSettings
-from forget_concept.core.evaluation.wordings import WORDINGS
 from forget_concept.core.files.workspace import Workspace
-from forget_concept.core.methods.base import Inputs
 from forget_concept.core.methods.fit import fit
-from forget_concept.core.methods.registry import all_methods, get, plan_request
-from forget_concept.core.mini import world
+from forget_concept.core.methods.registry import all_methods, plan_request
 from forget_concept.core.mini.second_probe import load_second_probe
-from forget_concept.core.mini.vocabulary import CATEGORIES, NONE
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
 from forget_concept.core.models.safe_guidance import SafetyGuidance
 from forget_concept.core.patch.patch import Patch
-from forget_concept.core.progress import Progress, ProgressEvent
-from forget_concept.core.request.concept import Concept
-from forget_concept.core.request.request import ForgetRequest
-from forget_concept.core.request.settings import resolve_settings
+from forget_concept.core.progress import Progress
 
-NOTHING, RETRAINED = "none", "retrained"
-BASELINES = (NOTHING, NEGATIVE, SAFE, RETRAINED)
 RETRAINED_MODEL = Path(__file__).with_name("mini_retrained")
-PRESETS = ("published", "tuned")
 # below this UA there is nothing to recover
 FORGOTTEN = 0.9
-# screening uses the first of each category
-CONCEPTS = (
-    Concept("star", "object", "circle"),
-    Concept("neon", "style", "sketch"),
-    Concept("Lena Frost", "identity", "Nadia Pell"),
-    Concept("fish", "object", "arrow"),
-    Concept("watercolour", "style", "dotted"),
-    Concept("Bruno Finch", "identity", "Otto Brand"),
-    Concept("key", "object", "cup"),
-    Concept("comic", "style", "striped"),
-    Concept("Zuri Okoye", "identity", "Ivy Stone"),
-)
-SCREENING = CONCEPTS[:3]
 ATTACKED = ("attack_budget", "attack_success", *(f"attack_{name}" for name in ATTACKS))
-KEY = ["model", "method", "preset", "gradient", "category", "concept", "replacement", "seed", "n"]
 COLUMNS = [
     *("model", "method", "preset", "gradient", "category", "concept", "replacement", "seed", "ua", "ira", "cra", "n"),
     *("drift", "seconds", "forward_passes", "backward_passes", "peak_bytes", "patch_bytes"),
@@ -116,157 +103,6 @@ COLUMNS = [
     *ATTACKED,
 ]
 COUNT, SEEDS = 100, (0, 1, 2)
-IMAGES = 8
-# rough cost of training, in UNet passes per step and row of the batch (forward, backward and the retain set)
-PASSES_PER_ROW = 6
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run of one row: a method's preset with a gradient rule (``""`` if it has none), a concept and a seed."""
-
-    method: str
-    preset: str
-    gradient: str
-    concept: Concept
-    seed: int
-    replaced: bool = True
-
-    @property
-    def forgets(self) -> bool:
-        return self.method not in BASELINES
-
-    def key(self, model: str, count: int) -> dict[str, Any]:
-        return {
-            "model": model,
-            "method": self.method,
-            "preset": self.preset,
-            "gradient": self.gradient,
-            "category": self.concept.kind,
-            "concept": self.concept.name,
-            "replacement": (self.concept.replacement or "") if self.forgets and self.replaced else "",
-            "seed": self.seed,
-            "n": count,
-        }
-
-    def __str__(self) -> str:
-        without = "" if self.replaced else "without a replacement"
-        words = (self.method, self.preset, self.gradient, self.concept.name, without, f"seed {self.seed}")
-        return " ".join(word for word in words if word)
-
-
-def planned(
-    methods: Sequence[str],
-    presets: Sequence[str],
-    gradients: Sequence[str],
-    concepts: Sequence[Concept],
-    seeds: Sequence[int],
-) -> list[Run]:
-    """All combinations as runs; without ``gradients``, each preset uses its own rule.
-
-    Raises:
-        RequestError: If a method or preset is unknown, or a rule is invalid.
-    """
-    kinds: list[tuple[str, str, str]] = []
-    for method in methods:
-        if method in BASELINES:
-            kinds.append((method, "", ""))
-            continue
-        for preset in presets:
-            own = getattr(resolve_settings(get(method), preset, {}), "gradient", "")
-            kinds += [(method, preset, rule) for rule in ((gradients or [own]) if own else [""])]
-    return [
-        Run(*kind, concept, seed, replaced)
-        for seed in seeds
-        for kind in kinds
-        for replaced in ((True, False) if kind[1] == "tuned" else (True,))
-        for concept in concepts
-        if kind[0] != RETRAINED or concept in SCREENING
-    ]
-
-
-# -- requests -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FullestRequest:
-    """A request that a method accepts, its inputs, and a note on what was left out or added."""
-
-    request: ForgetRequest
-    inputs: Inputs
-    note: str
-
-
-def fullest_request(model: LatentDiffusion, run: Run, preserve: Sequence[str] | None = None) -> FullestRequest:
-    """The request with the most options that the method accepts.
-
-    A fit is started and cancelled when it first reports progress, because by then it has validated its inputs. (A
-    closed form reports none and completes.)
-
-    Args:
-        preserve: The retain set. Default: the other concepts of the category.
-
-    Raises:
-        RequestError: The first one, if the method accepts no request.
-    """
-    first: RequestError | None = None
-    for images in (False, True) if get(run.method).takes_images else (False,):
-        for replaced, preserved in ((True, True), (False, True), (True, False), (False, False)):
-            if replaced and not run.replaced:
-                continue
-            found = _request_with(run, replaced, preserved, images, preserve)
-            try:
-                fit(model, plan_request(found.request), _stop, found.inputs)
-            except RequestError as error:
-                first = first or error
-                continue
-            except Cancelled:
-                pass
-            return found
-    assert first is not None
-    raise first
-
-
-def _request_with(
-    run: Run, replaced: bool, preserved: bool, images: bool, preserve: Sequence[str] | None
-) -> FullestRequest:
-    concept = run.concept
-    names = [word.name for word in CATEGORIES[concept.kind]] if preserve is None else preserve
-    others = tuple(name for name in names if name != concept.name)
-    request = ForgetRequest(
-        (concept if replaced else dataclasses.replace(concept, replacement=None),),
-        preserve=others if preserved else (),
-        method=run.method,
-        preset=run.preset,
-        settings={"gradient": run.gradient} if run.gradient else {},
-        seed=run.seed,
-    )
-    inputs = Inputs(images={concept.name: pictures_of(concept, IMAGES, run.seed)} if images else {})
-    parts = ((replaced or not run.replaced, "a replacement"), (preserved, "a preserve list"))
-    without = [words for kept, words in parts if not kept]
-    note = f"without {' and '.join(without)}" if without else ""
-    return FullestRequest(request, inputs, "; ".join(filter(None, (note, f"with {IMAGES} pictures" if images else ""))))
-
-
-def _stop(event: ProgressEvent) -> None:
-    raise Cancelled
-
-
-def pictures_of(concept: Concept, count: int, seed: int) -> torch.Tensor:
-    """Rendered pictures ``(count, 3, 128, 128)`` in [-1, 1] of a concept in the embedded model's vocabulary."""
-    draws = np.random.default_rng(seed)
-    found = []
-    while len(found) < count:
-        scene = world.sample_scene(draws)
-        if concept.kind == "style":
-            scene = dataclasses.replace(scene, style=concept.name)
-        elif concept.kind == "object":
-            colour = scene.colour if scene.colour != NONE else "red"
-            scene = dataclasses.replace(scene, shape=concept.name, person=NONE, attributes=(), colour=colour)
-        else:
-            scene = dataclasses.replace(scene, person=concept.name, shape=NONE, colour=NONE, attributes=())
-        found.append(torch.from_numpy(world.render(scene).copy()).permute(2, 0, 1))
-    return torch.stack(found).float() / 127.5 - 1
 
 
 # -- one run ------------------------------------------------------------------------------------------------------
@@ -403,71 +239,6 @@ def attacked(
     )
     cells = {f"attack_{one.attack}": one.after.value for one in found.results}
     return dict.fromkeys(ATTACKED) | cells | {"attack_budget": budget, "attack_success": found.attack_success.value}
-
-
-# -- the estimate -------------------------------------------------------------------------------------------------
-
-
-def pictures_to_draw(runs: Sequence[Run], count: int, stress: bool = False) -> int:
-    """Number of pictures to measure: three cells per run, and the unedited model's, which all runs of a seed share.
-
-    With ``stress`` those of :data:`CELLS` too, of runs that are measured whole.
-    """
-    shared = {(run.seed, run.concept.name) for run in runs}
-    plain = len(shared) * count + len({seed for seed, _ in shared}) * 3 * count
-    whole = plain + sum(3 * count for run in runs if run.method != NOTHING)
-    if not stress:
-        return whole
-    others = sum(map(len, CATEGORIES.values())) - 1
-    wordings = len(WORDINGS) * (min(SETTINGS.target, count) + SETTINGS.kept * others)
-    weaker = sum(2 * count * len(SETTINGS.strengths) for run in runs if run.forgets)
-    edited = sum(run.method != NOTHING for run in runs)
-    return whole + (len(shared) + edited) * (wordings + 2 * SETTINGS.continued) + weaker
-
-
-def fit_passes(run: Run) -> int:
-    """Rough estimate of the UNet passes of a fit, from its settings; correct within a small factor."""
-    if not run.forgets:
-        return 0
-    settings = resolve_settings(get(run.method), run.preset, {"gradient": run.gradient} if run.gradient else {})
-
-    def sized(name: str, default: int = 0) -> int:
-        return getattr(settings, name, default)
-
-    drawn = 2 * sized("sample_steps") * (2 * sized("n_images") + sized("replay_images"))
-    importance = 3 * 2 * sized("fisher_draws") * sized("fisher_samples")
-    return PASSES_PER_ROW * sized("steps") * sized("batch_size", 1) + drawn + importance
-
-
-def seconds_per_pass(model: LatentDiffusion, sampling: SamplingSettings) -> float:
-    """Seconds per sample of a UNet forward pass, measured in a batch of the evaluation's size."""
-    batch = sampling.batch
-    with costing(model) as cost:
-        model.sample([""] * batch, range(batch), steps=2, guidance=sampling.guidance, batch=batch)
-    return cost.seconds / cost.forward
-
-
-def dry_run_text(
-    runs: Sequence[Run], table: Table, model: LatentDiffusion, sampling: SamplingSettings, count: int, stress: bool
-) -> str:
-    """Describe the runs, one line each, and estimate the total time on this machine, without attacks."""
-    one = seconds_per_pass(model, sampling)
-    known: dict[tuple[str, str, str], list[float]] = {}
-    for row in table.rows:
-        known.setdefault((row["method"], row["preset"], row["gradient"]), []).append(float(row["seconds"]))
-    lines, total = [], 0.0
-    for run in runs:
-        before = known.get((run.method, run.preset, run.gradient))
-        fitting = sum(before) / len(before) if before else fit_passes(run) * one
-        total += fitting
-        lines.append(f"{run}: about {fitting:.0f} s to fit" if run.forgets else f"{run}: nothing to fit")
-    drawn = pictures_to_draw([run for run in runs if not table.has(run.key(model.name, count))], count, stress)
-    drawing = drawn * 2 * sampling.steps * one
-    lines.append(
-        f"{len(runs)} runs: about {total / 60:.0f} min to fit, and {drawn} pictures to measure, about "
-        f"{drawing / 60:.0f} min, on {device_name(model.device)}."
-    )
-    return "\n".join(lines)
 
 
 # -- the command --------------------------------------------------------------------------------------------------

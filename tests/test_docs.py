@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +248,46 @@ def line_of_results(row: dict[str, str]) -> str:
     cells += [share(row["ua"], row["n"]), share(row["shown_wordings"], row["n_wordings"])]
     cells += [f"{float(row[name]):.2f}" for name in ("ira", "cra", "kept_wordings", "ua_0.7")]
     return f"| {' | '.join(cells)} |"
+
+
+def line_of_stress(strengths: list[dict[str, str]]) -> str:
+    """A line of the table of stress tests, from the rows of one patch at its strengths."""
+    full = strengths[0]
+    assert [float(row["strength"]) for row in strengths] == [1, 0.7, 0.5]
+    cells = [f"{full['concept']} ({full['category']})", full["replacement"] or "none"]
+    cells += [f"{float(full['shown_unedited']):.2f}"]
+    cells += [f"{float(row['shown']):.2f} / {float(row['shown_second']):.2f}" for row in strengths]
+    cells += [f"{float(full[name]):.2f}" for name in ("kept", "kept_of_its_kind")]
+    return f"| {' | '.join(cells)} |"
+
+
+def line_of_factor(method: str, factor: str, found: list[dict[str, str]]) -> str:
+    """A line of the table of learning rates, from the rows of one method and factor."""
+    scores = [" / ".join(f"{float(row[part]):.2f}" for row in found) for part in ("ua", "ira", "cra")]
+    lr = get(method).presets["published_scaled"].lr
+    return f"| `{method}` | {factor} ({lr:g}) | {' | '.join(scores)} |"
+
+
+def test_the_table_of_learning_rates_has_the_chosen_factors():
+    text, by_factor = text_of(DOCS / "benchmarks.md"), defaultdict(list)
+    for row in rows("learning_rates.csv"):
+        by_factor[row["method"], row["factor"], float(row["lr"])].append(row)
+    for method in ("forget_me_not", "duge", "selective_amnesia"):
+        chosen = get(method).presets["published_scaled"].lr
+        ((key, found),) = [
+            (key, found) for key, found in by_factor.items() if key[0] == method and key[2] == pytest.approx(chosen)
+        ]
+        found = sorted(found, key=lambda row: ["tree", "mosaic", "Hugo Marsh"].index(row["concept"]))
+        assert len(found) == 3 and line_of_factor(method, key[1], found) in text
+
+
+def test_the_table_of_stress_tests_is_that_of_the_benchmark():
+    text, by_patch = text_of(DOCS / "benchmarks.md"), defaultdict(list)
+    for row in rows("stress.csv"):
+        by_patch[row["concept"], row["replacement"]].append(row)
+    assert len(by_patch) == 12
+    for strengths in by_patch.values():
+        assert line_of_stress(strengths) in text
 
 
 def test_the_readmes_results_are_those_of_the_benchmark():

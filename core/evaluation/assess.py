@@ -7,7 +7,7 @@ metrics are passed as :class:`Evaluators`, so that the embedded model and any ot
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,8 +17,6 @@ from torch import Tensor
 from ..errors import ForgetConceptError, RequestError, listed
 from ..files.workspace import Workspace
 from ..mini import vocabulary
-from ..mini.probe import Probe
-from ..mini.second_probe import load_second_probe
 from ..models.images import from_bytes
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.text_encoders import check_words
@@ -33,22 +31,11 @@ from .bench.concept_bench import ConceptBench
 from .bench.questions import bench_questions
 from .drawing import ImageClassifier, LabeledImage, Picture, SampleCache, SamplingSettings
 from .erosion import erosion
+from .evaluators import Evaluators
 from .judges import Judge, WorldJudge
 from .m_score import concept_latents, m_score
-from .metrics import (
-    FeatureExtractor,
-    ImageText,
-    PairDistance,
-    ProbeDistance,
-    ProbeFeatures,
-    ProbeImageText,
-    clip_score,
-    features_of,
-    fid,
-    kid,
-    perceptual_distance,
-)
 from .outcomes import Disagreement, Outcome, disagreement, outcome, replacement_in
+from .quality import quality_metrics
 from .questions import CATEGORIES
 from .report import Attack, Drift, ErosionStep, KindScores, Metric, MScore, PatchFacts, Provenance, Report, grids
 from .retention import text_distances
@@ -70,34 +57,6 @@ __all__ = ["EvaluationSettings", "Evaluators", "assess"]
 
 # attention maps per concept
 ATTENTION_IMAGES = 2
-
-
-@dataclass(frozen=True)
-class Evaluators:
-    """The models that evaluate images.
-
-    Attributes:
-        judge: Classifies the images.
-        features: Feature extractor for FID and KID; ``None`` omits them.
-        distance: Perceptual distance of image pairs; ``None`` omits it.
-        image_text: CLIP or a substitute for the CLIP score; ``None`` omits it.
-        second: A second classifier, of another architecture, whose labels are compared with the judge's.
-        missing: Why a part of the report is omitted, by the name of the part.
-    """
-
-    judge: Judge
-    features: FeatureExtractor | None = None
-    distance: PairDistance | None = None
-    image_text: ImageText | None = None
-    second: ImageClassifier | None = None
-    missing: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def embedded(cls, probe: Probe) -> Evaluators:
-        """Return the evaluators of the embedded model: its probe and the second one."""
-        # a stand-in for the probe judges pictures that the second one cannot read
-        second = load_second_probe().to(next(probe.parameters()).device) if isinstance(probe, Probe) else None
-        return cls(WorldJudge(probe), ProbeFeatures(probe), ProbeDistance(probe), ProbeImageText(probe), second=second)
 
 
 @dataclass(frozen=True)
@@ -260,7 +219,7 @@ def assess(
     metrics: tuple[Metric, ...] = ()
     if settings.quality:
         with timer("picture quality"):
-            metrics = _quality(evaluators, cache, plans)
+            metrics = quality_metrics(evaluators, cache, plans)
     attention: tuple[AttentionPair, ...] = ()
     if settings.attention:
         with timer("attention"):
@@ -391,75 +350,6 @@ def _plans(
             EvaluationPlan(concept.name, concept.category, cells, build_variants(concept.name, patches, baselines))
         )
     return found
-
-
-def _quality(evaluators: Evaluators, cache: SampleCache, plans: Sequence[EvaluationPlan]) -> tuple[Metric, ...]:
-    """Image quality on the retain set: each variant against the unedited model on the same prompts and seeds."""
-    pairs: dict[str, dict[object, tuple[str, Tensor, Tensor]]] = {}
-    for plan in plans:
-        for name, variant in plan.variants.items():
-            if name == UNEDITED:
-                continue
-            pictures = [question.picture for question in (*plan.cells.in_domain, *plan.cells.cross_domain)]
-            before, after = cache.get(plan.variants[UNEDITED], pictures), cache.get(variant, pictures)
-            for picture, was, now in zip(pictures, before, after, strict=True):
-                pairs.setdefault(name, {})[variant.key, picture] = (picture.prompt, was.picture, now.picture)
-    stacks = {
-        name: (
-            [prompt for prompt, _, _ in found.values()],
-            torch.stack([was for _, was, _ in found.values()]),
-            torch.stack([now for _, _, now in found.values()]),
-        )
-        for name, found in pairs.items()
-    }
-    n = len(stacks[PATCHED][0])
-    note = f"{n} images of the retain set, compared with the unedited model's"
-    metrics: list[Metric] = []
-    if evaluators.features is not None:
-        extractor = evaluators.features
-        features = {name: tuple(features_of(extractor, part) for part in parts[1:]) for name, parts in stacks.items()}
-        distances = {name: fid(now, was) for name, (was, now) in features.items()}
-        metrics.append(
-            Metric(
-                "FID",
-                {name: found.value for name, found in distances.items()},
-                n,
-                "lower",
-                "; ".join(filter(None, (note, distances[PATCHED].note))),
-            )
-        )
-        kernels = {name: kid(now, was) for name, (was, now) in features.items()}
-        errors = {name: found.error for name, found in kernels.items() if found.error is not None}
-        metrics.append(Metric("KID", {name: found.value for name, found in kernels.items()}, n, "lower", note, errors))
-    if evaluators.distance is not None:
-        means = {name: perceptual_distance(evaluators.distance, was, now) for name, (_, was, now) in stacks.items()}
-        errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
-        metrics.append(
-            Metric(
-                "Perceptual distance",
-                {name: mean.value for name, mean in means.items()},
-                n,
-                "lower",
-                f"{evaluators.distance.name}; same prompts and seeds",
-                errors,
-            )
-        )
-    if evaluators.image_text is not None:
-        prompts, unedited, _ = stacks[PATCHED]
-        means = {UNEDITED: clip_score(evaluators.image_text, unedited, prompts)}
-        means |= {name: clip_score(evaluators.image_text, now, texts) for name, (texts, _, now) in stacks.items()}
-        errors = {name: mean.error for name, mean in means.items() if mean.error is not None}
-        metrics.append(
-            Metric(
-                "CLIP score",
-                {name: mean.value for name, mean in means.items()},
-                n,
-                "higher",
-                f"{evaluators.image_text.name}; images of the retain set and their prompts",
-                errors,
-            )
-        )
-    return tuple(metrics)
 
 
 def _attention(

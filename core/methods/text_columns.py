@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,25 +16,20 @@ from ..models.text_entries import POOLED, TOKENS
 from ..models.text_states import TextStates
 from ..models.token_positions import end_position, phrase_span, tail_positions
 from ..progress import Progress, ProgressEvent, report_progress
-from ..prompts.everyday import COMMON, CONTEXTS
+from ..prompts.everyday import COMMON, CONTEXTS, overlaps
 from ..prompts.pairs import mentions
-from ..request.concept import Concept, canonical_phrase, normalized_phrase, templates
+from ..request.concept import Concept, normalized_phrase, templates
 from ..request.request import ForgetRequest
+from .mean_phrases import mean_phrases
 from .uce_settings import UCESettings
 
 __all__ = [
-    "CANDIDATES",
-    "MEAN_OF",
     "Columns",
     "aligned_positions",
     "collect_columns",
     "common_prompts",
-    "mean_candidates",
-    "mean_phrases",
+    "guide_means",
 ]
-
-# phrases in the mean that a concept without a replacement is mapped to, and those that they are chosen from
-MEAN_OF, CANDIDATES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,15 @@ class Columns:
         guide: ``G``, what each of them is mapped to, ``(d, n)``.
         preserved: ``K``, the states to preserve, ``(d, m)``.
         overshoot: Overshoot of each target, ``(n,)``; ``None``: that of the settings for all of them.
+        concept: Index of each target's concept, ``(n,)``, or -1 where the settings' ``reach`` does not apply, because
+            it is mapped to a mean; ``None``: it applies to none.
     """
 
     target: Tensor
     guide: Tensor
     preserved: Tensor
     overshoot: Tensor | None = None
+    concept: Tensor | None = None
 
     def through(self, norm: nn.Module | None) -> Columns:
         """What a layer reads of the states behind a norm; ``None``: the states themselves."""
@@ -60,7 +58,7 @@ class Columns:
         device = next((p.device for p in norm.parameters()), self.target.device)
         with torch.no_grad():
             parts = [norm(part.T.to(device)).to(part).T for part in (self.target, self.guide, self.preserved)]
-        return Columns(parts[0], parts[1], parts[2], self.overshoot)
+        return replace(self, target=parts[0], guide=parts[1], preserved=parts[2])
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class _Aligned:
     positions: tuple[int, ...]
     guides: tuple[tuple[str, tuple[int, ...]], ...]
     overshoot: float
+    concept: int
 
 
 def aligned_positions(
@@ -166,7 +165,7 @@ def common_prompts(request: ForgetRequest, settings: UCESettings) -> list[str]:
     targets = [normalized_phrase(concept.name) for concept in request.concepts]
     found = []
     for word, prompt in _everyday_prompts(settings):
-        if _overlaps(word, targets):
+        if overlaps(word, targets):
             continue
         # a context may mention a concept to forget, such as neon next to a red star
         if not any(target in normalized_phrase(prompt) for target in targets):
@@ -197,68 +196,6 @@ def _guide_phrase(concept: Concept, settings: UCESettings) -> str:
     }[concept.kind]
 
 
-def mean_candidates(kind: str, request: ForgetRequest) -> tuple[str, ...]:
-    """At most 16 phrases that concepts of this kind may be mapped to; none if all of them are forgotten.
-
-    They are the preserved phrases, except everyday words of another kind, because a style has no place in prompts about
-    objects. Where they are fewer than :data:`MEAN_OF`, everyday words of the kind join them. Both are taken at equal
-    distances from their lists.
-    """
-    targets = [normalized_phrase(concept.name) for concept in request.concepts]
-    other_kinds = {canonical_phrase(word) for other, words in COMMON.items() if other != kind for word in words}
-    preserved = [phrase for phrase in request.preserve if canonical_phrase(phrase) not in other_kinds]
-    everyday = [word for word in COMMON[kind] if not _overlaps(word, targets) and word not in preserved]
-    found = _spread(preserved, CANDIDATES)
-    return (*found, *(_spread(everyday, CANDIDATES - len(found)) if len(found) < MEAN_OF else ()))
-
-
-def mean_phrases(
-    encoder: TextEncoder, request: ForgetRequest, settings: UCESettings, progress: Progress | None = None
-) -> dict[str, tuple[str, ...]]:
-    """The phrases whose mean each concept without a replacement is mapped to, by its name.
-
-    The mean of everything of a kind leaves the choice to the model, whose favourite may be the concept. So it is that
-    of the few candidates whose text states, in the first template of the kind, are farthest from the concept's.
-
-    Args:
-        encoder: The text encoder.
-        request: The request.
-        settings: The method's settings.
-        progress: Called while the prompts are encoded.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    if settings.no_replacement != "mean":
-        return found
-    alone = [concept for concept in request.concepts if not _guide_phrase(concept, settings)]
-    for kind in dict.fromkeys(concept.kind for concept in alone):
-        names = [concept.name for concept in alone if concept.kind == kind]
-        candidates = mean_candidates(kind, request)
-        if not candidates:
-            continue
-        prompts = [_fill(templates(kind)[0], phrase) for phrase in (*names, *candidates)]
-        texts = list(dict.fromkeys(prompts))
-        means = _encode(encoder, texts, (), lambda event: _report_alignment(progress, len(request.concepts))).mean()
-        row = {text: i for i, text in enumerate(texts)}
-        states = means[[row[prompt] for prompt in prompts]].double()
-        distances = torch.cdist(states[: len(names)], states[len(names) :])
-        for name, order in zip(names, distances.argsort(dim=1, descending=True, stable=True).tolist(), strict=True):
-            found[name] = tuple(candidates[i] for i in order[:MEAN_OF])
-    return found
-
-
-def _overlaps(word: str, targets: Sequence[str]) -> bool:
-    """Whether a word contains the normalized name of a concept to forget, or occurs in one."""
-    plain = normalized_phrase(word)
-    return any(plain in target or target in plain for target in targets)
-
-
-def _spread(phrases: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` of the phrases, at equal distances."""
-    if len(phrases) <= count:
-        return list(phrases)
-    return [phrases[i * len(phrases) // count] for i in range(count)]
-
-
 def _report_alignment(progress: Progress | None, of: int) -> None:
     """Report, and be cancelled, while prompts are tokenized, which takes seconds for hundreds of concepts.
 
@@ -267,12 +204,23 @@ def _report_alignment(progress: Progress | None, of: int) -> None:
     report_progress(progress, ProgressEvent(0, of, message="aligning the prompts"))
 
 
+def guide_means(
+    encoder: TextEncoder, request: ForgetRequest, settings: UCESettings, progress: Progress | None = None
+) -> dict[str, tuple[str, ...]]:
+    """The phrases of :func:`mean_phrases`, of the concepts that the settings map to a mean."""
+    if settings.no_replacement != "mean":
+        return {}
+    alone = [concept.name for concept in request.concepts if not _guide_phrase(concept, settings)]
+    return mean_phrases(encoder, request, alone, lambda event: _report_alignment(progress, len(request.concepts)))
+
+
 def collect_columns(
     encoder: TextEncoder,
     request: ForgetRequest,
     settings: UCESettings,
     progress: Progress | None = None,
     streams: Sequence[str] = (TOKENS,),
+    means: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Columns]:
     """Collect the text states to forget, their guide states, and those to preserve.
 
@@ -287,6 +235,7 @@ def collect_columns(
         settings: The method's settings.
         progress: Called with the number of encoded prompts.
         streams: The streams of text states that are wanted.
+        means: By name of a concept the phrases whose mean it is mapped to (:func:`guide_means`).
 
     Returns:
         The columns by stream.
@@ -298,10 +247,11 @@ def collect_columns(
     parts = [(first, CachedTokenizer(part)) for first, part in segments_of(encoder)]
     kinds = dict.fromkeys(concept.kind for concept in request.concepts)
     wordings = {kind: _templates(settings, kind, request) for kind in kinds}
-    means = mean_phrases(encoder, request, settings, progress)
+    means = {} if means is None else means
     aligned: list[_Aligned] = []
-    for concept in request.concepts:
+    for i, concept in enumerate(request.concepts):
         _report_alignment(progress, len(request.concepts))
+        index = -1 if concept.name in means else i
         phrases = means.get(concept.name, (_guide_phrase(concept, settings),))
         overshoot = settings.overshoot_mean if concept.name in means else settings.overshoot
         for template in wordings[concept.kind]:
@@ -312,7 +262,7 @@ def collect_columns(
                     guide = "" if not phrase and settings.no_replacement == "empty" else _fill(template, phrase)
                     at = _pairs(part, settings, (concept.name, prompt), (phrase, guide))
                     guides.append((guide, tuple(first + j for _, j in at)))
-                aligned.append(_Aligned(prompt, tuple(first + i for i, _ in at), tuple(guides), overshoot))
+                aligned.append(_Aligned(prompt, tuple(first + k for k, _ in at), tuple(guides), overshoot, index))
     retain: dict[str, None] = {}
     for preserved_phrase in request.preserve:
         for templates_of_kind in wordings.values():
@@ -327,8 +277,10 @@ def collect_columns(
         for _, part in parts:
             end_position(part, prompt)  # raises if it is cut off
     # the retain set first, so that its states are one contiguous slice
-    prompts = dict.fromkeys((one.prompt, tuple(guide for guide, _ in one.guides), one.overshoot) for one in aligned)
-    about = [text for prompt, guides, _ in prompts for text in (prompt, *guides)]
+    prompts = dict.fromkeys(
+        (one.prompt, tuple(guide for guide, _ in one.guides), one.overshoot, one.concept) for one in aligned
+    )
+    about = [text for prompt, guides, _, _ in prompts for text in (prompt, *guides)]
     texts = list(dict.fromkeys(["", *retain, *about]))
     everyday = [prompt for _, prompt in _everyday_prompts(settings)] if settings.keep_common else []
     found, row = _encode(encoder, texts, everyday, progress), {text: i for i, text in enumerate(texts)}
@@ -345,6 +297,7 @@ def collect_columns(
             guide=torch.cat(_guide_states(aligned, states, row)).T,
             preserved=preserved.T,
             overshoot=torch.tensor([one.overshoot for one in aligned for _ in one.positions]),
+            concept=torch.tensor([one.concept for one in aligned for _ in one.positions]),
         )
     }
     for stream in streams:
@@ -357,10 +310,11 @@ def collect_columns(
                 "load the model with all of its text encoders, or set 'pooled' to no."
             )
         columns[stream] = Columns(
-            target=vectors[[row[prompt] for prompt, _, _ in prompts]].T,
-            guide=torch.stack([vectors[[row[guide] for guide in guides]].mean(0) for _, guides, _ in prompts]).T,
+            target=vectors[[row[prompt] for prompt, _, _, _ in prompts]].T,
+            guide=torch.stack([vectors[[row[guide] for guide in guides]].mean(0) for _, guides, _, _ in prompts]).T,
             preserved=vectors[: 1 + len(retain)].T,
-            overshoot=torch.tensor([overshoot for _, _, overshoot in prompts]),
+            overshoot=torch.tensor([overshoot for _, _, overshoot, _ in prompts]),
+            concept=torch.tensor([concept for _, _, _, concept in prompts]),
         )
     return columns
 

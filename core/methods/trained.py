@@ -37,7 +37,8 @@ from ..training.loop import Checkpoint, Objective, Term, Terms, TrainingSettings
 from ..training.losses import noise_matching
 from ..version import VERSION
 from .base import POOLED_LEFT, Inputs, Method
-from .trained_settings import TrainedSettings
+from .mean_phrases import MEAN_OF, mean_note, mean_phrases
+from .trained_settings import NoReplacement, TrainedSettings
 
 __all__ = ["BaseObjective", "TrainedMethod"]
 
@@ -157,9 +158,15 @@ class TrainedMethod(Method):
         """By key the input directions that the deltas must not react to, as for :class:`Deltas`; ``None``: none."""
         return None
 
-    def drops_phrase(self, settings: Any) -> bool:
-        """Whether a concept without a replacement is mapped to the same prompt without its name."""
-        return False
+    def no_replacement(self, settings: Any) -> NoReplacement | None:
+        """What a concept without a replacement is mapped to; ``None``: nothing that the prompts say."""
+        return None
+
+    def _means(self, encoder: TextEncoder, request: ForgetRequest, settings: Any) -> dict[str, tuple[str, ...]]:
+        """The phrases of :func:`mean_phrases`, of the concepts that the settings map to a mean."""
+        count = {"mean": MEAN_OF, "farthest": 1}.get(self.no_replacement(settings) or "", 0)
+        alone = [concept.name for concept in request.concepts if not concept.replacement_text]
+        return mean_phrases(encoder, request, alone, count=count) if count else {}
 
     def preserves(self, settings: Any) -> bool:
         """Whether these settings preserve anything."""
@@ -209,19 +216,18 @@ class TrainedMethod(Method):
         """
         targets: list[TargetPrompt] = []
         retain = [""]
+        without, means = self.no_replacement(settings), self._means(encoder, request, settings)
         for concept in request.concepts:
             forget, paired = _concept_prompts(concept, request, settings)
             retain += paired
-            for template, text in forget:
-                replaced = None
-                if concept.replacement_text:
-                    replaced = (
-                        template.format(concept.replacement_text)
-                        if template is not None
-                        else replace_phrase(text, concept.name, concept.replacement_text)
-                    )
-                elif self.drops_phrase(settings):
-                    replaced = replace_phrase(text, concept.name, "")
+            # in turn: the squared error of all of them is least at their mean
+            phrases = means.get(concept.name, (concept.replacement_text or "",))
+            for i, (template, text) in enumerate(forget):
+                phrase, replaced = phrases[i % len(phrases)], None
+                if phrase and template is not None:
+                    replaced = template.format(phrase)
+                elif phrase or without is not None:
+                    replaced = replace_phrase(text, concept.name, phrase)
                 targets.append(target_prompt(encoder, concept, text, replaced, settings.include_end))
         kinds = dict.fromkeys(concept.kind for concept in request.concepts)
         retain += [
@@ -299,6 +305,7 @@ class TrainedMethod(Method):
         self._check_inputs(request, settings, inputs)
         self.check_request(request, settings, inputs)
         self._check_model(model, settings)
+        means = mean_note(self._means(model.text, request, settings))
         # tensors made in a host's inference mode could not take part in autograd
         with frozen(model.unet):
             batches = self.batches(model, request, settings, inputs, progress)
@@ -323,11 +330,12 @@ class TrainedMethod(Method):
                 model, deltas, objective, _loop(settings), progress, message=self.message, checkpoint=checkpoint
             )
             factors = deltas.factors(settings.max_rank)
-        note = None
-        if any(entry.stream == POOLED and entry.key not in factors for entry in model.survey.entries):
-            note = POOLED_LEFT
+        left = any(entry.stream == POOLED and entry.key not in factors for entry in model.survey.entries)
+        notes = [POOLED_LEFT if left else None, means]
         about = PatchMetadata(
-            trained=settings.train, terms={"first": dict(report.first), "last": dict(report.last)}, note=note
+            trained=settings.train,
+            terms={"first": dict(report.first), "last": dict(report.last)},
+            note=" ".join(filter(None, notes)) or None,
         )
         return Patch(factors, about.to_strings())
 

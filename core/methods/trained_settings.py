@@ -11,7 +11,11 @@ from ..prompts.everyday import CONTEXTS
 from ..request.concept import check_templates, templates
 from ..request.settings import check_settings, setting
 
-__all__ = ["TrainedSettings"]
+__all__ = ["NoReplacement", "TrainedSettings"]
+
+# what a concept without a replacement is mapped to: the same prompt without its name, with the phrases of
+# `mean_phrases` in turn, or with the first of them
+NoReplacement = Literal["dropped", "mean", "farthest"]
 
 
 @dataclass(frozen=True)

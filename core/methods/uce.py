@@ -6,8 +6,9 @@ Gandikota et al., *Unified Concept Editing in Diffusion Models* (arXiv 2308.1476
 
 The columns of ``C`` are the text states to forget, those of ``G`` the guide states that they are mapped to, and those
 of ``K`` the states to preserve. A target may be mapped beyond its guide state, to ``C + o (G - C)``, where ``o`` is the
-setting ``overshoot``. Every term has ``W`` on its left, so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the
-same ``M`` at every site. It is computed once, in fp64, from the text states alone, without gradients or UNet passes.
+setting ``overshoot``, raised for concepts that regularization holds back (``reach``). Every term has ``W`` on its left,
+so ``ΔW = W M`` with ``M = s_e (G − C) Cᵀ N⁻¹``, the same ``M`` at every site. It is computed once, in fp64, from the
+text states alone, without gradients or UNet passes.
 
 A model that also reads a pooled vector of the prompt (SDXL) gets a second map of the same form from the same prompts,
 one column a prompt, at the layer that reads it.
@@ -30,8 +31,9 @@ from ..patch.patch import Patch
 from ..progress import Progress, ProgressEvent, report_progress
 from ..request.plan import Plan
 from .base import POOLED_LEFT, Inputs, Method
+from .mean_phrases import mean_note
 from .registry import register
-from .text_columns import Columns, collect_columns
+from .text_columns import Columns, collect_columns, guide_means
 from .uce_settings import UCESettings
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
 
 # steps of the progress bar after those of the prompts: the solve, and its expansion to every site
 _AFTER_ENCODING = 2
+# overshoot that ``reach`` may raise to; columns that it looks at, of all concepts together, and at least of each
+MOST, COLUMNS_SEEN, LEAST_SEEN = 3.0, 16384, 64
 
 
 @register
@@ -70,6 +74,7 @@ class UCE(Method):
         "tuned": UCESettings(
             ridge=1.0,
             overshoot=1.1,
+            reach=0.8,
             contexts=True,
             keep_common=True,
             tolerance=0.01,
@@ -100,7 +105,8 @@ class UCE(Method):
 
         norms = {entry.stream: entry.norm for entry in model.survey.entries}
         streams = [stream for stream in norms if stream == TOKENS or settings.pooled]
-        columns = collect_columns(model.text, plan.request, settings, encoded, streams)
+        means = guide_means(model.text, plan.request, settings, encoded)
+        columns = collect_columns(model.text, plan.request, settings, encoded, streams, means)
         columns = {stream: those.through(norms[stream]) for stream, those in columns.items()}
 
         def solving() -> None:
@@ -112,10 +118,8 @@ class UCE(Method):
             outputs = _output_gram(model, stream, settings.projections)
             maps[stream] = solve_context_map(those, settings, outputs, solving)
         report_progress(progress, ProgressEvent(total - 1, total, message="expanding to every site"))
-        notes = [model.survey.caution] if model.survey.caution else []
-        if set(norms) - set(maps):
-            notes.append(POOLED_LEFT)
-        about = PatchMetadata(note=" ".join(notes) or None)
+        notes = [model.survey.caution, POOLED_LEFT if set(norms) - set(maps) else None, mean_note(means)]
+        about = PatchMetadata(note=" ".join(filter(None, notes)) or None)
         patch = expand(maps, model.survey, about.to_strings(), settings.projections)
         report_progress(progress, ProgressEvent(total, total, message="done"))
         return patch
@@ -210,8 +214,18 @@ def solve_context_map(
         down = torch.cholesky_solve(target, factor).T
     look()
     overshoot = settings.overshoot if columns.overshoot is None else columns.overshoot.to(target)
-    change = settings.erase_weight * overshoot * (guide - target)
+    way = guide - target
+    change = settings.erase_weight * overshoot * way
+    gram = eye if outputs is None else outputs.to(device, torch.float64)
     look()
+    if settings.reach is not None and columns.concept is not None:
+        concept = columns.concept.to(device)
+        some = spread_columns(concept, max(COLUMNS_SEEN // (int(concept.max()) + 2), LEAST_SEEN))
+        moved = change @ (down @ target[:, some]) if count < width else (change @ down) @ target[:, some]
+        times = raise_to(settings.reach, concept[some], way[:, some], moved, gram)[concept + 1]
+        now = torch.as_tensor(overshoot, dtype=torch.float64, device=device)
+        change = settings.erase_weight * torch.minimum(now * times, now.clamp(min=MOST)) * way
+        look()
     # truncate M R in the metric of the projections' outputs
     seen = down @ factor
     look()
@@ -221,7 +235,6 @@ def solve_context_map(
     else:
         side, moved = eye, change @ seen
     look()
-    gram = eye if outputs is None else outputs.to(device, torch.float64)
     values, vectors = torch.linalg.eigh(moved.T @ gram @ moved)
     look()
     size = values.clamp(min=0).sqrt().flip(0)
@@ -233,6 +246,44 @@ def solve_context_map(
     down = torch.linalg.solve_triangular(factor, (side @ basis).T, upper=False, left=False)
     root = (up.norm(dim=0) / down.norm(dim=1).clamp(min=1e-300)).clamp(min=1e-300).sqrt()
     return LowRank((up / root).float(), (down * root[:, None]).float())
+
+
+def spread_columns(concept: Tensor, count: int) -> Tensor:
+    """Indices of at most ``count`` columns of each concept, at equal distances.
+
+    Args:
+        concept: Index of each column's concept, ``(n,)``, at least -1.
+        count: Number of columns of a concept.
+    """
+    order = concept.argsort(stable=True)
+    sizes = torch.bincount(concept + 1)
+    of_each = sizes[concept[order] + 1]
+    place = torch.arange(len(concept), device=concept.device) - (sizes.cumsum(0) - sizes)[concept[order] + 1]
+    return order[(of_each <= count) | (place * count // of_each != (place - 1) * count // of_each)].sort().values
+
+
+def raise_to(reach: float, concept: Tensor, way: Tensor, moved: Tensor, outputs: Tensor) -> Tensor:
+    """By what factor to raise the overshoot of each concept, so that it gets a share of its way in the end.
+
+    Regularization keeps what is near preserved states where it is: people more than styles. The change is linear in
+    the overshoot, so one step suffices where concepts do not move each other.
+
+    Args:
+        reach: The share of the way, as a projection on it over all columns of a concept.
+        concept: Index of each column's concept, ``(n,)``; -1: it stays as it is.
+        way: From the states to what they are mapped to, ``(d, n)``.
+        moved: How far the states are moved now, ``(d, n)``.
+        outputs: The metric of states, ``(d, d)``.
+
+    Returns:
+        ``(concepts + 1,)``, at least 1; the first is that of the index -1.
+    """
+    seen = outputs @ way
+    sums = torch.zeros(2, int(concept.max()) + 2, dtype=way.dtype, device=way.device)
+    sums.index_add_(1, concept + 1, torch.stack([(seen * way).sum(0), (seen * moved).sum(0)]))
+    factor = (reach * sums[0] / sums[1].clamp(min=1e-300)).clamp(min=1)
+    factor[0] = 1
+    return factor
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

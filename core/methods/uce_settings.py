@@ -116,6 +116,19 @@ class UCESettings:
         advanced=True,
     )
 
+    # regularization stops shorter of people than of styles, and at a strength below 1 a person was still drawn; chosen
+    # on Hugo Marsh
+    reach: float | None = setting(
+        None,
+        "Minimum share of the way that a concept with a replacement is moved in the end: where regularization leaves "
+        "less, its overshoot is raised, up to 3; 0: off.",
+        minimum=0.01,
+        maximum=2,
+        step=0.05,
+        none_value=0,
+        advanced=True,
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
         check_templates(self.templates)

@@ -7,9 +7,11 @@ objects, styles and people, none of them a brand or a living person.
 
 from __future__ import annotations
 
-from ..request.concept import KINDS
+from collections.abc import Sequence
 
-__all__ = ["COMMON", "CONTEXTS"]
+from ..request.concept import KINDS, normalized_phrase
+
+__all__ = ["COMMON", "CONTEXTS", "overlaps"]
 
 # None of them is a concept of the embedded world, on which retention is measured: what a fit keeps by name says nothing
 # about what it keeps without.
@@ -70,3 +72,9 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 }
 
 assert set(COMMON) == set(CONTEXTS) == set(KINDS)
+
+
+def overlaps(word: str, targets: Sequence[str]) -> bool:
+    """Whether a word contains the normalized name of a concept to forget, or occurs in one."""
+    plain = normalized_phrase(word)
+    return any(plain in target or target in plain for target in targets)

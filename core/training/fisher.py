@@ -29,14 +29,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from ..errors import ModelError, RequestError
 from ..files.workspace import Workspace, key_of
@@ -45,6 +43,7 @@ from ..models.text_encoders import EncodedPrompts
 from ..models.text_states import TextStates
 from ..progress import Progress, ProgressEvent, report_progress
 from .frozen import frozen
+from .linear_capture import LinearCapture
 
 __all__ = ["ESTIMATORS", "Fisher", "FisherSettings", "FisherSum", "fisher_information", "fisher_key", "square_of_sum"]
 
@@ -237,7 +236,7 @@ class FisherSum:
         times = torch.tensor([self.times[row] for row in rows])
         noise = torch.stack([self._noise(row) for row in rows]).to(model.device)
         x = model.add_noise(latent.to(model.device).float().expand(len(rows), -1, -1, -1), noise, times)
-        with _LinearCapture(self.linears).attached() as captured:
+        with LinearCapture(self.linears).attached() as captured:
             predicted = model.predict_noise(x, times, states.index([0] * len(rows)))
         loss = (predicted - noise).square().mean(dim=tuple(range(1, noise.ndim))).sum()
         inputs, outputs = captured.inputs(len(rows)), captured.outputs()
@@ -324,45 +323,6 @@ def _alternating(g: Tensor) -> Tensor:
 def _seed(*parts: object) -> int:
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") // 2
-
-
-class _LinearCapture:
-    """Captures inputs and outputs of projections; the outputs are differentiable although every weight is frozen."""
-
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        self._linears = linears
-        self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {key: [] for key in linears}
-
-    @contextmanager
-    def attached(self) -> Iterator[_LinearCapture]:
-        hooks: list[RemovableHandle] = []
-        try:
-            for key, linear in self._linears.items():
-                hooks.append(linear.register_forward_hook(self._hook(key)))
-            yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            self._calls[key].append((args[0].detach(), output))
-            return output
-
-        return hook
-
-    def inputs(self, rows: int) -> list[Tensor]:
-        for key, calls in self._calls.items():
-            if len(calls) != 1 or calls[0][0].ndim not in (2, 3) or len(calls[0][0]) != rows:
-                raise ModelError(
-                    f"The Fisher information of '{key}' cannot be measured: this model does not use the projection "
-                    "exactly once per pass, on the whole batch. Leave it out."
-                )
-        return [calls[0][0] for calls in self._calls.values()]
-
-    def outputs(self) -> list[Tensor]:
-        return [calls[0][1] for calls in self._calls.values()]
 
 
 def fisher_key(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import continual
 import harness
+import learning_rates
 import methods as bench
+import runs
 from tiny import fit
 
 from forget_concept.core.errors import RequestError
@@ -33,6 +37,7 @@ from forget_concept.core.evaluation import (
 )
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.base import Inputs
+from forget_concept.core.methods.registry import get
 from forget_concept.core.mini.vocabulary import CATEGORIES, NONE, find
 from forget_concept.core.mini.world import Labels
 from forget_concept.core.models.latent_diffusion import LatentDiffusion
@@ -171,6 +176,14 @@ def test_rows_are_on_disk_at_once_and_known_again(tmp_path):
     assert path.read_text() == 'name,seed,value\n"a, b",1,0.12346\nc,0,\n'
     with pytest.raises(ValueError, match="does not fit"):
         again.append({"name": "d", "seed": 0})
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7, 1 / 3])
+def test_a_number_in_a_key_is_known_again(tmp_path, strength):
+    """It is written as a cell: 1.0 was not found as the 1 that it became, and its row was made a second time."""
+    harness.Table(tmp_path / "t.csv", ["strength", "value"], ["strength"]).append({"strength": strength, "value": 2})
+    again = harness.Table(tmp_path / "t.csv", ["strength", "value"], ["strength"])
+    assert again.has({"strength": strength}) and again.row({"strength": strength})["value"] == "2"
 
 
 def test_a_row_that_was_cut_short_is_made_again(tmp_path):
@@ -402,10 +415,11 @@ def test_a_dry_run_lists_what_is_left_to_do_with_an_estimate_and_writes_nothing(
 def test_the_plans_are_the_protocols():
     every = ["none", "negative_prompt", "uce", "forget_me_not"]
     runs = bench.planned(every, bench.PRESETS, [], bench.SCREENING, [0])
-    # two baselines and two methods of two presets, one of which also without a replacement, for each of three concepts
-    assert len(runs) == (2 + 2 * 3) * 3
+    # two baselines and two methods of two and three presets, one of which also without a replacement, for each of three
+    # concepts
+    assert len(runs) == (2 + 3 + 4) * 3
     assert [concept.kind for concept in bench.SCREENING] == ["object", "style", "identity"]
-    assert len(bench.planned(every, bench.PRESETS, [], bench.CONCEPTS, bench.SEEDS)) == (2 + 2 * 3) * 9 * 3
+    assert len(bench.planned(every, bench.PRESETS, [], bench.CONCEPTS, bench.SEEDS)) == (2 + 3 + 4) * 9 * 3
     rules = ["sum", "restricted"]
     both = bench.planned(["forget_me_not", "uce"], ["tuned"], rules, bench.SCREENING[:1], [0])
     # a rule is for what is trained
@@ -456,11 +470,11 @@ def test_none_of_the_reported_concepts_chose_the_settings():
 
 def test_pictures_of_a_concept_show_it():
     for concept in bench.SCREENING:
-        pictures = bench.pictures_of(concept, 3, 0)
+        pictures = runs.pictures_of(concept, 3, 0)
         assert pictures.shape == (3, 3, 128, 128)
         assert pictures.min() >= -1
         assert pictures.max() <= 1
-        assert torch.equal(pictures, bench.pictures_of(concept, 3, 0))
+        assert torch.equal(pictures, runs.pictures_of(concept, 3, 0))
     assert isinstance(Inputs(images={"star": pictures}), Inputs)
 
 
@@ -555,3 +569,51 @@ def test_the_plot_shows_each_methods_curve():
     colours = {colour for _, colour in image.getcolors(image.width * image.height)}
     assert set(continual.PALETTE[1:2]) <= colours  # the later of two lines on one another, and its name's key
     assert image.tobytes() != continual.plot(rows(0.6)).tobytes()
+
+
+# -- the learning rate of published_scaled ----------------------------------------------------------------------------
+
+
+@given(st.integers(0, len(learning_rates.FACTORS)), st.integers(1, len(learning_rates.FACTORS)))
+def test_the_factor_is_the_smallest_that_forgets_or_else_the_largest_that_keeps(forgets, spoils):
+    factors = learning_rates.FACTORS
+
+    def reached(factor, score):
+        at = factors.index(factor)
+        return at >= forgets if score == "ua" else at < spoils
+
+    found = learning_rates.chosen_factor(reached)
+    assert found == (factors[forgets] if forgets < len(factors) else factors[spoils - 1])
+
+
+def test_a_factor_is_given_up_as_soon_as_its_mean_cannot_reach_the_bar():
+    asked = []
+
+    def row(scores):
+        asked.clear()
+        return lambda concept: asked.append(concept.name) or {"ua": scores[len(asked) - 1]}
+
+    for scores, reached, count in (
+        ((1, 0.9, 0.85), True, 3),
+        ((1, 0.9, 0.75), False, 3),
+        ((1, 0.6), False, 2),
+        ((0.1,), False, 1),
+        ((1.2, 0.75, 1), True, 3),
+        ((1.2, 0.65), False, 2),
+    ):
+        assert learning_rates.reaches("ua", row(scores)) is reached and len(asked) == count
+
+
+def test_the_presets_have_the_factors_that_the_table_gives():
+    with Path(learning_rates.__file__).with_suffix(".csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for method in learning_rates.METHODS:
+        factor = learning_rates.chosen_factor(
+            lambda factor, score, method=method: learning_rates.reaches(
+                score, partial(learning_rates.tabled, rows, method, factor)
+            )
+        )
+        published, scaled = (get(method).presets[name] for name in ("published", "published_scaled"))
+        assert scaled.lr == pytest.approx(published.lr * factor)
+        assert dataclasses.replace(scaled, lr=published.lr) == published
+        assert all(row["concept"] not in {c.name for c in bench.CONCEPTS} for row in rows)

@@ -265,16 +265,16 @@ def test_unlearning_pulls_every_site_to_the_frozen_model_with_the_earlier_parts_
 
 def test_what_a_target_reads_as(model):
     plain = (Concept("star"),)
-    objective, _, material = built(model, asked(*plain, no_replacement="empty"))
-    assert {anchor_prompt(prompt, objective.settings) for prompt in material.targets} == {""}
-    objective, _, material = built(model, asked(*plain, no_replacement="dropped"))
-    assert {anchor_prompt(prompt, objective.settings) for prompt in material.targets} == {
+    _, _, material = built(model, asked(*plain, no_replacement="empty"))
+    assert {anchor_prompt(prompt) for prompt in material.targets} == {""}
+    _, _, material = built(model, asked(*plain, no_replacement="dropped"))
+    assert {anchor_prompt(prompt) for prompt in material.targets} == {
         "a photo of",
         "a picture of",
         "",
     }
-    objective, _, material = built(model, asked(contexts=True))
-    said = {prompt.text: anchor_prompt(prompt, objective.settings) for prompt in material.targets}
+    _, _, material = built(model, asked(contexts=True))
+    said = {prompt.text: anchor_prompt(prompt) for prompt in material.targets}
     assert said["a purple star in the style of impressionism"] == "a purple circle in the style of impressionism"
 
 

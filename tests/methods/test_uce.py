@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import pytest
@@ -13,18 +15,14 @@ from tiny import TinyText, fit, flags, rand, state_hash, tiny_model, tiny_xl_mod
 from forget_concept.core.errors import ModelError, RequestError, TokenError
 from forget_concept.core.methods import text_columns
 from forget_concept.core.methods.text_columns import (
-    CANDIDATES,
-    MEAN_OF,
     Columns,
     aligned_positions,
     collect_columns,
     common_prompts,
-    mean_candidates,
-    mean_phrases,
+    guide_means,
 )
-from forget_concept.core.methods.uce import UCE, UCESettings, gram_of, solve_context_map
+from forget_concept.core.methods.uce import MOST, UCE, UCESettings, gram_of, solve_context_map, spread_columns
 from forget_concept.core.models.text_entries import POOLED, TOKENS
-from forget_concept.core.prompts.everyday import COMMON
 from forget_concept.core.request.concept import Concept, templates
 from forget_concept.core.request.request import ForgetRequest
 
@@ -33,6 +31,7 @@ PLAIN = {
     "preserve_weight": 1.0,
     "ridge": 0.01,
     "overshoot": 1.0,
+    "reach": None,
     "contexts": False,
     "keep_common": False,
     "tolerance": 1e-6,
@@ -64,7 +63,7 @@ def test_every_matrix_is_the_plain_formula(model, columns, projections, no_repla
     )
     patch = fit(model, request)
     s = UCESettings(**changed)
-    found = collect_columns(model.text, request, s)[TOKENS]
+    found = collect_columns(model.text, request, s, means=guide_means(model.text, request, s))[TOKENS]
     assert len(patch) == len(model.survey) * len(projections)
     for key, new in patch.merged_state(model.unet).items():
         weight = model.unet.get_submodule(key.removesuffix(".weight")).weight
@@ -343,67 +342,75 @@ def test_guides_without_a_replacement():
     torch.testing.assert_close(word.guide[:, pieces(text, "star") - 1], thing[pieces(text, "thing")])
 
 
-PRESERVED = tuple(f"word{letter}" for letter in "abcdefghijklmnop")
-
-
-@pytest.mark.parametrize("columns", ["tail", "last"])
-def test_a_mean_is_that_of_a_patch_for_each_of_its_phrases(model, columns):
-    """The closed form is linear in its guide states."""
-    changed = PLAIN | {"columns": columns, "overshoot": 1.5, "overshoot_mean": 1.5, "tolerance": 0}
-    request = ForgetRequest((Concept("star"),), PRESERVED, settings=changed | {"no_replacement": "mean"})
-    found = fit(model, request)
-    phrases = mean_phrases(model.text, request, UCESettings(no_replacement="mean"))["star"]
-    assert len(set(phrases)) == MEAN_OF and set(phrases) < set(PRESERVED)
-    each = [fit(model, ForgetRequest((Concept("star", replacement=p),), PRESERVED, settings=changed)) for p in phrases]
-    for key, factors in found.factors.items():
-        mean = torch.stack([one.factors[key].delta() for one in each]).mean(0)
-        torch.testing.assert_close(factors.delta(), mean, rtol=1e-4, atol=1e-5)
-
-
-def test_a_mean_is_of_the_phrases_that_are_farthest_from_the_concept():
-    text = TinyText()
-    request = ForgetRequest((Concept("star"), Concept("tree"), Concept("charcoal", "style", "oil painting")), PRESERVED)
-    found = mean_phrases(text, request, UCESettings(no_replacement="mean"))
-    assert set(found) == {"star", "tree"}  # the third has a replacement
-    template = templates("object")[0]
-    for name, phrases in found.items():
-        own = text.encode([template.format(name)]).hidden[0].mean(0)
-        far = {p: float((text.encode([template.format(p)]).hidden[0].mean(0) - own).norm()) for p in PRESERVED}
-        assert list(phrases) == sorted(far, key=lambda p: -far[p])[:MEAN_OF]
-    assert mean_phrases(text, request, UCESettings(no_replacement="mean", neutral_object="thing")) == {}
-    assert mean_phrases(text, request, UCESettings()) == {}
-
-
-def test_the_candidates_of_a_mean_are_preserved_phrases_of_the_kind_and_everyday_words():
-    star = Concept("star")
-    assert mean_candidates("object", ForgetRequest((star,), PRESERVED)) == PRESERVED
-    many = mean_candidates("object", ForgetRequest((star,), tuple(f"{p} {q}" for p in PRESERVED for q in "xyz")))
-    assert len(set(many)) == CANDIDATES and {phrase.split()[0] for phrase in many} == set(PRESERVED)
-    # a style and a person have no place in prompts about objects
-    few = mean_candidates("object", ForgetRequest((star,), ("tree", "Charcoal", "a farmer", "the moon")))
-    assert few[:2] == ("tree", "the moon") and len(few) == CANDIDATES and set(few[2:]) <= set(COMMON["object"])
-    assert mean_candidates("object", ForgetRequest((star,), ("tree", *PRESERVED[:3]))) == ("tree", *PRESERVED[:3])
-    # nor has what is to be forgotten, alone or in a longer name
-    for names in (("sun",), ("red sun", "sunny street")):
-        found = mean_candidates("object", ForgetRequest(tuple(Concept(name) for name in names)))
-        assert len(found) == CANDIDATES and "sun" not in found
-
-
-def test_without_any_phrase_for_a_mean_the_concept_is_dropped():
-    text = TinyText()
-    request = ForgetRequest(tuple(Concept(word, "style") for word in COMMON["style"]))
-    found = [collect_columns(text, request, UCESettings(no_replacement=n))[TOKENS].guide for n in ("mean", "dropped")]
-    assert torch.equal(*found)
-
-
 def test_the_overshoot_of_a_mean_is_its_own():
     text = TinyText()
     request = ForgetRequest((Concept("star"), Concept("tree", replacement="moon")))
     s = UCESettings(templates=("{}",), no_replacement="mean", overshoot=1.1, overshoot_mean=1.7)
-    found = collect_columns(text, request, s)[TOKENS]
+    found = collect_columns(text, request, s, means=guide_means(text, request, s))[TOKENS]
     edited = 77 - pieces(text, "star")
     assert found.overshoot[:edited].unique().tolist() == pytest.approx([1.7])
     assert found.overshoot[edited:].unique().tolist() == pytest.approx([1.1])
+
+
+def share_of_the_way(columns, found, gram):
+    """By concept, how far its columns are moved, as a projection on the way to their guide states."""
+    way, moved = (columns.guide - columns.target).double(), found.delta().double() @ columns.target.double()
+    inner = [((gram @ way) * other).sum(0) for other in (moved, way)]
+    wanted = [columns.concept == i for i in columns.concept.unique().tolist()]
+    return [float(inner[0][one].sum() / inner[1][one].sum()) for one in wanted]
+
+
+@pytest.mark.parametrize("ridge", [0.3, 3.0])
+def test_every_concept_reaches_its_share_of_the_way(ridge):
+    text, gram = TinyText(), torch.diag(torch.linspace(0.5, 2, 32)).double()
+    request = ForgetRequest((Concept("star", replacement="circle"), Concept("charcoal", "style", "oil painting")))
+    s = UCESettings(ridge=ridge, tolerance=0)
+    columns = collect_columns(text, request, s)[TOKENS]
+    before = share_of_the_way(columns, solve_context_map(columns, s, gram), gram)
+    for reach in (min(before) * 0.9, sum(before) / 2, max(before) * 1.1):
+        now = solve_context_map(columns, dataclasses.replace(s, reach=reach), gram)
+        # concepts that share words move each other a little
+        for was, found in zip(before, share_of_the_way(columns, now, gram), strict=True):
+            assert found == pytest.approx(max(was, reach), rel=0.1)
+        same = reach < min(before)
+        assert torch.equal(now.delta(), solve_context_map(columns, s, gram).delta()) is same
+
+
+def test_one_concept_reaches_its_share_exactly_but_is_not_moved_without_bound():
+    text, gram = TinyText(), torch.eye(32).double()
+    request = ForgetRequest((Concept("star", replacement="circle"),))
+    s = UCESettings(ridge=1.0, tolerance=0)
+    columns = collect_columns(text, request, s)[TOKENS]
+    (before,) = share_of_the_way(columns, solve_context_map(columns, s, gram), gram)
+    (found,) = share_of_the_way(columns, solve_context_map(columns, dataclasses.replace(s, reach=0.99), gram), gram)
+    assert before < 0.95 and found == pytest.approx(0.99, rel=1e-4)
+    weak = dataclasses.replace(s, ridge=500.0)
+    (few,) = share_of_the_way(columns, solve_context_map(columns, weak, gram), gram)
+    (most,) = share_of_the_way(columns, solve_context_map(columns, dataclasses.replace(weak, reach=1.0), gram), gram)
+    assert few < 1 / MOST and most == pytest.approx(MOST * few, rel=1e-4)
+
+
+def test_a_concept_that_is_mapped_to_a_mean_keeps_its_overshoot():
+    text = TinyText()
+    request = ForgetRequest((Concept("star"),))
+    s = UCESettings(ridge=5.0, no_replacement="mean")
+    columns = collect_columns(text, request, s, means=guide_means(text, request, s))[TOKENS]
+    assert columns.concept.unique().tolist() == [-1]
+    found, raised = (solve_context_map(columns, one) for one in (s, dataclasses.replace(s, reach=1.0)))
+    assert torch.equal(found.delta(), raised.delta())
+
+
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=60), st.integers(1, 12))
+def test_columns_are_spread_over_every_concept(concept, count):
+    concept = torch.tensor(concept)
+    found = spread_columns(concept, count)
+    assert found.tolist() == sorted(set(found.tolist()))
+    for one in concept.unique():
+        places = (concept == one).nonzero().flatten()
+        kept = [places.tolist().index(i) for i in found.tolist() if concept[i] == one]
+        assert len(kept) == min(count, len(places)) and kept[0] == 0
+        distances = [b - a for a, b in itertools.pairwise(kept)]
+        assert not distances or max(distances) - min(distances) <= 1
 
 
 def test_the_published_preset_takes_the_last_token_of_the_bare_word():

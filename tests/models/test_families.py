@@ -142,7 +142,7 @@ def diffusion(small: Small) -> LatentDiffusion:
 def test_the_closed_form_meets_its_equation_at_every_entry(small: Small) -> None:
     model = diffusion(small)
     settings = {"ridge": 1e-3, "templates": ("{}",), "keep_common": False, "contexts": False, "tolerance": 1e-6}
-    settings["overshoot"] = 1.0
+    settings |= {"overshoot": 1.0, "reach": None}
     request = ForgetRequest((Concept("star", replacement="circle"),), settings=settings)
     patch = fit(model, request)
     assert set(patch.context_maps) == {entry.stream for entry in model.survey.entries}

@@ -142,7 +142,7 @@ def test_a_concept_is_forgotten_and_taken_back(pipe, model):
     """In the pipeline itself: the star's prompt draws what the circle's draws, and the model is left as it was."""
     before, flagged = state_hash(pipe.transformer), flags(pipe.transformer)
     settings = {"ridge": 1e-4, "templates": ("a photo of a {}",), "keep_common": False, "contexts": False}
-    settings["overshoot"] = 1.0
+    settings |= {"overshoot": 1.0, "reach": None}
     patch = fit(model, ForgetRequest((Concept("star", replacement="circle"),), settings=settings))
     assert set(patch.factors) == {"txt_in", "vector_in.in_layer"} and patch.about.text_layer == "flux:t5,final_norm"
 

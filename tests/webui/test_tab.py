@@ -349,7 +349,7 @@ def test_the_preset_box_offers_what_the_method_has(tab: Tab) -> None:
         return found
 
     tab.choose("method", "Forget-Me-Not")
-    assert offered() == ["published", "tuned", "steering", "correction", "theme"]
+    assert offered() == ["published", "published_scaled", "tuned", "steering", "correction", "theme"]
     tab.choose("preset", "theme")
     tab.choose("method", "Unified Concept Editing")
     assert offered() == ["published", "tuned"] and tab.value("preset") == "tuned"
