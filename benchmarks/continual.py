@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import RunProgress, SharedSampleCache, Table, costing
 from methods import embedded
-from runs import Run, fullest_request
+from runs import CONCEPTS, Run, fullest_request
 
 from forget_concept.core.errors import ForgetConceptError
 from forget_concept.core.evaluation import PATCHED, UNEDITED, Evaluation, EvaluationTarget, SamplingSettings, evaluate
@@ -49,15 +49,7 @@ if TYPE_CHECKING:
 
 # replacements are never forgotten, nor are the concepts on which the presets were tuned (tree, mosaic, Hugo Marsh)
 REQUESTS = (
-    Concept("star", "object", "circle"),
-    Concept("neon", "style", "sketch"),
-    Concept("Lena Frost", "identity", "Nadia Pell"),
-    Concept("fish", "object", "arrow"),
-    Concept("watercolour", "style", "dotted"),
-    Concept("Bruno Finch", "identity", "Otto Brand"),
-    Concept("key", "object", "cup"),
-    Concept("comic", "style", "striped"),
-    Concept("Zuri Okoye", "identity", "Ivy Stone"),
+    *CONCEPTS,
     Concept("umbrella", "object", "mushroom"),
     Concept("checkered", "style", "blueprint"),
     Concept("house", "object", "boat"),

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import SharedSampleCache, Table, costing
-from methods import Fitted, measured, plan_of
+from methods import Fitted, embedded, measured, plan_of
 from rich.console import Console
 from runs import Run, fullest_request
 
-from forget_concept.core import mini
 from forget_concept.core.evaluation import PATCHED, SamplingSettings
 from forget_concept.core.files.workspace import Workspace
 from forget_concept.core.methods.fit import fit
@@ -96,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("learning_rates.csv"))
     options = parser.parse_args(argv)
     console, table = Console(stderr=True), Table(options.out, COLUMNS, KEY)
-    model, probe = mini.load(), mini.load_probe()
+    model, probe, by = embedded("cpu")
     workspace = Workspace(options.work) if options.work else None
-    cache = SharedSampleCache(model, probe, SamplingSettings(), workspace, "learning_rates")
+    cache = SharedSampleCache(model, probe, SamplingSettings(), workspace, by)
 
     def row_of(method: str, factor: int, concept: Concept) -> dict[str, Any]:
         run = Run(method, "published", "sum", concept, 0)

@@ -120,8 +120,8 @@ class UCESettings:
     # on Hugo Marsh
     reach: float | None = setting(
         None,
-        "Minimum share of the way that a concept with a replacement is moved in the end: where regularization leaves "
-        "less, its overshoot is raised, up to 3; 0: off.",
+        "Minimum share of the way that a concept is moved in the end, unless it is mapped to a mean: where "
+        "regularization leaves less, its overshoot is raised, up to 3; 0: off.",
         minimum=0.01,
         maximum=2,
         step=0.05,
